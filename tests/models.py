@@ -1,0 +1,74 @@
+"""Tiny random models of every supported architecture, the same for all tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers as tf
+from transformers import AutoModelForCausalLM, AutoModelForImageClassification, AutoModelForMaskedLM
+
+VOCABULARY = 64
+_TEXT = dict(
+    vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+    max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
+_GROUPED = dict(_TEXT, num_key_value_heads=2)
+_IMAGE = dict(
+    hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, image_size=32, patch_size=8,
+    num_labels=5,
+)  # fmt: skip
+_GPT2 = dict(vocab_size=VOCABULARY, n_embd=32, n_layer=3, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2)
+_OPT = dict(
+    vocab_size=VOCABULARY, hidden_size=32, ffn_dim=48, num_hidden_layers=3, num_attention_heads=4,
+    max_position_embeddings=64, word_embed_proj_dim=32, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
+_GEMMA = dict(_GROUPED, head_dim=8, sliding_window=8, query_pre_attn_scalar=8)
+
+CONFIGS: dict[str, tuple[Any, Any]] = {
+    "gpt2": (tf.GPT2Config(**_GPT2), AutoModelForCausalLM),
+    "opt": (tf.OPTConfig(**_OPT), AutoModelForCausalLM),
+    "gpt_neox": (tf.GPTNeoXConfig(**_TEXT), AutoModelForCausalLM),
+    "llama": (tf.LlamaConfig(**_GROUPED), AutoModelForCausalLM),
+    "mistral": (tf.MistralConfig(**_GROUPED, sliding_window=None), AutoModelForCausalLM),
+    "qwen2": (tf.Qwen2Config(**_GROUPED), AutoModelForCausalLM),
+    "qwen3": (tf.Qwen3Config(**_GROUPED, head_dim=8), AutoModelForCausalLM),
+    "gemma2": (tf.Gemma2Config(**_GEMMA), AutoModelForCausalLM),
+    "gemma3": (tf.Gemma3TextConfig(**_GEMMA), AutoModelForCausalLM),
+    "phi3": (tf.Phi3Config(**_GROUPED), AutoModelForCausalLM),
+    "olmo2": (tf.Olmo2Config(**_GROUPED), AutoModelForCausalLM),
+    "bert": (tf.BertConfig(**_TEXT), AutoModelForMaskedLM),
+    "roberta": (tf.RobertaConfig(**_TEXT), AutoModelForMaskedLM),
+    "vit": (tf.ViTConfig(**_IMAGE), AutoModelForImageClassification),
+    "deit": (tf.DeiTConfig(**_IMAGE, architectures=["DeiTForImageClassification"]), AutoModelForImageClassification),
+}
+CAUSAL = [name for name, (_, auto) in CONFIGS.items() if auto is AutoModelForCausalLM]
+
+
+def tiny(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
+    """A random model with weights large enough that every part matters to the output."""
+    torch.manual_seed(seed)
+    config, auto = CONFIGS[name]
+    model = auto.from_config(type(config).from_dict(config.to_dict())).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.to(dtype)
+
+
+def inputs(
+    name: str, batch: int = 2, length: int = 12, seed: int = 1, dtype: torch.dtype = torch.float32
+) -> dict[str, Any]:
+    """One batch for the model of that name: token ids, or images (batch, 3, 32, 32)."""
+    generator = torch.Generator().manual_seed(seed)
+    if CONFIGS[name][1] is AutoModelForImageClassification:
+        return {
+            "pixel_values": torch.randn(batch, 3, 32, 32, generator=generator, dtype=dtype),
+            "labels": torch.randint(0, 5, (batch,), generator=generator),
+        }
+    return {"input_ids": torch.randint(3, VOCABULARY, (batch, length), generator=generator)}
+
+
+def logits(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**{key: value for key, value in batch.items() if key != "labels"}).logits

@@ -1,0 +1,139 @@
+"""What Transect has to know of an architecture: a small declaration, read from JSON.
+
+Paths are module paths relative to a block, except `blocks` and `final_norm`, which are relative to the base model
+(`model.base_model`). See `architectures/*.json` for the built-in ones and CONTRIBUTING.md for a worked example.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from ..errors import TransectError, UnknownArchitecture
+
+MATRIX_ROLES = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+@dataclass(frozen=True)
+class FusedMatrix:
+    """One stored matrix that holds several: its rows are the parts' rows.
+
+    parts: the roles in storage order, e.g. ("q", "k", "v").
+    interleaved: False where the parts lie one after another; True where each head stores its own q, k, v rows
+        together (GPT-NeoX).
+    """
+
+    parts: tuple[str, ...]
+    interleaved: bool = False
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Where the parts of a transformer are, by module path.
+
+    name: the definition's own name.
+    model_types: the `config.model_type` values that it describes.
+    blocks: the `ModuleList` of blocks, relative to the base model.
+    matrices: role (q, k, v, o, gate, up, down) -> path within a block; roles stored together are in `fused` instead.
+    fused: path within a block -> the parts that are stored there.
+    attention: path of the attention module within a block (its forward returns a 2-tuple).
+    norms: name -> path within a block, for every norm that the block has.
+    q_norm, k_norm: paths of the query and key norms within a block, where the architecture has them.
+    activation: path of the MLP's activation within a block.
+    final_norm: path of the norm after the last block, relative to the base model.
+    config: our names -> the config's: `blocks`, `hidden`, `heads`, `key_value_heads`, `head_size`, `neurons`.
+    attributes: attribute of the attention module (or `config.<name>` for its private config) -> what it must hold
+        when heads are removed: `heads`, `key_value_heads`, `heads_per_group` or `width` (= heads x head size).
+    post_norm: norms stand after the residual sum, so that a sublayer cannot be dropped; either a bool, or the
+        config attribute that is False in that case.
+    head_size_is_configurable: the config stores the head size, so fewer heads still make an ordinary config.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    blocks: str
+    matrices: Mapping[str, str]
+    attention: str
+    fused: Mapping[str, FusedMatrix] = field(default_factory=dict)
+    norms: Mapping[str, str] = field(default_factory=dict)
+    q_norm: str | None = None
+    k_norm: str | None = None
+    activation: str | None = None
+    final_norm: str | None = None
+    config: Mapping[str, str] = field(default_factory=dict)
+    attributes: Mapping[str, str] = field(default_factory=dict)
+    post_norm: bool | str = False
+    head_size_is_configurable: bool = False
+
+    def __post_init__(self) -> None:
+        roles = list(self.matrices) + [part for fused in self.fused.values() for part in fused.parts]
+        unknown = set(roles) - set(MATRIX_ROLES)
+        if unknown:
+            raise TransectError(f"architecture {self.name!r}: unknown roles {sorted(unknown)}; known: {MATRIX_ROLES}")
+        if len(set(roles)) != len(roles):
+            raise TransectError(f"architecture {self.name!r}: a role is given twice in {roles}")
+        missing = set(MATRIX_ROLES) - {"gate"} - set(roles)
+        if missing:
+            raise TransectError(f"architecture {self.name!r}: no path is given for the roles {sorted(missing)}")
+
+    @staticmethod
+    def from_dict(description: Mapping[str, Any]) -> Architecture:
+        """Read a declaration as it stands in a JSON file; unknown or missing keys are named in the error."""
+        known = {f.name for f in fields(Architecture)}
+        unknown = set(description) - known
+        if unknown:
+            raise TransectError(f"architecture description has unknown keys {sorted(unknown)}; known: {sorted(known)}")
+        missing = {"name", "model_types", "blocks", "matrices", "attention"} - set(description)
+        if missing:
+            raise TransectError(f"architecture description lacks {sorted(missing)}")
+        values = dict(description)
+        values["model_types"] = tuple(values["model_types"])
+        values["fused"] = {
+            path: FusedMatrix(tuple(fused["parts"]), fused.get("interleaved", False))
+            for path, fused in values.get("fused", {}).items()
+        }
+        return Architecture(**values)
+
+
+_registered: dict[str, Architecture] = {}
+
+
+@cache
+def _built_in() -> dict[str, Architecture]:
+    folder = resources.files("transect.anatomy") / "architectures"
+    found = (
+        Architecture.from_dict(json.loads(file.read_text())) for file in folder.iterdir() if file.name[-5:] == ".json"
+    )
+    return {model_type: architecture for architecture in found for model_type in architecture.model_types}
+
+
+def known_model_types() -> list[str]:
+    """All `config.model_type` values that can be opened, sorted."""
+    return sorted({**_built_in(), **_registered})
+
+
+def register_architecture(description: Mapping[str, Any] | str | Path) -> Architecture:
+    """Teach Transect an architecture, from a dict or a JSON file; it takes precedence over a built-in one."""
+    if isinstance(description, (str, Path)):
+        description = json.loads(Path(description).read_text())
+    architecture = Architecture.from_dict(description)
+    _registered.update(dict.fromkeys(architecture.model_types, architecture))
+    return architecture
+
+
+def architecture_of(model_type: str) -> Architecture:
+    """The definition for a `config.model_type`, or an error that says how to write one."""
+    found = _registered.get(model_type) or _built_in().get(model_type)
+    if found is None:
+        raise UnknownArchitecture(
+            f"the architecture {model_type!r} is not described yet (known: {', '.join(known_model_types())}). "
+            "Describe it: pass a dict or a JSON file that names the module paths of its blocks, q, k, v, o, up and down "
+            "matrices to transect.register_architecture (on the command line: --architecture FILE); "
+            'CONTRIBUTING.md, "Add an architecture", has a worked example.'
+        )
+    return found

@@ -1,0 +1,334 @@
+"""One view of any transformer: Anatomy -> Block -> Attention and MLP -> Matrix, and the structural changes on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import TransectError
+from .architecture import MATRIX_ROLES, Architecture, architecture_of
+from .matrix import Matrix
+from .record import StructureRecord, record_of
+from .surgery import SkipAttention, keep_rows_and_columns, set_attribute
+
+
+class Anatomy:
+    """A transformer laid open. Works on the user's own Hugging Face module, in place; holds no weights.
+
+    model: a `PreTrainedModel` (with or without its task head).
+    architecture: a description for it, where none is built in or registered: an `Architecture`, a dict of its
+        fields, or a JSON file. Default: looked up by `model.config.model_type`.
+    """
+
+    def __init__(self, model: Any, architecture: Architecture | Mapping[str, Any] | str | Path | None = None) -> None:
+        if architecture is None:
+            architecture = architecture_of(model.config.model_type)
+        elif not isinstance(architecture, Architecture):
+            from .architecture import register_architecture
+
+            architecture = register_architecture(architecture)
+        self.model = model
+        self.architecture = architecture
+        self.config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+        base = model.base_model
+        prefix = next(name for name, module in model.named_modules() if module is base)
+        self._prefix = prefix + "." if prefix else ""
+        try:
+            self._block_list = base.get_submodule(architecture.blocks)
+        except AttributeError as error:
+            raise TransectError(
+                f"{type(model).__name__} has no blocks at {self._prefix}{architecture.blocks!r}, where the "
+                f"architecture description {architecture.name!r} puts them: {error}"
+            ) from None
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The blocks that the model has now, in order."""
+        return [Block(self, index) for index in range(len(self._block_list))]
+
+    @property
+    def record(self) -> StructureRecord:
+        """What differs from the model that the config alone describes."""
+        return record_of(self.model)
+
+    @property
+    def embedding(self) -> nn.Module:
+        """The input embedding: token embedding, or the patch embedding of a vision model."""
+        return self.model.get_input_embeddings()
+
+    @property
+    def unembedding(self) -> nn.Module | None:
+        """The module from the last hidden state to logits, or None in a model without a language-model head."""
+        return self.model.get_output_embeddings()
+
+    @property
+    def embeddings_tied(self) -> bool:
+        """Whether embedding and unembedding are one tensor."""
+        head = self.unembedding
+        return head is not None and getattr(head, "weight", None) is getattr(self.embedding, "weight", 0)
+
+    @property
+    def final_norm(self) -> nn.Module | None:
+        path = self.architecture.final_norm
+        return None if path is None else self.model.base_model.get_submodule(path)
+
+    def matrices(self, roles: Iterable[str] | None = None) -> list[Matrix]:
+        """Every weight matrix of every block, block by block; `roles` (q, k, v, o, gate, up, down) restricts them."""
+        wanted = tuple(MATRIX_ROLES if roles is None else roles)
+        unknown = set(wanted) - set(MATRIX_ROLES)
+        if unknown:
+            raise TransectError(f"unknown matrix roles {sorted(unknown)}; known: {', '.join(MATRIX_ROLES)}")
+        return [matrix for block in self.blocks for matrix in block.matrices() if matrix.role in wanted]
+
+    def check_finite(self) -> None:
+        """Raise an error that names the first parameter that holds NaN or infinity."""
+        for name, parameter in self.model.named_parameters():
+            if parameter.is_floating_point() and not torch.isfinite(parameter).all():
+                raise TransectError(f"the weight {name} holds NaN or infinite values; repair the model first")
+
+    def drop_block(self, index: int) -> None:
+        """Remove a whole block. The config follows, so that the result is still an ordinary model of its class."""
+        if len(self._block_list) == 1:
+            raise TransectError("the last block of a model cannot be dropped")
+        if not 0 <= index < len(self._block_list):
+            raise TransectError(f"block {index} does not exist: the model has blocks 0 to {len(self._block_list) - 1}")
+        if getattr(self.config, "scale_attn_by_inverse_layer_idx", False):
+            raise TransectError(
+                "this model scales attention by the block's index: dropping a block would change others"
+            )
+        del self._block_list[index]
+        for position, block in enumerate(self._block_list):
+            for module in block.modules():
+                if isinstance(getattr(module, "layer_idx", None), int):
+                    module.layer_idx = position
+        setattr(self.config, self.architecture.config["blocks"], len(self._block_list))
+        layer_types = getattr(self.config, "layer_types", None)
+        if layer_types is not None:
+            self.config.layer_types = [kind for position, kind in enumerate(layer_types) if position != index]
+        record_of(self.model).remove_block(self._prefix + self.architecture.blocks, index)
+
+    def config_value(self, name: str) -> Any:
+        """A config entry under our name (`heads`, `neurons` ...), or None where the config does not have it."""
+        key = self.architecture.config.get(name)
+        return None if key is None else getattr(self.config, key, None)
+
+    @property
+    def head_size(self) -> int:
+        return self.config_value("head_size") or self.config_value("hidden") // self.config_value("heads")
+
+
+class Block:
+    """One transformer block: an attention sublayer, an MLP sublayer (either may have been dropped), and norms."""
+
+    def __init__(self, anatomy: Anatomy, index: int) -> None:
+        self.anatomy = anatomy
+        self.index = index
+        self.model = anatomy.model
+        self.path = f"{anatomy._prefix}{anatomy.architecture.blocks}.{index}"
+
+    @property
+    def module(self) -> nn.Module:
+        return self.model.get_submodule(self.path)
+
+    @property
+    def head_size(self) -> int:
+        return self.anatomy.head_size
+
+    @property
+    def attention(self) -> Attention | None:
+        """The attention sublayer; None if it was dropped."""
+        return Attention(self) if self._has("attention") else None
+
+    @property
+    def mlp(self) -> MLP | None:
+        """The MLP sublayer; None if it was dropped."""
+        return MLP(self) if self._has("mlp") else None
+
+    @property
+    def norms(self) -> dict[str, nn.Module]:
+        """Name -> norm, for the norms between this block's sublayers."""
+        return {name: self.module.get_submodule(path) for name, path in self.anatomy.architecture.norms.items()}
+
+    def _has(self, unit: str) -> bool:
+        if unit == "attention":
+            attention = self.module.get_submodule(self.anatomy.architecture.attention)
+            return not isinstance(attention, SkipAttention)
+        return self.find("up").shape[0] > 0
+
+    def find(self, role: str) -> Matrix:
+        """The matrix of that role where the architecture puts it, whether or not its sublayer is still there."""
+        architecture = self.anatomy.architecture
+        if role in architecture.matrices:
+            return Matrix(self, role, f"{self.path}.{architecture.matrices[role]}")
+        for path, fused in architecture.fused.items():
+            if role in fused.parts:
+                return Matrix(self, role, f"{self.path}.{path}", fused)
+        raise KeyError(role)
+
+    def matrix(self, role: str) -> Matrix:
+        """The matrix of that role; KeyError where the block has none (a gate, or a dropped sublayer)."""
+        if not self._has("attention" if role in ("q", "k", "v", "o") else "mlp"):
+            raise KeyError(role)
+        return self.find(role)
+
+    def matrices(self) -> list[Matrix]:
+        """The block's matrices in the order q, k, v, o, gate, up, down, without those of dropped sublayers."""
+        found = []
+        for role in MATRIX_ROLES:
+            try:
+                found.append(self.matrix(role))
+            except KeyError:
+                continue
+        return found
+
+    def _refuse_if_post_norm(self) -> None:
+        post_norm = self.anatomy.architecture.post_norm
+        if isinstance(post_norm, str):
+            post_norm = not getattr(self.anatomy.config, post_norm)
+        if post_norm:
+            raise TransectError(
+                f"{type(self.model).__name__} normalises after the residual sum, so a single sublayer cannot be "
+                "dropped without changing what the next one reads; drop whole blocks, or remove heads or neurons"
+            )
+
+
+class Attention:
+    """An attention sublayer: q, k, v and o, by heads. Key/value heads may be shared by groups of query heads."""
+
+    def __init__(self, block: Block) -> None:
+        self.block = block
+        self.q, self.k, self.v, self.o = (block.matrix(role) for role in ("q", "k", "v", "o"))
+
+    @property
+    def head_size(self) -> int:
+        return self.block.head_size
+
+    @property
+    def heads(self) -> int:
+        """Number of query heads."""
+        return self.q.shape[0] // self.head_size
+
+    @property
+    def key_value_heads(self) -> int:
+        return self.k.shape[0] // self.head_size
+
+    def _norm(self, path: str | None) -> nn.Module | None:
+        if path is None:
+            return None
+        parent, _, name = path.rpartition(".")
+        return getattr(self.block.module.get_submodule(parent), name, None)
+
+    @property
+    def q_norm(self) -> nn.Module | None:
+        """The norm on queries, where the architecture has one."""
+        return self._norm(self.block.anatomy.architecture.q_norm)
+
+    @property
+    def k_norm(self) -> nn.Module | None:
+        """The norm on keys, where the architecture has one."""
+        return self._norm(self.block.anatomy.architecture.k_norm)
+
+    def keep(self, heads: Iterable[int]) -> None:
+        """Keep these query heads, in this order (so a permutation is a special case), and the key/value heads they use.
+
+        The heads that share a key/value head must come together, and equally many of each kept group, since the
+        model's own code assigns query heads to key/value heads by position.
+        """
+        heads = [int(head) for head in heads]
+        group_size = self.heads // self.key_value_heads
+        if not heads:
+            raise TransectError("at least one head must be kept; to remove the sublayer use attention.drop()")
+        if len(set(heads)) != len(heads) or not all(0 <= head < self.heads for head in heads):
+            raise TransectError(f"heads to keep must be distinct numbers from 0 to {self.heads - 1}, got {heads}")
+        owners = [head // group_size for head in heads]
+        groups = list(dict.fromkeys(owners))
+        per_group = len(heads) // len(groups)
+        if owners != [group for group in groups for _ in range(per_group)]:
+            raise TransectError(
+                f"heads {heads} do not form equal groups: heads {group_size}*i to {group_size}*i+{group_size - 1} share "
+                "key/value head i; keep equally many heads of each kept group, side by side"
+            )
+        queries, keys = self._rows(heads), self._rows(groups)
+        for norm, kept, present in (
+            (self.q_norm, queries, self.q.shape[0]),
+            (self.k_norm, keys, self.k.shape[0]),
+        ):
+            weight = getattr(norm, "weight", None)
+            if weight is not None and self.heads > 1 and weight.numel() == present != self.head_size:
+                norm.weight = nn.Parameter(weight.detach()[kept].clone())  # a norm over all heads at once (OLMo-2)
+                path = next(name for name, module in self.block.model.named_modules() if module is norm)
+                record_of(self.block.model).parameters[path + ".weight"] = list(norm.weight.shape)
+        keep_rows_and_columns(self.block, {"q": queries, "k": keys, "v": keys}, {"o": queries})
+        self._set_attributes(heads=len(heads), key_value_heads=len(groups))
+
+    def _rows(self, heads: list[int]) -> Tensor:
+        return (torch.tensor(heads)[:, None] * self.head_size + torch.arange(self.head_size)).flatten()
+
+    def _set_attributes(self, heads: int, key_value_heads: int) -> None:
+        values = {
+            "heads": heads,
+            "key_value_heads": key_value_heads,
+            "heads_per_group": heads // key_value_heads,
+            "width": heads * self.head_size,
+        }
+        path = f"{self.block.path}.{self.block.anatomy.architecture.attention}"
+        for attribute, meaning in self.block.anatomy.architecture.attributes.items():
+            set_attribute(self.block.model, path, attribute, values[meaning])
+
+    def drop(self) -> None:
+        """Remove the sublayer: the block passes its residual stream on unchanged, and its key/value cache is empty."""
+        self.block._refuse_if_post_norm()
+        path = f"{self.block.path}.{self.block.anatomy.architecture.attention}"
+        layer_idx = getattr(self.block.model.get_submodule(path), "layer_idx", None)
+        stand_in = path + self.o.path.removeprefix(path)
+        skip = SkipAttention(layer_idx, stand_in.removeprefix(path + "."))
+        self.block.model.set_submodule(path, skip)
+        record = record_of(self.block.model)
+        record.attributes.pop(path, None)
+        record.set_module(path, skip.describe())
+
+
+class MLP:
+    """An MLP sublayer: down(activation(up x)), or down(activation(gate x) * up x). Its hidden units are neurons."""
+
+    def __init__(self, block: Block) -> None:
+        self.block = block
+        self.up, self.down = block.matrix("up"), block.matrix("down")
+        try:
+            self.gate: Matrix | None = block.matrix("gate")
+        except KeyError:
+            self.gate = None
+
+    @property
+    def neurons(self) -> int:
+        return self.up.shape[0]
+
+    @property
+    def activation(self) -> nn.Module | None:
+        path = self.block.anatomy.architecture.activation
+        return None if path is None else self.block.module.get_submodule(path)
+
+    def keep(self, neurons: Iterable[int]) -> None:
+        """Keep these neurons, in this order (so a permutation is a special case)."""
+        kept = torch.as_tensor(list(neurons) if not isinstance(neurons, Tensor) else neurons, dtype=torch.long)
+        if kept.numel() == 0:
+            raise TransectError("at least one neuron must be kept; to remove the sublayer use mlp.drop()")
+        if kept.unique().numel() != kept.numel() or int(kept.min()) < 0 or int(kept.max()) >= self.neurons:
+            raise TransectError(f"neurons to keep must be distinct numbers from 0 to {self.neurons - 1}")
+        self._keep(kept)
+
+    def _keep(self, kept: Tensor) -> None:
+        rows = {"up": kept} if self.gate is None else {"gate": kept, "up": kept}
+        keep_rows_and_columns(self.block, rows, {"down": kept})
+
+    def drop(self) -> None:
+        """Remove the sublayer: no neuron is left and the output bias is gone, so that it adds nothing."""
+        self.block._refuse_if_post_norm()
+        self._keep(torch.empty(0, dtype=torch.long))
+        with torch.no_grad():
+            if self.down.module.bias is not None:
+                self.down.module.bias.zero_()

@@ -1,0 +1,17 @@
+"""The errors that a user can cause and mend; the command line prints them without a traceback."""
+
+
+class TransectError(ValueError):
+    """Something that the caller asked for cannot be done; the message says what came and what was expected."""
+
+
+class UnknownArchitecture(TransectError):
+    """The model's architecture has no definition yet."""
+
+
+class BadCheckpoint(TransectError):
+    """A model folder is incomplete, damaged or does not fit its own description."""
+
+
+class BadData(TransectError):
+    """Calibration or evaluation data is missing, empty or unreadable."""

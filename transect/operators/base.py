@@ -1,0 +1,64 @@
+"""The contract of a structured stand-in for a dense linear map."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Operator(nn.Module):
+    """y = Ŵx + b with Ŵ (d_out x d_in) stored in some structure.
+
+    A subclass sets `kind`, calls `super().__init__(d_in, d_out)`, holds its numbers in parameters or in submodules,
+    and defines `bias`, `forward`, `to_dense`, `describe`, `select`, and `from_description`.
+
+    The buffer `weight` is empty on purpose. In a checkpoint it stands under the name of the dense matrix that is
+    gone, so that transformers without Transect stops at a shape mismatch; with the name missing it would only warn,
+    and run on random numbers.
+    """
+
+    kind: str
+
+    def __init__(self, d_in: int, d_out: int) -> None:
+        super().__init__()
+        self.in_features = d_in
+        self.out_features = d_out
+        self.register_buffer("weight", torch.empty(0))
+
+    bias: Any
+
+    def to_dense(self) -> Tensor:
+        """Ŵ (d_out x d_in)."""
+        raise NotImplementedError
+
+    def describe(self) -> dict[str, Any]:
+        """JSON from which `operators.build` makes the same operator, without its numbers."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_description(cls, description: dict[str, Any]) -> Operator:
+        """The operator that `describe` described, with uninitialised numbers."""
+        raise NotImplementedError
+
+    def select(self, rows: Tensor | None, columns: Tensor | None) -> Operator:
+        """The same map restricted to some outputs (rows) and inputs (columns)."""
+        raise NotImplementedError
+
+    @property
+    def flops(self) -> int:
+        """Floating point operations (a multiply-add counts 2) to apply Ŵ to one vector."""
+        raise NotImplementedError
+
+
+def stored_bytes(module: nn.Module) -> int:
+    """Bytes of every number that the module stores, bias included."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def flops_of(module: Any) -> int:
+    """FLOPs (a multiply-add counts 2) to apply a dense or structured map to one vector, without its bias."""
+    flops = getattr(module, "flops", None)
+    return flops if flops is not None else 2 * module.weight.numel()

@@ -1,0 +1,69 @@
+"""Ŵ = L R with L (d_out x r) and R (r x d_in): two thin linear layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .base import Operator
+
+
+class LowRank(Operator):
+    """y = L(Rx) + b. L and R are `nn.Linear`, so that whatever works on those (LoRA, quantizers) works on them.
+
+    d_in, d_out, rank: sizes, 1 <= rank. bias: whether y has a bias (d_out).
+    """
+
+    kind = "low_rank"
+
+    def __init__(self, d_in: int, d_out: int, rank: int, bias: bool) -> None:
+        super().__init__(d_in, d_out)
+        self.rank = rank
+        self.right = nn.Linear(d_in, rank, bias=False)  # R
+        self.left = nn.Linear(rank, d_out, bias=bias)  # L, b
+
+    @classmethod
+    def from_factors(cls, left: Tensor, right: Tensor, bias: Tensor | None = None) -> LowRank:
+        """From L (d_out x r), R (r x d_in) and b (d_out)."""
+        with torch.device("meta"):
+            operator = cls(right.shape[1], left.shape[0], right.shape[0], bias is not None)
+        operator.weight = torch.empty(0, dtype=left.dtype, device=left.device)
+        operator.left.weight = nn.Parameter(left.detach().clone(memory_format=torch.contiguous_format))
+        operator.right.weight = nn.Parameter(right.detach().clone(memory_format=torch.contiguous_format))
+        if bias is not None:
+            operator.left.bias = nn.Parameter(bias.detach().clone())
+        return operator
+
+    @property
+    def bias(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.left.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.left(self.right(x))
+
+    def to_dense(self) -> Tensor:
+        return self.left.weight @ self.right.weight
+
+    def select(self, rows: Tensor | None, columns: Tensor | None) -> LowRank:
+        left, right, bias = self.left.weight, self.right.weight, self.bias
+        if rows is not None:
+            left, bias = left[rows], None if bias is None else bias[rows]
+        if columns is not None:
+            right = right[:, columns]
+        return LowRank.from_factors(left, right, bias).train(self.training)
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.rank * (self.in_features + self.out_features)
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind, "in": self.in_features, "out": self.out_features, "rank": self.rank,
+            "bias": self.bias is not None,
+        }  # fmt: skip
+
+    @classmethod
+    def from_description(cls, description: dict[str, Any]) -> LowRank:
+        return cls(description["in"], description["out"], description["rank"], description["bias"])
