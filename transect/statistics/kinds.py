@@ -1,0 +1,196 @@
+"""The statistics that methods can ask for. Each is a set of sums, so that parts of the data merge exactly.
+
+A statistic is a small frozen description (hashable, with its settings); the sums live in a dict of tensors beside it:
+`zeros` makes them, `update` adds one batch, `value` turns them into the tensor that a method receives. Merging is
+addition for all of them, done once in `Statistics.merge`.
+
+Shapes: x is a matrix's input (B, T, d_in), g the gradient of the summed loss with respect to its output (B, T, d_out),
+mask (B, T) is True where a position counts, or None where all do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from .gram import add_gram_, symmetric_from_upper
+
+Sums = dict[str, Tensor]
+Needs = Literal["input", "gradient", "both", "block"]
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """needs: what `update` is given: a matrix's input, its output gradient, both, or a block's input and output.
+
+    shared: True where the statistic depends on the input alone, so that q, k and v (gate and up) share one.
+    """
+
+    needs: ClassVar[Needs]
+    shared: ClassVar[bool] = False
+
+    @property
+    def label(self) -> str:
+        """Name and settings, the key under which the sums are kept on disk."""
+        return repr(self)
+
+    def zeros(self, d_out: int, d_in: int, dtype: torch.dtype, device: torch.device) -> Sums:
+        raise NotImplementedError
+
+    def value(self, sums: Sums) -> Tensor:
+        raise NotImplementedError
+
+
+def _rows(x: Tensor, mask: Tensor | None) -> Tensor:
+    return x.flatten(0, 1) if mask is None else x[mask]
+
+
+@dataclass(frozen=True)
+class InputCovariance(Statistic):
+    """E[x xᵀ] (d_in x d_in), uncentred: the Gram matrix of the inputs over the number of positions; K-FAC's A."""
+
+    needs = "input"
+    shared = True
+
+    def zeros(self, d_out: int, d_in: int, dtype: torch.dtype, device: torch.device) -> Sums:
+        return {
+            "gram": torch.zeros(d_in, d_in, dtype=dtype, device=device),
+            "count": torch.zeros((), dtype=torch.float64),
+        }
+
+    def update(self, sums: Sums, x: Tensor, mask: Tensor | None) -> None:
+        rows = _rows(x, mask)
+        add_gram_(sums["gram"], rows)
+        sums["count"] += len(rows)
+
+    def value(self, sums: Sums) -> Tensor:
+        return symmetric_from_upper(sums["gram"]) / sums["count"].item()
+
+
+@dataclass(frozen=True)
+class InputMean(Statistic):
+    """E[x] (d_in)."""
+
+    needs = "input"
+    shared = True
+
+    def zeros(self, d_out: int, d_in: int, dtype: torch.dtype, device: torch.device) -> Sums:
+        return {"sum": torch.zeros(d_in, dtype=dtype, device=device), "count": torch.zeros((), dtype=torch.float64)}
+
+    def update(self, sums: Sums, x: Tensor, mask: Tensor | None) -> None:
+        rows = _rows(x, mask)
+        sums["sum"] += rows.sum(0, dtype=sums["sum"].dtype)
+        sums["count"] += len(rows)
+
+    def value(self, sums: Sums) -> Tensor:
+        return sums["sum"] / sums["count"].item()
+
+
+@dataclass(frozen=True)
+class FeatureNorm(Statistic):
+    """(E |x_j|^p)^(1/p) (d_in) of every input feature: p = 1 is the mean magnitude, p = 2 the root mean square."""
+
+    power: int = 2
+    needs = "input"
+    shared = True
+
+    def zeros(self, d_out: int, d_in: int, dtype: torch.dtype, device: torch.device) -> Sums:
+        return {"sum": torch.zeros(d_in, dtype=dtype, device=device), "count": torch.zeros((), dtype=torch.float64)}
+
+    def update(self, sums: Sums, x: Tensor, mask: Tensor | None) -> None:
+        rows = _rows(x, mask)
+        sums["sum"] += rows.abs().pow(self.power).sum(0, dtype=sums["sum"].dtype)
+        sums["count"] += len(rows)
+
+    def value(self, sums: Sums) -> Tensor:
+        return (sums["sum"] / sums["count"].item()).pow(1 / self.power)
+
+
+@dataclass(frozen=True)
+class OutputGradientCovariance(Statistic):
+    """E[g gᵀ] (d_out x d_out) over positions; K-FAC's second factor Γ (also B or G).
+
+    g is one position's gradient of the loss summed over the sequence, so no averaging hides in it.
+    trim: share of positions to leave out at either end of every sequence (language models; LEMS uses 1/8).
+    clip: clamp each position's gradient norm to [clip[0], clip[1]] x the mean norm of its sequence (after trimming);
+        norms below 1e-10 stay as they are. None: no clamping.
+    """
+
+    trim: float = 0.0
+    clip: tuple[float, float] | None = None
+    needs = "gradient"
+
+    def zeros(self, d_out: int, d_in: int, dtype: torch.dtype, device: torch.device) -> Sums:
+        return {
+            "gram": torch.zeros(d_out, d_out, dtype=dtype, device=device),
+            "count": torch.zeros((), dtype=torch.float64),
+        }
+
+    def update(self, sums: Sums, g: Tensor, mask: Tensor | None) -> None:
+        cut = int(self.trim * g.shape[1])
+        if cut:
+            g = g[:, cut:-cut]
+            mask = None if mask is None else mask[:, cut:-cut]
+        if self.clip is not None:
+            g = clip_norms(g, mask, *self.clip)
+        rows = _rows(g, mask)
+        add_gram_(sums["gram"], rows)
+        sums["count"] += len(rows)
+
+    def value(self, sums: Sums) -> Tensor:
+        return symmetric_from_upper(sums["gram"]) / sums["count"].item()
+
+
+def clip_norms(g: Tensor, mask: Tensor | None, low: float, high: float) -> Tensor:
+    """Scale each position of g (B, T, d) so that its norm lies in [low, high] x its sequence's mean norm."""
+    norms = torch.linalg.vector_norm(g.float(), dim=-1)  # (B, T)
+    if mask is None:
+        mean = norms.mean(1, keepdim=True)
+    else:
+        mean = (norms * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp_min(1)
+    clamped = torch.minimum(torch.maximum(norms, low * mean), high * mean)
+    scale = torch.where(norms < 1e-10, torch.ones_like(norms), clamped / norms.clamp_min(1e-10))
+    return g * scale.to(g.dtype)[..., None]
+
+
+@dataclass(frozen=True)
+class FisherDiagonal(Statistic):
+    """E[(dL/dW)²] (d_out x d_in): the squared gradient of each example's loss, averaged over examples."""
+
+    needs = "both"
+
+    def zeros(self, d_out: int, d_in: int, dtype: torch.dtype, device: torch.device) -> Sums:
+        return {
+            "sum": torch.zeros(d_out, d_in, dtype=dtype, device=device),
+            "count": torch.zeros((), dtype=torch.float64),
+        }
+
+    def update(self, sums: Sums, x: Tensor, g: Tensor) -> None:
+        # padding has no gradient of its own, but attention may send one to a padded key; the caller zeroes those.
+        for one_x, one_g in zip(x, g, strict=True):  # one example at a time: its d_out x d_in gradient is the peak
+            sums["sum"] += (one_g.T @ one_x).square_()
+        sums["count"] += len(x)
+
+    def value(self, sums: Sums) -> Tensor:
+        return sums["sum"] / sums["count"].item()
+
+
+@dataclass(frozen=True)
+class BlockSimilarity(Statistic):
+    """E[cos(h_in, h_out)] (a scalar): how little a block turns the residual stream, per position."""
+
+    needs = "block"
+
+    def zeros(self, d_out: int, d_in: int, dtype: torch.dtype, device: torch.device) -> Sums:
+        return {"sum": torch.zeros((), dtype=torch.float64), "count": torch.zeros((), dtype=torch.float64)}
+
+    def update(self, sums: Sums, before: Tensor, after: Tensor, mask: Tensor | None) -> None:
+        cosine = torch.nn.functional.cosine_similarity(_rows(before, mask).float(), _rows(after, mask).float(), dim=-1)
+        sums["sum"] += cosine.sum(dtype=torch.float64).cpu()
+        sums["count"] += cosine.numel()
+
+    def value(self, sums: Sums) -> Tensor:
+        return sums["sum"] / sums["count"]

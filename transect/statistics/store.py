@@ -1,0 +1,106 @@
+"""The collected sums: merged, saved and read as one thing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import TransectError
+from .kinds import Statistic, Sums
+
+_SEPARATOR = "|"  # key|statistic|sum, the name of a tensor on disk
+
+
+class Statistics:
+    """Sums by (key, statistic). `dtype` is the precision in which they are added up."""
+
+    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
+        self.dtype = dtype
+        self._sums: dict[tuple[str, str], Sums] = {}
+
+    def sums(self, key: str, statistic: Statistic, shape: tuple[int, int], like: Any) -> Sums:
+        """The sums of one statistic, made with zeros on first use; `like` is a module on the right device."""
+        found = self._sums.get((key, statistic.label))
+        if found is None:
+            tensor = next(like.parameters(), None)
+            device = torch.device("cpu") if tensor is None else tensor.device
+            found = self._sums[key, statistic.label] = statistic.zeros(*shape, self.dtype, device)
+        return found
+
+    def value(self, key: str, statistic: Statistic) -> Tensor:
+        """The statistic's value, see its class; an error if it was not collected or has seen no data."""
+        found = self._sums.get((key, statistic.label))
+        if found is None:
+            raise TransectError(f"the statistic {statistic.label} of {key} was not collected")
+        if float(found["count"]) == 0:
+            raise TransectError(f"the statistic {statistic.label} of {key} has seen no data")
+        return statistic.value(found)
+
+    def __contains__(self, item: tuple[str, Statistic]) -> bool:
+        return (item[0], item[1].label) in self._sums
+
+    def merge(self, other: Statistics) -> Statistics:
+        """Add another part's sums, in place; the result is that of collecting over both parts' data."""
+        for key, sums in other._sums.items():
+            mine = self._sums.get(key)
+            if mine is None:
+                self._sums[key] = {name: tensor.clone() for name, tensor in sums.items()}
+                continue
+            for name, tensor in sums.items():
+                if mine[name].shape != tensor.shape:
+                    raise TransectError(f"cannot merge {key}: shapes {tuple(mine[name].shape)}, {tuple(tensor.shape)}")
+                mine[name] += tensor.to(mine[name])
+        return self
+
+    def all_reduce(self) -> None:
+        """Sum over all processes of torch.distributed; each then holds the total."""
+        for key in sorted(self._sums):
+            for tensor in self._sums[key].values():
+                torch.distributed.all_reduce(tensor)
+
+    def check_finite(self) -> None:
+        """Raise an error that names a layer whose activations or gradients were NaN or infinite."""
+        for (key, label), sums in self._sums.items():
+            for tensor in sums.values():
+                # one number per row is enough: a NaN or infinity anywhere in a Gram matrix reaches its diagonal
+                probe = tensor.diagonal() if tensor.ndim == 2 and tensor.shape[0] == tensor.shape[1] else tensor
+                if not torch.isfinite(probe).all():
+                    raise TransectError(f"NaN or infinite activations or gradients at {key} (seen by {label})")
+
+    def state(self) -> dict[str, Tensor]:
+        """All sums as flat tensors, names `key|statistic|sum`."""
+        return {
+            _SEPARATOR.join((*key, name)): tensor.contiguous()
+            for key, sums in self._sums.items()
+            for name, tensor in sums.items()
+        }
+
+    def save(self, path: Path, settings: dict[str, str]) -> None:
+        """Write beside, then rename. `settings` say what the sums are of; `load` wants the same."""
+        partial = path.with_name(path.name + ".partial")
+        try:
+            save_file(self.state(), partial, metadata={**settings, "dtype": str(self.dtype)})
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @staticmethod
+    def load(path: Path, settings: dict[str, str]) -> Statistics | None:
+        """Read saved sums; None if there are none, or if they are of another model, data or setting."""
+        if not path.is_file():
+            return None
+        with safe_open(path, "pt") as file:
+            metadata = dict(file.metadata() or {})
+            dtype = metadata.pop("dtype", "")
+            if metadata != settings:
+                return None
+            store = Statistics(getattr(torch, dtype.removeprefix("torch.")))
+            for name in file.keys():  # noqa: SIM118 - a safetensors file is not a dict
+                key, label, part = name.split(_SEPARATOR)
+                store._sums.setdefault((key, label), {})[part] = file.get_tensor(name)
+        return store
