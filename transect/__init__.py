@@ -1,3 +1,21 @@
-"""Transect: open up a trained transformer, factorize its weight matrices, and keep an ordinary checkpoint."""
+"""Transect: open up a trained transformer, factorize its weight matrices, and keep an ordinary checkpoint.
+
+    import transect
+    transect.compress(model, "svd-llm", keep=0.7, data=texts)
+    model.save_pretrained("small")
+
+Importing it also lets transformers load what it saved: `AutoModelForCausalLM.from_pretrained("small")`.
+"""
 
 __version__ = "0.1.0"
+
+from . import checkpoint as _checkpoint  # noqa: F401 - registers the loader with transformers
+from .anatomy import Anatomy, register_architecture
+from .compression import allocations, methods
+from .errors import BadCheckpoint, BadData, TransectError, UnknownArchitecture
+from .verbs import compare, compress, evaluate
+
+__all__ = [
+    "Anatomy", "BadCheckpoint", "BadData", "TransectError", "UnknownArchitecture", "allocations", "compare",
+    "compress", "evaluate", "methods", "register_architecture",
+]  # fmt: skip

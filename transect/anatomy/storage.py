@@ -45,7 +45,8 @@ class Stacked(nn.Module):
         return torch.stack(heads, dim=-2).flatten(-3)
 
     def describe(self) -> dict[str, Any]:
-        parts = {role: describe(part) for role, part in self.parts.items()}
+        # A list, since the order of a JSON object's keys does not survive: transformers sorts them.
+        parts = [[role, describe(part)] for role, part in self.parts.items()]
         return {"kind": "stacked", "parts": parts, "head_size": self.head_size}
 
 

@@ -38,7 +38,7 @@ class Anatomy:
         prefix = next(name for name, module in model.named_modules() if module is base)
         self._prefix = prefix + "." if prefix else ""
         try:
-            self._block_list = base.get_submodule(architecture.blocks)
+            self.block_list = base.get_submodule(architecture.blocks)
         except AttributeError as error:
             raise TransectError(
                 f"{type(model).__name__} has no blocks at {self._prefix}{architecture.blocks!r}, where the "
@@ -48,7 +48,7 @@ class Anatomy:
     @property
     def blocks(self) -> list[Block]:
         """The blocks that the model has now, in order."""
-        return [Block(self, index) for index in range(len(self._block_list))]
+        return [Block(self, index) for index in range(len(self.block_list))]
 
     @property
     def record(self) -> StructureRecord:
@@ -92,20 +92,20 @@ class Anatomy:
 
     def drop_block(self, index: int) -> None:
         """Remove a whole block. The config follows, so that the result is still an ordinary model of its class."""
-        if len(self._block_list) == 1:
+        if len(self.block_list) == 1:
             raise TransectError("the last block of a model cannot be dropped")
-        if not 0 <= index < len(self._block_list):
-            raise TransectError(f"block {index} does not exist: the model has blocks 0 to {len(self._block_list) - 1}")
+        if not 0 <= index < len(self.block_list):
+            raise TransectError(f"block {index} does not exist: the model has blocks 0 to {len(self.block_list) - 1}")
         if getattr(self.config, "scale_attn_by_inverse_layer_idx", False):
             raise TransectError(
                 "this model scales attention by the block's index: dropping a block would change others"
             )
-        del self._block_list[index]
-        for position, block in enumerate(self._block_list):
+        del self.block_list[index]
+        for position, block in enumerate(self.block_list):
             for module in block.modules():
                 if isinstance(getattr(module, "layer_idx", None), int):
                     module.layer_idx = position
-        setattr(self.config, self.architecture.config["blocks"], len(self._block_list))
+        setattr(self.config, self.architecture.config["blocks"], len(self.block_list))
         layer_types = getattr(self.config, "layer_types", None)
         if layer_types is not None:
             self.config.layer_types = [kind for position, kind in enumerate(layer_types) if position != index]

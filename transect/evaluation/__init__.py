@@ -1,0 +1,50 @@
+"""Evaluation: loss, perplexity, accuracy, speed, memory and size, and the bridge to lm-evaluation-harness."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from ..statistics.objective import Batch
+from .harness import run_lm_eval
+from .loss import LossResult, evaluate_loss
+from .memory import peak_memory
+from .size import checkpoint_bytes, matrix_bytes, model_bytes, parameters
+from .speed import Speed, measure_speed
+
+__all__ = [
+    "LossResult",
+    "Speed",
+    "checkpoint_bytes",
+    "evaluate",
+    "evaluate_loss",
+    "matrix_bytes",
+    "measure_speed",
+    "model_bytes",
+    "parameters",
+    "peak_memory",
+    "run_lm_eval",
+]
+
+
+def evaluate(model: Any, batches: Collection[Batch]) -> dict[str, float | int | None]:
+    """Everything that a table row shows about a model.
+
+    loss (nats a prediction), perplexity, accuracy, tokens (predictions scored), seconds (of scoring them), parameters,
+    bytes (of the whole model), prefill_tokens_per_second, decode_tokens_per_second (None unless causal), peak_memory
+    (bytes, of the process so far).
+    """
+    scores = evaluate_loss(model, batches)
+    speed = measure_speed(model)
+    return {
+        "loss": scores.loss,
+        "perplexity": scores.perplexity,
+        "accuracy": scores.accuracy,
+        "tokens": scores.tokens,
+        "parameters": parameters(model),
+        "bytes": model_bytes(model),
+        "prefill_tokens_per_second": speed.prefill_tokens_per_second,
+        "decode_tokens_per_second": speed.decode_tokens_per_second,
+        "peak_memory": peak_memory(model.device),
+        "seconds": scores.seconds,
+    }

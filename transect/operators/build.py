@@ -33,7 +33,7 @@ def build(description: dict[str, Any]) -> nn.Module:
     if kind == "conv1d":
         return Conv1D(description["out"], description["in"])
     if kind == "stacked":
-        parts = {role: build(part) for role, part in description["parts"].items()}
+        parts = {role: build(part) for role, part in description["parts"]}
         return Stacked(parts, description["head_size"])
     if kind == "skip_attention":
         return SkipAttention(description["layer_idx"], description["stand_in"])

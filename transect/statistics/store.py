@@ -41,6 +41,13 @@ class Statistics:
             raise TransectError(f"the statistic {statistic.label} of {key} has seen no data")
         return statistic.value(found)
 
+    def copy_from(self, other: Statistics, key: str, statistic: Statistic) -> None:
+        """Take over one statistic from another store, sharing its tensors."""
+        found = other._sums.get((key, statistic.label))
+        if found is None:
+            raise TransectError(f"the statistic {statistic.label} of {key} was not collected")
+        self._sums[key, statistic.label] = found
+
     def __contains__(self, item: tuple[str, Statistic]) -> bool:
         return (item[0], item[1].label) in self._sums
 

@@ -1,0 +1,50 @@
+"""Make the ordinary `model.save_pretrained` and `from_pretrained` keep the structure record."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from .quantizer import TransectQuantizer, register
+from .save import hugging_face_save, save
+
+
+class RecordingQuantizer(TransectQuantizer):
+    """What Transect registers: the loaded model knows its record, and can be changed and saved further."""
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        model.__dict__["_structure_record"] = self.record
+        return super()._process_model_after_weight_loading(model, **kwargs)
+
+
+@functools.wraps(hugging_face_save)
+def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+    """transformers' own for a model that Transect has not changed; otherwise `transect.checkpoint.save`.
+
+    As in transformers, a checkpoint that is there already is replaced.
+    """
+    if "_structure_record" not in self.__dict__:
+        return hugging_face_save(self, save_directory, *args, **kwargs)
+    given = inspect.signature(hugging_face_save).bind(self, save_directory, *args, **kwargs).arguments
+    given = {**given.pop("kwargs", {}), **given}
+    del given["self"], given["save_directory"]
+    hub = {key: given.pop(key) for key in ("repo_id", "commit_message", "create_pr", "private") if key in given}
+    if not given.get("is_main_process", True):  # takes part in gathering a sharded model, writes nothing
+        return hugging_face_save(self, save_directory, **given)
+    push_to_hub = given.pop("push_to_hub", False)
+    target = save(self, save_directory, overwrite=True, **given)
+    if push_to_hub:
+        self.push_to_hub(**{"repo_id": target.name, "token": given.get("token"), **hub})
+
+
+def attach() -> None:
+    """Called when Transect is imported.
+
+    The method is replaced on the class, not on each changed model: an instance that held its own would be part of a
+    reference cycle, so that a deleted model would keep its memory, and a copy of it would save the original.
+    """
+    PreTrainedModel.save_pretrained = save_pretrained
+    register(RecordingQuantizer)

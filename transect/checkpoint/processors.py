@@ -1,0 +1,41 @@
+"""The tokenizer or image processor that belongs to a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoImageProcessor, AutoTokenizer
+from transformers.utils.hub import cached_file
+
+from ..errors import BadCheckpoint
+
+# Without one of its files, AutoTokenizer makes up an empty tokenizer from config.json alone.
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_PROCESSOR = ("preprocessor_config.json",)
+
+
+def load_processors(where: str, **kwargs: Any) -> tuple[Any, Any]:
+    """Tokenizer and image processor of a folder or hub name; None for one that is not there.
+
+    kwargs: for `from_pretrained`. Raises BadCheckpoint for one that is damaged.
+    """
+    return _load(AutoTokenizer, where, _TOKENIZER, **kwargs), _load(AutoImageProcessor, where, _PROCESSOR, **kwargs)
+
+
+def _load(auto: Any, where: str, files: tuple[str, ...], **kwargs: Any) -> Any:
+    if not any(_exists(where, file, **kwargs) for file in files):
+        return None
+    try:
+        return auto.from_pretrained(where, **kwargs)
+    except ImportError:  # image processors need pillow; the model itself does not
+        return None
+    except Exception as error:  # tokenizers raises bare Exceptions
+        kind = "tokenizer" if auto is AutoTokenizer else "image processor"
+        raise BadCheckpoint(f"the {kind} of {where} cannot be loaded: {error}") from error
+
+
+def _exists(where: str, file: str, **kwargs: Any) -> bool:
+    try:
+        return cached_file(where, file, _raise_exceptions_for_missing_entries=False, **kwargs) is not None
+    except (OSError, ValueError):  # not cached, and no network; or no hub name at all
+        return False

@@ -1,0 +1,119 @@
+"""Write a model as an ordinary Hugging Face folder, with its structure record where it needs one."""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import PreTrainedModel
+
+from ..anatomy import record_of
+from ..errors import TransectError
+from .modeling_file import MODULE, auto_map, concrete_class, modeling_source
+from .place import placed
+from .plain import STRUCTURE_KEYS, fits, sizes_in_config, skeleton, stops, store_as_conv1d
+from .processors import load_processors
+from .quantizer import METHOD, STOP
+
+hugging_face_save = PreTrainedModel.save_pretrained  # before `attach` puts Transect's in its place
+HISTORY = "transect"  # the key of config.json under which a plain checkpoint keeps what was done to it
+
+
+def save(
+    model: Any,
+    folder: str | Path,
+    tokenizer: Any = None,
+    *,
+    overwrite: bool = False,
+    max_shard_size: int | str = "5GB",
+    **kwargs: Any,
+) -> Path:
+    """Write safetensors, config.json, the tokenizer and the structure record; returns the folder.
+
+    Where config.json alone can describe the model, the folder needs no Transect to be loaded. Otherwise it loads
+    with `import transect`, or with `trust_remote_code=True`, and a transformers that has neither refuses it.
+
+    tokenizer: tokenizer or image processor to write. Default: the one of `open_model`, or that of the folder or
+        (cached) hub name from which the model was loaded.
+    overwrite: whether a folder that exists and is not empty may be written to. A checkpoint in it is replaced as a
+        whole when the new one is complete; other files in it stay.
+    kwargs: passed to transformers' `save_pretrained`.
+
+    Raises TransectError if the folder exists, or cannot be written (disk full); nothing that was there is lost.
+    """
+    target = Path(folder).expanduser().resolve()
+    if target.is_file():
+        raise TransectError(f"{target} is a file; name a folder to write the model to")
+    if not overwrite and target.is_dir() and any(target.iterdir()):
+        raise TransectError(f"the folder {target} exists and is not empty; pass overwrite=True (--overwrite)")
+    with placed(target) as partial:
+        _write(model, partial, max_shard_size=max_shard_size, **kwargs)
+        tokenizer = tokenizer if tokenizer is not None else _tokenizer_of(model)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+    return target
+
+
+def _write(model: Any, folder: Path, **kwargs: Any) -> None:
+    record = copy.deepcopy(record_of(model))
+    state = kwargs["state_dict"] = dict(kwargs.get("state_dict") or model.state_dict())
+    edits: dict[str, Any] = {}
+    ordinary = not record
+    stopped = False
+    if record:
+        plain = skeleton(model, {})
+        store_as_conv1d(record, plain, state)
+        edits = sizes_in_config(model, plain)
+        plain = skeleton(model, edits)
+        ordinary, stopped = fits(plain, record, state), stops(plain, state)
+    # A record names the modules as they are now; only plain folders follow the names of older transformers versions.
+    kwargs.setdefault("save_original_format", ordinary)
+    hugging_face_save(model, folder, **kwargs)
+    file = folder / "config.json"
+    if not file.exists():  # only an adapter was written
+        return
+    config = {k: v for k, v in json.loads(file.read_text()).items() if k not in (*STRUCTURE_KEYS, HISTORY)} | edits
+    if f"{MODULE}." in str(config.get("auto_map")):  # the model was loaded through an earlier folder's modeling file
+        del config["auto_map"]
+        (folder / f"{MODULE}.py").unlink(missing_ok=True)
+    record.history = getattr(model.config, HISTORY, {}).get("history", []) + record.history
+    if ordinary and record.history:
+        config[HISTORY] = {"history": record.history}
+    if not ordinary:
+        config["quantization_config"] = {"quant_method": METHOD, "record": record.to_dict()}
+        if not stopped:
+            config["attn_implementation"] = STOP
+        _write_modeling_file(model, folder, record, config)
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _write_modeling_file(model: Any, folder: Path, record: Any, config: dict[str, Any]) -> None:
+    cls = concrete_class(model)
+    classes = auto_map(cls)
+    if not classes or not hasattr(transformers, cls.__name__):
+        return
+    try:
+        source = modeling_source(cls, record)
+    except TransectError as error:  # an operator typed into an interpreter: the result itself must not be lost
+        warnings.warn(f"{error}; the saved folder loads only after the operator has been imported", stacklevel=2)
+        return
+    (folder / f"{MODULE}.py").write_text(source)
+    config["auto_map"] = classes
+
+
+def _tokenizer_of(model: Any) -> Any:
+    """The tokenizer or image processor that the model came with, found without asking the network."""
+    known = getattr(model, "_transect_tokenizer", None)
+    source = getattr(model.config, "name_or_path", "")
+    if known is not None or not source:
+        return known
+    try:
+        tokenizer, processor = load_processors(source, local_files_only=True)
+    except TransectError as error:
+        warnings.warn(f"no tokenizer is saved with the model: {error}", stacklevel=2)
+        return None
+    return tokenizer if tokenizer is not None else processor

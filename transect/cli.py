@@ -1,0 +1,319 @@
+"""The command line: parses, calls the Python API, prints."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+stderr = Console(stderr=True)
+stdout = Console()
+
+
+class MethodHelp(click.Command):
+    """A command that takes methods' parameters as options, and lists them in its help."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        from .compression import allocations, methods
+
+        for title, entries in (("Methods and their parameters", methods()), ("Allocations", allocations())):
+            with formatter.section(title):
+                for entry in entries:
+                    formatter.write_dl([(f"{entry.name}  [{entry.paper}]", entry.summary)])
+                    with formatter.indentation():
+                        for parameter in entry.parameters:
+                            name = f"--{entry.name}.{parameter.name.replace('_', '-')}"
+                            formatter.write_dl([(name, f"{parameter.help} [default: {parameter.default}]")])
+
+
+def _split(context: click.Context, parameter: click.Parameter, value: str | None) -> list[str] | None:
+    return None if value is None else [part.strip() for part in value.split(",") if part.strip()]
+
+
+def _shares(context: click.Context, parameter: click.Parameter, value: str) -> list[float]:
+    try:
+        return [float(part) for part in value.split(",") if part.strip()]
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not a comma-separated list of numbers") from None
+
+
+def _method_settings(arguments: list[str], method: str | None) -> dict[str, dict[str, Any]]:
+    """`--svd-llm.shrinkage 1e-4` (or `--shrinkage 1e-4` where there is one method) by method, as strings."""
+    found: dict[str, dict[str, Any]] = {}
+    waiting = list(arguments)
+    while waiting:
+        option = waiting.pop(0)
+        if not option.startswith("--"):
+            raise click.UsageError(f"unexpected argument {option!r}")
+        name, equals, value = option[2:].partition("=")
+        if not equals:
+            if not waiting:
+                raise click.UsageError(f"option {option} needs a value")
+            value = waiting.pop(0)
+        owner, dot, parameter = name.rpartition(".")
+        if not dot:
+            if method is None:
+                raise click.UsageError(f"no such option: --{name} (parameters of a method are --METHOD.PARAMETER)")
+            owner = method
+        found.setdefault(owner, {})[parameter.replace("-", "_")] = value
+    return found
+
+
+@contextmanager
+def _progress(quiet: bool) -> Any:
+    """A function that shows a bar for an iterable, on standard error."""
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+        console=stderr, transient=True, disable=quiet,
+    )  # fmt: skip
+
+    def show(items: Iterable[Any], label: str) -> Iterable[Any]:
+        items = list(items)
+        task = bar.add_task(label, total=len(items))
+        for item in items:
+            yield item
+            bar.advance(task)
+        bar.remove_task(task)
+
+    with bar:
+        yield bar, show
+
+
+def _options(*names: str) -> Any:
+    """Options that several commands share."""
+    known = {
+        "architecture": click.option("--architecture", type=click.Path(exists=True, dir_okay=False), metavar="FILE",
+                                     help="JSON description of the model's architecture, if it is not built in."),
+        "dtype": click.option("--dtype", help="Load the model in this type, e.g. bfloat16. Default: as stored."),
+        "device": click.option("--device", help="E.g. cuda. Default: the CPU."),
+        "sequence_length": click.option("--sequence-length", type=int, help="Tokens in a sequence."),
+        "sequences": click.option("--sequences", type=int, default=256, show_default=True,
+                                  help="Calibration sequences, spread evenly over the data."),
+        "batch_size": click.option("--batch-size", type=int, default=8, show_default=True),
+        "fisher": click.option("--fisher", type=click.Choice(["empirical", "sampled"]), default="empirical",
+                               show_default=True, help="Labels for gradients: the data's, or drawn from the model."),
+        "roles": click.option("--roles", callback=_split, metavar="q,k,...",
+                              help="Only these matrices: q, k, v, o, gate, up, down. Default: all."),
+        "accumulate": click.option("--accumulate", type=click.Choice(["float32", "float64"]), default="float64",
+                                   show_default=True, help="Precision in which statistics are added up."),
+        "seed": click.option("--seed", type=int, default=0, show_default=True),
+        "sequential": click.option("--sequential", is_flag=True,
+                                   help="Calibrate each block on the compressed blocks before it."),
+        "refit": click.option("--refit", is_flag=True, help="Refit the left factors afterwards (svd-llm)."),
+        "overwrite": click.option("--overwrite", is_flag=True, help="Replace what the output folder holds."),
+        "json": click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output."),
+    }  # fmt: skip
+
+    def decorate(function: Any) -> Any:
+        for name in reversed(names):
+            function = known[name](function)
+        return function
+
+    return decorate
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="transect")
+def main_group() -> None:
+    """Open up a trained transformer: factorize its weight matrices, compare methods, keep an ordinary checkpoint.
+
+    MODEL is a local folder, a Hugging Face hub name, or `organism` (bundled). DATA is a .txt, .jsonl or .parquet file,
+    a folder of them, a hub data set, or `organism:calibration` and `organism:heldout`.
+    """
+
+
+_EXTRA = {"ignore_unknown_options": True, "allow_extra_args": True}
+
+
+@main_group.command(cls=MethodHelp, context_settings=_EXTRA)
+@click.argument("model")
+@click.option("--method", required=True, help="See the list below.")
+@click.option("--keep", type=float, required=True, help="Share of the matrices' bytes to keep, in (0, 1].")
+@click.option("--data", help="Calibration data.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write the model to.")
+@click.option("--allocation", default="uniform", show_default=True, help="How bytes are shared among the matrices.")
+@click.option("--stream", is_flag=True, help="One block in memory at a time, straight from and to safetensors.")
+@click.option("--cache", type=click.Path(path_type=Path), help="File to keep the statistics in.")
+@_options("sequential", "refit", "roles", "sequence_length", "sequences", "batch_size", "fisher", "accumulate", "seed",
+          "architecture", "dtype", "device", "overwrite", "json")  # fmt: skip
+@click.pass_context
+def compress(context: click.Context, model: str, out: Path, stream: bool, as_json: bool, **options: Any) -> None:
+    """Compress MODEL by one method and write it as a checkpoint."""
+    import torch
+
+    from .checkpoint import check_output, open_model, save
+    from .verbs import compress as compress_model
+    from .verbs import compress_stream
+
+    settings = _method_settings(context.args, options["method"])
+    own = settings.pop(options["method"], {})
+    own |= {f"allocation_{name}": value for name, value in settings.pop(options["allocation"], {}).items()}
+    if settings:
+        raise click.UsageError(f"parameters for {', '.join(settings)}, which is not used here")
+    overwrite, architecture = options.pop("overwrite"), options.pop("architecture")
+    dtype, device = options.pop("dtype"), options.pop("device")
+    options["accumulate"] = getattr(torch, options["accumulate"])
+    check_output(out, overwrite)
+    with _progress(as_json) as (_, show):
+        if stream:
+            for name in ("refit", "cache", "roles"):
+                if options.pop(name):
+                    raise click.UsageError(f"--{name} cannot be combined with --stream")
+            outcome = compress_stream(
+                model, out, overwrite=overwrite, architecture=architecture, dtype=dtype, device=device, progress=show,
+                **options, **own,
+            )  # fmt: skip
+        else:
+            opened = open_model(model, dtype=dtype, device=device, architecture=architecture)
+            tokenizer = opened.tokenizer or opened.processor
+            compressed = compress_model(opened.model, **options, tokenizer=tokenizer, progress=show, **own)
+            save(compressed, out, tokenizer, overwrite=overwrite)
+            outcome = compressed.__dict__["_structure_record"].history[-1]
+    outcome = {"out": str(out), **{key: outcome[key] for key in ("kept", "matrix_bytes", "dense_matrix_bytes")}}
+    if as_json:
+        click.echo(json.dumps(outcome))
+    else:
+        stdout.print(f"{out}: kept {outcome['kept']:.1%} of {outcome['dense_matrix_bytes']:,} bytes of matrices")
+
+
+@main_group.command(cls=MethodHelp, context_settings=_EXTRA)
+@click.argument("model")
+@click.option("--methods", required=True, callback=_split, help="Comma-separated; see the list below.")
+@click.option("--keep", required=True, callback=_shares, help="Comma-separated shares of bytes, in (0, 1].")
+@click.option("--data", help="Calibration data.", required=True)
+@click.option("--eval", "eval_data", help="Held-out data.", required=True)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Run folder; a run in it is continued.")
+@click.option("--allocation", "allocations", default="uniform", show_default=True, callback=_split,
+              help="Comma-separated.")  # fmt: skip
+@click.option("--eval-sequences", type=int, help="Use so many held-out sequences, evenly spaced. Default: all.")
+@click.option("--workers", type=int, default=1, show_default=True, help="Processes that compute rows.")
+@click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True)
+@_options("sequential", "refit", "roles", "sequence_length", "sequences", "batch_size", "fisher", "accumulate", "seed",
+          "architecture", "dtype", "device", "overwrite", "json")  # fmt: skip
+@click.pass_context
+def compare(context: click.Context, model: str, out: Path, as_json: bool, **options: Any) -> None:
+    """Compress MODEL by every method to every budget, evaluate each, and write a table and a Pareto plot."""
+    import torch
+
+    from .checkpoint import open_model
+    from .report import rich_table
+    from .verbs import compare as compare_models
+
+    settings = _method_settings(context.args, None)
+    opened = open_model(model, dtype=options.pop("dtype"), device=options.pop("device"),
+                      architecture=options.pop("architecture"))  # fmt: skip
+    options["accumulate"] = getattr(torch, options["accumulate"])
+    rows = 1 + len(options["methods"]) * len(options["allocations"]) * len(options["keep"])
+    with _progress(as_json) as (bar, show):
+        task = bar.add_task("rows", total=rows)
+        frame = compare_models(
+            opened, data=options.pop("data"), eval_data=options.pop("eval_data"), out=out, settings=settings,
+            progress=show, on_row=lambda row: bar.advance(task), **options,
+        )  # fmt: skip
+    if as_json:
+        click.echo(frame.to_json(orient="records"))
+        return
+    stdout.print(rich_table(frame, f"{model}, {int(frame['tokens'].iloc[0]):,} held-out predictions"))
+    stdout.print(f"run folder: {out}   plot: {out / 'pareto.png'}")
+
+
+@main_group.command("eval")
+@click.argument("model")
+@click.option("--data", required=True, help="Held-out data.")
+@click.option("--sequences", type=int, help="Use so many sequences, evenly spaced. Default: all.")
+@_options("sequence_length", "batch_size", "seed", "architecture", "dtype", "device", "json")
+def evaluate(model: str, data: str, as_json: bool, **options: Any) -> None:
+    """Loss, perplexity, accuracy, speed, memory and size of MODEL."""
+    import pandas as pd
+
+    from .checkpoint import open_model
+    from .report import rich_table
+    from .verbs import evaluate as evaluate_model
+
+    opened = open_model(model, dtype=options.pop("dtype"), device=options.pop("device"),
+                      architecture=options.pop("architecture"))  # fmt: skip
+    result = evaluate_model(opened, data, **options)
+    if as_json:
+        click.echo(json.dumps(result))
+    else:
+        stdout.print(rich_table(pd.DataFrame([result]), f"{model}, {result['tokens']:,} predictions"))
+
+
+@main_group.command()
+@click.argument("name", required=False)
+@_options("json")
+def methods(name: str | None, as_json: bool) -> None:
+    """List the methods and allocations, or the parameters of one."""
+    from .compression import allocation_named, allocations, method
+    from .compression import methods as all_methods
+
+    if name is None:
+        entries = [*all_methods(), *allocations()]
+    else:
+        known = {entry.name: entry for entry in allocations()}
+        entries = [allocation_named(name) if name in known else method(name)]
+    if as_json:
+        described = [
+            {
+                "name": entry.name, "family": entry.family, "paper": entry.paper, "summary": entry.summary,
+                "needs": [statistic.label for statistic in entry.needs],
+                "parameters": [
+                    {"name": p.name, "default": p.default, "type": p.kind.__name__, "choices": p.choices,
+                     "range": p.range and [p.range.low, p.range.high], "help": p.help}
+                    for p in entry.parameters
+                ],
+            }
+            for entry in entries
+        ]  # fmt: skip
+        click.echo(json.dumps(described, indent=2))
+        return
+    if name is None:
+        grid = Table("name", "family", "paper", "what it does")
+        for entry in entries:
+            grid.add_row(entry.name, entry.family, entry.paper, entry.summary)
+        stdout.print(grid)
+        return
+    import inspect
+
+    entry = entries[0]
+    stdout.print(f"[bold]{entry.name}[/bold] ({entry.family}), {entry.paper}", highlight=False)
+    stdout.print(f"needs: {', '.join(statistic.label for statistic in entry.needs) or 'no data'}\n", markup=False)
+    stdout.print(inspect.getdoc(entry.function) or "", markup=False, highlight=False)
+    grid = Table("parameter", "type", "default", "accepts")
+    for p in entry.parameters:
+        accepts = (
+            ", ".join(map(str, p.choices)) if p.choices else f"{p.range.low:g} to {p.range.high:g}" if p.range else ""
+        )
+        grid.add_row(p.name, p.kind.__name__, str(p.default), accepts)
+    if entry.parameters:
+        stdout.print(grid)
+
+
+def main() -> None:
+    """Entry point: errors that a user can mend are one line, without a traceback. Exit code 1; 130 for Ctrl-C."""
+    from .errors import TransectError
+
+    try:
+        main_group(standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except TransectError as error:
+        stderr.print(f"[bold red]error:[/bold red] {error}", highlight=False, markup=True, soft_wrap=True)
+        sys.exit(1)
+    except (KeyboardInterrupt, click.Abort):
+        stderr.print("stopped")
+        sys.exit(130)

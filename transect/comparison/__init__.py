@@ -1,0 +1,7 @@
+"""Comparisons: every method at every budget on one model, resumable, over processes or a cluster."""
+
+from .compare import compare_anatomy
+from .engines import Engine
+from .plan import Plan, Row
+
+__all__ = ["Engine", "Plan", "Row", "compare_anatomy"]

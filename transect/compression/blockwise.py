@@ -1,0 +1,96 @@
+"""Running a model block by block: what enters each block, one block at a time, and what follows the last one.
+
+The model's own forward pass prepares the blocks' arguments (masks, rotary embeddings); stand-ins in place of the
+blocks catch them. So this works for every architecture without knowing any.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..anatomy import Anatomy
+from ..statistics import Batch, predictions, task_of
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass
+class Feed:
+    """One batch on its way through the blocks: the residual stream (B, T, d) and each block's other arguments."""
+
+    batch: Batch
+    hidden: Tensor
+    calls: list[Call]
+
+    @property
+    def mask(self) -> Tensor | None:
+        return self.batch.get("attention_mask")
+
+
+class _StandIn(nn.Module):
+    """Passes the residual stream on unchanged and remembers how the block was called."""
+
+    def __init__(self, block: nn.Module, give: Tensor | None = None) -> None:
+        super().__init__()
+        self.__dict__["block"] = block  # not a submodule: its weights may be absent
+        self.give = give
+        self.hidden: Tensor | None = None
+        self.call: Call | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:  # a model may read an attribute of its blocks, such as the attention type
+            return getattr(self.__dict__["block"], name)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.hidden, self.call = hidden_states, (args, kwargs)
+        return hidden_states if self.give is None else self.give
+
+
+@contextmanager
+def _stand_ins(anatomy: Anatomy, give: Tensor | None = None) -> Iterator[list[_StandIn]]:
+    """Replace all blocks by stand-ins; the last one puts out `give` if that is not None."""
+    blocks = anatomy.block_list
+    originals = list(blocks)
+    stand_ins = [_StandIn(block, give if i == len(originals) - 1 else None) for i, block in enumerate(originals)]
+    try:
+        for index, stand_in in enumerate(stand_ins):
+            blocks[index] = stand_in
+        yield stand_ins
+    finally:
+        for index, block in enumerate(originals):
+            blocks[index] = block
+
+
+@torch.no_grad()
+def feed(anatomy: Anatomy, batch: Batch) -> Feed:
+    """What enters the first block for this batch. Runs the embedding, but no block."""
+    model = anatomy.model
+    inputs = {key: value.to(model.device) for key, value in batch.items()}
+    with _stand_ins(anatomy) as stand_ins:
+        arguments = {key: value for key, value in inputs.items() if key != "labels"}
+        if task_of(model) == "causal":
+            arguments["use_cache"] = False
+        model.base_model(**arguments)
+    assert stand_ins[0].hidden is not None
+    return Feed(inputs, stand_ins[0].hidden, [stand_in.call for stand_in in stand_ins if stand_in.call is not None])
+
+
+def run_block(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
+    """The residual stream (B, T, d) after the block."""
+    args, kwargs = call
+    output = block(hidden, *args, **kwargs)
+    return output[0] if isinstance(output, tuple) else output
+
+
+def predictions_after(anatomy: Anatomy, batch: Batch, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits and labels, as `statistics.predictions` gives them, if `hidden` (B, T, d) comes out of the last block."""
+    with _stand_ins(anatomy, give=hidden):
+        return predictions(anatomy.model, batch)

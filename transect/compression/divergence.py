@@ -1,0 +1,66 @@
+"""How far a compressed model's predictions are from the dense model's, on a few search sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..anatomy import Anatomy, Matrix
+from ..statistics import Batch, predictions
+from .frame import apply_ranks, temporarily
+from .weighted_svd import Factorization
+
+_TEMPERATURE = 0.6
+_BURN_IN = 256  # positions with little context say little about the model; half a sequence at most
+_POSITIONS = 4096  # bounds the memory: this many rows of logits are kept
+
+
+class Divergence:
+    """Mean KL(dense || compressed) over positions, softmax of logits / 0.6 on both sides (LEMS, step 2).
+
+    Call it with ranks by matrix name; matrices that are not named are dense. Results are remembered, so that a
+    search that asks for the same ranks again (for another budget, say) costs nothing.
+    """
+
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        matrices: Sequence[Matrix],
+        factors: Mapping[str, Factorization],
+        batches: Sequence[Batch],
+    ) -> None:
+        self.anatomy, self.matrices, self.factors = anatomy, list(matrices), factors
+        self.batches = list(batches)
+        self._known: dict[frozenset[tuple[str, Any]], float] = {}
+        self._dense = self._log_probabilities()
+
+    @torch.no_grad()
+    def _log_probabilities(self) -> list[Tensor]:
+        found = []
+        for batch in self.batches:
+            logits, _ = predictions(self.anatomy.model, batch)
+            found.append(self._select(logits, batch).float().div(_TEMPERATURE).log_softmax(-1))
+        return found
+
+    def _select(self, logits: Tensor, batch: Batch) -> Tensor:
+        ids = batch.get("input_ids")
+        if ids is None or "labels" in batch or "attention_mask" in batch:
+            return logits[:: max(1, len(logits) * len(self.batches) // _POSITIONS)]
+        length = ids.shape[1] - 1
+        late = logits.view(len(ids), length, -1)[:, min(_BURN_IN, length // 2) :].flatten(0, 1)
+        return late[:: max(1, -(-len(late) * len(self.batches) // _POSITIONS))]
+
+    @torch.no_grad()
+    def __call__(self, ranks: Mapping[str, int | None]) -> float:
+        key = frozenset((name, rank) for name, rank in ranks.items() if rank is not None)
+        if key not in self._known:
+            chosen = [matrix for matrix in self.matrices if ranks.get(matrix.name) is not None]
+            with temporarily(self.anatomy, chosen):
+                apply_ranks(chosen, self.factors, ranks)
+                pairs = list(zip(self._dense, self._log_probabilities(), strict=True))
+            total = sum((dense.exp() * (dense - other)).sum().item() for dense, other in pairs)
+            self._known[key] = max(total / sum(len(dense) for dense, _ in pairs), 0.0)
+        return self._known[key]

@@ -1,0 +1,9 @@
+"""Data: text files and the like in, batches of model inputs out.
+
+`load` makes `Batches` for a model from whatever the user has; `Batches` is what statistics and evaluation iterate over.
+"""
+
+from .batches import Batches
+from .loading import load
+
+__all__ = ["Batches", "load"]

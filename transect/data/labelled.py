@@ -1,0 +1,70 @@
+"""Examples with one class each: texts padded to a batch, and images."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import BadData
+from .sources import Row
+from .text import documents
+
+
+def text_batches(rows: list[Row], model: Any, tokenizer: Any, length: int, batch_size: int) -> list[dict[str, Tensor]]:
+    """Tokenised texts, padded to the longest of their batch and cut off after `length` tokens, and their labels (B)."""
+    if tokenizer.pad_token_id is None:
+        raise BadData("batches of texts need padding: set tokenizer.pad_token (and model.config.pad_token_id)")
+    texts, labels = list(documents(rows)), _labels(rows, model)
+    batches = []
+    for start in range(0, len(rows), batch_size):
+        part = slice(start, start + batch_size)
+        encoded = tokenizer(texts[part], padding=True, truncation=True, max_length=length, return_tensors="pt")
+        batches.append({**encoded, "labels": labels[part]})
+    return batches
+
+
+def image_batches(rows: list[Row], model: Any, processor: Any, batch_size: int) -> list[dict[str, Tensor]]:
+    """`pixel_values` (B x C x H x W, in the model's dtype), as stored or by the image processor, and `labels` (B)."""
+    labels, batches = _labels(rows, model), []
+    for start in range(0, len(rows), batch_size):
+        part = rows[start : start + batch_size]
+        if "pixel_values" in part[0]:
+            pixels = torch.stack([torch.as_tensor(row["pixel_values"]) for row in part])
+        elif "image" not in part[0]:
+            columns = ", ".join(map(repr, part[0]))
+            raise BadData(f"images need a column `pixel_values` or `image`; the columns are {columns}")
+        elif processor is None:
+            raise BadData("images need the model's image processor: pass processor=AutoImageProcessor...")
+        else:
+            pixels = processor(images=[_picture(row["image"]) for row in part], return_tensors="pt")["pixel_values"]
+        batches.append({"pixel_values": pixels.to(model.dtype), "labels": labels[start : start + batch_size]})
+    return batches
+
+
+def _labels(rows: list[Row], model: Any) -> Tensor:
+    """Class numbers (B). A class may be given by its number or by its name in the model's config."""
+    names, labels = model.config.label2id, []
+    for row in rows:
+        label = row.get("label", row.get("labels"))
+        if label is None:
+            raise BadData(f"examples need a column `label`; the columns are {', '.join(map(repr, row))}")
+        number = names.get(label, -1) if isinstance(label, str) else int(label)
+        if not 0 <= number < model.config.num_labels:
+            raise BadData(f"label {label!r} is none of the model's {model.config.num_labels} classes")
+        labels.append(number)
+    return torch.tensor(labels)
+
+
+def _picture(image: Any) -> Any:
+    """A picture from an encoded file's bytes, or from the struct of `bytes` and `path` in which data sets store it."""
+    from PIL import Image, UnidentifiedImageError
+
+    stored = {"bytes": image, "path": None} if isinstance(image, bytes) else image
+    try:
+        file = stored["path"] if stored["bytes"] is None else io.BytesIO(stored["bytes"])
+        return Image.open(file).convert("RGB")
+    except (OSError, UnidentifiedImageError) as error:
+        raise BadData(f"an image cannot be read: {error}") from None

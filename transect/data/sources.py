@@ -1,0 +1,143 @@
+"""Where rows come from: files, folders, hub data sets and the bundled world. A row is a dict of its columns.
+
+A .txt file is one row, its whole text; a .jsonl line, a .parquet row and an entry of .safetensors are one row each.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ..errors import BadData, TransectError
+
+Row = dict[str, Any]
+ORGANISM = "organism:"
+
+
+def rows_of(data: str | Path, organism_tokens: int) -> Iterator[Row]:
+    """Rows of a path, of a hub data set, or of `organism_tokens` tokens of the bundled world's text."""
+    if str(data).startswith(ORGANISM):
+        return _organism(str(data).removeprefix(ORGANISM), organism_tokens)
+    path = Path(data).expanduser()
+    if _exists(path):
+        return _read(path)
+    if isinstance(data, Path) or path.suffix in READERS or data.startswith((".", "/", "~")) or len(data.split()) != 1:
+        raise BadData(f"there is no file or folder {str(data)[:200]!r} (a text itself is given in a list: [text])")
+    return _hub(data)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # longer than a file name can be
+        return False
+
+
+def _read(path: Path) -> Iterator[Row]:
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix in READERS and not file.name.startswith("."))
+        if not files:
+            raise BadData(f"the folder {path} holds no {', '.join(READERS)} file")
+        for file in files:
+            yield from _read(file)
+        return
+    if path.suffix not in READERS:
+        raise BadData(f"{path}: data files end in {', '.join(READERS)}, not in {path.suffix or 'nothing'!r}")
+    if path.stat().st_size == 0:
+        raise BadData(f"{path} is empty")
+    yield from READERS[path.suffix](path)
+
+
+def _decode(content: bytes, place: str) -> str:
+    if b"\0" in content:
+        raise BadData(f"{place} is not text: it holds NUL bytes")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadData(f"{place} is not UTF-8 text: byte {error.start} cannot be decoded") from None
+
+
+def _txt(path: Path) -> Iterator[Row]:
+    yield {"text": _decode(path.read_bytes(), str(path))}
+
+
+def _jsonl(path: Path) -> Iterator[Row]:
+    with path.open("rb") as file:
+        for number, content in enumerate(file, 1):
+            line = _decode(content, f"{path}, line {number},")
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise BadData(f"{path}, line {number}, is not JSON: {error.msg} at column {error.colno}") from None
+            if not isinstance(row, dict):
+                raise BadData(f"{path}, line {number}: a JSON object is expected, got {type(row).__name__}")
+            yield row
+
+
+def _parquet(path: Path) -> Iterator[Row]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise TransectError("parquet files need pyarrow: pip install 'transect[parquet]'") from None
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                yield from batch.to_pylist()
+    except pyarrow.ArrowException as error:
+        raise BadData(f"{path} is not a readable parquet file: {error}") from None
+
+
+def _safetensors(path: Path) -> Iterator[Row]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise BadData(f"{path} is not a readable safetensors file: {error}") from None
+    sizes = {name: len(tensor) if tensor.dim() else 0 for name, tensor in tensors.items()}
+    if len(set(sizes.values())) != 1:
+        raise BadData(f"{path}: every tensor should have one entry per example, but their lengths are {sizes}")
+    for values in zip(*tensors.values(), strict=True):
+        yield dict(zip(tensors, values, strict=True))
+
+
+READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+    ".txt": _txt,
+    ".jsonl": _jsonl,
+    ".parquet": _parquet,
+    ".safetensors": _safetensors,
+}
+
+
+def _hub(name: str) -> Iterator[Row]:
+    try:
+        import datasets
+    except ImportError:
+        raise TransectError(
+            f"there is no file or folder {name!r}, and hub data sets need datasets: pip install 'transect[hub]'"
+        ) from None
+    repository, _, rest = name.partition(":")
+    config, _, split = rest.partition(":")
+    try:
+        table: Any = datasets.load_dataset(repository, config or None, split=split or "train")
+    except (OSError, ValueError) as error:  # not found, no network, unknown configuration or split
+        raise BadData(f"{name!r} is no file or folder, and not a hub data set that can be loaded: {error}") from None
+    for column, feature in table.features.items():
+        if isinstance(feature, datasets.Image):
+            table = table.cast_column(column, datasets.Image(decode=False))
+    yield from table
+
+
+def _organism(split: str, tokens: int) -> Iterator[Row]:
+    from ..organism.corpus import corpus
+
+    if split not in ("calibration", "heldout"):
+        raise BadData(f"organism:{split} does not exist; there are organism:calibration and organism:heldout")
+    for document in corpus(split=split, n_tokens=tokens):
+        yield {"text": document}

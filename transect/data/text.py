@@ -1,0 +1,89 @@
+"""Documents to sequences of token ids: one stream, cut without loss."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import BadData
+from .batches import evenly_spaced
+from .sources import Row
+
+_GROUP = 1 << 20  # characters that are tokenised in one call, unless a single document is longer
+
+
+def documents(rows: Iterable[Row]) -> Iterator[str]:
+    """The texts of the rows: their column `text`, or their only column of strings."""
+    column = None
+    for number, row in enumerate(rows, 1):
+        column = column or text_column(row)
+        text = row.get(column)
+        if not isinstance(text, str):
+            raise BadData(f"row {number}: column {column!r} should hold a text, not {type(text).__name__}")
+        yield text
+
+
+def text_column(row: Row) -> str:
+    """`text` if there is such a column, else the only column that holds a string."""
+    strings = ["text"] if "text" in row else [name for name, value in row.items() if isinstance(value, str)]
+    if len(strings) != 1:
+        raise BadData(f"which column is the text? Name it `text`; the columns are {', '.join(map(repr, row))}")
+    return strings[0]
+
+
+def token_stream(texts: Iterable[str], tokenizer: Any) -> Tensor:
+    """Ids (n, int32) of all texts one after another, with the end-of-sequence token between two texts if there is one.
+
+    A text is tokenised in one call, whatever its length: cutting it could change the tokens at the cut.
+    """
+    stream, separator = array("i"), tokenizer.eos_token_id
+    for group in _groups(texts):
+        encoded = tokenizer(group, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        for ids in encoded["input_ids"]:
+            if stream and separator is not None:
+                stream.append(separator)
+            stream.extend(ids)
+    return torch.from_numpy(np.array(stream, dtype=np.int32))
+
+
+def _groups(texts: Iterable[str]) -> Iterator[list[str]]:
+    group, size = [], 0
+    for text in texts:
+        if not text:
+            continue
+        group.append(text)
+        size += len(text)
+        if size >= _GROUP:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def cut(stream: Tensor, length: int, sequences: int | None, full_only: bool) -> list[Tensor]:
+    """The stream as sequences of `length` tokens, and what remains as a last, shorter one unless `full_only`.
+
+    `sequences`: only so many of the full ones, evenly spaced over the stream. Raises BadData if there is no full one.
+    """
+    full = len(stream) // length
+    if full == 0:
+        raise BadData(
+            f"the text has {len(stream)} tokens, but one sequence needs {length}: give more text or a smaller "
+            "sequence_length"
+        )
+    pieces = list(stream.split(length))
+    if full_only or (sequences is not None and sequences <= full):
+        pieces = pieces[:full]
+    return evenly_spaced(pieces, sequences)
+
+
+def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The ids that the tokenizer puts before and after a text, such as ([CLS], [SEP])."""
+    bare, wrapped = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    start = next(i for i in range(len(wrapped)) if wrapped[i : i + len(bare)] == bare)
+    return wrapped[:start], wrapped[start + len(bare) :]

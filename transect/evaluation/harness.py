@@ -1,0 +1,57 @@
+"""The bridge to EleutherAI's lm-evaluation-harness."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..errors import TransectError
+
+
+def run_lm_eval(
+    model: Any,
+    tasks: list[str],
+    tokenizer: Any = None,
+    include_path: str | Path | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+) -> dict[str, dict[str, Any]]:
+    """Task -> metric -> value, as lm_eval reports them, such as result["lambada_openai"]["acc,none"].
+
+    model: a causal language model, or the folder or hub name of one (compressed or not). tokenizer: default, the one
+    in that folder. tasks: names that lm_eval knows, or that are defined by the YAML files in `include_path`; the
+    latter, on local data, need no network. limit: examples a task. Raises TransectError where lm_eval is missing or
+    does not know a task.
+    """
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise TransectError("run_lm_eval needs lm_eval: pip install 'transect[lm-eval]'") from None
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if isinstance(model, (str, Path)):
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(model)
+        model = AutoModelForCausalLM.from_pretrained(model)
+    if tokenizer is None:
+        raise TransectError("a model object comes without its tokenizer: pass tokenizer=AutoTokenizer...")
+    manager = TaskManager(include_path=include_path, include_defaults=False)
+    if not set(tasks) <= set(manager.all_subtasks):
+        manager = TaskManager(include_path=include_path)  # reads thousands of files: many seconds
+    unknown = [task for task in tasks if not manager.match_tasks([task])]
+    if unknown:
+        raise TransectError(f"lm_eval knows no task {', '.join(map(repr, unknown))}")
+    training = model.training
+    wrapper: Any = HFLM  # its decorator, and the one of simple_evaluate, hide their parameters
+    evaluator: Any = simple_evaluate
+    try:
+        results = evaluator(
+            wrapper(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+            tasks=list(tasks),
+            limit=limit,
+            task_manager=manager,
+        )
+    finally:
+        model.train(training)
+    return results["results"]

@@ -1,0 +1,98 @@
+"""Loss, perplexity and accuracy of a model on batches."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import BadData, TransectError
+from ..statistics.objective import Batch, predictions, summed_loss, to_device
+
+
+@dataclass(frozen=True)
+class LossResult:
+    """loss: mean negative log-likelihood of a prediction, in nats. perplexity: exp(loss). tokens: predictions scored.
+    accuracy: fraction of predictions whose most likely class is the right one. seconds: wall-clock time."""
+
+    loss: float
+    perplexity: float
+    tokens: int
+    accuracy: float
+    seconds: float
+
+
+@torch.no_grad()
+def evaluate_loss(
+    model: Any, batches: Collection[Batch], progress: Callable[[int, int], None] | None = None
+) -> LossResult:
+    """Score every prediction that the batches ask for: next tokens, masked tokens, or classes.
+
+    model: runs in evaluation mode, on the device it is on. batches: see `transect.data.load`; the logits of one batch
+    are in memory at a time. progress: called with (batches done, batches in all) after each.
+    Raises TransectError naming the first module whose output is not finite, and BadData if nothing is to be scored.
+    """
+    training = model.training
+    model.eval()
+    started = time.perf_counter()
+    loss, correct, scored = 0.0, 0, 0
+    try:
+        for done, batch in enumerate(batches, 1):
+            logits, labels = predictions(model, batch)
+            nats = float(summed_loss(logits, labels))
+            if not math.isfinite(nats):
+                raise TransectError(_first_non_finite(model, batch))
+            loss += nats
+            correct += int((logits.argmax(-1) == labels).sum())
+            scored += labels.numel()
+            if progress is not None:
+                progress(done, len(batches))
+    finally:
+        model.train(training)
+    if scored == 0:
+        raise BadData("the batches hold nothing to be predicted")
+    loss /= scored
+    perplexity = math.exp(loss) if loss < 700 else math.inf
+    return LossResult(loss, perplexity, scored, correct / scored, time.perf_counter() - started)
+
+
+def _first_non_finite(model: Any, batch: Batch) -> str:
+    """Run the batch again and say which module was the first to put out NaN or infinity."""
+    found: list[str] = []
+
+    def watch(name: str) -> Any:
+        def hook(module: Any, inputs: Any, output: Any) -> None:
+            if not found and any(not bool(torch.isfinite(tensor).all()) for tensor in _floats(output)):
+                found.append(name)
+
+        return hook
+
+    handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules()]
+    try:
+        model(**{key: value for key, value in to_device(batch, model.device).items() if key != "labels"})
+    finally:
+        for handle in handles:
+            handle.remove()
+    where = (
+        f"the first module whose output is not finite is {found[0] or type(model).__name__}"
+        if found
+        else "every module's output is finite, but a right answer has probability 0"
+    )
+    return f"the loss is not finite: {where}"
+
+
+def _floats(output: Any) -> Iterator[Tensor]:
+    """The floating-point tensors in a module's output."""
+    if isinstance(output, Tensor):
+        if output.is_floating_point():
+            yield output
+    elif isinstance(output, (tuple, list)):
+        for part in output:
+            yield from _floats(part)
+    elif isinstance(output, dict):
+        yield from _floats(list(output.values()))

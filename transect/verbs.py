@@ -1,0 +1,197 @@
+"""The verbs that a user calls, each a few lines over the rooms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from . import evaluation as evaluation_room
+from .anatomy import Anatomy
+from .checkpoint import Opened, open_model
+from .checkpoint.save import _tokenizer_of as tokenizer_of
+from .comparison import Engine, Plan, Row, compare_anatomy
+from .compression import Recipe, compress_anatomy
+from .compression.fingerprint import model_fingerprint
+from .compression.registry import method as registered
+from .data import Batches, load
+from .report import markdown_table, pareto_plot
+from .statistics import Fisher, Progress
+
+CALIBRATION_SEQUENCES = 256
+_OF_ALLOCATION = "allocation_"
+
+
+def compress(
+    model: Any,
+    method: str,
+    keep: float,
+    data: Any = None,
+    *,
+    tokenizer: Any = None,
+    allocation: str = "uniform",
+    sequential: bool = False,
+    refit: bool = False,
+    roles: Iterable[str] | None = None,
+    sequence_length: int | None = None,
+    sequences: int = CALIBRATION_SEQUENCES,
+    batch_size: int = 8,
+    fisher: Fisher = "empirical",
+    accumulate: torch.dtype = torch.float64,
+    seed: int = 0,
+    cache: str | Path | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Any:
+    """Compress a model in place and return it; `model.save_pretrained(folder)` then writes it with its structure.
+
+    model: a Hugging Face model, or the name of one (a folder, a hub name, or `organism`).
+    method: see `transect.methods()`. keep: share of the block matrices' bytes to keep, in (0, 1].
+    data: calibration data: texts, a path, a hub data set, token ids or batches; see `transect.data.load`.
+    tokenizer: tokenizer or image processor. Default: found beside the model.
+    allocation: how the bytes are shared among the matrices: `uniform`, `global` or `ilp`.
+    sequential: calibrate each block on the compressed blocks before it. refit: refit the left factors afterwards.
+    roles: only these matrices (q, k, v, o, gate, up, down). Default: all.
+    sequence_length, sequences, batch_size: of the calibration data; sequences are spread evenly over it.
+    fisher: gradients against the data's labels ("empirical") or labels drawn from the model ("sampled").
+    accumulate: precision of the statistics' sums. cache: a file to keep the statistics in.
+    settings: the method's parameters; those of the allocation with the prefix `allocation_`.
+
+    Raises TransectError before any change if something cannot be done.
+    """
+    opened = _open(model, tokenizer)
+    anatomy = Anatomy(opened.model)
+    matrices = anatomy.matrices(roles)
+    recipe = Recipe(
+        method, float(keep), allocation,
+        settings={key: value for key, value in settings.items() if not key.startswith(_OF_ALLOCATION)},
+        allocation_settings={
+            key.removeprefix(_OF_ALLOCATION): value for key, value in settings.items() if key.startswith(_OF_ALLOCATION)
+        },
+        sequential=sequential, refit=refit,
+    ).resolved(matrices)  # fmt: skip
+    batches = None
+    if recipe.needs_data and data is not None:
+        batches = _calibration(data, opened, sequence_length, sequences, batch_size, seed)
+    compress_anatomy(
+        anatomy, recipe, batches, matrices=matrices, fisher=fisher, accumulate=accumulate, seed=seed,
+        cache=None if cache is None else Path(cache), progress=progress,
+    )  # fmt: skip
+    return opened.model
+
+
+def compare(
+    model: Any,
+    methods: Sequence[str],
+    keep: Sequence[float],
+    data: Any,
+    eval_data: Any,
+    out: str | Path,
+    *,
+    tokenizer: Any = None,
+    allocations: Sequence[str] = ("uniform",),
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
+    sequential: bool = False,
+    refit: bool = False,
+    roles: Iterable[str] | None = None,
+    sequence_length: int | None = None,
+    sequences: int = CALIBRATION_SEQUENCES,
+    eval_sequences: int | None = None,
+    batch_size: int = 8,
+    fisher: Fisher = "empirical",
+    accumulate: torch.dtype = torch.float64,
+    seed: int = 0,
+    workers: int = 1,
+    engine: Engine = "local",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    on_row: Callable[[Row], None] = lambda row: None,
+) -> pd.DataFrame:
+    """Compress one model by every method and allocation to every budget, and evaluate each; a row each, dense first.
+
+    model, data, tokenizer and the calibration settings: as for `compress`. eval_data: held-out data, same forms;
+    eval_sequences of it, evenly spaced (default all).
+    out: the run folder. Rows are written as they finish; a run that was interrupted goes on where it stopped, and
+    methods and budgets can be added to it. It ends with table.csv, table.md and pareto.png in it.
+    settings: method -> its parameters. workers: processes (their measured speeds disturb one another). engine: `local`
+    or `ray`.
+
+    Returns the table: method, allocation, keep, kept (share of the matrices' bytes), bytes (of the whole model),
+    parameters, loss (nats), perplexity, accuracy, tokens, prefill and decode tokens per second, peak_memory (bytes),
+    compress_seconds (statistics, factorization and replacement, as if the row were computed alone).
+    """
+    opened = _open(model, tokenizer)
+    anatomy = Anatomy(opened.model)
+    for name in methods:
+        registered(name)
+    calibration = _calibration(data, opened, sequence_length, sequences, batch_size, seed)
+    held_out = _held_out(eval_data, opened, sequence_length, eval_sequences, batch_size, seed)
+    plan = Plan(
+        model="" if opened.source == "" else str(opened.path or opened.source),
+        weights=model_fingerprint(opened.model), methods=tuple(methods), allocations=tuple(allocations),
+        keeps=tuple(float(share) for share in keep),
+        settings={name: dict(values) for name, values in (settings or {}).items()},
+        calibration=calibration.fingerprint, evaluation=held_out.fingerprint,
+        roles=None if roles is None else tuple(roles), fisher=fisher, accumulate=str(accumulate).split(".")[1],
+        seed=seed, sequential=sequential, refit=refit,
+    )  # fmt: skip
+    folder = Path(out)
+    frame = compare_anatomy(
+        anatomy, plan, folder, calibration, held_out,
+        workers=workers, engine=engine, overwrite=overwrite, progress=progress, on_row=on_row,
+    )  # fmt: skip
+    frame.to_csv(folder / "table.csv", index=False)
+    (folder / "table.md").write_text(markdown_table(frame))
+    pareto_plot(frame, folder / "pareto.png", title=f"{opened.source or type(opened.model).__name__}")
+    return frame
+
+
+def evaluate(
+    model: Any,
+    data: Any,
+    *,
+    tokenizer: Any = None,
+    sequence_length: int | None = None,
+    sequences: int | None = None,
+    batch_size: int = 8,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Loss, perplexity and accuracy of a model on held-out data, its speed, and its size; see `evaluation.evaluate`.
+
+    model: a Hugging Face model or the name of one. data: see `transect.data.load`.
+    """
+    opened = _open(model, tokenizer)
+    held_out = _held_out(data, opened, sequence_length, sequences, batch_size, seed)
+    return evaluation_room.evaluate(opened.model, held_out)
+
+
+def _open(model: Any, tokenizer: Any) -> Opened:
+    """The model, opened if only its name is given, with the tokenizer that was passed or lies beside it."""
+    if isinstance(model, (str, Path)):
+        model = open_model(model)
+    if not isinstance(model, Opened):
+        found = tokenizer_of(model)
+        model = Opened(model, found, found, "", None)
+    return model if tokenizer is None else replace(model, tokenizer=tokenizer, processor=tokenizer)
+
+
+def _calibration(
+    data: Any, opened: Opened, length: int | None, sequences: int | None, batch_size: int, seed: int
+) -> Batches:
+    return load(
+        data, opened.model, opened.tokenizer, opened.processor,
+        sequence_length=length, sequences=sequences, batch_size=batch_size, full_only=True, seed=seed,
+    )  # fmt: skip
+
+
+def _held_out(
+    data: Any, opened: Opened, length: int | None, sequences: int | None, batch_size: int, seed: int
+) -> Batches:
+    return load(
+        data, opened.model, opened.tokenizer, opened.processor,
+        sequence_length=length, sequences=sequences, batch_size=batch_size, seed=seed,
+    )  # fmt: skip
