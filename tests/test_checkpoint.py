@@ -1,6 +1,7 @@
 """Saving and loading changed models: in this process, and in fresh ones with Transect, without, and with neither."""
 
 import copy
+import gc
 import json
 import os
 import pickle
@@ -18,7 +19,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaFo
 from transect.anatomy import Anatomy, StructureRecord, record_of
 from transect.checkpoint import check_folder, open_model, replay, save
 from transect.checkpoint.modeling_file import modeling_source
-from transect.operators import LowRank, Operator, operator_kinds
+from transect.operators import LowRank, operator_kinds
 
 from .models import CAUSAL, CONFIGS, VOCABULARY, inputs, logits, tiny
 
@@ -134,17 +135,19 @@ def attempt(name, arch, load):
         return [type(error).__name__ + ": " + str(error), None]
 
 results = {}
+AGAIN = ("gpt2", "phi3", "vit", "bert", "gemma3", "llama-attention-dropped", "qwen3-uniform")
 for name, arch in json.loads((root / "list.json").read_text()).items():
     auto, folder = CONFIGS[arch][1], root / name
     named = getattr(transformers, json.loads((folder / "config.json").read_text())["architectures"][0])
     if mode == "trust":
         results[name + " auto"] = attempt(name, arch, lambda: auto.from_pretrained(folder, trust_remote_code=True))
-        def again():
+        if name in AGAIN:
             auto.from_pretrained(folder, trust_remote_code=True).save_pretrained(root / (name + "-again"))
-            return auto.from_pretrained(root / (name + "-again"), trust_remote_code=True)
-        results[name + " again"] = attempt(name, arch, again)
+            again = lambda: auto.from_pretrained(root / (name + "-again"), trust_remote_code=True)
+            results[name + " again"] = attempt(name, arch, again)
     else:
         results[name + " auto"] = attempt(name, arch, lambda: auto.from_pretrained(folder))
+    if mode == "neither":
         results[name + " named"] = attempt(name, arch, lambda: named.from_pretrained(folder))
     if mode == "neither":
         assert sys.modules["transect"] is None
@@ -338,8 +341,8 @@ def test_an_operator_without_source_is_saved_all_the_same(tmp_path):
         again = AutoModelForCausalLM.from_pretrained(tmp_path / "typed")
         assert torch.equal(logits(again, inputs("llama")), logits(model, inputs("llama")))
     finally:
-        del sys.modules["typed_in"], namespace
-        assert issubclass(LowRank, Operator)
+        del sys.modules["typed_in"], namespace, matrix, model, again
+        gc.collect()  # other tests list the operators that exist
 
 
 def tokenizer(size=VOCABULARY):

@@ -300,6 +300,44 @@ def methods(name: str | None, as_json: bool) -> None:
         stdout.print(grid)
 
 
+@main_group.command("claims")
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+@click.option("--model", default="organism", show_default=True, metavar="MODEL")
+@click.option("--data", help="Calibration data. Default with the bundled model: organism:calibration.")
+@click.option("--eval", "eval_data", help="Held-out data. Default with the bundled model: organism:heldout.")
+@click.option("--eval-sequences", type=int, default=128, show_default=True,
+              help="Held-out sequences, spread evenly over the data.")  # fmt: skip
+@_options("sequence_length", "sequences", "batch_size", "seed", "architecture", "dtype", "device", "json")
+def check_claims(
+    names: tuple[str, ...], model: str, data: str | None, eval_data: str | None, as_json: bool, **options: Any
+) -> None:
+    """Check what papers claim of their methods on MODEL; each NAME is a claim or a method. Default: all claims."""
+    from .checkpoint import open_model
+    from .claims import claims, run_claims
+    from .claims.show import rich_outcome
+    from .data import load
+
+    claims(names)  # an unknown name is an error before anything is loaded
+    if model == "organism":
+        data, eval_data = data or "organism:calibration", eval_data or "organism:heldout"
+    elif data is None or eval_data is None:
+        raise click.UsageError("a model of your own needs --data and --eval")
+    opened = open_model(model, dtype=options["dtype"], device=options["device"], architecture=options["architecture"])
+    shared = {name: options[name] for name in ("sequence_length", "batch_size", "seed")}
+    belongings = (opened.model, opened.tokenizer, opened.processor)
+    calibration = load(data, *belongings, sequences=options["sequences"], full_only=True, **shared)
+    held_out = load(eval_data, *belongings, sequences=options["eval_sequences"], **shared)
+    with _progress(as_json) as (_, show):
+        outcomes = run_claims(opened.model, calibration, held_out, names, show)
+    if as_json:
+        click.echo(json.dumps([outcome.to_dict() for outcome in outcomes], indent=2))
+        return
+    for outcome in outcomes:
+        stdout.print(rich_outcome(outcome))
+    verdicts = [str(outcome.result.verdict) for outcome in outcomes]
+    stdout.print(", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in dict.fromkeys(verdicts)))
+
+
 def main() -> None:
     """Entry point: errors that a user can mend are one line, without a traceback. Exit code 1; 130 for Ctrl-C."""
     from .errors import TransectError

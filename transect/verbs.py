@@ -12,8 +12,7 @@ import torch
 
 from . import evaluation as evaluation_room
 from .anatomy import Anatomy
-from .checkpoint import Opened, open_model
-from .checkpoint.save import _tokenizer_of as tokenizer_of
+from .checkpoint import Opened, local_folder, open_model, tokenizer_of
 from .comparison import Engine, Plan, Row, compare_anatomy
 from .compression import Recipe, compress_anatomy
 from .compression.fingerprint import model_fingerprint
@@ -21,6 +20,7 @@ from .compression.registry import method as registered
 from .data import Batches, load
 from .report import markdown_table, pareto_plot
 from .statistics import Fisher, Progress
+from .streaming import StreamedModel, compress_streamed
 
 CALIBRATION_SEQUENCES = 256
 _OF_ALLOCATION = "allocation_"
@@ -66,14 +66,7 @@ def compress(
     opened = _open(model, tokenizer)
     anatomy = Anatomy(opened.model)
     matrices = anatomy.matrices(roles)
-    recipe = Recipe(
-        method, float(keep), allocation,
-        settings={key: value for key, value in settings.items() if not key.startswith(_OF_ALLOCATION)},
-        allocation_settings={
-            key.removeprefix(_OF_ALLOCATION): value for key, value in settings.items() if key.startswith(_OF_ALLOCATION)
-        },
-        sequential=sequential, refit=refit,
-    ).resolved(matrices)  # fmt: skip
+    recipe = _recipe(method, keep, allocation, sequential, refit, settings).resolved(matrices)
     batches = None
     if recipe.needs_data and data is not None:
         batches = _calibration(data, opened, sequence_length, sequences, batch_size, seed)
@@ -82,6 +75,50 @@ def compress(
         cache=None if cache is None else Path(cache), progress=progress,
     )  # fmt: skip
     return opened.model
+
+
+def compress_stream(
+    model: str | Path,
+    out: str | Path,
+    method: str,
+    keep: float,
+    data: Any = None,
+    *,
+    tokenizer: Any = None,
+    allocation: str = "uniform",
+    sequential: bool = False,
+    sequence_length: int | None = None,
+    sequences: int = CALIBRATION_SEQUENCES,
+    batch_size: int = 8,
+    fisher: Fisher = "empirical",
+    accumulate: torch.dtype = torch.float64,
+    seed: int = 0,
+    overwrite: bool = False,
+    architecture: Any = None,
+    dtype: torch.dtype | str | None = None,
+    device: str | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Compress a model folder into another with one block in memory at a time, so that memory is bounded.
+
+    model: a folder (or a hub name, which is downloaded) of safetensors. out: the folder to write; unfinished work lies
+    beside it, and the same call goes on from there. The rest as for `compress`; allocation: `uniform` or `global`.
+
+    Returns what was kept: matrix_bytes, dense_matrix_bytes and their ratio.
+    """
+    source = StreamedModel(local_folder(model), architecture=architecture, dtype=dtype, device=device)
+    recipe = _recipe(method, keep, allocation, sequential, False, settings).resolved(source.anatomy.matrices())
+    if tokenizer is None:
+        tokenizer = tokenizer_of(source.model)
+    opened = Opened(source.model, tokenizer, tokenizer, str(model), source.folder)
+    batches = None
+    if recipe.needs_data and data is not None:
+        batches = _calibration(data, opened, sequence_length, sequences, batch_size, seed)
+    return compress_streamed(
+        source, recipe, batches, Path(out), tokenizer,
+        overwrite=overwrite, fisher=fisher, accumulate=accumulate, seed=seed, progress=progress,
+    )  # fmt: skip
 
 
 def compare(
@@ -177,6 +214,14 @@ def _open(model: Any, tokenizer: Any) -> Opened:
         found = tokenizer_of(model)
         model = Opened(model, found, found, "", None)
     return model if tokenizer is None else replace(model, tokenizer=tokenizer, processor=tokenizer)
+
+
+def _recipe(
+    method: str, keep: float, allocation: str, sequential: bool, refit: bool, settings: Mapping[str, Any]
+) -> Recipe:
+    of_allocation = {k.removeprefix(_OF_ALLOCATION): v for k, v in settings.items() if k.startswith(_OF_ALLOCATION)}
+    of_method = {key: value for key, value in settings.items() if not key.startswith(_OF_ALLOCATION)}
+    return Recipe(method, float(keep), allocation, of_method, of_allocation, sequential, refit)
 
 
 def _calibration(

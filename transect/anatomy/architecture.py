@@ -132,8 +132,8 @@ def architecture_of(model_type: str) -> Architecture:
     if found is None:
         raise UnknownArchitecture(
             f"the architecture {model_type!r} is not described yet (known: {', '.join(known_model_types())}). "
-            "Describe it: pass a dict or a JSON file that names the module paths of its blocks, q, k, v, o, up and down "
-            "matrices to transect.register_architecture (on the command line: --architecture FILE); "
+            "Describe it: pass a dict or a JSON file that names the module paths of its blocks, q, k, v, o, up and "
+            "down matrices to transect.register_architecture (on the command line: --architecture FILE); "
             'CONTRIBUTING.md, "Add an architecture", has a worked example.'
         )
     return found

@@ -249,8 +249,8 @@ class Attention:
         per_group = len(heads) // len(groups)
         if owners != [group for group in groups for _ in range(per_group)]:
             raise TransectError(
-                f"heads {heads} do not form equal groups: heads {group_size}*i to {group_size}*i+{group_size - 1} share "
-                "key/value head i; keep equally many heads of each kept group, side by side"
+                f"heads {heads} do not form equal groups: heads {group_size}*i to {group_size}*i+{group_size - 1} "
+                "share key/value head i; keep equally many heads of each kept group, side by side"
             )
         queries, keys = self._rows(heads), self._rows(groups)
         for norm, kept, present in (

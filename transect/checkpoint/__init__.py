@@ -2,10 +2,14 @@
 
 from .attach import attach
 from .folder import check_folder
-from .open import Opened, open_model
+from .open import Opened, local_folder, open_model
+from .place import placed
 from .replay import replay
-from .save import save
+from .save import check_output, save, tokenizer_of, write_description
 
 attach()
 
-__all__ = ["Opened", "attach", "check_folder", "open_model", "replay", "save"]
+__all__ = [
+    "Opened", "attach", "check_folder", "check_output", "local_folder", "open_model", "placed", "replay", "save",
+    "tokenizer_of", "write_description",
+]  # fmt: skip

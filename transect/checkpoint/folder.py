@@ -115,9 +115,11 @@ def _weight_files(folder: Path) -> list[Path]:
 def _check_record(folder: Path, record: Any, shapes: Shapes) -> None:
     if not isinstance(record, dict):
         raise BadCheckpoint(f"{folder / 'config.json'} has no structure record under quantization_config.record")
-    record_ = StructureRecord.from_dict(record)
-    expected: Shapes = {path: tuple(shape) for path, shape in record_.parameters.items()}
-    for path, description in record_.modules.items():
+    tables = StructureRecord.from_dict(record)
+    if not all(isinstance(table, dict) for table in (tables.modules, tables.attributes, tables.parameters)):
+        raise BadCheckpoint(f"the structure record in {folder / 'config.json'} is damaged: it should hold objects")
+    expected: Shapes = {path: tuple(shape) for path, shape in tables.parameters.items()}
+    for path, description in tables.modules.items():
         try:
             with torch.device("meta"):
                 state = build(description).state_dict()

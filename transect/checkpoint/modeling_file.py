@@ -124,7 +124,7 @@ def _package(module: str) -> str:
 @cache
 def _module(name: str) -> tuple[list[str], dict[str, tuple[ast.stmt, ast.alias | None]]]:
     """A module's lines, and what each name at its top level is bound by."""
-    module = sys.modules[name]
+    module = sys.modules.get(name)
     try:
         with open(str(module.__file__), encoding="utf-8") as file:
             source = file.read()

@@ -52,7 +52,7 @@ def open_model(
     if architecture is not None:
         register_architecture(architecture)
     source = str(name_or_path)
-    path = _local_folder(source)
+    path = local_folder(source)
     if path is not None:
         check_folder(path)
     where = source if path is None else str(path)
@@ -66,7 +66,7 @@ def open_model(
     return Opened(model, tokenizer, processor, source, path)
 
 
-def _local_folder(source: str) -> Path | None:
+def local_folder(source: str) -> Path | None:
     if source == "organism":
         from ..organism import MODEL_PATH
 
@@ -89,7 +89,12 @@ def _load(where: str, local: bool, dtype: Any, device: Any) -> Any:
                 f"version of transformers ({transformers.__version__}) does not have"
             )
         model, report = cls.from_pretrained(
-            where, dtype=dtype, device_map=device, use_safetensors=True, output_loading_info=True
+            where,
+            dtype=dtype,
+            device_map=device,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # reported below, by name
+            output_loading_info=True,
         )
     except TransectError:
         raise
@@ -100,6 +105,11 @@ def _load(where: str, local: bool, dtype: Any, device: Any) -> Any:
             f"there is no local folder {where!r}, and it could not be loaded from the Hugging Face hub as safetensors "
             f"either (pickle checkpoints are refused): {error}"
         ) from error
+    for name, stored, expected in sorted(report["mismatched_keys"]):
+        raise BadCheckpoint(
+            f"the weights in {where} do not fit its config.json: {name} has shape {list(stored)}, and the model that "
+            f"the config describes needs {list(expected)}"
+        )
     missing = sorted(report["missing_keys"])
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""

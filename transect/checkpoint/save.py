@@ -5,13 +5,16 @@ from __future__ import annotations
 import copy
 import json
 import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import transformers
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..anatomy import record_of
+from ..anatomy import StructureRecord, record_of
 from ..errors import TransectError
 from .modeling_file import MODULE, auto_map, concrete_class, modeling_source
 from .place import placed
@@ -45,47 +48,84 @@ def save(
 
     Raises TransectError if the folder exists, or cannot be written (disk full); nothing that was there is lost.
     """
-    target = Path(folder).expanduser().resolve()
-    if target.is_file():
-        raise TransectError(f"{target} is a file; name a folder to write the model to")
-    if not overwrite and target.is_dir() and any(target.iterdir()):
-        raise TransectError(f"the folder {target} exists and is not empty; pass overwrite=True (--overwrite)")
+    target = check_output(folder, overwrite)
     with placed(target) as partial:
         _write(model, partial, max_shard_size=max_shard_size, **kwargs)
-        tokenizer = tokenizer if tokenizer is not None else _tokenizer_of(model)
+        tokenizer = tokenizer if tokenizer is not None else tokenizer_of(model)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
     return target
 
 
+def check_output(folder: str | Path, overwrite: bool) -> Path:
+    """The absolute path of a folder to write to; an error if that would replace something without `overwrite`."""
+    target = Path(folder).expanduser().resolve()
+    if target.is_file():
+        raise TransectError(f"{target} is a file; name a folder to write the model to")
+    if not overwrite and target.is_dir() and any(target.iterdir()):
+        raise TransectError(f"the folder {target} exists and is not empty; pass overwrite=True (--overwrite)")
+    return target
+
+
+def write_description(model: Any, folder: Path, state: Mapping[str, Tensor]) -> None:
+    """Write config.json and what else describes a model whose weights are written apart from it.
+
+    state: name -> tensor of every weight; only the shapes matter, so they may be on the meta device.
+    """
+    model.config.architectures = [concrete_class(model).__name__]
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+    _add_structure(model, folder, _Structure.of(model, dict(state)))
+
+
 def _write(model: Any, folder: Path, **kwargs: Any) -> None:
-    record = copy.deepcopy(record_of(model))
     state = kwargs["state_dict"] = dict(kwargs.get("state_dict") or model.state_dict())
-    edits: dict[str, Any] = {}
-    ordinary = not record
-    stopped = False
-    if record:
+    structure = _Structure.of(model, state)
+    # A record names the modules as they are now; only plain folders follow the names of older transformers versions.
+    kwargs.setdefault("save_original_format", structure.ordinary)
+    hugging_face_save(model, folder, **kwargs)
+    if (folder / "config.json").exists():  # otherwise only an adapter was written
+        _add_structure(model, folder, structure)
+
+
+@dataclass
+class _Structure:
+    """How a model's structure is written: `edits` of config.json, and the record unless they say it all (`ordinary`).
+
+    stopped: the shape of some tensor stops a transformers that does not know the record.
+    """
+
+    record: StructureRecord
+    edits: dict[str, Any]
+    ordinary: bool
+    stopped: bool
+
+    @staticmethod
+    def of(model: Any, state: dict[str, Tensor]) -> _Structure:
+        record = copy.deepcopy(record_of(model))
+        if not record:
+            return _Structure(record, {}, True, False)
         plain = skeleton(model, {})
         store_as_conv1d(record, plain, state)
         edits = sizes_in_config(model, plain)
         plain = skeleton(model, edits)
-        ordinary, stopped = fits(plain, record, state), stops(plain, state)
-    # A record names the modules as they are now; only plain folders follow the names of older transformers versions.
-    kwargs.setdefault("save_original_format", ordinary)
-    hugging_face_save(model, folder, **kwargs)
-    file = folder / "config.json"
-    if not file.exists():  # only an adapter was written
-        return
-    config = {k: v for k, v in json.loads(file.read_text()).items() if k not in (*STRUCTURE_KEYS, HISTORY)} | edits
+        return _Structure(record, edits, fits(plain, record, state), stops(plain, state))
+
+
+def _add_structure(model: Any, folder: Path, structure: _Structure) -> None:
+    file, record = folder / "config.json", structure.record
+    config = {k: v for k, v in json.loads(file.read_text()).items() if k not in (*STRUCTURE_KEYS, HISTORY)}
+    config |= structure.edits
     if f"{MODULE}." in str(config.get("auto_map")):  # the model was loaded through an earlier folder's modeling file
         del config["auto_map"]
         (folder / f"{MODULE}.py").unlink(missing_ok=True)
     record.history = getattr(model.config, HISTORY, {}).get("history", []) + record.history
-    if ordinary and record.history:
+    if structure.ordinary and record.history:
         config[HISTORY] = {"history": record.history}
-    if not ordinary:
+    if not structure.ordinary:
         config["quantization_config"] = {"quant_method": METHOD, "record": record.to_dict()}
-        if not stopped:
+        if not structure.stopped:
             config["attn_implementation"] = STOP
         _write_modeling_file(model, folder, record, config)
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -105,7 +145,7 @@ def _write_modeling_file(model: Any, folder: Path, record: Any, config: dict[str
     config["auto_map"] = classes
 
 
-def _tokenizer_of(model: Any) -> Any:
+def tokenizer_of(model: Any) -> Any:
     """The tokenizer or image processor that the model came with, found without asking the network."""
     known = getattr(model, "_transect_tokenizer", None)
     source = getattr(model.config, "name_or_path", "")

@@ -6,7 +6,7 @@ blocks catch them. So this works for every architecture without knowing any.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -70,17 +70,28 @@ def _stand_ins(anatomy: Anatomy, give: Tensor | None = None) -> Iterator[list[_S
 
 
 @torch.no_grad()
-def feed(anatomy: Anatomy, batch: Batch) -> Feed:
-    """What enters the first block for this batch. Runs the embedding, but no block."""
+def feeds_of(anatomy: Anatomy, batches: Iterable[Batch]) -> list[Feed]:
+    """What enters the first block, for each batch. Runs the embedding, but no block.
+
+    Without padding a block's other arguments depend on the batch's shape alone, so batches of one shape share them.
+    """
     model = anatomy.model
-    inputs = {key: value.to(model.device) for key, value in batch.items()}
-    with _stand_ins(anatomy) as stand_ins:
+    known: dict[Any, list[Call]] = {}
+    feeds = []
+    for batch in batches:
+        inputs = {key: value.to(model.device) for key, value in batch.items()}
         arguments = {key: value for key, value in inputs.items() if key != "labels"}
+        shapes = None if "attention_mask" in inputs else tuple((key, tensor.shape) for key, tensor in inputs.items())
         if task_of(model) == "causal":
             arguments["use_cache"] = False
-        model.base_model(**arguments)
-    assert stand_ins[0].hidden is not None
-    return Feed(inputs, stand_ins[0].hidden, [stand_in.call for stand_in in stand_ins if stand_in.call is not None])
+        with _stand_ins(anatomy) as stand_ins:
+            model.base_model(**arguments)
+        calls = [stand_in.call for stand_in in stand_ins if stand_in.call is not None]
+        if shapes is not None:
+            calls = known.setdefault(shapes, calls)
+        assert stand_ins[0].hidden is not None
+        feeds.append(Feed(inputs, stand_ins[0].hidden, calls))
+    return feeds
 
 
 def run_block(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from ..anatomy import Anatomy, Matrix
 from ..errors import TransectError
 from ..statistics import Fisher, Progress
-from .allocation import RankTable, Ranks, allocate, needs_measure
+from .allocation import Ranks, RankTable, allocate, needs_measure
 from .calibrate import calibrate
 from .divergence import Divergence
 from .frame import apply_ranks, describe_ranks, factorize, rank_table

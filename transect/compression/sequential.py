@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..anatomy import Anatomy, Block, Matrix
-from ..statistics import Batch, InputCovariance, Progress, Recorder, Statistic, Statistics, key_of
+from ..statistics import Batch, InputCovariance, Progress, Recorder, Statistic, Statistics, key_of, task_of
 from .allocation import Ranks
-from .blockwise import Feed, feed, run_block
+from .blockwise import Feed, feeds_of, run_block
 from .frame import apply_ranks, factorize_matrix
 from .registry import Method
 from .weighted_svd import Factorization
@@ -42,7 +42,7 @@ def compress_in_order(
     by_block: dict[int, list[Matrix]] = {}
     for matrix in matrices:
         by_block.setdefault(matrix.block.index, []).append(matrix)
-    feeds = [feed(anatomy, batch) for batch in batches]
+    feeds = feeds_of(anatomy, batches)
     blocks = anatomy.blocks
     for block in progress(blocks, f"{method.name}, block by block") if progress else blocks:
         mine = by_block.get(block.index, [])
@@ -69,9 +69,10 @@ def block_statistics(
     dense: Statistics | None,
     accumulate: torch.dtype,
 ) -> Statistics:
-    """Statistics of one block's inputs as it is fed now; those that need gradients are copied from the dense model's."""
+    """Statistics of one block's inputs as it is fed now; those of gradients are the dense model's."""
     store = Statistics(accumulate)
-    with Recorder(matrices, [statistic for statistic in wanted if statistic.needs == "input"], store) as recorder:
+    inputs = [statistic for statistic in wanted if statistic.needs == "input"]
+    with Recorder(matrices, inputs, store, task_of(block.model)) as recorder:
         for item in feeds:
             recorder.begin_batch(len(item.hidden), item.mask)
             run_block(block.module, item.hidden, item.calls[block.index])

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ..anatomy import Anatomy, Block, Matrix
 from ..errors import BadData
-from .kinds import OutputGradientCovariance, Statistic
-from .objective import Batch, predictions, summed_loss, task_of
+from .kinds import Statistic
+from .objective import Batch, Task, predictions, summed_loss, task_of
 from .store import Statistics
 
 Fisher = Literal["empirical", "sampled"]
@@ -28,11 +28,18 @@ class Recorder:
     """Hooks that feed the statistics of some matrices and blocks while the model runs. Use with `with`.
 
     matrices, blocks: where to listen. wanted: what to collect at each. store: where the sums go.
+    task: of the model; the positions of an image or a labelled text are not trimmed.
     """
 
     def __init__(
-        self, matrices: Sequence[Matrix], wanted: Iterable[Statistic], store: Statistics, blocks: Sequence[Block] = ()
+        self,
+        matrices: Sequence[Matrix],
+        wanted: Iterable[Statistic],
+        store: Statistics,
+        task: Task,
+        blocks: Sequence[Block] = (),
     ) -> None:
+        self.trims = task != "classification"
         self.store = store
         self.wanted = list(dict.fromkeys(wanted))
         self.matrices = matrices
@@ -104,7 +111,7 @@ class Recorder:
                     if statistic.needs == "both":
                         statistic.update(sums, x, part)
                     else:
-                        statistic.update(sums, part, mask)
+                        statistic.update(sums, part, mask, self.trims)
 
             output.register_hook(on_gradient)
 
@@ -118,13 +125,6 @@ class Recorder:
                 statistic.update(sums, self._sequences(before), self._sequences(after), self.mask)
 
         return hook
-
-
-def for_task(statistics: Iterable[Statistic], task: str) -> list[Statistic]:
-    """The statistics as they apply to a task: positions of an image or a labelled text are not trimmed."""
-    if task != "classification":
-        return list(statistics)
-    return [OutputGradientCovariance(0.0, s.clip) if isinstance(s, OutputGradientCovariance) else s for s in statistics]
 
 
 @contextmanager
@@ -173,7 +173,7 @@ def collect(
     """
     model = anatomy.model
     matrices = anatomy.matrices() if matrices is None else matrices
-    wanted = for_task(wanted, task_of(model))
+    wanted = list(wanted)
     gradients = any(statistic.needs in ("gradient", "both") for statistic in wanted)
     store = Statistics(accumulate)
     generator = torch.Generator().manual_seed(seed)
@@ -186,7 +186,7 @@ def collect(
     training = model.training
     model.eval()
     try:
-        with Recorder(matrices, wanted, store, anatomy.blocks) as recorder:
+        with Recorder(matrices, wanted, store, task_of(model), anatomy.blocks) as recorder:
             for batch in progress(mine, "statistics") if progress else mine:
                 first = next(iter(batch.values()))
                 mask = batch.get("attention_mask")

@@ -114,7 +114,7 @@ class OutputGradientCovariance(Statistic):
     """E[g gᵀ] (d_out x d_out) over positions; K-FAC's second factor Γ (also B or G).
 
     g is one position's gradient of the loss summed over the sequence, so no averaging hides in it.
-    trim: share of positions to leave out at either end of every sequence (language models; LEMS uses 1/8).
+    trim: share of positions to leave out at either end of every sequence of a language model (LEMS: 1/8).
     clip: clamp each position's gradient norm to [clip[0], clip[1]] x the mean norm of its sequence (after trimming);
         norms below 1e-10 stay as they are. None: no clamping.
     """
@@ -129,8 +129,8 @@ class OutputGradientCovariance(Statistic):
             "count": torch.zeros((), dtype=torch.float64),
         }
 
-    def update(self, sums: Sums, g: Tensor, mask: Tensor | None) -> None:
-        cut = int(self.trim * g.shape[1])
+    def update(self, sums: Sums, g: Tensor, mask: Tensor | None, trims: bool) -> None:
+        cut = int(self.trim * g.shape[1]) if trims else 0
         if cut:
             g = g[:, cut:-cut]
             mask = None if mask is None else mask[:, cut:-cut]
