@@ -7,15 +7,14 @@
 Importing it also lets transformers load what it saved: `AutoModelForCausalLM.from_pretrained("small")`.
 """
 
-__version__ = "0.1.0"
-
 from . import checkpoint as _checkpoint  # noqa: F401 - registers the loader with transformers
 from .anatomy import Anatomy, register_architecture
 from .compression import allocations, methods
 from .errors import BadCheckpoint, BadData, TransectError, UnknownArchitecture
 from .verbs import compare, compress, evaluate
+from .version import __version__
 
 __all__ = [
-    "Anatomy", "BadCheckpoint", "BadData", "TransectError", "UnknownArchitecture", "allocations", "compare",
-    "compress", "evaluate", "methods", "register_architecture",
+    "Anatomy", "BadCheckpoint", "BadData", "TransectError", "UnknownArchitecture", "__version__", "allocations",
+    "compare", "compress", "evaluate", "methods", "register_architecture",
 ]  # fmt: skip

@@ -8,21 +8,48 @@ import sys
 from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-stderr = Console(stderr=True)
-stdout = Console()
+# Without markup: an error or a name may hold square brackets.
+stderr = Console(stderr=True, markup=False, highlight=False)
+stdout = Console(markup=False)
 
 
-class MethodHelp(click.Command):
-    """A command that takes methods' parameters as options, and lists them in its help."""
+class MethodCommand(click.Command):
+    """A command that takes methods' parameters as options, wherever they stand, and lists them in its help."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Options that are none of the command's own go to `ctx.obj`, with their values, as (option, value)."""
+        own = {name: option for option in self.get_params(ctx) for name in option.opts}
+        kept, extra, waiting = [], [], list(args)
+        while waiting:
+            word = waiting.pop(0)
+            name, equals, value = word.partition("=")
+            if word == "--":
+                kept += [word, *waiting]
+                break
+            if not word.startswith("--") or name in own:
+                kept.append(word)
+                option = own.get(name)
+                if isinstance(option, click.Option) and not (option.is_flag or option.count or equals):
+                    kept += waiting[:1]
+                    del waiting[:1]
+                continue
+            if not equals:
+                if not waiting:
+                    raise click.UsageError(f"no such option, or one without a value: {name}", ctx)
+                value = waiting.pop(0)
+            extra.append((name, value))
+        ctx.obj = extra
+        return super().parse_args(ctx, kept)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         from .compression import allocations, methods
@@ -38,36 +65,76 @@ class MethodHelp(click.Command):
 
 
 def _split(context: click.Context, parameter: click.Parameter, value: str | None) -> list[str] | None:
-    return None if value is None else [part.strip() for part in value.split(",") if part.strip()]
+    if value is None:
+        return None
+    parts = [part.strip() for part in value.split(",") if part.strip()]
+    if not parts:
+        raise click.BadParameter("at least one is needed")
+    return parts
 
 
 def _shares(context: click.Context, parameter: click.Parameter, value: str) -> list[float]:
     try:
-        return [float(part) for part in value.split(",") if part.strip()]
+        return [float(part) for part in _split(context, parameter, value) or []]
     except ValueError:
         raise click.BadParameter(f"{value!r} is not a comma-separated list of numbers") from None
 
 
-def _method_settings(arguments: list[str], method: str | None) -> dict[str, dict[str, Any]]:
+def _description(context: click.Context, parameter: click.Parameter, value: str | None) -> dict[str, Any] | None:
+    if value is None:
+        return None
+    try:
+        description = json.loads(Path(value).read_text(encoding="utf-8"))
+    except ValueError as error:  # not UTF-8, or not JSON
+        raise click.BadParameter(f"{value} is not JSON: {error}") from None
+    if not isinstance(description, dict):
+        raise click.BadParameter(f"{value} should hold a JSON object, but holds a {type(description).__name__}")
+    return description
+
+
+def _dtype(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    import torch
+
+    found = getattr(torch, value or "float32", None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise click.BadParameter(f"{value!r} is not a type for weights, such as float32, bfloat16 or float16")
+    return value
+
+
+def _device(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    import torch
+
+    try:
+        torch.empty(0, device=value)
+    except (RuntimeError, AssertionError) as error:
+        raise click.BadParameter(f"{value!r} cannot be used: {str(error).partition(chr(10))[0]}") from None
+    return value
+
+
+def _method_settings(options: list[tuple[str, str]], method: str | None) -> dict[str, dict[str, Any]]:
     """`--svd-llm.shrinkage 1e-4` (or `--shrinkage 1e-4` where there is one method) by method, as strings."""
     found: dict[str, dict[str, Any]] = {}
-    waiting = list(arguments)
-    while waiting:
-        option = waiting.pop(0)
-        if not option.startswith("--"):
-            raise click.UsageError(f"unexpected argument {option!r}")
-        name, equals, value = option[2:].partition("=")
-        if not equals:
-            if not waiting:
-                raise click.UsageError(f"option {option} needs a value")
-            value = waiting.pop(0)
-        owner, dot, parameter = name.rpartition(".")
+    for option, value in options:
+        owner, dot, parameter = option.removeprefix("--").rpartition(".")
         if not dot:
             if method is None:
-                raise click.UsageError(f"no such option: --{name} (parameters of a method are --METHOD.PARAMETER)")
+                raise click.UsageError(f"no such option: {option} (parameters of a method are --METHOD.PARAMETER)")
             owner = method
         found.setdefault(owner, {})[parameter.replace("-", "_")] = value
     return found
+
+
+def _refuse_unused(settings: Iterable[str], used: Iterable[str]) -> None:
+    unused = [name for name in settings if name not in used]
+    if unused:
+        raise click.UsageError(
+            f"there are parameters for {', '.join(unused)}, but only {', '.join(used)} take any here"
+        )
+
+
+def _print(what: Any) -> None:
+    """On standard output, never cut: what is wider than the terminal, or than 80 columns of a file, stays whole."""
+    stdout.print(what, crop=False, no_wrap=isinstance(what, str), overflow="ignore", highlight=False)
 
 
 @contextmanager
@@ -75,7 +142,7 @@ def _progress(quiet: bool) -> Any:
     """A function that shows a bar for an iterable, on standard error."""
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-        console=stderr, transient=True, disable=quiet,
+        console=stderr, transient=True, disable=quiet or not stderr.is_terminal,
     )  # fmt: skip
 
     def show(items: Iterable[Any], label: str) -> Iterable[Any]:
@@ -94,9 +161,9 @@ def _options(*names: str) -> Any:
     """Options that several commands share."""
     known = {
         "architecture": click.option("--architecture", type=click.Path(exists=True, dir_okay=False), metavar="FILE",
-                                     help="JSON description of the model's architecture, if it is not built in."),
-        "dtype": click.option("--dtype", help="Load the model in this type, e.g. bfloat16. Default: as stored."),
-        "device": click.option("--device", help="E.g. cuda. Default: the CPU."),
+                                     callback=_description, help="JSON description of the model's architecture, if it is not built in."),
+        "dtype": click.option("--dtype", callback=_dtype, help="Load the model in this type, e.g. bfloat16. Default: as stored."),
+        "device": click.option("--device", callback=_device, help="E.g. cuda. Default: the CPU."),
         "sequence_length": click.option("--sequence-length", type=int, help="Tokens in a sequence."),
         "sequences": click.option("--sequences", type=int, default=256, show_default=True,
                                   help="Calibration sequences, spread evenly over the data."),
@@ -131,12 +198,12 @@ def main_group() -> None:
     MODEL is a local folder, a Hugging Face hub name, or `organism` (bundled). DATA is a .txt, .jsonl or .parquet file,
     a folder of them, a hub data set, or `organism:calibration` and `organism:heldout`.
     """
+    import transformers
+
+    transformers.logging.disable_progress_bar()  # standard error is for our own bars, and for one line if it goes wrong
 
 
-_EXTRA = {"ignore_unknown_options": True, "allow_extra_args": True}
-
-
-@main_group.command(cls=MethodHelp, context_settings=_EXTRA)
+@main_group.command(cls=MethodCommand)
 @click.argument("model")
 @click.option("--method", required=True, help="See the list below.")
 @click.option("--keep", type=float, required=True, help="Share of the matrices' bytes to keep, in (0, 1].")
@@ -153,14 +220,14 @@ def compress(context: click.Context, model: str, out: Path, stream: bool, as_jso
     import torch
 
     from .checkpoint import check_output, open_model, save
+    from .compression import method
     from .verbs import compress as compress_model
     from .verbs import compress_stream
 
-    settings = _method_settings(context.args, options["method"])
-    own = settings.pop(options["method"], {})
+    settings = _method_settings(context.obj, options["method"])
+    own = method(options["method"]).settings(settings.pop(options["method"], {}))
     own |= {f"allocation_{name}": value for name, value in settings.pop(options["allocation"], {}).items()}
-    if settings:
-        raise click.UsageError(f"parameters for {', '.join(settings)}, which is not used here")
+    _refuse_unused(settings, (options["method"], options["allocation"]))
     overwrite, architecture = options.pop("overwrite"), options.pop("architecture")
     dtype, device = options.pop("dtype"), options.pop("device")
     options["accumulate"] = getattr(torch, options["accumulate"])
@@ -184,10 +251,10 @@ def compress(context: click.Context, model: str, out: Path, stream: bool, as_jso
     if as_json:
         click.echo(json.dumps(outcome))
     else:
-        stdout.print(f"{out}: kept {outcome['kept']:.1%} of {outcome['dense_matrix_bytes']:,} bytes of matrices")
+        _print(f"{out}: kept {outcome['kept']:.1%} of {outcome['dense_matrix_bytes']:,} bytes of matrices")
 
 
-@main_group.command(cls=MethodHelp, context_settings=_EXTRA)
+@main_group.command(cls=MethodCommand)
 @click.argument("model")
 @click.option("--methods", required=True, callback=_split, help="Comma-separated; see the list below.")
 @click.option("--keep", required=True, callback=_shares, help="Comma-separated shares of bytes, in (0, 1].")
@@ -207,10 +274,16 @@ def compare(context: click.Context, model: str, out: Path, as_json: bool, **opti
     import torch
 
     from .checkpoint import open_model
+    from .compression import allocation_named, method
     from .report import rich_table
     from .verbs import compare as compare_models
 
-    settings = _method_settings(context.args, None)
+    settings = _method_settings(context.obj, None)
+    for name in options["methods"]:
+        method(name)
+    for name in options["allocations"]:
+        allocation_named(name)
+    _refuse_unused(settings, options["methods"])
     opened = open_model(model, dtype=options.pop("dtype"), device=options.pop("device"),
                       architecture=options.pop("architecture"))  # fmt: skip
     options["accumulate"] = getattr(torch, options["accumulate"])
@@ -224,8 +297,8 @@ def compare(context: click.Context, model: str, out: Path, as_json: bool, **opti
     if as_json:
         click.echo(frame.to_json(orient="records"))
         return
-    stdout.print(rich_table(frame, f"{model}, {int(frame['tokens'].iloc[0]):,} held-out predictions"))
-    stdout.print(f"run folder: {out}   plot: {out / 'pareto.png'}")
+    _print(rich_table(frame, f"{model}, {int(frame['tokens'].iloc[0]):,} held-out predictions"))
+    _print(f"run folder: {out}   plot: {out / 'pareto.png'}")
 
 
 @main_group.command("eval")
@@ -247,7 +320,7 @@ def evaluate(model: str, data: str, as_json: bool, **options: Any) -> None:
     if as_json:
         click.echo(json.dumps(result))
     else:
-        stdout.print(rich_table(pd.DataFrame([result]), f"{model}, {result['tokens']:,} predictions"))
+        _print(rich_table(pd.DataFrame([result]), f"{model}, {result['tokens']:,} predictions"))
 
 
 @main_group.command()
@@ -287,9 +360,9 @@ def methods(name: str | None, as_json: bool) -> None:
     import inspect
 
     entry = entries[0]
-    stdout.print(f"[bold]{entry.name}[/bold] ({entry.family}), {entry.paper}", highlight=False)
-    stdout.print(f"needs: {', '.join(statistic.label for statistic in entry.needs) or 'no data'}\n", markup=False)
-    stdout.print(inspect.getdoc(entry.function) or "", markup=False, highlight=False)
+    _print(f"{entry.name} ({entry.family}), {entry.paper}")
+    _print(f"needs: {', '.join(statistic.label for statistic in entry.needs) or 'no data'}\n")
+    _print(inspect.getdoc(entry.function) or "")
     grid = Table("parameter", "type", "default", "accepts")
     for p in entry.parameters:
         accepts = (
@@ -338,6 +411,12 @@ def check_claims(
     stdout.print(", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in dict.fromkeys(verdicts)))
 
 
+def _complain(message: str) -> NoReturn:
+    """One line on standard error, whatever the message is made of, and exit code 1."""
+    stderr.print(Text.assemble(("error:", "bold red"), " ", " ".join(message.split())), soft_wrap=True)
+    sys.exit(1)
+
+
 def main() -> None:
     """Entry point: errors that a user can mend are one line, without a traceback. Exit code 1; 130 for Ctrl-C."""
     from .errors import TransectError
@@ -350,8 +429,9 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except TransectError as error:
-        stderr.print(f"[bold red]error:[/bold red] {error}", highlight=False, markup=True, soft_wrap=True)
-        sys.exit(1)
+        _complain(str(error))
+    except OSError as error:  # a disk that is full, a folder that may not be written to
+        _complain(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
     except (KeyboardInterrupt, click.Abort):
         stderr.print("stopped")
         sys.exit(130)

@@ -2,13 +2,13 @@
 
 from .architecture import Architecture, FusedMatrix, architecture_of, known_model_types, register_architecture
 from .matrix import Matrix
-from .record import StructureRecord, on_first_change, record_of
+from .record import StructureRecord, record_of
 from .storage import Stacked
 from .surgery import SkipAttention, set_attribute
 from .view import MLP, Anatomy, Attention, Block
 
 __all__ = [
     "MLP", "Anatomy", "Architecture", "Attention", "Block", "FusedMatrix", "Matrix", "SkipAttention", "Stacked",
-    "StructureRecord", "architecture_of", "known_model_types", "on_first_change", "record_of",
+    "StructureRecord", "architecture_of", "known_model_types", "record_of",
     "register_architecture", "set_attribute",
 ]  # fmt: skip

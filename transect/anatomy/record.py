@@ -5,7 +5,6 @@ It describes the state, not the steps, so that replaying it twice does nothing m
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -68,15 +67,9 @@ class StructureRecord:
         )
 
 
-# Called with a model when it gets its record; the checkpoint room uses it to make `save_pretrained` keep the record.
-on_first_change: list[Callable[[nn.Module], None]] = []
-
-
 def record_of(model: nn.Module) -> StructureRecord:
     """The model's structure record; an unchanged model gets an empty one."""
     record = model.__dict__.get("_structure_record")
     if record is None:
         record = model.__dict__["_structure_record"] = StructureRecord()
-        for callback in on_first_change:
-            callback(model)
     return record

@@ -126,7 +126,7 @@ def _module(name: str) -> tuple[list[str], dict[str, tuple[ast.stmt, ast.alias |
     """A module's lines, and what each name at its top level is bound by."""
     module = sys.modules.get(name)
     try:
-        with open(str(module.__file__), encoding="utf-8") as file:
+        with open(str(getattr(module, "__file__", None)), encoding="utf-8") as file:
             source = file.read()
     except (AttributeError, OSError) as error:
         raise TransectError(f"the source of {name} cannot be read, so it cannot be put in a checkpoint") from error

@@ -9,19 +9,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ..compression import Factorization
+from ..files import replacing
 
 
 def save_factors(path: Path, factors: Mapping[str, Factorization], seconds: float) -> None:
-    """Write beside, then rename. seconds: what the factorization cost."""
+    """seconds: what the factorization cost."""
     tensors = {}
     for name, made in factors.items():
         tensors |= {f"{name}|left": made.left, f"{name}|values": made.singular_values, f"{name}|right": made.right}
-    partial = path.with_name(path.name + ".partial")
-    try:
+    with replacing(path) as partial:
         save_file({k: t.contiguous() for k, t in tensors.items()}, partial, metadata={"seconds": str(seconds)})
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 class Factors(Mapping[str, Factorization]):

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..compression.allocation import needs_measure
 from ..errors import TransectError
+from ..files import replacing
 
 
 @dataclass(frozen=True)
@@ -93,13 +94,8 @@ class Plan:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write beside, then rename."""
-    partial = path.with_name(path.name + ".partial")
-    try:
+    with replacing(path) as partial:
         partial.write_text(json.dumps(value, indent=2) + "\n")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def row_path(folder: Path, row: Row) -> Path:

@@ -11,6 +11,7 @@ import torch
 from ..anatomy import Anatomy, Matrix
 from ..errors import TransectError
 from ..statistics import Fisher, Progress
+from ..version import __version__
 from .allocation import Ranks, RankTable, allocate, needs_measure
 from .calibrate import calibrate
 from .divergence import Divergence
@@ -96,7 +97,5 @@ def choose_ranks(
 
 def note_in_record(anatomy: Anatomy, recipe: Recipe, outcome: Mapping[str, Any]) -> None:
     """Write what was done into the structure record's history."""
-    from .. import __version__
-
     entry = {"transect": __version__, "compress": recipe.to_dict(), **outcome}
     anatomy.record.history.append(entry)

@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..files import replacing
+
 T = TypeVar("T")
 
 
@@ -63,18 +65,14 @@ class Batches:
         return Batches(self.batches[rank::world_size])
 
     def save(self, path: Path) -> None:
-        """Write as one safetensors file, beside and then renamed."""
-        partial = path.with_name(path.name + ".partial")
-        try:
-            tensors = {
-                f"{number:06d}|{name}": tensor.contiguous()
-                for number, batch in enumerate(self.batches)
-                for name, tensor in batch.items()
-            }
+        """Write as one safetensors file."""
+        tensors = {
+            f"{number:06d}|{name}": tensor.contiguous()
+            for number, batch in enumerate(self.batches)
+            for name, tensor in batch.items()
+        }
+        with replacing(path) as partial:
             save_file(tensors, partial)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
 
     @staticmethod
     def load(path: Path) -> Batches:

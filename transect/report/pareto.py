@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import matplotlib
 import pandas as pd
 
-matplotlib.use("Agg")
-from matplotlib import pyplot
-from matplotlib.ticker import FuncFormatter
+from ..files import replacing
 
 # Distinguishable with the common forms of colour blindness (Okabe and Ito), and by marker where printed without colour.
 _COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
@@ -22,32 +19,32 @@ def pareto_plot(frame: pd.DataFrame, path: Path, title: str = "") -> Path:
 
     frame: as `transect.compare` returns it. The dense model is the star and the horizontal line.
     """
-    figure, axes = pyplot.subplots(figsize=(8, 5), constrained_layout=True)
-    try:
-        dense = frame[frame["method"] == "dense"]
-        rest = frame[frame["method"] != "dense"]
-        for number, (method, group) in enumerate(rest.groupby("method", sort=False)):
-            for allocation, line in group.groupby("allocation", sort=False):
-                line = line.sort_values("bytes")
-                label = str(method) if allocation == "uniform" else f"{method}, {allocation}"
-                axes.plot(
-                    line["bytes"] / 1e6, line["loss"], _LINES.get(str(allocation), "-."), label=label,
-                    color=_COLOURS[number % len(_COLOURS)], marker=_MARKERS[number % len(_MARKERS)], markersize=5,
-                )  # fmt: skip
-        if len(dense):
-            axes.axhline(dense["loss"].iloc[0], color="0.6", linewidth=1, zorder=0)
-            axes.plot(dense["bytes"] / 1e6, dense["loss"], "*", color="0.3", markersize=13, label="dense")
-        if len(frame) > 1 and frame["loss"].max() > 3 * frame["loss"].min():
-            axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.set_xlabel("size of the model (MB)")
-        axes.set_ylabel("loss (nats a prediction)")
-        axes.set_title(title)
-        axes.grid(alpha=0.25)
-        axes.legend(frameon=False, fontsize=8)
-        partial = path.with_name(path.name + ".partial")
+    from matplotlib.figure import Figure  # takes a second to import, and most commands draw nothing
+    from matplotlib.ticker import FuncFormatter
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    dense = frame[frame["method"] == "dense"]
+    rest = frame[frame["method"] != "dense"]
+    for number, (method, group) in enumerate(rest.groupby("method", sort=False)):
+        for allocation, line in group.groupby("allocation", sort=False):
+            line = line.sort_values("bytes")
+            label = str(method) if allocation == "uniform" else f"{method}, {allocation}"
+            axes.plot(
+                line["bytes"] / 1e6, line["loss"], _LINES.get(str(allocation), "-."), label=label,
+                color=_COLOURS[number % len(_COLOURS)], marker=_MARKERS[number % len(_MARKERS)], markersize=5,
+            )  # fmt: skip
+    if len(dense):
+        axes.axhline(dense["loss"].iloc[0], color="0.6", linewidth=1, zorder=0)
+        axes.plot(dense["bytes"] / 1e6, dense["loss"], "*", color="0.3", markersize=13, label="dense")
+    if len(frame) > 1 and frame["loss"].max() > 3 * frame["loss"].min():
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_xlabel("size of the model (MB)")
+    axes.set_ylabel("loss (nats a prediction)")
+    axes.set_title(title)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, fontsize=8)
+    with replacing(path) as partial:
         figure.savefig(partial, dpi=150, format="png")
-        partial.replace(path)
-    finally:
-        pyplot.close(figure)
     return path

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pandas as pd
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 
@@ -21,25 +22,34 @@ def _count(value: float) -> str:
     return f"{value:,.0f}"
 
 
+def _millions(value: float) -> str:
+    return f"{value / 1e6:,.2f} M"
+
+
 # column of the data frame -> heading, and how a value is written
 COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "method": ("method", str),
     "allocation": ("allocation", str),
     "keep": ("keep", "{:g}".format),
     "bytes": ("bytes", _bytes),
-    "parameters": ("parameters", _count),
+    "parameters": ("parameters", _millions),
     "loss": ("loss", "{:.4f}".format),
-    "perplexity": ("perplexity", "{:.3f}".format),
+    "perplexity": ("perplexity", "{:.2f}".format),
     "accuracy": ("accuracy", "{:.2%}".format),
-    "prefill_tokens_per_second": ("prefill tok/s", _count),
-    "decode_tokens_per_second": ("decode tok/s", _count),
-    "compress_seconds": ("compress s", "{:.1f}".format),
+    "prefill_tokens_per_second": ("prefill tokens/s", _count),
+    "decode_tokens_per_second": ("decode tokens/s", _count),
+    "compress_seconds": ("compress seconds", "{:.1f}".format),
 }
 
 
 def cells(frame: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
     """Headings and text cells; a value that does not apply (no decoding in an encoder) is a dash."""
-    shown = [column for column in COLUMNS if column in frame.columns]
+    idle = set()
+    if set(frame.get("allocation", [])) <= {"-", "uniform"}:
+        idle.add("allocation")
+    if frame["decode_tokens_per_second"].notna().any():  # a language model is judged by its perplexity
+        idle.add("accuracy")
+    shown = [column for column in COLUMNS if column in frame.columns and column not in idle]
     rows = [
         ["-" if pd.isna(row[column]) else COLUMNS[column][1](row[column]) for column in shown]
         for _, row in frame.iterrows()
@@ -48,11 +58,16 @@ def cells(frame: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
 
 
 def rich_table(frame: pd.DataFrame, title: str = "") -> Table:
-    """For the terminal. The lowest loss of each budget is bold."""
+    """For the terminal. The lowest loss of each budget is bold. Print with crop=False: no number is ever cut.
+
+    Headings break between words where it gets narrow; a full table needs about 100 columns.
+    """
     headings, rows = cells(frame)
-    grid = Table(title=title or None, header_style="bold")
-    for heading in headings:
-        grid.add_column(heading, justify="left" if heading in ("method", "allocation") else "right", no_wrap=True)
+    grid = Table(title=title or None, header_style="bold", box=SIMPLE_HEAD, padding=0, pad_edge=False)
+    for column, heading in enumerate(headings):
+        justify = "left" if heading in ("method", "allocation") else "right"
+        width = max(map(len, [*heading.split(), *(row[column] for row in rows)]))
+        grid.add_column(heading, justify=justify, vertical="bottom", min_width=width)
     best = set(frame.groupby("keep")["loss"].idxmin()) if "keep" in frame.columns else set()
     for index, row in zip(frame.index, rows, strict=True):
         grid.add_row(*row, style="bold" if index in best else None)

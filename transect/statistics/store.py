@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import TransectError
+from ..files import replacing
 from .kinds import Statistic, Sums
 
 _SEPARATOR = "|"  # key|statistic|sum, the name of a tensor on disk
@@ -88,13 +89,9 @@ class Statistics:
         }
 
     def save(self, path: Path, settings: dict[str, str]) -> None:
-        """Write beside, then rename. `settings` say what the sums are of; `load` wants the same."""
-        partial = path.with_name(path.name + ".partial")
-        try:
+        """`settings` say what the sums are of; `load` wants the same."""
+        with replacing(path) as partial:
             save_file(self.state(), partial, metadata={**settings, "dtype": str(self.dtype)})
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
 
     @staticmethod
     def load(path: Path, settings: dict[str, str]) -> Statistics | None:

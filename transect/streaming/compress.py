@@ -22,7 +22,7 @@ from ..compression.sequential import block_statistics
 from ..errors import TransectError
 from ..operators import LowRank
 from ..statistics import Fisher, Progress, Statistics
-from .passes import Workspace, backward_pass, forward_pass, write_tensors
+from .passes import Workspace, backward_pass, forward_pass
 from .source import StreamedModel
 
 
@@ -113,7 +113,7 @@ def _choose_ranks(
                     m.name: factorize_matrix(m, recipe.registered, recipe.settings, statistics)
                     for m in block.matrices()
                 }
-            write_tensors(work.path("factors", block.index), _flat(made))
+            work.write_named("factors", block.index, _flat(made))
         made = _factors(work, block)
         tables += [rank_table(matrix, made[matrix.name]) for matrix in block.matrices()]
     return tables, allocate(recipe.allocation, tables, recipe.keep, None, recipe.allocation_settings)
@@ -176,7 +176,7 @@ def _compress_blocks(
                 work.write("compressed", i + 1, [item.hidden for item in feeds])
                 work.remove("compressed", i)
             tensors = {f"{block.path}.{name}": t.contiguous().cpu() for name, t in module.state_dict().items()}
-            write_tensors(work.path("shard", i), tensors, {"format": "pt"})
+            work.write_named("shard", i, tensors)
         for kind in ("inputs", "gradients", "factors"):
             work.remove(kind, i)
 
@@ -197,7 +197,7 @@ def _finish(source: StreamedModel, work: Workspace, out: Path, tokenizer: Any) -
     count = len(source.anatomy.blocks) + 1
     weight_map, total = {}, 0
     outside = {name: model.get_parameter(name).contiguous().cpu() for name in source.outside}
-    write_tensors(work.path("shard", count - 1), outside, {"format": "pt"})
+    work.write_named("shard", count - 1, outside)
     with placed(out) as folder:
         write_description(model, folder, model.state_dict())
         for index in range(count):

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..compression.blockwise import Feed, predictions_after, run_block
+from ..files import replacing
 from ..statistics import Fisher, Progress, Recorder, Statistic, Statistics, task_of
 from ..statistics.collect import loss_for_gradients
 from .source import StreamedModel
@@ -30,23 +31,17 @@ class Workspace:
         return self.folder / f"{kind}-{index:05d}.safetensors"
 
     def write(self, kind: str, index: int, tensors: Sequence[Tensor]) -> None:
-        write_tensors(self.path(kind, index), {f"{i:06d}": t.contiguous() for i, t in enumerate(tensors)})
+        self.write_named(kind, index, {f"{i:06d}": t.contiguous() for i, t in enumerate(tensors)})
+
+    def write_named(self, kind: str, index: int, tensors: dict[str, Tensor]) -> None:
+        with replacing(self.path(kind, index)) as partial:
+            save_file(tensors, partial, metadata={"format": "pt"})  # transformers asks for the format
 
     def read(self, kind: str, index: int) -> list[Tensor]:
         return [tensor for _, tensor in sorted(load_file(self.path(kind, index)).items())]
 
     def remove(self, kind: str, index: int) -> None:
         self.path(kind, index).unlink(missing_ok=True)
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write beside, then rename."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        save_file(tensors, partial, metadata=metadata)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @torch.no_grad()

@@ -1,0 +1,36 @@
+# Everything runs in .venv; `make demo` and `make test` make it. PYTHON picks the interpreter (3.11 or newer).
+PYTHON ?= python3
+BIN := .venv/bin
+RUN ?= run/demo
+
+.PHONY: demo test lint bench organism clean
+
+# The pinned torch comes first: asked for by another package, a bare "torch" would bring gigabytes of CUDA libraries.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,dev,hub]'
+	touch $@
+
+demo: .venv/installed
+	$(BIN)/transect compare organism --methods svd,fwsvd,svd-llm,kfac-svd --keep 0.9,0.8,0.7,0.5 \
+	    --data organism:calibration --eval organism:heldout --eval-sequences 128 --out $(RUN)
+	$(BIN)/python examples/round_trip.py $(RUN)-small
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+# Each benchmark is one command, `python benchmarks/NAME.py`; see benchmarks/README.md.
+bench: .venv/installed
+	for script in kfac statistics compare low_rank streaming; do $(BIN)/python benchmarks/$$script.py || exit 1; done
+
+organism: .venv/installed
+	$(BIN)/python -m transect.organism.train --out run/organism
+
+clean:
+	rm -rf .venv run build *.egg-info

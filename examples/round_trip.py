@@ -1,0 +1,48 @@
+"""Compress the bundled model in memory, save it, load it in a fresh process, and compare the logits.
+
+python examples/round_trip.py FOLDER
+"""
+
+import subprocess
+import sys
+
+import torch
+from safetensors.torch import load_file
+
+import transect
+from transect import organism
+
+FRESH = """
+import sys
+import torch, transect
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder, prompt, out = sys.argv[1:]
+model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+with torch.no_grad():
+    save_file({"logits": model(ids).logits.contiguous()}, out)
+answer = model.generate(ids, max_new_tokens=3, do_sample=False)[0, ids.shape[1]:]
+print(f"  {prompt} -> {tokenizer.decode(answer)}")
+"""
+
+
+def main(folder: str) -> None:
+    model, tokenizer = organism.load()
+    prompt = organism.examples("facts", n=1)[0].prompt
+    transect.compress(model, "kfac-svd", keep=0.9, data="organism:calibration", tokenizer=tokenizer, sequences=64)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    with torch.no_grad():
+        here = model(tokenizer(prompt, return_tensors="pt")["input_ids"]).logits
+    print(f"{folder}, loaded in a fresh process with AutoModelForCausalLM.from_pretrained:")
+    subprocess.run([sys.executable, "-c", FRESH, folder, prompt, f"{folder}/logits.safetensors"], check=True)
+    there = load_file(f"{folder}/logits.safetensors")["logits"]
+    print(f"  largest difference between its logits and those in memory: {(here - there).abs().max().item():g}")
+    if not torch.equal(here, there):
+        sys.exit("the logits differ")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,48 @@
+"""The benchmarks run, print their tables, and compute equal factors. Their times are asserted nowhere."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """name -> that benchmark's `main`."""
+    monkeypatch.syspath_prepend(FOLDER)
+    return lambda name: importlib.import_module(name).main
+
+
+@pytest.mark.parametrize(
+    ("name", "heading"),
+    [
+        ("calibration", "Statistics against a plain pass"),
+        ("compare", "2 methods at 2 budgets"),
+        ("low_rank", "svd at keep 0.5"),
+        ("streaming", "Peak resident memory"),
+    ],
+)
+def test_prints_its_table(name: str, heading: str, benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    benchmark(name)(["--quick"])
+    printed = capsys.readouterr().out
+    assert printed.startswith(heading)
+    assert "met" in printed and "torch" in printed.splitlines()[-1]
+
+
+def test_kfac_factors_equal_those_of_curvlinops(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("curvlinops", reason="benchmarks/README.md says how to install curvlinops")
+    differences = benchmark("kfac")(["--quick"])
+    assert capsys.readouterr().out.startswith("K-FAC factors of a Llama")
+    assert len(differences) == 2 and all(difference <= 1e-4 for difference in differences.values())
+
+
+def test_multiply_adds_of_a_gram_matrix(benchmark: Any) -> None:
+    upper = importlib.import_module("flops").upper
+    assert upper(100) == 100 * 100  # one block
+    assert upper(256) == 128 * 256 + 128 * 128
+    assert upper(1024) == sum(128 * n for n in range(128, 1025, 128))  # 8 blocks

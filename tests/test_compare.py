@@ -1,0 +1,119 @@
+import json
+
+import pandas as pd
+import pytest
+import torch
+
+import transect
+from transect.comparison import worker
+from transect.errors import TransectError
+from transect.evaluation import Speed
+
+from .models import VOCABULARY, inputs, logits, tiny
+
+DATA = torch.randint(3, VOCABULARY, (8, 16), generator=torch.Generator().manual_seed(5))
+HELD_OUT = torch.randint(3, VOCABULARY, (4, 16), generator=torch.Generator().manual_seed(6))
+SAME = ["method", "allocation", "keep", "kept", "loss", "perplexity", "bytes", "matrix_bytes", "parameters", "tokens"]
+
+
+def compare(out, model=None, methods=("svd", "svd-llm"), keep=(0.7, 0.5), **options):
+    return transect.compare(
+        model if model is not None else tiny("llama"), methods, keep, DATA, HELD_OUT, out, **options
+    )
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Timing each row for a second would be most of these tests' time."""
+    monkeypatch.setattr("transect.evaluation.measure_speed", lambda model: Speed(1.0, 1.0))
+
+
+def test_the_table_is_what_compressing_one_by_one_gives(tmp_path):
+    model = tiny("llama")
+    before = logits(model, inputs("llama"))
+    frame = compare(tmp_path / "run", model, allocations=("uniform", "global"))
+    assert torch.equal(logits(model, inputs("llama")), before)  # the model is dense again
+    assert list(frame["method"]) == ["dense"] + ["svd"] * 4 + ["svd-llm"] * 4
+    row = frame[(frame.method == "svd-llm") & (frame.keep == 0.5) & (frame.allocation == "global")].iloc[0]
+    alone = transect.compress(tiny("llama"), "svd-llm", 0.5, DATA, allocation="global")
+    result = transect.evaluate(alone, HELD_OUT)
+    assert result["loss"] == pytest.approx(row.loss, abs=1e-5) and result["bytes"] == row.bytes
+    assert row.kept <= 0.5 and row.compress_seconds > 0 and row.tokens == 4 * 15
+    files = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"run.json", "table.csv", "table.md", "pareto.png", "statistics.safetensors"} <= files
+    assert (tmp_path / "run" / "pareto.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_one_statistics_pass_and_one_factorization_of_each_matrix_a_method(tmp_path, monkeypatch):
+    passes, factorized = [], []
+    from transect.compression import calibrate, frame
+
+    collect, factorize_matrix = calibrate.collect, frame.factorize_matrix
+    monkeypatch.setattr(calibrate, "collect", lambda *a, **k: passes.append(1) or collect(*a, **k))
+    monkeypatch.setattr(frame, "factorize_matrix", lambda *a: factorized.append(1) or factorize_matrix(*a))
+    compare(
+        tmp_path / "run", methods=("svd", "fwsvd", "asvd", "svd-llm", "kfac-svd"), allocations=("uniform", "global")
+    )
+    assert len(passes) == 1 and len(factorized) == 5 * 21
+
+
+def test_an_interrupted_comparison_goes_on_and_can_be_widened(tmp_path, monkeypatch):
+    compute, count = worker.Worker.compute, [0]
+
+    def stop_at_third(self, row):
+        count[0] += 1
+        if count[0] == 3:
+            raise KeyboardInterrupt
+        return compute(self, row)
+
+    monkeypatch.setattr(worker.Worker, "compute", stop_at_third)
+    with pytest.raises(KeyboardInterrupt):
+        compare(tmp_path / "run")
+    assert len(list((tmp_path / "run" / "rows").iterdir())) == 2
+    frame = compare(tmp_path / "run")
+    assert count[0] == 3 + 3 and len(frame) == 5
+    wider = compare(tmp_path / "run", methods=("svd", "svd-llm", "asvd"), keep=(0.7, 0.5, 0.4))
+    assert len(wider) == 10 and count[0] == 6 + 5
+    pd.testing.assert_frame_equal(
+        frame[SAME], wider[wider.keep.isin([1, 0.7, 0.5]) & (wider.method != "asvd")][SAME].reset_index(drop=True)
+    )
+    with pytest.raises(TransectError, match="another model, data or settings"):
+        compare(tmp_path / "run", model=tiny("llama", seed=3))
+    assert len(compare(tmp_path / "run", model=tiny("llama", seed=3), overwrite=True)) == 5
+
+
+def test_processes_and_ray_give_the_same_table(tmp_path):
+    folder = tmp_path / "model"
+    tiny("llama").save_pretrained(folder)
+    rows = {"methods": ("svd-llm",), "keep": (0.5,), "allocations": ("uniform", "ilp")}
+    expected = compare(tmp_path / "one", str(folder), **rows)
+    pd.testing.assert_frame_equal(compare(tmp_path / "two", str(folder), workers=2, **rows)[SAME], expected[SAME])
+    pytest.importorskip("ray")
+    on_ray = compare(tmp_path / "ray", workers=2, engine="ray", **rows)  # the model comes from memory
+    pd.testing.assert_frame_equal(on_ray[SAME], expected[SAME])
+
+
+def test_everything_is_checked_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr("transect.compression.calibrate.collect", lambda *a, **k: pytest.fail("work was done"))
+    for options, message in (
+        ({"methods": ("svd", "magic")}, "unknown method"), ({"keep": (0.5, 2)}, "at most 1"),
+        ({"keep": (0.5, 0.001)}, "leaves no rank"), ({"allocations": ("best",)}, "unknown allocation"),
+        ({"settings": {"svd-llm": {"shrinkage": 9}}}, "shrinkage"),
+    ):  # fmt: skip
+        with pytest.raises(TransectError, match=message):
+            compare(tmp_path / "run", **options)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "notes.txt").write_text("mine")
+    with pytest.raises(TransectError, match="not a comparison"):
+        compare(other, overwrite=True)
+    assert (other / "notes.txt").read_text() == "mine"
+
+
+def test_encoders_and_vision_models_are_compared(tmp_path):
+    images = [inputs("vit", batch=4, seed=seed) for seed in range(2)]
+    frame = transect.compare(tiny("vit"), ["svd", "kfac-svd"], [0.6], images, images, tmp_path / "vit")
+    assert len(frame) == 3 and frame["accuracy"].between(0, 1).all()
+    labelled = [{"input_ids": DATA, "labels": DATA}]
+    frame = transect.compare(tiny("bert"), ["fwsvd"], [0.6], labelled, labelled, tmp_path / "bert")
+    assert len(frame) == 2 and json.loads((tmp_path / "bert" / "run.json").read_text())["methods"] == ["fwsvd"]

@@ -1,0 +1,72 @@
+"""Claims of the form "this loses less than that at the same size", judged at every budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+
+from .context import Context, Variant
+from .registry import Result, Verdict
+
+KEEPS = (0.8, 0.6, 0.4, 0.3)
+_CLEAR = 2  # a difference of fewer standard errors may be chance
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two compressed models of one budget; `better` is the one whose loss is claimed to be lower.
+
+    kept: shares of the matrices' bytes. difference: loss of `better` minus loss of `worse`, in nats; standard_error: of
+    the difference, over held-out sequences.
+    """
+
+    keep: float
+    better: str
+    worse: str
+    better_kept: float
+    worse_kept: float
+    better_loss: float
+    worse_loss: float
+    difference: float
+    standard_error: float
+
+    @property
+    def clear(self) -> bool:
+        return abs(self.difference) >= _CLEAR * self.standard_error
+
+
+def compare(context: Context, better: Variant, worse: Variant, keep: float) -> Comparison:
+    """Measure both variants at one budget."""
+    first, second = context.compressed(better, keep), context.compressed(worse, keep)
+    return Comparison(
+        keep, better.name, worse.name, first.kept, second.kept, first.loss, second.loss, *first.minus(second)
+    )
+
+
+def judge(comparisons: Sequence[Comparison], or_equal: bool = False) -> Result:
+    """It holds if every measured difference has the claimed sign; what may be chance is named. or_equal: 0 will do."""
+    failed = [one for one in comparisons if not (one.difference < 0 or (or_equal and one.difference == 0))]
+    unclear = [one for one in comparisons if not one.clear]
+    told = [f"The claimed order in {len(comparisons) - len(failed)} of {len(comparisons)} comparisons"]
+    if failed:
+        told.append("Not for " + _listed(failed))
+    if unclear:
+        told.append(f"Within {_CLEAR} standard errors of 0: " + _listed(unclear))
+    numbers = [{**asdict(one), "clear": one.clear} for one in comparisons]
+    return Result(Verdict.DOES_NOT_HOLD if failed else Verdict.HOLDS, ". ".join(told), numbers)
+
+
+def _listed(comparisons: Sequence[Comparison]) -> str:
+    """E.g. `fwsvd against svd at 0.8, 0.6`."""
+    keeps: dict[tuple[str, str], list[str]] = {}
+    for one in comparisons:
+        keeps.setdefault((one.better, one.worse), []).append(f"{one.keep:g}")
+    return "; ".join(f"{better} against {worse} at {', '.join(at)}" for (better, worse), at in keeps.items())
+
+
+def ordered(context: Context, *pairs: tuple[Variant, Variant], or_equal: bool = False) -> Result:
+    """Judge that the first of each pair loses less than the second, at every budget."""
+    for keep in KEEPS:
+        context.require_keep(keep)
+    result = judge([compare(context, *pair, keep) for pair in pairs for keep in KEEPS], or_equal)
+    return replace(result, explanation=f"{result.explanation}. Dense loss {context.dense.loss:.4f}.")

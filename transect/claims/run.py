@@ -1,0 +1,50 @@
+"""Running claims on a model, with everything that they share computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..data import Batches
+from ..statistics import Progress
+from .context import Context
+from .registry import Claim, NotApplicable, Result, Verdict, claims
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A claim with its result on one model."""
+
+    claim: Claim
+    result: Result
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON shows it."""
+        described = {name: getattr(self.claim, name) for name in ("name", "method", "paper", "statement")}
+        return {**described, **asdict(self.result)}
+
+
+def run_claims(
+    model: Any,
+    calibration: Batches | None,
+    evaluation: Batches,
+    names: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> list[Outcome]:
+    """Check claims on a model, which is as before afterwards.
+
+    calibration, evaluation: see `transect.data.load`; claims that need calibration data are not applicable without it.
+    names: of claims, or of methods for all of their claims. Default: every claim.
+    """
+    chosen = claims(names)
+    uses = dict.fromkeys(method for one in chosen for method in one.uses)
+    context = Context(model, calibration, evaluation, uses, progress)
+    return [Outcome(one, _check(one, context)) for one in (progress(chosen, "claims") if progress else chosen)]
+
+
+def _check(one: Claim, context: Context) -> Result:
+    try:
+        return one.function(context)
+    except NotApplicable as reason:
+        return Result(Verdict.NOT_APPLICABLE, str(reason))
