@@ -23,7 +23,7 @@ from transect.checkpoint import open_model
 from transect.compression import method
 from transect.compression.allocation import allocate
 from transect.compression.frame import apply_ranks, factorize, rank_table, temporarily
-from transect.data import Batches, load
+from transect.data import load
 from transect.evaluation import evaluate
 from transect.statistics import collect
 
@@ -50,7 +50,7 @@ class Clock:
 
 
 def parts(
-    model: Any, methods: Sequence[str], keeps: Sequence[float], calibration: Batches, held_out: Batches, clock: Clock
+    model: Any, methods: Sequence[str], keeps: Sequence[float], calibration: Any, held_out: Any, clock: Clock
 ) -> None:
     """Each part once. Choosing ranks and replacing matrices is not counted: it is the comparison's own overhead."""
     anatomy = Anatomy(model)
@@ -78,6 +78,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     options.add_argument("--hidden", type=int, help="of the random model; default 256")
     chosen = options.parse_args(argv)
     quick = chosen.quick
+    calibration: Any
+    held_out: Any
     if chosen.model:
         if not (chosen.data and chosen.eval):
             options.error("--model needs --data and --eval")

@@ -59,6 +59,8 @@ class MethodCommand(click.Command):
                 for entry in entries:
                     formatter.write_dl([(f"{entry.name}  [{entry.paper}]", entry.summary)])
                     with formatter.indentation():
+                        if entry.family == "allocation" and self.name == "compare":
+                            continue  # it takes none of theirs
                         for parameter in entry.parameters:
                             name = f"--{entry.name}.{parameter.name.replace('_', '-')}"
                             formatter.write_dl([(name, f"{parameter.help} [default: {parameter.default}]")])
@@ -198,9 +200,10 @@ def main_group() -> None:
     MODEL is a local folder, a Hugging Face hub name, or `organism` (bundled). DATA is a .txt, .jsonl or .parquet file,
     a folder of them, a hub data set, or `organism:calibration` and `organism:heldout`.
     """
-    import transformers
+    if not stderr.is_terminal:  # a log is no place for transformers' bars
+        import transformers
 
-    transformers.logging.disable_progress_bar()  # standard error is for our own bars, and for one line if it goes wrong
+        transformers.logging.disable_progress_bar()
 
 
 @main_group.command(cls=MethodCommand)
@@ -220,13 +223,14 @@ def compress(context: click.Context, model: str, out: Path, stream: bool, as_jso
     import torch
 
     from .checkpoint import check_output, open_model, save
-    from .compression import method
+    from .compression import allocation_named, method
     from .verbs import compress as compress_model
     from .verbs import compress_stream
 
     settings = _method_settings(context.obj, options["method"])
     own = method(options["method"]).settings(settings.pop(options["method"], {}))
-    own |= {f"allocation_{name}": value for name, value in settings.pop(options["allocation"], {}).items()}
+    sharing = allocation_named(options["allocation"]).settings(settings.pop(options["allocation"], {}))
+    own |= {f"allocation_{name}": value for name, value in sharing.items()}
     _refuse_unused(settings, (options["method"], options["allocation"]))
     overwrite, architecture = options.pop("overwrite"), options.pop("architecture")
     dtype, device = options.pop("dtype"), options.pop("device")

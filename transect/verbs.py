@@ -12,7 +12,7 @@ import torch
 
 from . import evaluation as evaluation_room
 from .anatomy import Anatomy
-from .checkpoint import Opened, local_folder, open_model, tokenizer_of
+from .checkpoint import Opened, open_model, tokenizer_of
 from .comparison import Engine, Plan, Row, compare_anatomy
 from .compression import Recipe, compress_anatomy
 from .compression.fingerprint import model_fingerprint
@@ -20,7 +20,7 @@ from .compression.registry import method as registered
 from .data import Batches, load
 from .report import markdown_table, pareto_plot
 from .statistics import Fisher, Progress
-from .streaming import StreamedModel, compress_streamed
+from .streaming import StreamedModel, compress_streamed, folder_of
 
 CALIBRATION_SEQUENCES = 256
 _OF_ALLOCATION = "allocation_"
@@ -107,7 +107,7 @@ def compress_stream(
 
     Returns what was kept: matrix_bytes, dense_matrix_bytes and their ratio.
     """
-    source = StreamedModel(local_folder(model), architecture=architecture, dtype=dtype, device=device)
+    source = StreamedModel(folder_of(model), architecture=architecture, dtype=dtype, device=device)
     recipe = _recipe(method, keep, allocation, sequential, False, settings).resolved(source.anatomy.matrices())
     if tokenizer is None:
         tokenizer = tokenizer_of(source.model)

@@ -119,9 +119,8 @@ def known_model_types() -> list[str]:
 
 def register_architecture(description: Mapping[str, Any] | str | Path) -> Architecture:
     """Teach Transect an architecture, from a dict or a JSON file; it takes precedence over a built-in one."""
-    if isinstance(description, (str, Path)):
-        description = json.loads(Path(description).read_text())
-    architecture = Architecture.from_dict(description)
+    read = json.loads(Path(description).read_text()) if isinstance(description, (str, Path)) else description
+    architecture = Architecture.from_dict(read)
     _registered.update(dict.fromkeys(architecture.model_types, architecture))
     return architecture
 

@@ -257,11 +257,11 @@ class Attention:
             (self.q_norm, queries, self.q.shape[0]),
             (self.k_norm, keys, self.k.shape[0]),
         ):
-            weight = getattr(norm, "weight", None)
-            if weight is not None and self.heads > 1 and weight.numel() == present != self.head_size:
+            weight: Any = getattr(norm, "weight", None)
+            if norm is not None and weight is not None and weight.numel() == present != self.head_size:
                 norm.weight = nn.Parameter(weight.detach()[kept].clone())  # a norm over all heads at once (OLMo-2)
                 path = next(name for name, module in self.block.model.named_modules() if module is norm)
-                record_of(self.block.model).parameters[path + ".weight"] = list(norm.weight.shape)
+                record_of(self.block.model).parameters[path + ".weight"] = list(kept.shape)
         keep_rows_and_columns(self.block, {"q": queries, "k": keys, "v": keys}, {"o": queries})
         self._set_attributes(heads=len(heads), key_value_heads=len(groups))
 

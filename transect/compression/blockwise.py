@@ -80,7 +80,7 @@ def feeds_of(anatomy: Anatomy, batches: Iterable[Batch]) -> list[Feed]:
     feeds = []
     for batch in batches:
         inputs = {key: value.to(model.device) for key, value in batch.items()}
-        arguments = {key: value for key, value in inputs.items() if key != "labels"}
+        arguments: dict[str, Any] = {key: value for key, value in inputs.items() if key != "labels"}
         shapes = None if "attention_mask" in inputs else tuple((key, tensor.shape) for key, tensor in inputs.items())
         if task_of(model) == "causal":
             arguments["use_cache"] = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Iterable
 from typing import Any
 
 from ..statistics.objective import Batch
@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 
-def evaluate(model: Any, batches: Collection[Batch]) -> dict[str, float | int | None]:
+def evaluate(model: Any, batches: Iterable[Batch]) -> dict[str, float | int | None]:
     """Everything that a table row shows about a model.
 
     loss (nats a prediction), perplexity, accuracy, tokens (predictions scored), seconds (of scoring them), parameters,

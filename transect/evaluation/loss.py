@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BadData, TransectError
+from ..statistics import Progress
 from ..statistics.objective import Batch, predictions, summed_loss, to_device
 
 
@@ -28,13 +29,11 @@ class LossResult:
 
 
 @torch.no_grad()
-def evaluate_loss(
-    model: Any, batches: Collection[Batch], progress: Callable[[int, int], None] | None = None
-) -> LossResult:
+def evaluate_loss(model: Any, batches: Iterable[Batch], progress: Progress | None = None) -> LossResult:
     """Score every prediction that the batches ask for: next tokens, masked tokens, or classes.
 
     model: runs in evaluation mode, on the device it is on. batches: see `transect.data.load`; the logits of one batch
-    are in memory at a time. progress: called with (batches done, batches in all) after each.
+    are in memory at a time. progress: shows the batches as they are scored.
     Raises TransectError naming the first module whose output is not finite, and BadData if nothing is to be scored.
     """
     training = model.training
@@ -42,7 +41,7 @@ def evaluate_loss(
     started = time.perf_counter()
     loss, correct, scored = 0.0, 0, 0
     try:
-        for done, batch in enumerate(batches, 1):
+        for batch in progress(batches, "evaluation") if progress else batches:
             logits, labels = predictions(model, batch)
             nats = float(summed_loss(logits, labels))
             if not math.isfinite(nats):
@@ -50,8 +49,6 @@ def evaluate_loss(
             loss += nats
             correct += int((logits.argmax(-1) == labels).sum())
             scored += labels.numel()
-            if progress is not None:
-                progress(done, len(batches))
     finally:
         model.train(training)
     if scored == 0:

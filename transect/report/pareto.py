@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -24,8 +25,8 @@ def pareto_plot(frame: pd.DataFrame, path: Path, title: str = "") -> Path:
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    dense = frame[frame["method"] == "dense"]
-    rest = frame[frame["method"] != "dense"]
+    dense: Any = frame[frame["method"] == "dense"]
+    rest: Any = frame[frame["method"] != "dense"]
     for number, (method, group) in enumerate(rest.groupby("method", sort=False)):
         for allocation, line in group.groupby("allocation", sort=False):
             line = line.sort_values("bytes")
@@ -37,7 +38,8 @@ def pareto_plot(frame: pd.DataFrame, path: Path, title: str = "") -> Path:
     if len(dense):
         axes.axhline(dense["loss"].iloc[0], color="0.6", linewidth=1, zorder=0)
         axes.plot(dense["bytes"] / 1e6, dense["loss"], "*", color="0.3", markersize=13, label="dense")
-    if len(frame) > 1 and frame["loss"].max() > 3 * frame["loss"].min():
+    losses = frame["loss"].to_numpy()
+    if losses.max() > 3 * losses.min():
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_xlabel("size of the model (MB)")

@@ -42,10 +42,10 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
 }
 
 
-def cells(frame: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
-    """Headings and text cells; a value that does not apply (no decoding in an encoder) is a dash."""
+def cells(frame: Any) -> tuple[list[str], list[list[str]]]:
+    """Headings and text cells of a DataFrame; a value that does not apply (no decoding in an encoder) is a dash."""
     idle = set()
-    if set(frame.get("allocation", [])) <= {"-", "uniform"}:
+    if set(frame["allocation"] if "allocation" in frame.columns else ()) <= {"-", "uniform"}:
         idle.add("allocation")
     if frame["decode_tokens_per_second"].notna().any():  # a language model is judged by its perplexity
         idle.add("accuracy")

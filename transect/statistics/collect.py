@@ -207,7 +207,7 @@ def collect(
 
 def run_forward(model: Any, batch: Batch) -> None:
     """One pass through the model's body alone: no logits, no loss."""
-    inputs = {key: value.to(model.device) for key, value in batch.items() if key != "labels"}
+    inputs: dict[str, Any] = {key: value.to(model.device) for key, value in batch.items() if key != "labels"}
     if task_of(model) == "causal":
         inputs["use_cache"] = False
     model.base_model(**inputs)

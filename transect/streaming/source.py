@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate import init_empty_weights
+from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig
@@ -18,8 +19,19 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from ..anatomy import Anatomy
-from ..checkpoint import check_folder
+from ..checkpoint import check_folder, local_folder
 from ..errors import BadCheckpoint, TransectError
+
+
+def folder_of(name: str | Path) -> Path:
+    """The folder of a model: a local one, that of `organism`, or a hub model's, downloaded as safetensors."""
+    folder = local_folder(str(name))
+    if folder is not None:
+        return folder
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt"]))
+    except (OSError, ValueError) as error:
+        raise TransectError(f"there is no local folder {name}, and no such model on the hub: {error}") from error
 
 
 class StreamedModel:

@@ -86,7 +86,7 @@ def solve(
         cost / max(cost.max(), 1e-300),
         integrality=np.ones(len(cost)),
         bounds=Bounds(0, 1),
-        constraints=LinearConstraint(vstack([one_each, csr_array(sizes[None] / dense)]), lower, upper),
+        constraints=LinearConstraint(vstack([one_each, csr_array(sizes[None] / dense)]), lower, upper),  # type: ignore
         options={"time_limit": 60, "mip_rel_gap": 1e-4},
     )
     if result.x is None:
