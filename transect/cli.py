@@ -44,7 +44,7 @@ class MethodCommand(click.Command):
                     del waiting[:1]
                 continue
             if not equals:
-                if not waiting:
+                if not waiting or waiting[0].startswith("--"):
                     raise click.UsageError(f"no such option, or one without a value: {name}", ctx)
                 value = waiting.pop(0)
             extra.append((name, value))
@@ -163,8 +163,10 @@ def _options(*names: str) -> Any:
     """Options that several commands share."""
     known = {
         "architecture": click.option("--architecture", type=click.Path(exists=True, dir_okay=False), metavar="FILE",
-                                     callback=_description, help="JSON description of the model's architecture, if it is not built in."),
-        "dtype": click.option("--dtype", callback=_dtype, help="Load the model in this type, e.g. bfloat16. Default: as stored."),
+                                     callback=_description,
+                                     help="JSON description of the model's architecture, if it is not built in."),
+        "dtype": click.option("--dtype", callback=_dtype,
+                              help="Load the model in this type, e.g. bfloat16. Default: as stored."),
         "device": click.option("--device", callback=_device, help="E.g. cuda. Default: the CPU."),
         "sequence_length": click.option("--sequence-length", type=int, help="Tokens in a sequence."),
         "sequences": click.option("--sequences", type=int, default=256, show_default=True,

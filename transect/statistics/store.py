@@ -69,7 +69,10 @@ class Statistics:
         """Sum over all processes of torch.distributed; each then holds the total."""
         for key in sorted(self._sums):
             for tensor in self._sums[key].values():
-                torch.distributed.all_reduce(tensor)
+                # NCCL adds on GPUs only, and some sums (the counts) are kept on the CPU.
+                moved = tensor.cuda() if torch.distributed.get_backend() == "nccl" else tensor
+                torch.distributed.all_reduce(moved)
+                tensor.copy_(moved)
 
     def check_finite(self) -> None:
         """Raise an error that names a layer whose activations or gradients were NaN or infinite."""
