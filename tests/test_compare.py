@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import transect
+from transect.checkpoint import open_model
 from transect.comparison import worker
 from transect.errors import TransectError
 from transect.evaluation import Speed
@@ -87,6 +88,9 @@ def test_processes_and_ray_give_the_same_table(tmp_path):
     tiny("llama").save_pretrained(folder)
     rows = {"methods": ("svd-llm",), "keep": (0.5,), "allocations": ("uniform", "ilp")}
     expected = compare(tmp_path / "one", str(folder), **rows)
+    half = open_model(folder, dtype="bfloat16")  # other processes open it in the same type
+    narrow = compare(tmp_path / "half", half, workers=2, **rows)
+    assert (narrow["bytes"] <= 0.55 * expected["bytes"]).all()
     pd.testing.assert_frame_equal(compare(tmp_path / "two", str(folder), workers=2, **rows)[SAME], expected[SAME])
     pytest.importorskip("ray")
     on_ray = compare(tmp_path / "ray", workers=2, engine="ray", **rows)  # the model comes from memory

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +169,8 @@ def compare(
     held_out = _held_out(eval_data, opened, sequence_length, eval_sequences, batch_size, seed)
     plan = Plan(
         model="" if opened.source == "" else str(opened.path or opened.source),
+        dtype=str(opened.model.dtype).removeprefix("torch."), device=str(opened.model.device),
+        architecture=asdict(anatomy.architecture),
         weights=model_fingerprint(opened.model), methods=tuple(methods), allocations=tuple(allocations),
         keeps=tuple(float(share) for share in keep),
         settings={name: dict(values) for name, values in (settings or {}).items()},

@@ -88,9 +88,9 @@ def load_worker(folder: Path, plan: Plan) -> Worker:
     from ..checkpoint import open_model
     from ..data import Batches
 
-    model = open_model(plan.model).model
+    opened = open_model(plan.model, dtype=plan.dtype, device=plan.device, architecture=plan.architecture)
     data = {name: Batches.load(folder / f"{name}.safetensors") for name in ("calibration", "evaluation")}
-    return Worker(folder, plan, model, data["calibration"], data["evaluation"])
+    return Worker(folder, plan, opened.model, data["calibration"], data["evaluation"])
 
 
 def _start(folder: Path, plan: Plan, threads: int) -> None:

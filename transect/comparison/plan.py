@@ -32,10 +32,13 @@ class Plan:
     """The settings of a comparison, as they stand in run.json. Data are named by their fingerprints.
 
     model: folder or hub name, from which every process loads the same weights; `weights` is their fingerprint.
-    settings: per method, its parameters.
+    dtype, device, architecture: how another process opens it. settings: per method, its parameters.
     """
 
     model: str
+    dtype: str
+    device: str
+    architecture: dict[str, Any]
     weights: str
     methods: tuple[str, ...]
     allocations: tuple[str, ...]
@@ -72,7 +75,9 @@ class Plan:
     @property
     def fingerprint(self) -> str:
         """Hash of everything that decides a row's numbers, but not which rows there are."""
-        kept = {k: v for k, v in asdict(self).items() if k not in ("model", "methods", "allocations", "keeps")}
+        kept = {
+            k: v for k, v in asdict(self).items() if k not in ("model", "device", "methods", "allocations", "keeps")
+        }
         return hashlib.blake2b(json.dumps(kept, sort_keys=True).encode(), digest_size=8).hexdigest()
 
     def save(self, folder: Path) -> None:
