@@ -41,7 +41,9 @@ def pareto_plot(frame: pd.DataFrame, path: Path, title: str = "") -> Path:
     losses = frame["loss"].to_numpy()
     if losses.max() > 3 * losses.min():
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        plain = FuncFormatter(lambda value, _: f"{value:g}")
+        axes.yaxis.set_major_formatter(plain)
+        axes.yaxis.set_minor_formatter(plain)
     axes.set_xlabel("size of the model (MB)")
     axes.set_ylabel("loss (nats a prediction)")
     axes.set_title(title)
