@@ -311,6 +311,7 @@ for number, (argv, interrupt_when) in enumerate(json.load(open(sys.argv[1]))):
         for descriptor, name in ((1, "out"), (2, "err")):
             os.dup2(os.open(f"{number}.{name}", os.O_CREAT | os.O_WRONLY), descriptor)
         sys.argv = ["transect", *argv]
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
         main()
         sys.stdout.flush()
         os._exit(0)
