@@ -67,6 +67,7 @@ def open_model(
 
 
 def local_folder(source: str) -> Path | None:
+    """The folder that a name stands for, `organism` included; None for what can only be a hub name."""
     if source == "organism":
         from ..organism import MODEL_PATH
 

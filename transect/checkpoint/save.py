@@ -103,6 +103,7 @@ class _Structure:
 
     @staticmethod
     def of(model: Any, state: dict[str, Tensor]) -> _Structure:
+        """Of a model and its weights by name; `state` may be rewritten, see `store_as_conv1d`."""
         record = copy.deepcopy(record_of(model))
         if not record:
             return _Structure(record, {}, True, False)

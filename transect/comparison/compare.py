@@ -84,6 +84,7 @@ def prepare(
         if name is not None
         and not factors_path(folder, name).is_file()
         and not (plan.sequential and method(name).needs)
+        and not (plan.refit and method(name).refit)  # such a row calibrates and factorizes on its own
     ]
     matrices = anatomy.matrices(plan.roles)
     statistics = None
