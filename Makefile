@@ -2,6 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 RUN ?= run/demo
+# The peer that the K-FAC factors are compared with. Its dependency backpack asks for torchvision, which it never imports
+# and which has no build beside a CPU torch: hence by name and without dependencies.
+CURVLINOPS := curvlinops-for-pytorch backpack-for-pytorch unfoldNd einconv einops opt-einsum linear_operator jaxtyping \
+    wadler_lindig
 
 .PHONY: demo test lint bench organism clean
 
@@ -10,6 +14,7 @@ RUN ?= run/demo
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,dev,hub]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps $(CURVLINOPS)
 	touch $@
 
 demo: .venv/installed

@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     try:
         import curvlinops  # noqa: F401
     except ImportError as error:
-        raise SystemExit(f"curvlinops is missing ({error}); benchmarks/README.md says how to install it") from None
+        raise SystemExit(f"curvlinops is missing ({error}); the Makefile says how it is installed") from None
 
     model = llama(hidden, chosen.blocks)
     anatomy = Anatomy(model)
