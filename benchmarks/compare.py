@@ -21,8 +21,8 @@ import transect
 from transect.anatomy import Anatomy
 from transect.checkpoint import open_model
 from transect.compression import method
-from transect.compression.allocation import allocate
-from transect.compression.frame import apply_ranks, factorize, rank_table, temporarily
+from transect.compression.factorized import ranks_of_shares
+from transect.compression.frame import apply_ranks, factorize, temporarily
 from transect.data import load
 from transect.evaluation import evaluate
 from transect.statistics import collect
@@ -62,10 +62,9 @@ def parts(
     for name in methods:
         with clock("factorization"):
             factors = factorize(matrices, method(name), method(name).settings({}), statistics)
-        tables = [rank_table(matrix, factors[matrix.name]) for matrix in matrices]
         for keep in keeps:
             with temporarily(anatomy, matrices):
-                apply_ranks(matrices, factors, allocate("uniform", tables, keep, None, {}))
+                apply_ranks(matrices, factors, ranks_of_shares(matrices, dict.fromkeys(factors, keep)))
                 with clock("evaluation"):
                     evaluate(model, held_out)
 

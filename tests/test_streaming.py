@@ -75,9 +75,9 @@ def test_an_interrupted_run_goes_on_where_it_stopped(folder, tmp_path, monkeypat
 
 
 def test_writing_resumes_with_the_structure_of_finished_shards(folder, tmp_path, monkeypatch):
-    from transect.streaming import compress
+    from transect.compression import compressors
 
-    source, original, calls = folder("gpt2"), compress.factorize_matrix, [0]
+    source, original, calls = folder("gpt2"), compressors.factorize_matrix, [0]
 
     def interrupted(*args):
         calls[0] += 1
@@ -85,7 +85,7 @@ def test_writing_resumes_with_the_structure_of_finished_shards(folder, tmp_path,
             raise KeyboardInterrupt
         return original(*args)
 
-    monkeypatch.setattr(compress, "factorize_matrix", interrupted)
+    monkeypatch.setattr(compressors, "factorize_matrix", interrupted)
     with pytest.raises(KeyboardInterrupt):
         compress_stream(source, tmp_path / "small", "svd-llm", 0.6, DATA)
     compress_stream(source, tmp_path / "small", "svd-llm", 0.6, DATA)

@@ -59,8 +59,6 @@ class MethodCommand(click.Command):
                 for entry in entries:
                     formatter.write_dl([(f"{entry.name}  [{entry.paper}]", entry.summary)])
                     with formatter.indentation():
-                        if entry.family == "allocation" and self.name == "compare":
-                            continue  # it takes none of theirs
                         for parameter in entry.parameters:
                             name = f"--{entry.name}.{parameter.name.replace('_', '-')}"
                             formatter.write_dl([(name, f"{parameter.help} [default: {parameter.default}]")])
@@ -289,7 +287,7 @@ def compare(context: click.Context, model: str, out: Path, as_json: bool, **opti
         method(name)
     for name in options["allocations"]:
         allocation_named(name)
-    _refuse_unused(settings, options["methods"])
+    _refuse_unused(settings, [*options["methods"], *options["allocations"]])
     opened = open_model(model, dtype=options.pop("dtype"), device=options.pop("device"),
                       architecture=options.pop("architecture"))  # fmt: skip
     options["accumulate"] = getattr(torch, options["accumulate"])

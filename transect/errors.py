@@ -15,3 +15,7 @@ class BadCheckpoint(TransectError):
 
 class BadData(TransectError):
     """Calibration or evaluation data is missing, empty or unreadable."""
+
+
+class OutOfReach(TransectError):
+    """A method has no result as small as the budget asks for, on this model."""

@@ -53,7 +53,7 @@ def compress(
     method: see `transect.methods()`. keep: share of the block matrices' bytes to keep, in (0, 1].
     data: calibration data: texts, a path, a hub data set, token ids or batches; see `transect.data.load`.
     tokenizer: tokenizer or image processor. Default: found beside the model.
-    allocation: how the bytes are shared among the matrices: `uniform`, `global` or `ilp`.
+    allocation: how the bytes are shared among the matrices; see `transect.allocations()`.
     sequential: calibrate each block on the compressed blocks before it. refit: refit the left factors afterwards.
     roles: only these matrices (q, k, v, o, gate, up, down). Default: all.
     sequence_length, sequences, batch_size: of the calibration data; sequences are spread evenly over it.
@@ -66,7 +66,7 @@ def compress(
     opened = _open(model, tokenizer)
     anatomy = Anatomy(opened.model)
     matrices = anatomy.matrices(roles)
-    recipe = _recipe(method, keep, allocation, sequential, refit, settings).resolved(matrices)
+    recipe = _recipe(method, keep, allocation, sequential, refit, settings).resolved(anatomy, matrices)
     batches = None
     if recipe.needs_data and data is not None:
         batches = _calibration(data, opened, sequence_length, sequences, batch_size, seed)
@@ -103,12 +103,14 @@ def compress_stream(
     """Compress a model folder into another with one block in memory at a time, so that memory is bounded.
 
     model: a folder (or a hub name, which is downloaded) of safetensors. out: the folder to write; unfinished work lies
-    beside it, and the same call goes on from there. The rest as for `compress`; allocation: `uniform` or `global`.
+    beside it, and the same call goes on from there. The rest as for `compress`; allocation: any that does not run
+    the model (`ilp` does).
 
     Returns what was kept: matrix_bytes, dense_matrix_bytes and their ratio.
     """
     source = StreamedModel(folder_of(model), architecture=architecture, dtype=dtype, device=device)
-    recipe = _recipe(method, keep, allocation, sequential, False, settings).resolved(source.anatomy.matrices())
+    anatomy = source.anatomy
+    recipe = _recipe(method, keep, allocation, sequential, False, settings).resolved(anatomy, anatomy.matrices())
     if tokenizer is None:
         tokenizer = tokenizer_of(source.model)
     opened = Opened(source.model, tokenizer, tokenizer, str(model), source.folder)
@@ -154,8 +156,8 @@ def compare(
     eval_sequences of it, evenly spaced (default all).
     out: the run folder. Rows are written as they finish; a run that was interrupted goes on where it stopped, and
     methods and budgets can be added to it. It ends with table.csv, table.md and pareto.png in it.
-    settings: method -> its parameters. workers: processes (their measured speeds disturb one another). engine: `local`
-    or `ray`.
+    settings: method or allocation -> its parameters.
+    workers: processes (their measured speeds disturb one another). engine: `local` or `ray`.
 
     Returns the table: method, allocation, keep, kept (share of the matrices' bytes), bytes (of the whole model),
     parameters, loss (nats), perplexity, accuracy, tokens, prefill and decode tokens per second, peak_memory (bytes),

@@ -51,6 +51,8 @@ class Architecture:
         when heads are removed: `heads`, `key_value_heads`, `heads_per_group` or `width` (= heads x head size).
     post_norm: norms stand after the residual sum, so that a sublayer cannot be dropped; either a bool, or the
         config attribute that is False in that case.
+    parallel: attention and MLP both read the block's input, so that the MLP does not see what attention added; either a
+        bool, or the config attribute that is True in that case.
     head_size_is_configurable: the config stores the head size, so fewer heads still make an ordinary config.
     """
 
@@ -68,6 +70,7 @@ class Architecture:
     config: Mapping[str, str] = field(default_factory=dict)
     attributes: Mapping[str, str] = field(default_factory=dict)
     post_norm: bool | str = False
+    parallel: bool | str = False
     head_size_is_configurable: bool = False
 
     def __post_init__(self) -> None:
@@ -119,10 +122,20 @@ def known_model_types() -> list[str]:
 
 def register_architecture(description: Mapping[str, Any] | str | Path) -> Architecture:
     """Teach Transect an architecture, from a dict or a JSON file; it takes precedence over a built-in one."""
-    read = json.loads(Path(description).read_text()) if isinstance(description, (str, Path)) else description
+    read = _read(Path(description)) if isinstance(description, (str, Path)) else description
     architecture = Architecture.from_dict(read)
     _registered.update(dict.fromkeys(architecture.model_types, architecture))
     return architecture
+
+
+def _read(path: Path) -> Any:
+    try:
+        read = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise TransectError(f"the architecture description {path} cannot be read as JSON: {error}") from None
+    if not isinstance(read, dict):
+        raise TransectError(f"the architecture description {path} holds a {type(read).__name__}, not a JSON object")
+    return read
 
 
 def architecture_of(model_type: str) -> Architecture:

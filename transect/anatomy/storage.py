@@ -105,3 +105,8 @@ def select(module: Any, rows: Tensor | None = None, columns: Tensor | None = Non
     if columns is not None:
         weight = weight[:, columns]
     return dense(weight, bias, isinstance(module, Conv1D)).train(module.training)
+
+
+def weight_tensors(module: Any) -> list[Tensor]:
+    """Everything that a module stores for its matrix: every factor, index and scale, but not the bias."""
+    return [tensor for tensor in [*module.parameters(), *module.buffers()] if tensor is not module.bias]

@@ -13,7 +13,8 @@ from ..errors import TransectError
 from .architecture import MATRIX_ROLES, Architecture, architecture_of
 from .matrix import Matrix
 from .record import StructureRecord, record_of
-from .surgery import SkipAttention, keep_rows_and_columns, set_attribute
+from .storage import weight_tensors
+from .surgery import SkipAttention, hand_over_banks, keep_rows_and_columns, set_attribute
 
 
 class Anatomy:
@@ -84,6 +85,15 @@ class Anatomy:
             raise TransectError(f"unknown matrix roles {sorted(unknown)}; known: {', '.join(MATRIX_ROLES)}")
         return [matrix for block in self.blocks for matrix in block.matrices() if matrix.role in wanted]
 
+    def matrix_bytes(self, roles: Iterable[str] | None = None) -> int:
+        """Bytes of the matrices as they are stored now, with every factor, index and scale: what a budget counts.
+
+        Biases are not counted. A tensor that serves several matrices (fused ones, shared factors) counts once.
+        """
+        modules = {id(matrix.module): matrix.module for matrix in self.matrices(roles)}.values()
+        tensors = {id(tensor): tensor for module in modules for tensor in weight_tensors(module)}
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
     def check_finite(self) -> None:
         """Raise an error that names the first parameter that holds NaN or infinity."""
         for name, parameter in self.model.named_parameters():
@@ -100,6 +110,7 @@ class Anatomy:
             raise TransectError(
                 "this model scales attention by the block's index: dropping a block would change others"
             )
+        hand_over_banks(self.model, self.block_list[index])
         del self.block_list[index]
         for position, block in enumerate(self.block_list):
             for module in block.modules():
@@ -185,11 +196,27 @@ class Block:
                 continue
         return found
 
-    def _refuse_if_post_norm(self) -> None:
+    @property
+    def parallel(self) -> bool:
+        """Whether the MLP reads the block's input instead of what attention has added to it."""
+        parallel = self.anatomy.architecture.parallel
+        return getattr(self.anatomy.config, parallel) if isinstance(parallel, str) else parallel
+
+    @property
+    def post_norm(self) -> bool:
+        """Whether norms stand after the residual sum, so that a single sublayer cannot be dropped."""
         post_norm = self.anatomy.architecture.post_norm
-        if isinstance(post_norm, str):
-            post_norm = not getattr(self.anatomy.config, post_norm)
-        if post_norm:
+        return not getattr(self.anatomy.config, post_norm) if isinstance(post_norm, str) else post_norm
+
+    def branch_output(self, unit: str) -> nn.Module | None:
+        """The module whose output `attention` or `mlp` adds to the residual stream; None if it was dropped."""
+        if not self._has(unit):
+            return None
+        norm = self.norms.get(f"{unit}_output")
+        return norm if norm is not None else self.find("o" if unit == "attention" else "down").host
+
+    def _refuse_if_post_norm(self) -> None:
+        if self.post_norm:
             raise TransectError(
                 f"{type(self.model).__name__} normalises after the residual sum, so a single sublayer cannot be "
                 "dropped without changing what the next one reads; drop whole blocks, or remove heads or neurons"
@@ -286,6 +313,7 @@ class Attention:
         layer_idx = getattr(self.block.model.get_submodule(path), "layer_idx", None)
         stand_in = path + self.o.path.removeprefix(path)
         skip = SkipAttention(layer_idx, stand_in.removeprefix(path + "."))
+        hand_over_banks(self.block.model, self.block.model.get_submodule(path))
         self.block.model.set_submodule(path, skip)
         record = record_of(self.block.model)
         record.attributes.pop(path, None)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..anatomy.record import StructureRecord
+from ..anatomy.surgery import link_banks
 from ..errors import BadCheckpoint
 from ..operators.build import build
 
@@ -29,6 +30,7 @@ def replay(model: Any, record: StructureRecord) -> StructureRecord:
     )
     for path, description in record.modules.items():
         model.set_submodule(path, _built(model, path, description))
+    link_banks(model)
     for path, attributes in record.attributes.items():
         for attribute, value in attributes.items():
             _set(model.get_submodule(path), attribute, value)

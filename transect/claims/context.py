@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from ..anatomy import Anatomy, Matrix
-from ..compression import Factorization, Method, RankTable, Recipe
+from ..compression import Factorization, Method, Recipe, allocation_named, compress_anatomy
 from ..compression import method as registered
-from ..compression.allocation import check_keep, needs_measure
 from ..compression.calibrate import calibrate
-from ..compression.compress import SEARCH_SEQUENCES, choose_ranks
-from ..compression.divergence import Divergence
-from ..compression.frame import apply_ranks, describe_ranks, factorize, rank_table, temporarily
-from ..compression.sequential import compress_in_order
+from ..compression.compress import outcome_of, run_compressor
+from ..compression.compressors import RankCompressor
+from ..compression.copying import working_copy
+from ..compression.factorized import Factorized, ranks_of_shares
+from ..compression.frame import factorize, temporarily
 from ..data import Batches
-from ..errors import BadData, TransectError
+from ..errors import BadData, OutOfReach
 from ..evaluation import evaluate_loss
 from ..statistics import Progress, Statistic, Statistics, task_of
 from .registry import NotApplicable
@@ -28,16 +28,21 @@ from .registry import NotApplicable
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to compress: a method (registered, or one that a claim defines for itself), its allocation, its refit."""
+    """A way to compress: a method (registered, or one that a claim defines for itself), its allocation, its refit.
+
+    settings: (name, value) of each parameter that is not at its default.
+    """
 
     method: Method
     allocation: str = "uniform"
     refit: bool = False
+    settings: tuple[tuple[str, Any], ...] = ()
 
     @property
     def name(self) -> str:
+        chosen = [f"{name}={value}" for name, value in self.settings]
         extras = [self.allocation] if self.allocation != "uniform" else []
-        return " + ".join([self.method.name, *extras, *(["refit"] if self.refit else [])])
+        return " + ".join([" ".join([self.method.name, *chosen]), *extras, *(["refit"] if self.refit else [])])
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,7 @@ class Context:
         self._calibration = calibration
         self._wanted: list[Statistic] = [statistic for name in uses for statistic in registered(name).needs]
         self._factors: dict[str, Mapping[str, Factorization]] = {}
-        self._divergences: dict[str, Divergence] = {}
+        self._by_method: dict[str, Factorized] = {}
         self._measured: dict[tuple[Variant, float], Measured] = {}
 
     @property
@@ -113,8 +118,8 @@ class Context:
     def require_keep(self, keep: float) -> None:
         """Not applicable where some matrix is too small for the budget."""
         try:
-            check_keep(keep, {matrix.name: matrix.shape for matrix in self.matrices})
-        except TransectError as error:
+            ranks_of_shares(self.matrices, {matrix.name: keep for matrix in self.matrices})
+        except OutOfReach as error:
             raise NotApplicable(f"the model is too small: {error}") from None
 
     def factors(self, method: Method) -> Mapping[str, Factorization]:
@@ -128,7 +133,7 @@ class Context:
     @cached_property
     def dense(self) -> Measured:
         """The loss of the model as it is."""
-        return self._evaluate(1.0)
+        return self._evaluate(self.model, 1.0)
 
     def compressed(self, variant: Variant, keep: float) -> Measured:
         """The loss of the compressed model."""
@@ -137,39 +142,49 @@ class Context:
         return self._measured[variant, keep]
 
     def _compress_and_evaluate(self, variant: Variant, keep: float) -> Measured:
+        if variant.method.family != "factorization" or variant.settings:
+            return self._compress_a_copy(variant, keep)
         self.require_keep(keep)
-        factors = self.factors(variant.method)
-        tables = [rank_table(matrix, factors[matrix.name]) for matrix in self.matrices]
-        ranks = self._ranks(variant, keep, tables, factors)
+        factorized = self._factorized(variant.method)
+        ranks = factorized.ranks(variant.allocation, keep, {}, self._statistics_for(variant))
+        compressor = RankCompressor(variant.method, {}, ranks, factorized.factors)
+        roles, dense_bytes = None, self.anatomy.matrix_bytes()
+        recipe = Recipe(variant.method.name, keep, variant.allocation, refit=variant.refit)
         with temporarily(self.anatomy, self.matrices):
-            if variant.refit:
-                compress_in_order(
-                    self.anatomy, self.matrices, variant.method, {}, ranks, list(self.calibration),
-                    statistics=None, factors=factors, refit=True, progress=self.progress,
-                )  # fmt: skip
-            else:
-                apply_ranks(self.matrices, factors, ranks)
-            return self._evaluate(describe_ranks(tables, ranks)["kept"])
+            run_compressor(self.anatomy, self.matrices, recipe, compressor, None, self._calibration)
+            return self._evaluate(self.model, outcome_of(self.anatomy, roles, dense_bytes)["kept"])
 
-    def _ranks(
-        self, variant: Variant, keep: float, tables: list[RankTable], factors: Mapping[str, Factorization]
-    ) -> dict[str, int | None]:
-        name, measure = variant.method.name, None
-        if needs_measure(variant.allocation):
-            if name not in self._divergences:
-                search = list(self.calibration.take(SEARCH_SEQUENCES))
-                self._divergences[name] = Divergence(self.anatomy, self.matrices, factors, search)
-            measure = self._divergences[name]
-        recipe = Recipe(name, keep, variant.allocation)
-        return choose_ranks(self.anatomy, self.matrices, recipe, tables, factors, self._calibration, measure)
+    def _compress_a_copy(self, variant: Variant, keep: float) -> Measured:
+        """For methods that do more than truncate; a budget that is out of their reach makes a claim not applicable."""
+        anatomy = working_copy(self.anatomy)
+        recipe = Recipe(
+            variant.method.name, keep, variant.allocation, dict(variant.settings), refit=variant.refit
+        )  # fmt: skip
+        try:
+            recipe.resolved(anatomy, anatomy.matrices())
+        except OutOfReach as reason:
+            raise NotApplicable(str(reason)) from None
+        statistics = self._statistics_for(variant)
+        outcome = compress_anatomy(anatomy, recipe, self._calibration, statistics=statistics, progress=self.progress)
+        return self._evaluate(anatomy.model, outcome["kept"])
 
-    def _evaluate(self, kept: float) -> Measured:
+    def _statistics_for(self, variant: Variant) -> Statistics | None:
+        needed = [*variant.method.needs, *allocation_named(variant.allocation).needs]
+        return self.statistics if needed else None
+
+    def _factorized(self, method: Method) -> Factorized:
+        if method.name not in self._by_method:
+            factors = self.factors(method)
+            self._by_method[method.name] = Factorized(self.anatomy, self.matrices, factors, self._calibration)
+        return self._by_method[method.name]
+
+    def _evaluate(self, model: Any, kept: float) -> Measured:
         nats, predictions = [], []
         for batch in self.evaluation:
             for row in range(len(next(iter(batch.values())))):
                 one = {name: tensor[row : row + 1] for name, tensor in batch.items()}
                 try:
-                    result = evaluate_loss(self.model, [one])
+                    result = evaluate_loss(model, [one])
                 except BadData:  # nothing to predict in it, such as a text's last token on its own
                     continue
                 nats.append(result.loss * result.tokens)

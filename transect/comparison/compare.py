@@ -10,19 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 
 from ..anatomy import Anatomy
 from ..checkpoint import save
-from ..compression import Recipe, method
-from ..compression.calibrate import calibrate
+from ..compression import method
 from ..compression.frame import factorize
-from ..errors import TransectError
+from ..errors import OutOfReach, TransectError
 from ..statistics import Progress
 from .engines import Engine, run_here, run_in_processes, run_on_ray
 from .factors import save_factors
-from .plan import Plan, Row, finished, write_json
-from .worker import Worker, factors_path
+from .plan import Plan, Row, finished
+from .worker import Worker, calibrate_plan, factors_path
 
 
 def compare_anatomy(
@@ -64,13 +62,23 @@ def compare_anatomy(
 
 
 def check_plan(anatomy: Anatomy, plan: Plan) -> None:
-    """Raise an error if any row cannot be computed, before any work is done."""
+    """Raise an error, before any work, if a row cannot be computed, or a budget is out of every method's reach."""
     matrices = anatomy.matrices(plan.roles)
-    for name, settings in plan.settings.items():
-        method(name).settings(settings)
+    known = {*plan.methods, *plan.allocations}
+    for name in set(plan.settings) - known:
+        raise TransectError(f"parameters are given for {name!r}, which is not compared")
+    reached: dict[float, OutOfReach | None] = {}  # why a budget is out of reach, or None
     for row in plan.rows:
-        if row.method is not None:
-            Recipe(row.method, row.keep, row.allocation, plan.settings.get(row.method, {})).resolved(matrices)
+        if row.method is None:
+            continue
+        try:
+            plan.recipe(row).resolved(anatomy, matrices)
+            reached[row.keep] = None
+        except OutOfReach as error:
+            reached.setdefault(row.keep, error)
+    for reason in reached.values():
+        if reason is not None:
+            raise reason
     anatomy.check_finite()
 
 
@@ -78,28 +86,19 @@ def prepare(
     anatomy: Anatomy, plan: Plan, folder: Path, calibration: Any, rows: Iterable[Row], progress: Progress | None
 ) -> None:
     """Collect the statistics of all methods in one pass and factorize every matrix once a method; all of it on disk."""
+    rows = [row for row in rows if row.method is not None]
     missing = [
         name
         for name in dict.fromkeys(row.method for row in rows)
         if name is not None
+        and method(name).family == "factorization"
         and not factors_path(folder, name).is_file()
-        and not (plan.sequential and method(name).needs)
-        and not (plan.refit and method(name).refit)  # such a row calibrates and factorizes on its own
+        and not (plan.sequential and method(name).needs)  # such a row calibrates and factorizes on its own
     ]
-    matrices = anatomy.matrices(plan.roles)
     statistics = None
-    wanted = [statistic for name in missing for statistic in method(name).needs]
-    if wanted:
-        # the union over all methods of the plan, so that a continued run finds what it needs in the cache
-        wanted = [statistic for name in plan.methods for statistic in method(name).needs]
-        started = time.perf_counter()
-        statistics = calibrate(
-            anatomy, matrices, wanted, calibration,
-            fisher=plan.fisher, accumulate=getattr(torch, plan.accumulate), seed=plan.seed,  # type: ignore[arg-type]
-            cache=folder / "statistics.safetensors", progress=progress,
-        )  # fmt: skip
-        if not (folder / "statistics.json").is_file():
-            write_json(folder / "statistics.json", {"seconds": time.perf_counter() - started})
+    if any(plan.recipe(row).needs for row in rows):
+        statistics = calibrate_plan(anatomy, plan, folder, calibration, progress)
+    matrices = anatomy.matrices(plan.roles)
     for name in missing:
         started = time.perf_counter()
         chosen = method(name)

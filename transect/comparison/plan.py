@@ -9,9 +9,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..compression import Recipe, method
 from ..compression.allocation import needs_measure
+from ..compression.recipe import goes_with
 from ..errors import TransectError
 from ..files import replacing
+from ..statistics import Statistic
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Plan:
     """The settings of a comparison, as they stand in run.json. Data are named by their fingerprints.
 
     model: folder or hub name, from which every process loads the same weights; `weights` is their fingerprint.
-    dtype, device, architecture: how another process opens it. settings: per method, its parameters.
+    dtype, device, architecture: how another process opens it. settings: per method or allocation, its parameters.
     """
 
     model: str
@@ -55,14 +58,44 @@ class Plan:
 
     @property
     def rows(self) -> list[Row]:
-        """Dense first, then by method and allocation, from the largest share kept to the smallest."""
+        """Dense first, then by method and allocation, from the largest share kept to the smallest.
+
+        A method is combined with those of the allocations that it goes with; one that shares out the budget itself has
+        one row a budget.
+        """
         keeps = sorted(self.keeps, reverse=True)
         return [Row(None, "-", 1.0)] + [
-            Row(method, allocation, keep)
-            for method in self.methods
-            for allocation in self.allocations
+            Row(name, allocation, keep)
+            for name in self.methods
+            for allocation in self.allocations_of(name)
             for keep in keeps
         ]
+
+    def allocations_of(self, name: str) -> list[str]:
+        """The plan's allocations that a method goes with."""
+        if method(name).family == "restructuring":
+            return ["uniform"]
+        found = [allocation for allocation in self.allocations if goes_with(method(name), allocation)]
+        if not found:
+            raise TransectError(f"{name} goes with none of the allocations {', '.join(self.allocations)}; add uniform")
+        return found
+
+    def recipe(self, row: Row) -> Recipe:
+        """What is done to the model for a row that is not the dense one."""
+        assert row.method is not None
+        chosen = method(row.method)
+        return Recipe(
+            row.method, row.keep, row.allocation,
+            self.settings.get(row.method, {}), self.settings.get(row.allocation, {}),
+            sequential=self.sequential and bool(chosen.needs) and chosen.family != "restructuring",
+            refit=self.refit and chosen.refit,
+        )  # fmt: skip
+
+    @property
+    def needs(self) -> list[Statistic]:
+        """The union of the statistics of all rows, which one pass collects."""
+        rows = [self.recipe(row) for row in self.rows if row.method is not None]
+        return list(dict.fromkeys(statistic for recipe in rows for statistic in recipe.needs))
 
     def groups(self, rows: Sequence[Row]) -> list[list[Row]]:
         """Units of work: rows that share measurements of an allocation search stay together, the others stand alone."""

@@ -1,8 +1,8 @@
-"""One model, one recipe: calibrate, factorize, allocate, replace."""
+"""One model, one recipe: calibrate, share out the budget, compress."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +10,17 @@ import torch
 
 from ..anatomy import Anatomy, Matrix
 from ..errors import TransectError
-from ..statistics import Fisher, Progress
+from ..statistics import Fisher, Progress, Statistics
 from ..version import __version__
-from .allocation import Ranks, RankTable, allocate, needs_measure
+from .allocation import is_ranking
+from .allocation.registry import scores_of, share_out
 from .calibrate import calibrate
-from .divergence import Divergence
-from .frame import apply_ranks, describe_ranks, factorize, rank_table
+from .compressors import Compressor, RankCompressor, compressor_of
+from .factorized import Factorized
+from .frame import factorize
 from .recipe import Recipe
+from .registry import Calibration
 from .sequential import compress_in_order
-from .weighted_svd import Factorization
-
-SEARCH_SEQUENCES = 32  # on which an allocation that runs the model measures it (LEMS)
 
 
 def compress_anatomy(
@@ -29,73 +29,95 @@ def compress_anatomy(
     batches: Any = None,
     *,
     matrices: Sequence[Matrix] | None = None,
+    statistics: Statistics | None = None,
     fisher: Fisher = "empirical",
     accumulate: torch.dtype = torch.float64,
     seed: int = 0,
     cache: Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Compress the model in place; returns what was kept (see `frame.describe_ranks`).
+    """Compress the model in place; returns what was kept (see `outcome_of`).
 
     batches: calibration data, `transect.data.Batches`; may be None for a recipe that needs none.
+    statistics: of the dense model, where they have been collected already.
     The model is untouched if anything is refused.
     """
     matrices = anatomy.matrices() if matrices is None else list(matrices)
-    recipe = recipe.resolved(matrices)
+    recipe = recipe.resolved(anatomy, matrices)
     if recipe.needs_data and batches is None:
         raise TransectError(f"{recipe.method} with {recipe.allocation} allocation needs calibration data: pass data=")
     anatomy.check_finite()
-    method = recipe.registered
-    # Ranks other than uniform ones come from the dense model's spectra, also when the blocks are compressed in order.
-    wanted = list(method.needs)
-    if recipe.sequential and recipe.allocation == "uniform":
-        wanted = [statistic for statistic in method.needs if statistic.needs != "input"]
-    statistics = None
-    if wanted:
+    roles = {matrix.role for matrix in matrices}
+    dense_bytes = anatomy.matrix_bytes(roles)
+    # Block by block with uniform shares, only the gradients come from the dense model.
+    deferred = recipe.sequential and recipe.allocation == "uniform"
+    wanted = [one for one in recipe.needs if not deferred or one.needs in ("gradient", "both")]
+    if statistics is None and wanted:
         statistics = calibrate(
             anatomy, matrices, wanted, batches,
             fisher=fisher, accumulate=accumulate, seed=seed, cache=cache, progress=progress,
         )  # fmt: skip
-    factors: dict[str, Factorization] | None = None
-    if recipe.sequential and recipe.allocation == "uniform":
-        tables = [
-            RankTable(m.name, m.block.index, m.shape, torch.zeros(0), m.module.weight.element_size()) for m in matrices
-        ]
-        ranks = allocate("uniform", tables, recipe.keep, None, {})
-    else:
-        factors = factorize(matrices, method, recipe.settings, statistics, progress)
-        tables = [rank_table(matrix, factors[matrix.name]) for matrix in matrices]
-        ranks = choose_ranks(anatomy, matrices, recipe, tables, factors, batches)
-    if recipe.sequential or recipe.refit:
-        compress_in_order(
-            anatomy, matrices, method, recipe.settings, ranks, batches,
-            statistics=statistics, factors=None if recipe.sequential else factors, refit=recipe.refit,
-            accumulate=accumulate, progress=progress,
-        )  # fmt: skip
-    else:
-        assert factors is not None
-        apply_ranks(matrices, factors, ranks)
-    outcome = describe_ranks(tables, ranks)
+    chosen = recipe.registered
+    if chosen.family == "restructuring":
+        chosen.function(anatomy, Calibration(statistics, batches, seed, progress), recipe.keep, **recipe.settings)
+    elif recipe.keep < 1:
+        compressor = make_compressor(anatomy, matrices, recipe, statistics, batches, progress)
+        run_compressor(anatomy, matrices, recipe, compressor, statistics, batches, accumulate, progress)
+    outcome = outcome_of(anatomy, roles, dense_bytes)
     note_in_record(anatomy, recipe, outcome)
     return outcome
 
 
-def choose_ranks(
+def make_compressor(
     anatomy: Anatomy,
     matrices: Sequence[Matrix],
     recipe: Recipe,
-    tables: Sequence[RankTable],
-    factors: Mapping[str, Factorization],
+    statistics: Statistics | None,
     batches: Any,
-    measure: Divergence | None = None,
-) -> Ranks:
-    """Ranks for every matrix. `measure`: reuse its measurements; made here if the allocation needs one."""
-    if measure is None and needs_measure(recipe.allocation) and recipe.keep < 1:
-        measure = Divergence(anatomy, matrices, factors, list(batches.take(SEARCH_SEQUENCES)))
-    return allocate(recipe.allocation, tables, recipe.keep, measure, recipe.allocation_settings)
+    progress: Progress | None,
+) -> Compressor:
+    """What compresses each block by this recipe, with the budget shared out by the dense model."""
+    chosen = recipe.registered
+    if is_ranking(recipe.allocation):
+        factors = factorize(matrices, chosen, recipe.settings, statistics, progress)
+        ranks = Factorized(anatomy, matrices, factors, batches).ranks(
+            recipe.allocation, recipe.keep, recipe.allocation_settings
+        )
+        return RankCompressor(chosen, recipe.settings, ranks, None if recipe.sequential else factors)
+    scores = scores_of(recipe.allocation, matrices, statistics, recipe.allocation_settings)
+    shares = share_out(recipe.allocation, matrices, recipe.keep, scores, recipe.allocation_settings)
+    return compressor_of(anatomy, matrices, chosen, recipe.settings, shares)
 
 
-def note_in_record(anatomy: Anatomy, recipe: Recipe, outcome: Mapping[str, Any]) -> None:
+def run_compressor(
+    anatomy: Anatomy,
+    matrices: Sequence[Matrix],
+    recipe: Recipe,
+    compressor: Compressor,
+    statistics: Statistics | None,
+    batches: Any,
+    accumulate: torch.dtype = torch.float64,
+    progress: Progress | None = None,
+) -> None:
+    """Compress every block; with the data running through the compressed ones if the recipe asks for that."""
+    if recipe.sequential or recipe.refit:
+        compress_in_order(
+            anatomy, matrices, compressor, batches,
+            dense=statistics, needs=recipe.registered.needs if recipe.sequential else None, refit=recipe.refit,
+            accumulate=accumulate, progress=progress, label=recipe.method,
+        )  # fmt: skip
+        return
+    blocks = anatomy.blocks
+    for block in progress(blocks, recipe.method) if progress else blocks:
+        compressor(block, [matrix for matrix in matrices if matrix.block.index == block.index], statistics)
+
+
+def outcome_of(anatomy: Anatomy, roles: Any, dense_bytes: int) -> dict[str, Any]:
+    """What is left of the targeted matrices' bytes, for reports and the structure record's history."""
+    kept = anatomy.matrix_bytes(roles)
+    return {"matrix_bytes": kept, "dense_matrix_bytes": dense_bytes, "kept": kept / dense_bytes}
+
+
+def note_in_record(anatomy: Anatomy, recipe: Recipe, outcome: dict[str, Any]) -> None:
     """Write what was done into the structure record's history."""
-    entry = {"transect": __version__, "compress": recipe.to_dict(), **outcome}
-    anatomy.record.history.append(entry)
+    anatomy.record.history.append({"transect": __version__, "compress": recipe.to_dict(), **outcome})

@@ -1,4 +1,4 @@
-"""Running a factorization over a model: factorize every matrix once, then apply any ranks to it."""
+"""Running a method on single matrices: factorize or replace one, put the result in its place."""
 
 from __future__ import annotations
 
@@ -7,14 +7,27 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..anatomy import Anatomy, Matrix
 from ..errors import TransectError
-from ..operators import LowRank
+from ..operators import LowRank, Operator
 from ..statistics import Progress, Statistics, key_of
-from .allocation import Ranks, RankTable
-from .registry import Method
+from .allocation import RankTable
+from .registry import Method, Size
 from .weighted_svd import Factorization
+
+
+def _arguments(matrix: Matrix, method: Method, statistics: Statistics | None) -> list[Tensor]:
+    """What a method of one matrix is given: W (d_out x d_in) and the statistics that it needs, in float64."""
+    weight = matrix.weight.double()
+    if not torch.isfinite(weight).all():
+        raise TransectError(f"{matrix.name} holds NaN or infinite weights")
+    values = []
+    for statistic in method.needs:
+        assert statistics is not None
+        values.append(statistics.value(key_of(matrix, statistic), statistic).to(weight))
+    return [weight, *values]
 
 
 def factorize_matrix(
@@ -24,14 +37,7 @@ def factorize_matrix(
 
     All singular values are kept, but factors only up to the rank at which they are as large as the matrix.
     """
-    weight = matrix.weight.double()
-    if not torch.isfinite(weight).all():
-        raise TransectError(f"{matrix.name} holds NaN or infinite weights")
-    values = []
-    for statistic in method.needs:
-        assert statistics is not None
-        values.append(statistics.value(key_of(matrix, statistic), statistic).to(weight))
-    made = method.function(weight, *values, **settings)
+    made = method.function(*_arguments(matrix, method, statistics), **settings)
     m, n = matrix.shape
     left, right = made.truncate((m * n - 1) // (m + n))  # beyond that rank the dense matrix is smaller
     return Factorization(left.float().contiguous(), made.singular_values, right.float().contiguous())
@@ -72,6 +78,22 @@ def apply_ranks(matrices: Sequence[Matrix], factors: Mapping[str, Factorization]
             matrix.replace(low_rank(matrix, factors[matrix.name], rank))
 
 
+def replace_matrix(
+    matrix: Matrix, method: Method, settings: Mapping[str, Any], size: Size, statistics: Statistics | None
+) -> None:
+    """Put a replacement method's operator of that size in the matrix's place."""
+    operator = method.function(*_arguments(matrix, method, statistics), **size.chosen, **settings)
+    put(matrix, operator)
+
+
+def put(matrix: Matrix, operator: Operator) -> None:
+    """Put an operator, made in any precision, in a matrix's place: with its bias, dtype and device."""
+    like, bias = matrix.module.weight, matrix.bias
+    operator = operator.to(device=like.device, dtype=like.dtype)
+    operator.set_bias(bias)
+    matrix.replace(operator.requires_grad_(like.requires_grad))
+
+
 @contextmanager
 def temporarily(anatomy: Anatomy, matrices: Sequence[Matrix]) -> Iterator[None]:
     """Whatever replaces these matrices inside the `with` is undone at its end, the structure record included."""
@@ -84,10 +106,3 @@ def temporarily(anatomy: Anatomy, matrices: Sequence[Matrix]) -> Iterator[None]:
         for path, host in hosts.items():
             anatomy.model.set_submodule(path, host)
         record.modules = before
-
-
-def describe_ranks(tables: Sequence[RankTable], ranks: Ranks) -> dict[str, Any]:
-    """The outcome of an allocation, for reports and the structure record's history."""
-    dense = sum(table.dense_bytes for table in tables)
-    kept = sum(table.bytes_at(ranks[table.name]) for table in tables)
-    return {"matrix_bytes": kept, "dense_matrix_bytes": dense, "kept": kept / dense}

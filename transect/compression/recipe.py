@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from ..anatomy import Matrix
+from ..anatomy import Anatomy, Matrix
 from ..errors import TransectError
-from .allocation import allocation_named, check_keep, needs_measure
+from ..statistics import Statistic
+from .allocation import allocation_named, check_keep, is_ranking, needs_measure
+from .compressors import compressor_of
 from .registry import Method, method
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A compression: which method, how many bytes to keep, and how the ranks are shared out.
+    """A compression: which method, how many bytes to keep, and how they are shared out.
 
     keep: share of the targeted matrices' bytes to keep, in (0, 1].
     settings, allocation_settings: of the method and of the allocation; see `transect methods NAME`.
     sequential: calibrate each block on the outputs of the blocks already compressed, instead of on the dense model's.
-    refit: refit the left factors on the compressed model's activations (methods whose paper has it).
+    refit: refit the operators' last factors on the compressed model's activations (methods that have it).
     """
 
     method: str
@@ -30,27 +32,56 @@ class Recipe:
     sequential: bool = False
     refit: bool = False
 
-    def resolved(self, matrices: Sequence[Matrix]) -> Recipe:
-        """The same with all defaults filled in; an error if anything in it cannot be done to these matrices."""
-        chosen = method(self.method)
+    def resolved(self, anatomy: Anatomy, matrices: Sequence[Matrix]) -> Recipe:
+        """The same with all defaults filled in; an error if anything in it cannot be done to these matrices.
+
+        Raises OutOfReach where only the budget is too small for the method on this model.
+        """
+        chosen, family = self.registered, self.registered.family
         settings = chosen.settings(self.settings)
         allocation_settings = allocation_named(self.allocation).settings(self.allocation_settings)
-        check_keep(self.keep, {matrix.name: matrix.shape for matrix in matrices})
+        check_keep(self.keep)
+        if not goes_with(chosen, self.allocation):
+            raise TransectError(
+                f"{self.allocation} allocation ranks singular components, and {self.method} has none; use a sharing"
+                if is_ranking(self.allocation)
+                else f"{self.method} shares out the budget itself; leave the allocation uniform"
+            )
         if self.refit and not chosen.refit:
-            raise TransectError(f"{self.method} has no refit in its paper; svd-llm has one")
+            raise TransectError(f"{self.method} has no refit; svd-llm has one")
+        if self.sequential and family == "restructuring":
+            raise TransectError(f"{self.method} changes the model as a whole, so it cannot go block by block")
         if self.sequential and not chosen.needs:
             raise TransectError(f"{self.method} uses no calibration data, so sequential calibration changes nothing")
-        return Recipe(
-            self.method, self.keep, self.allocation, settings, allocation_settings, self.sequential, self.refit
-        )
+        whole = {matrix.name for matrix in matrices} == {matrix.name for matrix in anatomy.matrices()}
+        if family in ("slicing", "restructuring") and not whole:
+            raise TransectError(f"{self.method} works on whole sublayers; it takes no choice of roles")
+        if family == "restructuring":
+            assert chosen.plan is not None
+            chosen.plan(anatomy, self.keep, **settings)
+        elif self.allocation == "uniform":  # others need scores, and are checked when those are known
+            compressor_of(anatomy, matrices, chosen, settings, dict.fromkeys((m.name for m in matrices), self.keep))
+        return replace(self, settings=settings, allocation_settings=allocation_settings)
 
     @property
     def registered(self) -> Method:
         return method(self.method)
 
     @property
+    def needs(self) -> tuple[Statistic, ...]:
+        """The statistics that the method and the allocation need."""
+        return tuple(dict.fromkeys([*self.registered.needs, *allocation_named(self.allocation).needs]))
+
+    @property
     def needs_data(self) -> bool:
-        return bool(self.registered.needs) or self.refit or needs_measure(self.allocation)
+        return bool(self.needs) or self.refit or needs_measure(self.allocation)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def goes_with(chosen: Method, allocation: str) -> bool:
+    """Whether a method can be combined with an allocation."""
+    if chosen.family == "restructuring":
+        return allocation == "uniform"
+    return chosen.family == "factorization" or not is_ranking(allocation)

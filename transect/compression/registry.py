@@ -1,8 +1,9 @@
 """A method is a function whose signature is its configuration.
 
-`@factorization(name, paper=..., needs=[...])` declares one. The function's positional parameters are the weight and
-the statistics that it needs, in the order of `needs`; its keyword-only parameters are the settings that a user can
-choose. They are validated against their annotations, listed by `transect methods`, and written into the checkpoint.
+A decorator declares one: `factorization` (low rank, one matrix), `replacement` (another structure, one matrix),
+`slicing` (one block made smaller) or `restructuring` (the whole model). The function's keyword-only parameters with a
+default are the settings that a user can choose. They are validated against their annotations, listed by
+`transect methods`, and written into the checkpoint.
 """
 
 from __future__ import annotations
@@ -61,7 +62,10 @@ class Parameter:
 class Method:
     """A registered function with what a user and the frame have to know of it.
 
-    needs: the statistics that it takes after the weight. refit: its paper offers the least-squares update.
+    family: `factorization`, `replacement`, `slicing`, `restructuring` or `allocation`; it decides how the function is
+        called, see the decorators of these names.
+    needs: the statistics that it is given. refit: its result can be refitted by least squares afterwards.
+    plan: what finds out, before any work, how large the result may be; see the decorators.
     """
 
     name: str
@@ -70,6 +74,7 @@ class Method:
     function: Callable[..., Any]
     needs: tuple[Statistic, ...] = ()
     refit: bool = False
+    plan: Callable[..., Any] | None = None
 
     @property
     def summary(self) -> str:
@@ -126,22 +131,95 @@ def _help(function: Callable[..., Any], name: str) -> str:
     return ""
 
 
-_methods: dict[str, Method] = {}
+@dataclass(frozen=True)
+class Size:
+    """How large a replacement of one matrix is: its stored bytes, and what the method calls that size by.
 
-
-def factorization(
-    name: str, *, paper: str, needs: Sequence[Statistic] = (), refit: bool = False
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register `function(weight, *statistics, **settings) -> Factorization` as a low-rank method.
-
-    weight: W (d_out x d_in), float64. The statistics come as their `value`s, float64, on the weight's device.
+    bytes: everything that it stores but the bias. chosen: keyword arguments for the method, such as {"rank": 12}.
     """
 
+    bytes: int
+    chosen: Mapping[str, Any]
+
+
+_methods: dict[str, Method] = {}
+Register = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def _register(family: str, name: str, paper: str, needs: Sequence[Statistic], **more: Any) -> Register:
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        _methods[name] = Method(name, "factorization", paper, function, tuple(needs), refit)
+        _methods[name] = Method(name, family, paper, function, tuple(needs), **more)
         return function
 
     return register
+
+
+def factorization(name: str, *, paper: str, needs: Sequence[Statistic] = (), refit: bool = False) -> Register:
+    """Register `function(weight, *statistics, **settings) -> Factorization` as a low-rank method.
+
+    weight: W (d_out x d_in), float64. The statistics come as their `value`s, float64, on the weight's device. One
+    factorization serves every budget: its leading ranks are kept.
+    """
+    return _register("factorization", name, paper, needs, refit=refit)
+
+
+def replacement(
+    name: str, *, paper: str, size: Callable[..., Size], needs: Sequence[Statistic] = (), refit: bool = False
+) -> Register:
+    """Register `function(weight, *statistics, **size.chosen, **settings) -> Operator`: one matrix, one operator.
+
+    weight and statistics as for a factorization; the operator may be in float64 and without a bias, the frame gives it
+    the matrix's dtype and bias (`operator.with_bias`).
+    size: `size(shape, itemsize, keep, **settings)`, the largest Size of at most `keep` of the dense bytes for a matrix
+        of that shape; it raises OutOfReach where there is none. A method of one size only (2:4) returns that where it
+        fits; the frame then leaves as many matrices dense as the budget allows.
+    """
+    return _register("replacement", name, paper, needs, plan=size, refit=refit)
+
+
+def slicing(name: str, *, paper: str, check: Callable[..., None], needs: Sequence[Statistic] = ()) -> Register:
+    """Register `function(block, statistics, keep, **settings) -> None`: it shrinks one block, in place.
+
+    The function uses the anatomy's units (`block.attention.keep`, `block.mlp.keep`, `matrix.replace`). statistics:
+    `transect.statistics.Statistics` of that block's matrices (and of the block itself, under `blocks.<index>`).
+    keep: share of the bytes of this block's matrices that may remain.
+    check: `check(block, keep, **settings)`, called for every block before any work; raises OutOfReach or TransectError.
+    """
+    return _register("slicing", name, paper, needs, plan=check)
+
+
+def restructuring(name: str, *, paper: str, check: Callable[..., None], needs: Sequence[Statistic] = ()) -> Register:
+    """Register `function(anatomy, calibration, keep, **settings) -> None`: it changes the model as a whole, in place.
+
+    For what cannot be done block by block: dropping the least important units of all, sharing parameters between
+    blocks. calibration: `Calibration`, the statistics that it needs and the calibration data themselves.
+    check: `check(anatomy, keep, **settings)`, called before any work; raises OutOfReach or TransectError.
+    """
+    return _register("restructuring", name, paper, needs, plan=check)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a restructuring is given of the calibration data.
+
+    statistics: of the dense model, what the method needs. batches: the data themselves, `transect.data.Batches`; an
+    error if there are none. progress: wraps a loop to show it, or None.
+    """
+
+    statistics: Any
+    data: Any
+    seed: int = 0
+    progress: Callable[..., Any] | None = None
+
+    @property
+    def batches(self) -> Any:
+        if self.data is None:
+            raise TransectError("this method runs the model on calibration data: pass data=")
+        return self.data
+
+    def shown(self, items: Any, label: str) -> Any:
+        """The items, with a progress bar if there is one."""
+        return self.progress(items, label) if self.progress else items
 
 
 def method(name: str) -> Method:

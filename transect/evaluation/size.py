@@ -37,10 +37,7 @@ def matrix_bytes(anatomy: Anatomy) -> int:
 
     Biases are not counted. A tensor that serves several matrices (fused ones, shared factors) counts once.
     """
-    modules = {id(matrix.module): matrix.module for matrix in anatomy.matrices()}.values()
-    biases = {id(module.bias) for module in modules}
-    tensors = (tensor for module in modules for tensor in [*module.parameters(), *module.buffers()])
-    return _bytes(tensor for tensor in tensors if id(tensor) not in biases)
+    return anatomy.matrix_bytes()
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

@@ -1,7 +1,14 @@
-"""Structured stand-ins for dense linear maps: ordinary `nn.Module`s, rebuilt from a JSON description."""
+"""Structured stand-ins for dense linear maps: ordinary `nn.Module`s, rebuilt from a JSON description.
 
+One file a structure; a file put here is known to checkpoints, nothing else has to list it.
+"""
+
+from ..modules import import_all
 from .base import Operator, flops_of, stored_bytes
 from .build import build, operator_kinds
 from .low_rank import LowRank
+from .shared import Bank, Shared
 
-__all__ = ["LowRank", "Operator", "build", "flops_of", "operator_kinds", "stored_bytes"]
+import_all(__name__, __path__)
+
+__all__ = ["Bank", "LowRank", "Operator", "Shared", "build", "flops_of", "operator_kinds", "stored_bytes"]

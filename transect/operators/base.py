@@ -7,12 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import TransectError
+
 
 class Operator(nn.Module):
     """y = Ŵx + b with Ŵ (d_out x d_in) stored in some structure.
 
-    A subclass sets `kind`, calls `super().__init__(d_in, d_out)`, holds its numbers in parameters or in submodules,
-    and defines `bias`, `forward`, `to_dense`, `describe`, `select`, and `from_description`.
+    A subclass sets `kind`, calls `super().__init__(d_in, d_out)`, holds its numbers in parameters or in submodules and
+    its indices in buffers, has an attribute `bias` (a parameter or None), and defines `forward`, `to_dense`, `flops`,
+    `describe`, `from_description`, and `select` where that makes sense.
 
     The buffer `weight` is empty on purpose. In a checkpoint it stands under the name of the dense matrix that is
     gone, so that transformers without Transect stops at a shape mismatch; with the name missing it would only warn,
@@ -29,6 +32,10 @@ class Operator(nn.Module):
 
     bias: Any
 
+    def set_bias(self, bias: Tensor | None) -> None:
+        """Give the map the bias b (d_out), or none."""
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+
     def to_dense(self) -> Tensor:
         """Ŵ (d_out x d_in)."""
         raise NotImplementedError
@@ -44,6 +51,13 @@ class Operator(nn.Module):
 
     def select(self, rows: Tensor | None, columns: Tensor | None) -> Operator:
         """The same map restricted to some outputs (rows) and inputs (columns)."""
+        raise TransectError(f"a matrix stored as {self.kind!r} cannot lose rows or columns; cut it while dense")
+
+    def refit(self, weight: Tensor, covariance: Tensor) -> None:
+        """Change the last factor, in place, so that E||(W - Ŵ)x||² is least, the others as they are.
+
+        weight: W (d_out x d_in). covariance: E[x xᵀ] (d_in x d_in). For the operators of methods that have a refit.
+        """
         raise NotImplementedError
 
     @property

@@ -18,7 +18,8 @@ def operator_kinds() -> dict[str, type[Operator]]:
     found, waiting = {}, [Operator]
     while waiting:
         for subclass in waiting.pop().__subclasses__():
-            found[subclass.kind] = subclass
+            if "kind" in vars(subclass):  # not one that others derive from
+                found[subclass.kind] = subclass
             waiting.append(subclass)
     return found
 

@@ -40,6 +40,9 @@ class LowRank(Operator):
     def bias(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.left.bias
 
+    def set_bias(self, bias: Tensor | None) -> None:
+        self.left.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().clone()))
+
     def forward(self, x: Tensor) -> Tensor:
         return self.left(self.right(x))
 
@@ -53,6 +56,19 @@ class LowRank(Operator):
         if columns is not None:
             right = right[:, columns]
         return LowRank.from_factors(left, right, bias).train(self.training)
+
+    @torch.no_grad()
+    def refit(self, weight: Tensor, covariance: Tensor) -> None:
+        """L = argmin_L E||(W - L R) x||² (SVD-LLM's closed-form update). The bias stays out of the target, since the
+        layer keeps it; the authors' code counts it twice.
+        """
+        right, covariance = self.right.weight.double(), covariance.double()  # r x d_in, d_in x d_in
+        seen = right @ covariance  # R C
+        gram = seen @ right.T  # R C Rᵀ
+        # A direction of R that these inputs never excite keeps its old coefficient instead of an arbitrary one.
+        left = self.left.weight.double()
+        residual = (weight.double() @ seen.T) - left @ gram  # (W - L R) C Rᵀ
+        self.left.weight.copy_(left + residual @ torch.linalg.pinv(gram, hermitian=True))
 
     @property
     def flops(self) -> int:

@@ -5,16 +5,19 @@ from .kinds import (
     BlockSimilarity,
     FeatureNorm,
     FisherDiagonal,
+    HeadContribution,
     InputCovariance,
     InputMean,
     OutputGradientCovariance,
     Statistic,
+    SublayerSimilarity,
+    Trace,
 )
 from .objective import Batch, predictions, summed_loss, task_of
 from .store import Statistics
 
 __all__ = [
-    "Batch", "BlockSimilarity", "FeatureNorm", "Fisher", "FisherDiagonal", "InputCovariance", "InputMean",
-    "OutputGradientCovariance", "Progress", "Recorder", "Statistic", "Statistics", "collect", "key_of",
-    "predictions", "summed_loss", "task_of",
+    "Batch", "BlockSimilarity", "FeatureNorm", "Fisher", "FisherDiagonal", "HeadContribution", "InputCovariance",
+    "InputMean", "OutputGradientCovariance", "Progress", "Recorder", "Statistic", "Statistics", "SublayerSimilarity",
+    "Trace", "collect", "key_of", "predictions", "summed_loss", "task_of",
 ]  # fmt: skip

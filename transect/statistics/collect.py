@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..anatomy import Anatomy, Block, Matrix
 from ..errors import BadData
-from .kinds import Statistic
+from .kinds import Statistic, Trace
 from .objective import Batch, Task, predictions, summed_loss, task_of
 from .store import Statistics
 
@@ -22,6 +22,11 @@ Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 def key_of(matrix: Matrix, statistic: Statistic) -> str:
     """Under which name a matrix's statistic is kept: that of its input where matrices share it, else its own."""
     return matrix.source if statistic.shared else matrix.name
+
+
+def collected_at(matrix: Matrix, statistic: Statistic) -> bool:
+    """Whether the statistic is one of this matrix."""
+    return statistic.roles is None or matrix.role in statistic.roles
 
 
 class Recorder:
@@ -62,14 +67,15 @@ class Recorder:
             for matrix in matrices:
                 for statistic in self.wanted:
                     key = (key_of(matrix, statistic), statistic)
-                    if statistic.needs == "input" and key not in claimed:
+                    listens = statistic.needs in ("input", "matrix") and collected_at(matrix, statistic)
+                    if listens and key not in claimed:
                         claimed.add(key)
-                        inputs.append((statistic, self.store.sums(*key, matrix.shape, module)))
+                        inputs.append((statistic, self.store.sums(*key, matrix.shape, module), matrix))
             gradients = [
                 (statistic, self.store.sums(key_of(matrix, statistic), statistic, matrix.shape, module), matrix.rows())
                 for matrix in matrices
                 for statistic in self.wanted
-                if statistic.needs in ("gradient", "both")
+                if statistic.needs in ("gradient", "both") and collected_at(matrix, statistic)
             ]
             if inputs or gradients:
                 self._handles.append(module.register_forward_hook(self._matrix_hook(inputs, gradients)))
@@ -80,8 +86,7 @@ class Recorder:
                 if statistic.needs == "block"
             ]
             if similar:
-                hook = self._block_hook(similar)
-                self._handles.append(block.module.register_forward_hook(hook, with_kwargs=True))
+                self._listen_to_block(block, similar)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -96,8 +101,9 @@ class Recorder:
     def _matrix_hook(self, inputs: list, gradients: list) -> Callable:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             x = self._sequences(args[0])
-            for statistic, sums in inputs:
-                statistic.update(sums, x, self.mask)
+            for statistic, sums, matrix in inputs:
+                more = (matrix.weight, matrix.block.head_size) if statistic.needs == "matrix" else ()
+                statistic.update(sums, x, self.mask, *more)
             if not gradients or not output.requires_grad:
                 return
             mask = self.mask
@@ -117,14 +123,31 @@ class Recorder:
 
         return hook
 
-    def _block_hook(self, similar: list) -> Callable:
+    def _listen_to_block(self, block: Block, similar: list) -> None:
+        added: dict[str, Tensor] = {}  # by each sublayer, in the pass that is under way
+
+        def keep(unit: str) -> Callable:
+            def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+                added[unit] = self._sequences(output[0] if isinstance(output, tuple) else output)
+
+            return hook
+
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             before = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
             after = output[0] if isinstance(output, tuple) else output
+            trace = Trace(
+                self._sequences(before), self._sequences(after), added.get("attention"), added.get("mlp"),
+                block.parallel,
+            )  # fmt: skip
             for statistic, sums in similar:
-                statistic.update(sums, self._sequences(before), self._sequences(after), self.mask)
+                statistic.update(sums, trace, self.mask)
+            added.clear()
 
-        return hook
+        for unit in ("attention", "mlp"):
+            branch = block.branch_output(unit)
+            if branch is not None:
+                self._handles.append(branch.register_forward_hook(keep(unit)))
+        self._handles.append(block.module.register_forward_hook(hook, with_kwargs=True))
 
 
 @contextmanager

@@ -19,18 +19,34 @@ from torch import Tensor
 from .gram import add_gram_, symmetric_from_upper
 
 Sums = dict[str, Tensor]
-Needs = Literal["input", "gradient", "both", "block"]
+Needs = Literal["input", "matrix", "gradient", "both", "block"]
+
+
+@dataclass
+class Trace:
+    """One block's pass over a batch: the residual stream (B, T, d) before and after it, and what each sublayer added.
+
+    attention, mlp: None where the sublayer was dropped. parallel: both read `before`.
+    """
+
+    before: Tensor
+    after: Tensor
+    attention: Tensor | None
+    mlp: Tensor | None
+    parallel: bool
 
 
 @dataclass(frozen=True)
 class Statistic:
-    """needs: what `update` is given: a matrix's input, its output gradient, both, or a block's input and output.
-
+    """needs: what `update` is given: a matrix's input (with "matrix" also its weight W, d_out x d_in), its output
+        gradient, both, or a block's `Trace`.
     shared: True where the statistic depends on the input alone, so that q, k and v (gate and up) share one.
+    roles: the only matrices that it is collected at; None for all.
     """
 
     needs: ClassVar[Needs]
     shared: ClassVar[bool] = False
+    roles: ClassVar[tuple[str, ...] | None] = None
 
     @property
     def label(self) -> str:
@@ -187,10 +203,72 @@ class BlockSimilarity(Statistic):
     def zeros(self, d_out: int, d_in: int, dtype: torch.dtype, device: torch.device) -> Sums:
         return {"sum": torch.zeros((), dtype=torch.float64), "count": torch.zeros((), dtype=torch.float64)}
 
-    def update(self, sums: Sums, before: Tensor, after: Tensor, mask: Tensor | None) -> None:
-        cosine = torch.nn.functional.cosine_similarity(_rows(before, mask).float(), _rows(after, mask).float(), dim=-1)
-        sums["sum"] += cosine.sum(dtype=torch.float64).cpu()
-        sums["count"] += cosine.numel()
+    def update(self, sums: Sums, trace: Trace, mask: Tensor | None) -> None:
+        total, count = _cosines(trace.before, trace.after, mask)
+        sums["sum"] += total
+        sums["count"] += count
 
     def value(self, sums: Sums) -> Tensor:
         return sums["sum"] / sums["count"]
+
+
+@dataclass(frozen=True)
+class SublayerSimilarity(Statistic):
+    """E[cos(x, y)] of the attention and of the MLP sublayer (2): x enters it on the residual stream, y = x + what it
+    adds. A sublayer that was dropped counts as 1, since it changes nothing.
+    """
+
+    needs = "block"
+
+    def zeros(self, d_out: int, d_in: int, dtype: torch.dtype, device: torch.device) -> Sums:
+        return {"sum": torch.zeros(2, dtype=torch.float64), "count": torch.zeros((), dtype=torch.float64)}
+
+    def update(self, sums: Sums, trace: Trace, mask: Tensor | None) -> None:
+        between = trace.before if trace.attention is None else trace.before + trace.attention
+        start = trace.before if trace.parallel else between
+        for unit, (x, added) in enumerate(((trace.before, trace.attention), (start, trace.mlp))):
+            total, count = _cosines(x, x if added is None else x + added, mask)
+            sums["sum"][unit] += total
+        sums["count"] += count
+
+    def value(self, sums: Sums) -> Tensor:
+        return sums["sum"] / sums["count"]
+
+
+def _cosines(x: Tensor, y: Tensor, mask: Tensor | None) -> tuple[Tensor, int]:
+    """Sum of cos(x, y) over positions, in float32, and their number."""
+    cosine = torch.nn.functional.cosine_similarity(_rows(x, mask).float(), _rows(y, mask).float(), dim=-1)
+    return cosine.sum(dtype=torch.float64).cpu(), cosine.numel()
+
+
+@dataclass(frozen=True)
+class HeadContribution(Statistic):
+    """E||W_o,n c_n||_1 (d_in of o) of every query head n: the mean size of what it adds to the residual stream (AMP).
+
+    Each of a head's channels carries the head's number.
+
+    c_n (head_size) is head n's part of the output matrix's input, W_o,n (d x head_size) its columns. Summed over the
+    residual stream's features, averaged over the positions of each sequence, then over sequences.
+    """
+
+    needs = "matrix"
+    roles = ("o",)
+
+    def zeros(self, d_out: int, d_in: int, dtype: torch.dtype, device: torch.device) -> Sums:
+        return {"sum": torch.zeros(d_in, dtype=dtype, device=device), "count": torch.zeros((), dtype=torch.float64)}
+
+    def update(self, sums: Sums, x: Tensor, mask: Tensor | None, weight: Tensor, head_size: int) -> None:
+        heads = x.shape[-1] // head_size
+        totals = x.new_zeros(*x.shape[:2], heads, dtype=torch.float32)
+        for head in range(heads):  # one at a time: all heads' contributions would be heads times the residual stream
+            part = slice(head * head_size, (head + 1) * head_size)
+            totals[..., head] = (x[..., part] @ weight[:, part].T.to(x.dtype)).float().abs().sum(-1)
+        if mask is None:
+            means = totals.mean(1)
+        else:
+            means = (totals * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp_min(1)
+        sums["sum"] += means.sum(0).to(sums["sum"]).repeat_interleave(head_size)
+        sums["count"] += len(x)
+
+    def value(self, sums: Sums) -> Tensor:
+        return sums["sum"] / sums["count"].item()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,17 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..anatomy import Block
-from ..checkpoint import check_output, placed, write_description
+from ..anatomy import Block, StructureRecord
+from ..checkpoint import check_output, placed, replay, write_description
 from ..compression import Factorization, Recipe
-from ..compression.allocation import Ranks, RankTable, allocate, needs_measure
+from ..compression.allocation import allocate_ranks, allocation_named, is_ranking, needs_measure, share_out
+from ..compression.allocation.registry import scores_of
 from ..compression.blockwise import Feed, feeds_of, run_block
-from ..compression.compress import note_in_record
-from ..compression.frame import apply_ranks, describe_ranks, factorize_matrix, rank_table
+from ..compression.compress import note_in_record, outcome_of
+from ..compression.compressors import Compressor, RankCompressor, compressor_of
+from ..compression.frame import factorize_matrix, rank_table
 from ..compression.sequential import block_statistics
 from ..errors import TransectError
-from ..operators import LowRank
 from ..statistics import Fisher, Progress, Statistics
 from .passes import Workspace, backward_pass, forward_pass
 from .source import StreamedModel
@@ -46,27 +48,29 @@ def compress_streamed(
     batches: `transect.data.Batches`, or None for a recipe that needs none.
     """
     anatomy = source.anatomy
-    recipe = recipe.resolved(anatomy.matrices())
+    recipe = recipe.resolved(anatomy, anatomy.matrices())
     if needs_measure(recipe.allocation) or recipe.refit:
         raise TransectError("--stream never has the whole model in memory: it takes neither ilp allocation nor refit")
+    if recipe.registered.family == "restructuring":
+        raise TransectError(f"--stream never has the whole model in memory, which {recipe.method} changes as a whole")
     if recipe.needs_data and batches is None:
         raise TransectError(f"{recipe.method} needs calibration data: pass data=")
     check_output(out, overwrite)
     work = Workspace(out.parent / f".{out.name}.streaming")
     _same_run(work, source, recipe, batches, fisher, accumulate, seed)
-    needs = recipe.registered.needs
-    inputs = [s for s in needs if s.needs == "input"]
-    gradients = [s for s in needs if s.needs in ("gradient", "both")]
-    feeds = feeds_of(anatomy, batches) if needs else []
+    dense_bytes = anatomy.matrix_bytes()
+    gradients = [s for s in recipe.needs if s.needs in ("gradient", "both")]
+    inputs = [s for s in recipe.needs if s not in gradients]
+    feeds = feeds_of(anatomy, batches) if recipe.needs else []
     if gradients or (inputs and not (recipe.sequential and recipe.allocation == "uniform")):
         forward_pass(source, feeds, inputs, work, accumulate, bool(gradients), progress)
     if gradients:
         backward_pass(source, feeds, gradients, work, accumulate, fisher, seed, progress)
-    tables, ranks = _choose_ranks(source, recipe, work, progress)
+    compressor = _make_compressor(source, recipe, work, progress)
     if recipe.sequential:
         feeds = feeds_of(anatomy, batches)
-    _compress_blocks(source, recipe, ranks, feeds, work, accumulate, progress)
-    outcome = describe_ranks(tables, ranks)
+    _compress_blocks(source, recipe, compressor, feeds, work, accumulate, progress)
+    outcome = outcome_of(anatomy, None, dense_bytes)
     note_in_record(anatomy, recipe, outcome)
     _finish(source, work, out, tokenizer)
     return outcome
@@ -94,29 +98,31 @@ def _statistics(work: Workspace, index: int) -> Statistics:
     return store
 
 
-def _choose_ranks(
-    source: StreamedModel, recipe: Recipe, work: Workspace, progress: Progress | None
-) -> tuple[list[RankTable], Ranks]:
-    """Uniform ranks follow from the shapes. Others need every spectrum, so each block is factorized first, to disk."""
-    anatomy = source.anatomy
-    itemsize = next(source.model.parameters()).element_size()
-    if recipe.allocation == "uniform":
-        none = torch.zeros(0)
-        tables = [RankTable(m.name, m.block.index, m.shape, none, itemsize) for m in anatomy.matrices()]
-        return tables, allocate("uniform", tables, recipe.keep, None, {})
-    tables = []
-    for block in progress(anatomy.blocks, recipe.method) if progress else anatomy.blocks:
-        if not work.path("factors", block.index).is_file():
+def _make_compressor(source: StreamedModel, recipe: Recipe, work: Workspace, progress: Progress | None) -> Compressor:
+    """What compresses each block. Spectra for a ranking, or scores, take one more pass over the blocks."""
+    anatomy, chosen = source.anatomy, recipe.registered
+    matrices, blocks = anatomy.matrices(), anatomy.blocks
+    shown = progress(blocks, recipe.allocation) if progress else blocks
+    if is_ranking(recipe.allocation):
+        tables = []
+        for block in shown:
+            if not work.path("factors", block.index).is_file():
+                statistics = _statistics(work, block.index)
+                with source.block(block.index):
+                    made = {m.name: factorize_matrix(m, chosen, recipe.settings, statistics) for m in block.matrices()}
+                work.write_named("factors", block.index, _flat(made))
+            made = _factors(work, block)
+            tables += [rank_table(matrix, made[matrix.name]) for matrix in block.matrices()]
+        ranks = allocate_ranks(recipe.allocation, tables, recipe.keep, None, recipe.allocation_settings)
+        return RankCompressor(chosen, recipe.settings, ranks)
+    scores: dict[str, float] = {}
+    if allocation_named(recipe.allocation).plan is not None:
+        for block in shown:
             statistics = _statistics(work, block.index)
             with source.block(block.index):
-                made = {
-                    m.name: factorize_matrix(m, recipe.registered, recipe.settings, statistics)
-                    for m in block.matrices()
-                }
-            work.write_named("factors", block.index, _flat(made))
-        made = _factors(work, block)
-        tables += [rank_table(matrix, made[matrix.name]) for matrix in block.matrices()]
-    return tables, allocate(recipe.allocation, tables, recipe.keep, None, recipe.allocation_settings)
+                scores |= scores_of(recipe.allocation, block.matrices(), statistics, recipe.allocation_settings)
+    shares = share_out(recipe.allocation, matrices, recipe.keep, scores, recipe.allocation_settings)
+    return compressor_of(anatomy, matrices, chosen, recipe.settings, shares)
 
 
 def _flat(factors: dict[str, Factorization]) -> dict[str, Tensor]:
@@ -139,7 +145,7 @@ def _factors(work: Workspace, block: Block) -> dict[str, Factorization]:
 def _compress_blocks(
     source: StreamedModel,
     recipe: Recipe,
-    ranks: Ranks,
+    compressor: Compressor,
     feeds: Sequence[Feed],
     work: Workspace,
     accumulate: torch.dtype,
@@ -150,25 +156,22 @@ def _compress_blocks(
     for block in progress(blocks, f"{recipe.method}, writing") if progress else blocks:
         i = block.index
         if work.path("shard", i).is_file():
-            _restore_structure(block, ranks)
+            _restore_structure(source, block, work)
             continue
         if recipe.sequential and i and work.path("compressed", i).is_file():
             for item, hidden in zip(feeds, work.read("compressed", i), strict=True):
                 item.hidden = hidden.to(item.hidden.device)
         with source.block(i) as module:
-            if work.path("factors", i).is_file() and not recipe.sequential:
-                made = _factors(work, block)
-            else:
-                statistics = _statistics(work, i)
+            if recipe.keep < 1:
+                matrices, statistics = block.matrices(), _statistics(work, i)
                 if recipe.sequential:
                     statistics = block_statistics(
-                        block, block.matrices(), recipe.registered.needs, feeds, statistics, accumulate
+                        block, matrices, recipe.registered.needs, feeds, statistics, accumulate
                     )
-                made = {
-                    m.name: factorize_matrix(m, recipe.registered, recipe.settings, statistics)
-                    for m in block.matrices()
-                }
-            apply_ranks(block.matrices(), made, ranks)
+                elif work.path("factors", i).is_file():
+                    assert isinstance(compressor, RankCompressor)
+                    compressor = replace(compressor, factors=_factors(work, block))
+                compressor(block, matrices, statistics)
             module.requires_grad_(False)
             if recipe.sequential:
                 for item in feeds:
@@ -176,19 +179,29 @@ def _compress_blocks(
                 work.write("compressed", i + 1, [item.hidden for item in feeds])
                 work.remove("compressed", i)
             tensors = {f"{block.path}.{name}": t.contiguous().cpu() for name, t in module.state_dict().items()}
+            work.path("structure", i).with_suffix(".json").write_text(json.dumps(_structure(source, block).to_dict()))
             work.write_named("shard", i, tensors)
         for kind in ("inputs", "gradients", "factors"):
             work.remove(kind, i)
 
 
-def _restore_structure(block: Block, ranks: Ranks) -> None:
+def _structure(source: StreamedModel, block: Block) -> StructureRecord:
+    """The part of the structure record that is about one block."""
+    record, inside = source.anatomy.record, block.path + "."
+    found = StructureRecord()
+    for part in ("modules", "attributes", "parameters"):
+        entries = getattr(record, part).items()
+        setattr(found, part, {path: entry for path, entry in entries if path.startswith(inside)})
+    return found
+
+
+def _restore_structure(source: StreamedModel, block: Block, work: Workspace) -> None:
     """Give an empty block the structure that its finished shard has."""
-    with torch.device("meta"):
-        for matrix in block.matrices():
-            rank = ranks[matrix.name]
-            if rank is not None:
-                bias = matrix.bias is not None
-                matrix.replace(LowRank(matrix.shape[1], matrix.shape[0], rank, bias).to(matrix.module.weight.dtype))
+    text = work.path("structure", block.index).with_suffix(".json").read_text()
+    found, record = StructureRecord.from_dict(json.loads(text)), source.anatomy.record
+    replay(source.model, found)
+    for part in ("modules", "attributes", "parameters"):
+        getattr(record, part).update(getattr(found, part))
 
 
 def _finish(source: StreamedModel, work: Workspace, out: Path, tokenizer: Any) -> None:

@@ -66,7 +66,7 @@ def forward_pass(
             item.hidden = hidden.to(source.device)
         with source.block(i) as module:
             store = Statistics(accumulate)
-            with Recorder(block.matrices(), wanted, store, task_of(source.model)) as recorder:
+            with Recorder(block.matrices(), wanted, store, task_of(source.model), [block]) as recorder:
                 for item in feeds:
                     recorder.begin_batch(len(item.hidden), item.mask)
                     item.hidden = run_block(module, item.hidden, item.calls[i])

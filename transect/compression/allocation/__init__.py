@@ -1,10 +1,22 @@
-"""Rank allocation: how many ranks each matrix gets within a budget of bytes."""
+"""Allocation: how a budget of bytes is shared out, by ranks or by shares; one file each, found by being here."""
 
-from . import global_ranking, ilp, uniform  # noqa: F401 - importing an allocation registers it
-from .registry import Measure, allocate, allocation, allocation_named, allocations, needs_measure
-from .table import Ranks, RankTable, check_keep, total_bytes
+from ...modules import import_all
+from .registry import (
+    Measure,
+    allocate_ranks,
+    allocation_named,
+    allocations,
+    is_ranking,
+    needs_measure,
+    ranking,
+    share_out,
+    sharing,
+)
+from .table import Ranks, RankTable, Shares, Unit, check_keep, rank_of_share, total_bytes
+
+import_all(__name__, __path__)
 
 __all__ = [
-    "Measure", "RankTable", "Ranks", "allocate", "allocation", "allocation_named", "allocations", "check_keep",
-    "needs_measure", "total_bytes",
+    "Measure", "RankTable", "Ranks", "Shares", "Unit", "allocate_ranks", "allocation_named", "allocations",
+    "check_keep", "is_ranking", "needs_measure", "rank_of_share", "ranking", "share_out", "sharing", "total_bytes",
 ]  # fmt: skip

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .registry import Measure, allocation
+from .registry import Measure, ranking
 from .table import Ranks, RankTable
 
 
-@allocation("global")
+@ranking("global")
 def global_ranking(tables: Sequence[RankTable], keep: float, measure: Measure | None) -> Ranks:
     """Rank all singular components of all matrices by predicted loss increase per byte, and keep the best ones.
 

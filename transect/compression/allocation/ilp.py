@@ -12,13 +12,13 @@ from scipy.sparse import block_diag, csr_array, vstack
 
 from ...errors import TransectError
 from ..registry import Range
-from .registry import Measure, allocation
+from .registry import Measure, ranking
 from .table import Ranks, RankTable
 
 _MODELLED_RATIO = 0.1  # the one ratio at which each matrix's divergence is measured
 
 
-@allocation("ilp", paper="openreview:IjIgNPFuCt", measures=True)
+@ranking("ilp", paper="openreview:IjIgNPFuCt", measures=True)
 def ilp(
     tables: Sequence[RankTable],
     keep: float,

@@ -7,10 +7,28 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ...errors import TransectError
+from ...anatomy import Matrix
+from ...errors import OutOfReach, TransectError
 
 # Rank per matrix name; None means that the matrix stays dense.
 Ranks = dict[str, int | None]
+# Share of its dense bytes that a matrix may keep, per matrix name.
+Shares = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A matrix as a sharing sees it. bytes: of the dense matrix. role: q, k, v, o, gate, up or down."""
+
+    name: str
+    block: int
+    role: str
+    bytes: int
+
+    @staticmethod
+    def of(matrix: Matrix) -> Unit:
+        m, n = matrix.shape
+        return Unit(matrix.name, matrix.block.index, matrix.role, m * n * matrix.module.weight.element_size())
 
 
 @dataclass(frozen=True)
@@ -57,13 +75,20 @@ def uniform_rank(shape: tuple[int, int], keep: float) -> int:
     return int(keep * m * n * (1 + 1e-12) // (m + n))
 
 
-def check_keep(keep: float, shapes: dict[str, tuple[int, int]]) -> None:
-    """Raise an error unless 0 < keep <= 1 and every matrix can get a rank of at least 1 from it."""
+def rank_of_share(name: str, shape: tuple[int, int], share: float) -> int | None:
+    """The rank that a share of a matrix's bytes pays for; None (dense) for all of them, OutOfReach for less than 1."""
+    if share == 1:
+        return None
+    rank = uniform_rank(shape, share)
+    if rank < 1:
+        m, n = shape
+        raise OutOfReach(
+            f"keep={share:.4g} leaves no rank for {name} ({m} x {n}): rank 1 needs keep >= {(m + n) / (m * n):.4g}"
+        )
+    return rank
+
+
+def check_keep(keep: float) -> None:
+    """Raise an error unless 0 < keep <= 1."""
     if not 0 < keep <= 1:
         raise TransectError(f"keep is the share of bytes to keep, above 0 and at most 1; got {keep}")
-    for name, shape in shapes.items():
-        if uniform_rank(shape, keep) < 1:
-            m, n = shape
-            raise TransectError(
-                f"keep={keep} leaves no rank for {name} ({m} x {n}): rank 1 needs keep >= {(m + n) / (m * n):.4g}"
-            )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from .registry import Measure, allocation
-from .table import Ranks, RankTable, uniform_rank
+from .registry import sharing
+from .table import Shares, Unit
 
 
-@allocation("uniform")
-def uniform(tables: Sequence[RankTable], keep: float, measure: Measure | None) -> Ranks:
-    """Give every matrix the rank at which it keeps the same share of its bytes: r = floor(keep m n / (m + n))."""
-    return {table.name: None if keep == 1 else uniform_rank(table.shape, keep) for table in tables}
+@sharing("uniform")
+def uniform(units: Sequence[Unit], keep: float, scores: Mapping[str, float]) -> Shares:
+    """Let every matrix keep the same share of its bytes; for a low-rank pair, r = floor(keep m n / (m + n))."""
+    return {unit.name: keep for unit in units}

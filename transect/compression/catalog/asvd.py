@@ -4,9 +4,9 @@ from typing import Annotated
 
 from torch import Tensor
 
-from ..statistics import FeatureNorm
-from .registry import Range, factorization
-from .weighted_svd import Factorization, weighted_svd
+from ...statistics import FeatureNorm
+from ..registry import Range, factorization
+from ..weighted_svd import Factorization, weighted_svd
 
 
 @factorization("asvd", paper="arXiv:2312.05821", needs=[FeatureNorm(power=1)])

@@ -4,9 +4,9 @@ from typing import Annotated
 
 from torch import Tensor
 
-from ..statistics import InputCovariance, OutputGradientCovariance
-from .registry import Range, factorization
-from .weighted_svd import Factorization, shrink, weighted_svd
+from ...statistics import InputCovariance, OutputGradientCovariance
+from ..registry import Range, factorization
+from ..weighted_svd import Factorization, shrink, weighted_svd
 
 
 @factorization(

@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from .registry import factorization
-from .weighted_svd import Factorization, weighted_svd
+from ..registry import factorization
+from ..weighted_svd import Factorization, weighted_svd
 
 
 @factorization("svd", paper="Eckart & Young 1936, doi:10.1007/BF02288367")

@@ -5,9 +5,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from ..statistics import FisherDiagonal
-from .registry import factorization
-from .weighted_svd import Factorization, weighted_svd
+from ...statistics import FisherDiagonal
+from ..registry import factorization
+from ..weighted_svd import Factorization, weighted_svd
 
 
 @factorization("fwsvd", paper="arXiv:2207.00112", needs=[FisherDiagonal()])

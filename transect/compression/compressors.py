@@ -1,0 +1,128 @@
+"""Compressing one block: what a recipe comes down to, whichever way the blocks and their statistics come.
+
+All blocks from one pass (`compress`), each on the outputs of the compressed ones before it (`sequential`), or one at a
+time from disk (`transect.streaming`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ..anatomy import Anatomy, Block, Matrix
+from ..errors import OutOfReach
+from ..statistics import Statistics
+from .allocation import Ranks, Shares, Unit
+from .factorized import ranks_of_shares
+from .frame import apply_ranks, factorize_matrix, replace_matrix
+from .registry import Method, Size
+from .weighted_svd import Factorization
+
+
+class Compressor(Protocol):
+    def __call__(self, block: Block, matrices: Sequence[Matrix], statistics: Statistics | None) -> None:
+        """Compress these matrices of a block, in place. statistics: what the method needs of them."""
+        ...
+
+
+@dataclass(frozen=True)
+class RankCompressor:
+    """factors: if given, they are truncated; otherwise each matrix is factorized when its block comes."""
+
+    method: Method
+    settings: Mapping[str, Any]
+    ranks: Ranks
+    factors: Mapping[str, Factorization] | None = None
+
+    def __call__(self, block: Block, matrices: Sequence[Matrix], statistics: Statistics | None) -> None:
+        made = self.factors
+        if made is None:
+            made = {
+                matrix.name: factorize_matrix(matrix, self.method, self.settings, statistics)
+                for matrix in matrices
+                if self.ranks[matrix.name] is not None
+            }
+        apply_ranks(matrices, made, self.ranks)
+
+
+@dataclass(frozen=True)
+class SizeCompressor:
+    """sizes: of each matrix's replacement; None stays dense."""
+
+    method: Method
+    settings: Mapping[str, Any]
+    sizes: Mapping[str, Size | None]
+
+    def __call__(self, block: Block, matrices: Sequence[Matrix], statistics: Statistics | None) -> None:
+        for matrix in matrices:
+            size = self.sizes[matrix.name]
+            if size is not None:
+                replace_matrix(matrix, self.method, self.settings, size, statistics)
+
+
+@dataclass(frozen=True)
+class SliceCompressor:
+    """shares: of the bytes of each block's matrices, by block index."""
+
+    method: Method
+    settings: Mapping[str, Any]
+    shares: Mapping[int, float]
+
+    def __call__(self, block: Block, matrices: Sequence[Matrix], statistics: Statistics | None) -> None:
+        if self.shares[block.index] < 1:
+            self.method.function(block, statistics, self.shares[block.index], **self.settings)
+
+
+def compressor_of(
+    anatomy: Anatomy, matrices: Sequence[Matrix], method: Method, settings: Mapping[str, Any], shares: Shares
+) -> Compressor:
+    """What compresses each block so that every matrix keeps its share; OutOfReach where the method cannot."""
+    if method.family == "factorization":
+        return RankCompressor(method, settings, ranks_of_shares(matrices, shares))
+    if method.family == "replacement":
+        return SizeCompressor(method, settings, sizes_of_shares(matrices, method, settings, shares))
+    of_blocks = block_shares(matrices, shares)
+    for block in anatomy.blocks:
+        if of_blocks[block.index] < 1:
+            assert method.plan is not None
+            method.plan(block, of_blocks[block.index], **settings)
+    return SliceCompressor(method, settings, of_blocks)
+
+
+def block_shares(matrices: Sequence[Matrix], shares: Shares) -> dict[int, float]:
+    """The share of each block's bytes."""
+    kept: dict[int, float] = {}
+    whole: dict[int, float] = {}
+    for unit in map(Unit.of, matrices):
+        kept[unit.block] = kept.get(unit.block, 0.0) + shares[unit.name] * unit.bytes
+        whole[unit.block] = whole.get(unit.block, 0.0) + unit.bytes
+    return {block: kept[block] / whole[block] for block in kept}
+
+
+def sizes_of_shares(
+    matrices: Sequence[Matrix], method: Method, settings: Mapping[str, Any], shares: Shares
+) -> dict[str, Size | None]:
+    """The size that each matrix's share pays for.
+
+    What sizes leave over is saved up, from the first matrix to the last, until it pays for leaving one dense. So a
+    method of one size only (2:4) spends a larger budget on dense matrices, spread evenly over the model.
+    """
+    assert method.plan is not None
+    sizes: dict[str, Size | None] = {}
+    saved = 0.0
+    for matrix, unit in zip(matrices, map(Unit.of, matrices), strict=True):
+        share = shares[matrix.name]
+        itemsize = matrix.module.weight.element_size()
+        if share == 1:
+            sizes[matrix.name] = None
+            continue
+        try:
+            size = method.plan(matrix.shape, itemsize, share, **settings)
+        except OutOfReach as error:
+            raise OutOfReach(f"{matrix.name}: {error}") from None
+        saved += share * unit.bytes - size.bytes
+        stays = saved >= unit.bytes - size.bytes
+        sizes[matrix.name] = None if stays else size
+        saved -= unit.bytes - size.bytes if stays else 0
+    return sizes
