@@ -1,7 +1,9 @@
 """The command line: what it prints, what it refuses, and how it exits."""
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import transect
+from transect import cli
 from transect.anatomy import Anatomy, architecture
 from transect.checkpoint import check_folder, open_model
 from transect.cli import main_group
@@ -375,3 +378,21 @@ def test_exit_codes_and_standard_error(place, tmp_path):
     assert {row["keep"] for row in rows} == {1.0, *map(float, shares.split(","))}
     after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run" / "rows").iterdir()}
     assert finished.items() <= after.items()
+
+
+def test_an_interrupt_that_a_library_swallows_is_still_one(monkeypatch, capsys):
+    """Ctrl-C inside of torch or safetensors may come out as an error of theirs."""
+
+    def swallow(**options):
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        raise ValueError("could not determine the shape")
+
+    monkeypatch.setattr(cli, "main_group", swallow)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert stop.value.code == 130 and "stopped" in capsys.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterable
 from contextlib import contextmanager
@@ -388,24 +389,13 @@ def methods(name: str | None, as_json: bool) -> None:
 def check_claims(
     names: tuple[str, ...], model: str, data: str | None, eval_data: str | None, as_json: bool, **options: Any
 ) -> None:
-    """Check what papers claim of their methods on MODEL; each NAME is a claim or a method. Default: all claims."""
-    from .checkpoint import open_model
-    from .claims import claims, run_claims
+    """Check what papers claim of their methods on MODEL (in float32); each NAME is a claim or a method."""
     from .claims.show import rich_outcome
-    from .data import load
+    from .verbs import check_claims as check
 
-    claims(names)  # an unknown name is an error before anything is loaded
-    if model == "organism":
-        data, eval_data = data or "organism:calibration", eval_data or "organism:heldout"
-    elif data is None or eval_data is None:
-        raise click.UsageError("a model of your own needs --data and --eval")
-    opened = open_model(model, dtype=options["dtype"], device=options["device"], architecture=options["architecture"])
-    shared = {name: options[name] for name in ("sequence_length", "batch_size", "seed")}
-    belongings = (opened.model, opened.tokenizer, opened.processor)
-    calibration = load(data, *belongings, sequences=options["sequences"], full_only=True, **shared)
-    held_out = load(eval_data, *belongings, sequences=options["eval_sequences"], **shared)
+    options["dtype"] = options["dtype"] or "float32"
     with _progress(as_json) as (_, show):
-        outcomes = run_claims(opened.model, calibration, held_out, names, show)
+        outcomes = check(names, model, data, eval_data, progress=show, **options)
     if as_json:
         click.echo(json.dumps([outcome.to_dict() for outcome in outcomes], indent=2))
         return
@@ -421,21 +411,43 @@ def _complain(message: str) -> NoReturn:
     sys.exit(1)
 
 
+def _note_interrupts() -> list[int]:
+    """Let Ctrl-C also leave a note here: torch and safetensors may swallow the exception into one of their own."""
+    noted: list[int] = []
+
+    def on_interrupt(number: int, frame: Any) -> None:
+        noted.append(number)
+        signal.default_int_handler(number, frame)
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, on_interrupt)
+    return noted
+
+
 def main() -> None:
     """Entry point: errors that a user can mend are one line, without a traceback. Exit code 1; 130 for Ctrl-C."""
     from .errors import TransectError
 
+    interrupts = _note_interrupts()
     try:
         main_group(standalone_mode=False)
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except TransectError as error:
-        _complain(str(error))
-    except OSError as error:  # a disk that is full, a folder that may not be written to
-        _complain(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
     except (KeyboardInterrupt, click.Abort):
-        stderr.print("stopped")
-        sys.exit(130)
+        _stopped()
+    except Exception as error:
+        if interrupts:
+            _stopped()
+        if isinstance(error, click.ClickException):
+            error.show()
+            sys.exit(error.exit_code)
+        if isinstance(error, TransectError):
+            _complain(str(error))
+        if isinstance(error, OSError):  # a disk that is full, a folder that may not be written to
+            _complain(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+        raise
+
+
+def _stopped() -> NoReturn:
+    stderr.print("stopped")
+    sys.exit(130)

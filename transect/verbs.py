@@ -13,11 +13,13 @@ import torch
 from . import evaluation as evaluation_room
 from .anatomy import Anatomy
 from .checkpoint import Opened, open_model, tokenizer_of
+from .claims import Outcome, claims, run_claims
 from .comparison import Engine, Plan, Row, compare_anatomy
 from .compression import Recipe, compress_anatomy
 from .compression.fingerprint import model_fingerprint
 from .compression.registry import method as registered
 from .data import Batches, load
+from .errors import TransectError
 from .report import markdown_table, pareto_plot
 from .statistics import Fisher, Progress
 from .streaming import StreamedModel, compress_streamed, folder_of
@@ -208,6 +210,45 @@ def evaluate(
     opened = _open(model, tokenizer)
     held_out = _held_out(data, opened, sequence_length, sequences, batch_size, seed)
     return evaluation_room.evaluate(opened.model, held_out)
+
+
+def check_claims(
+    names: Sequence[str] = (),
+    model: Any = "organism",
+    data: Any = None,
+    eval_data: Any = None,
+    *,
+    tokenizer: Any = None,
+    sequence_length: int | None = None,
+    sequences: int = CALIBRATION_SEQUENCES,
+    eval_sequences: int = 128,
+    batch_size: int = 8,
+    architecture: Any = None,
+    dtype: torch.dtype | str = "float32",
+    device: str | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> list[Outcome]:
+    """Check what papers claim of their methods on a model, which is as before afterwards.
+
+    names: of claims, or of methods for all of their claims. Default: every claim.
+    model, data, tokenizer and the calibration settings: as for `compress`. eval_data: held-out data, same forms. The
+    bundled model has its own data as defaults.
+    dtype: in which a model that is given by its name is opened; differences of thousandths drown in bfloat16.
+
+    Returns an outcome each: the claim, its verdict, the reason and the numbers.
+    """
+    claims(names)  # an unknown name is an error before anything is loaded
+    if isinstance(model, str) and model == "organism":
+        data, eval_data = data or "organism:calibration", eval_data or "organism:heldout"
+    elif data is None or eval_data is None:
+        raise TransectError("a model of your own needs calibration data and held-out data (--data and --eval)")
+    if isinstance(model, (str, Path)):
+        model = open_model(model, dtype=dtype, device=device, architecture=architecture)
+    opened = _open(model, tokenizer)
+    calibration = _calibration(data, opened, sequence_length, sequences, batch_size, seed)
+    held_out = _held_out(eval_data, opened, sequence_length, eval_sequences, batch_size, seed)
+    return run_claims(opened.model, calibration, held_out, names, progress)
 
 
 def _open(model: Any, tokenizer: Any) -> Opened:

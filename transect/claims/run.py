@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..data import Batches
+from ..errors import TransectError
 from ..statistics import Progress
 from .context import Context
 from .registry import Claim, NotApplicable, Result, Verdict, claims
@@ -48,3 +49,5 @@ def _check(one: Claim, context: Context) -> Result:
         return one.function(context)
     except NotApplicable as reason:
         return Result(Verdict.NOT_APPLICABLE, str(reason))
+    except TransectError as error:  # a compressed model that computes NaN, say; the other claims go on
+        return Result(Verdict.NOT_APPLICABLE, f"It could not be measured: {error}")
