@@ -12,6 +12,7 @@ import click
 import pandas as pd
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 from safetensors import safe_open
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -23,7 +24,7 @@ from transect.checkpoint import check_folder, open_model
 from transect.cli import main_group
 from transect.compression import allocations, methods
 from transect.errors import BadData, TransectError, UnknownArchitecture
-from transect.report.table import cells
+from transect.report.table import cells, markdown_table, rich_table
 
 from .models import VOCABULARY, tiny
 
@@ -396,3 +397,20 @@ def test_an_interrupt_that_a_library_swallows_is_still_one(monkeypatch, capsys):
     finally:
         signal.signal(signal.SIGINT, before)
     assert stop.value.code == 130 and "stopped" in capsys.readouterr().err
+
+
+def test_a_row_out_of_reach_is_a_dash_with_a_note():
+    numbers = {"loss": 3.0, "perplexity": 20.0, "decode_tokens_per_second": 5.0, "bytes": 100}
+    frame = pd.DataFrame([
+        {"method": "dense", "allocation": "-", "keep": 1.0, "kept": 1.0, **numbers},
+        {"method": "wanda", "allocation": "uniform", "keep": 0.7, "kept": 0.6, **numbers},
+        {"method": "wanda", "allocation": "uniform", "keep": 0.5, "note": "2:4 needs 0.53"},
+    ])  # fmt: skip
+    headings, rows = cells(frame)
+    assert rows[2][headings.index("loss")] == "-" and rows[1][headings.index("kept")] == "0.600"
+    assert markdown_table(frame).endswith("\nwanda at 0.5: 2:4 needs 0.53\n")
+    assert "kept" not in cells(frame[:1])[0]
+    console = Console(width=120)
+    with console.capture() as captured:
+        console.print(rich_table(frame))
+    assert "wanda at 0.5: 2:4 needs 0.53" in captured.get()

@@ -18,13 +18,15 @@ _LINES = {"uniform": "-", "global": "--", "ilp": ":"}
 def pareto_plot(frame: pd.DataFrame, path: Path, title: str = "") -> Path:
     """Loss over size of the whole model, one line for each method and allocation, as PNG (150 dots an inch).
 
-    frame: as `transect.compare` returns it. The dense model is the star and the horizontal line.
+    frame: as `transect.compare` returns it; rows without numbers are left out.
+    The dense model is the star and the horizontal line.
     """
     from matplotlib.figure import Figure  # takes a second to import, and most commands draw nothing
     from matplotlib.ticker import FuncFormatter
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
+    frame = frame.dropna(subset="loss")
     dense: Any = frame[frame["method"] == "dense"]
     rest: Any = frame[frame["method"] != "dense"]
     for number, (method, group) in enumerate(rest.groupby("method", sort=False)):
@@ -33,7 +35,7 @@ def pareto_plot(frame: pd.DataFrame, path: Path, title: str = "") -> Path:
             label = str(method) if allocation == "uniform" else f"{method}, {allocation}"
             axes.plot(
                 line["bytes"] / 1e6, line["loss"], _LINES.get(str(allocation), "-."), label=label,
-                color=_COLOURS[number % len(_COLOURS)], marker=_MARKERS[number % len(_MARKERS)], markersize=5,
+                color=_COLOURS[number % 7], marker=_MARKERS[(number + number // 7) % 7], markersize=5,
             )  # fmt: skip
     if len(dense):
         axes.axhline(dense["loss"].iloc[0], color="0.6", linewidth=1, zorder=0)

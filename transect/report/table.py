@@ -31,6 +31,7 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "method": ("method", str),
     "allocation": ("allocation", str),
     "keep": ("keep", "{:g}".format),
+    "kept": ("kept", "{:.3f}".format),
     "bytes": ("bytes", _bytes),
     "parameters": ("parameters", _millions),
     "loss": ("loss", "{:.4f}".format),
@@ -42,6 +43,18 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
 }
 
 
+# A method whose steps are whole sublayers or blocks may keep less than it was allowed; by this much it is shown.
+_COARSE = 0.01
+
+
+def notes(frame: Any) -> list[str]:
+    """Why some rows have no numbers, a line each."""
+    if "note" not in frame.columns:
+        return []
+    missing = frame[frame["note"].notna()]
+    return [f"{row['method']} at {row['keep']:g}: {row['note']}" for _, row in missing.iterrows()]
+
+
 def cells(frame: Any) -> tuple[list[str], list[list[str]]]:
     """Headings and text cells of a DataFrame; a value that does not apply (no decoding in an encoder) is a dash."""
     idle = set()
@@ -49,6 +62,8 @@ def cells(frame: Any) -> tuple[list[str], list[list[str]]]:
         idle.add("allocation")
     if frame["decode_tokens_per_second"].notna().any():  # a language model is judged by its perplexity
         idle.add("accuracy")
+    if "kept" in frame.columns and not (frame["keep"] - frame["kept"] > _COARSE).any():  # every budget was used up
+        idle.add("kept")
     shown = [column for column in COLUMNS if column in frame.columns and column not in idle]
     rows = [
         ["-" if pd.isna(row[column]) else COLUMNS[column][1](row[column]) for column in shown]
@@ -63,12 +78,15 @@ def rich_table(frame: pd.DataFrame, title: str = "") -> Table:
     Headings break between words where it gets narrow; a full table needs about 100 columns.
     """
     headings, rows = cells(frame)
-    grid = Table(title=title or None, header_style="bold", box=SIMPLE_HEAD, padding=0, pad_edge=False)
+    grid = Table(
+        title=title or None, caption="\n".join(notes(frame)) or None, caption_justify="left",
+        header_style="bold", box=SIMPLE_HEAD, padding=0, pad_edge=False,
+    )  # fmt: skip
     for column, heading in enumerate(headings):
         justify = "left" if heading in ("method", "allocation") else "right"
         width = max(map(len, [*heading.split(), *(row[column] for row in rows)]))
         grid.add_column(heading, justify=justify, vertical="bottom", min_width=width)
-    best = set(frame.groupby("keep")["loss"].idxmin()) if "keep" in frame.columns else set()
+    best = set(frame.dropna(subset="loss").groupby("keep")["loss"].idxmin()) if "keep" in frame.columns else set()
     for index, row in zip(frame.index, rows, strict=True):
         grid.add_row(*row, style="bold" if index in best else None)
     return grid
@@ -79,4 +97,5 @@ def markdown_table(frame: pd.DataFrame) -> str:
     headings, rows = cells(frame)
     left = {"method", "allocation"}
     lines = [headings, [":---" if heading in left else "---:" for heading in headings], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    return table + "".join(f"\n{note}\n" for note in notes(frame))
