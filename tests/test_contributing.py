@@ -112,6 +112,22 @@ def test_the_method_and_its_claim(here, monkeypatch):
     assert "--rms-svd.power" in CliRunner().invoke(main_group, ["compress", "--help"]).stdout
 
 
+def test_the_method_that_changes_structure(here, monkeypatch):
+    write_model(here / "my-model", models.tiny("llama"))
+    printed = []
+    for language, title, text in blocks("Add a method that changes structure"):
+        if language == "console":
+            printed += say(text)
+        elif title.startswith("tests/"):
+            assert run_tests(text) == 4
+        else:
+            put(monkeypatch, here, title, text)
+    compressed, evaluated, compared = printed
+    assert "kept" in compressed and "loss" in evaluated and "large-neurons" in compared
+    config = json.loads((here / "narrow" / "config.json").read_text())
+    assert "quantization_config" not in config  # the same width in every block is an ordinary model
+
+
 def run_tests(text):
     """Call every test of a file, with each combination of its parameters; how many calls that were."""
     namespace = {"__name__": "page"}
@@ -132,8 +148,8 @@ def run_tests(text):
 
 def test_nothing_of_the_example_is_left():
     """Runs after the example, and would also fail if the method had been built in since."""
-    assert "rms-svd" not in {method.name for method in transect.methods()}
-    assert not [name for name in sys.modules if "rms_svd" in name]
+    assert not {"rms-svd", "large-neurons"} & {method.name for method in transect.methods()}
+    assert not [name for name in sys.modules if "rms_svd" in name or "large_neurons" in name]
     assert not hasattr(transect.compression.catalog, "rms_svd") and not hasattr(transect.claims, "rms_svd")
     assert not [claim for claim in transect.claims.claims() if claim.method == "rms-svd"]
     assert "glm" not in architecture.known_model_types()
