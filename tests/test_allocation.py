@@ -113,5 +113,5 @@ def test_bad_budgets_and_names():
         check_keep(1.2)
     with pytest.raises(TransectError, match="leaves no rank for a"):
         rank_of_share("a", (4, 4), 0.1)
-    with pytest.raises(TransectError, match="unknown allocation 'x'; known: global, ilp, uniform"):
+    with pytest.raises(TransectError, match=r"unknown allocation 'x'; known: .*global, ilp, .*uniform"):
         allocation_named("x")

@@ -133,7 +133,7 @@ class Context:
     @cached_property
     def dense(self) -> Measured:
         """The loss of the model as it is."""
-        return self._evaluate(self.model, 1.0)
+        return self.evaluate(self.model, 1.0)
 
     def compressed(self, variant: Variant, keep: float) -> Measured:
         """The loss of the compressed model."""
@@ -152,7 +152,7 @@ class Context:
         recipe = Recipe(variant.method.name, keep, variant.allocation, refit=variant.refit)
         with temporarily(self.anatomy, self.matrices):
             run_compressor(self.anatomy, self.matrices, recipe, compressor, None, self._calibration)
-            return self._evaluate(self.model, outcome_of(self.anatomy, roles, dense_bytes)["kept"])
+            return self.evaluate(self.model, outcome_of(self.anatomy, roles, dense_bytes)["kept"])
 
     def _compress_a_copy(self, variant: Variant, keep: float) -> Measured:
         """For methods that do more than truncate; a budget that is out of their reach makes a claim not applicable."""
@@ -166,10 +166,14 @@ class Context:
             raise NotApplicable(str(reason)) from None
         statistics = self._statistics_for(variant)
         outcome = compress_anatomy(anatomy, recipe, self._calibration, statistics=statistics, progress=self.progress)
-        return self._evaluate(anatomy.model, outcome["kept"])
+        return self.evaluate(anatomy.model, outcome["kept"])
 
     def _statistics_for(self, variant: Variant) -> Statistics | None:
         needed = [*variant.method.needs, *allocation_named(variant.allocation).needs]
+        missing = [statistic for statistic in dict.fromkeys(needed) if statistic not in self._wanted]
+        if missing:  # what only an allocation needs: a pass of its own
+            self.statistics.merge(calibrate(self.anatomy, self.matrices, missing, self.calibration))
+            self._wanted += missing
         return self.statistics if needed else None
 
     def _factorized(self, method: Method) -> Factorized:
@@ -178,7 +182,8 @@ class Context:
             self._by_method[method.name] = Factorized(self.anatomy, self.matrices, factors, self._calibration)
         return self._by_method[method.name]
 
-    def _evaluate(self, model: Any, kept: float) -> Measured:
+    def evaluate(self, model: Any, kept: float) -> Measured:
+        """The loss of any model, sequence by sequence. kept: share of the matrices' bytes that it has."""
         nats, predictions = [], []
         for batch in self.evaluation:
             for row in range(len(next(iter(batch.values())))):

@@ -70,8 +70,9 @@ class SliceCompressor:
     shares: Mapping[int, float]
 
     def __call__(self, block: Block, matrices: Sequence[Matrix], statistics: Statistics | None) -> None:
-        if self.shares[block.index] < 1:
-            self.method.function(block, statistics, self.shares[block.index], **self.settings)
+        share = self.shares.get(block.index, 1.0)  # a block whose sublayers are all gone has none
+        if share < 1:
+            self.method.function(block, statistics, share, **self.settings)
 
 
 def compressor_of(
@@ -84,7 +85,7 @@ def compressor_of(
         return SizeCompressor(method, settings, sizes_of_shares(matrices, method, settings, shares))
     of_blocks = block_shares(matrices, shares)
     for block in anatomy.blocks:
-        if of_blocks[block.index] < 1:
+        if of_blocks.get(block.index, 1.0) < 1:
             assert method.plan is not None
             method.plan(block, of_blocks[block.index], **settings)
     return SliceCompressor(method, settings, of_blocks)

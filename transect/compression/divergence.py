@@ -35,13 +35,13 @@ class Divergence:
         self.anatomy, self.matrices, self.factors = anatomy, list(matrices), factors
         self.batches = list(batches)
         self._known: dict[frozenset[tuple[str, Any]], float] = {}
-        self._dense = self._log_probabilities()
+        self._dense = self._log_probabilities(anatomy.model)
 
     @torch.no_grad()
-    def _log_probabilities(self) -> list[Tensor]:
+    def _log_probabilities(self, model: Any) -> list[Tensor]:
         found = []
         for batch in self.batches:
-            logits, _ = predictions(self.anatomy.model, batch)
+            logits, _ = predictions(model, batch)
             found.append(self._select(logits, batch).float().div(_TEMPERATURE).log_softmax(-1))
         return found
 
@@ -60,7 +60,12 @@ class Divergence:
             chosen = [matrix for matrix in self.matrices if ranks.get(matrix.name) is not None]
             with temporarily(self.anatomy, chosen):
                 apply_ranks(chosen, self.factors, ranks)
-                pairs = list(zip(self._dense, self._log_probabilities(), strict=True))
-            total = sum((dense.exp() * (dense - other)).sum().item() for dense, other in pairs)
-            self._known[key] = max(total / sum(len(dense) for dense, _ in pairs), 0.0)
+                self._known[key] = self.of(self.anatomy.model)
         return self._known[key]
+
+    @torch.no_grad()
+    def of(self, model: Any) -> float:
+        """Of any model with the same inputs and outputs."""
+        pairs = list(zip(self._dense, self._log_probabilities(model), strict=True))
+        total = sum((dense.exp() * (dense - other)).sum().item() for dense, other in pairs)
+        return max(total / sum(len(dense) for dense, _ in pairs), 0.0)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from ..anatomy import Anatomy, Block, Matrix
 from ..operators import Operator
@@ -45,13 +46,31 @@ def compress_in_order(
         weights = {matrix.name: matrix.weight.clone() for matrix in mine} if refit else {}
         compressor(block, mine, local)
         if refit:
-            changed = [matrix for matrix in mine if isinstance(matrix.module, Operator)]
-            seen = InputCovariance()
-            local = block_statistics(block, changed, [seen], feeds, None, accumulate)
-            for matrix in changed:
-                matrix.module.refit(weights[matrix.name], local.value(key_of(matrix, seen), seen))
+            refit_block(block, mine, weights, feeds, accumulate)
         for item in feeds:
             item.hidden = run_block(block.module, item.hidden, item.calls[block.index])
+
+
+def refit_block(
+    block: Block,
+    matrices: Sequence[Matrix],
+    weights: Mapping[str, Tensor],
+    feeds: Sequence[Feed],
+    accumulate: torch.dtype,
+) -> None:
+    """Refit a block's operators, those of one input after those of another, each on what the refitted ones put out.
+
+    weights: W (d_out x d_in) of every matrix as it was, by name.
+    """
+    seen = InputCovariance()
+    by_source: dict[str, list[Matrix]] = {}
+    for matrix in matrices:
+        if isinstance(matrix.module, Operator):
+            by_source.setdefault(matrix.source, []).append(matrix)
+    for together in by_source.values():  # q, k, v; o; gate, up; down: the order in which a block computes them
+        local = block_statistics(block, together, [seen], feeds, None, accumulate)
+        for matrix in together:
+            matrix.module.refit(weights[matrix.name], local.value(key_of(matrix, seen), seen))
 
 
 def block_statistics(

@@ -53,10 +53,12 @@ class Operator(nn.Module):
         """The same map restricted to some outputs (rows) and inputs (columns)."""
         raise TransectError(f"a matrix stored as {self.kind!r} cannot lose rows or columns; cut it while dense")
 
-    def refit(self, weight: Tensor, covariance: Tensor) -> None:
-        """Change the last factor, in place, so that E||(W - Ŵ)x||² is least, the others as they are.
+    def refit(self, weight: Tensor, covariance: Tensor, cross: Tensor | None = None) -> None:
+        """Change the last factor, in place, so that E||W x - Ŵ x'||² is least, the others as they are.
 
-        weight: W (d_out x d_in). covariance: E[x xᵀ] (d_in x d_in). For the operators of methods that have a refit.
+        weight: W (d_out x d_in). covariance: E[x' x'ᵀ] (d_in x d_in) of the inputs that the operator sees.
+        cross: E[x x'ᵀ] (d_in x d_in) with the inputs x of the target; None where they are the same.
+        For the operators of methods that have a refit.
         """
         raise NotImplementedError
 

@@ -58,16 +58,17 @@ class LowRank(Operator):
         return LowRank.from_factors(left, right, bias).train(self.training)
 
     @torch.no_grad()
-    def refit(self, weight: Tensor, covariance: Tensor) -> None:
-        """L = argmin_L E||(W - L R) x||² (SVD-LLM's closed-form update). The bias stays out of the target, since the
-        layer keeps it; the authors' code counts it twice.
+    def refit(self, weight: Tensor, covariance: Tensor, cross: Tensor | None = None) -> None:
+        """L = argmin_L E||W x - L R x'||² (SVD-LLM's closed-form update for x = x'). The bias stays out of the target,
+        since the layer keeps it; the authors' code counts it twice.
         """
         right, covariance = self.right.weight.double(), covariance.double()  # r x d_in, d_in x d_in
         seen = right @ covariance  # R C
         gram = seen @ right.T  # R C Rᵀ
         # A direction of R that these inputs never excite keeps its old coefficient instead of an arbitrary one.
         left = self.left.weight.double()
-        residual = (weight.double() @ seen.T) - left @ gram  # (W - L R) C Rᵀ
+        wanted = seen.T if cross is None else cross.double() @ right.T  # E[x x'ᵀ] Rᵀ
+        residual = weight.double() @ wanted - left @ gram  # E[(W x - L R x') (R x')ᵀ]
         self.left.weight.copy_(left + residual @ torch.linalg.pinv(gram, hermitian=True))
 
     @property
