@@ -191,7 +191,7 @@ def test_help_shows_every_method_with_its_paper_parameters_and_defaults(command)
 
 
 def test_help_and_version():
-    assert set(main_group.commands) == {"compress", "compare", "eval", "methods", "claims"}
+    assert set(main_group.commands) == {"compress", "compare", "eval", "methods", "claims", "recover"}
     for command in main_group.commands:
         assert command in run("--help").stdout and "Usage:" in run(f"{command} -h").stdout
     assert transect.__version__ in run("--version").stdout
@@ -200,7 +200,7 @@ def test_help_and_version():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--method magic", "unknown method 'magic'; known: asvd"), ("--allocation best", "unknown allocation 'best'"),
+        ("--method magic", "unknown method 'magic'; known: amp"), ("--allocation best", "unknown allocation 'best'"),
         ("--keep 0", "above 0 and at most 1; got 0"), ("--keep 1.5", "above 0 and at most 1; got 1.5"),
         ("--keep -0.5", "above 0"), ("--keep nan", "above 0"), ("--keep 0.001", "leaves no rank"),
         ("--data empty.txt", "empty.txt is empty"), ("--data binary.txt", "binary.txt is not text"),

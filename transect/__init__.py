@@ -11,10 +11,10 @@ from . import checkpoint as _checkpoint  # noqa: F401 - registers the loader wit
 from .anatomy import Anatomy, register_architecture
 from .compression import allocations, methods
 from .errors import BadCheckpoint, BadData, TransectError, UnknownArchitecture
-from .verbs import check_claims, compare, compress, compress_stream, evaluate
+from .verbs import check_claims, compare, compress, compress_stream, evaluate, recover
 from .version import __version__
 
 __all__ = [
     "Anatomy", "BadCheckpoint", "BadData", "TransectError", "UnknownArchitecture", "__version__", "allocations",
-    "check_claims", "compare", "compress", "compress_stream", "evaluate", "methods", "register_architecture",
+    "check_claims", "compare", "compress", "compress_stream", "evaluate", "methods", "recover", "register_architecture",
 ]  # fmt: skip

@@ -71,6 +71,8 @@ def load(
             raise BadData(f"{name} must be at least {least}, got {value}")
     if isinstance(data, Batches):
         return data
+    if isinstance(data, Tensor) and data.numel() == 0:
+        raise BadData("the data is empty")
     if not isinstance(data, (str, Path, Tensor)):
         data = list(data)
         if not data:

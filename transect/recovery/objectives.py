@@ -1,0 +1,46 @@
+"""What a repair of the whole model lowers: its own loss, or its distance from the dense model's predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..statistics import Batch, predictions, summed_loss
+from .machine import Machine
+
+
+def own_loss(model: Any, batch: Batch) -> tuple[Tensor, int]:
+    """Cross-entropy in nats, summed over the predictions that the batch asks for, and their number."""
+    logits, labels = predictions(model, batch)
+    return summed_loss(logits, labels), labels.numel()
+
+
+def distance_from(teacher: Any, model: Any, batch: Batch, temperature: float) -> tuple[Tensor, int]:
+    """T² KL(p_teacher || p_model) in nats, summed over the predictions, with logits divided by T (Hinton et al. 2015).
+
+    The factor keeps the size of the gradient when T changes.
+    """
+    with torch.no_grad():
+        target, _ = predictions(teacher, batch)
+    logits, labels = predictions(model, batch)
+    ours = functional.log_softmax(logits.float() / temperature, dim=-1)
+    theirs = functional.log_softmax(target.float() / temperature, dim=-1)
+    divergence = functional.kl_div(ours, theirs, reduction="sum", log_target=True)
+    return temperature**2 * divergence, labels.numel()
+
+
+@torch.no_grad()
+def held_out_loss(model: Any, batches: Iterable[Batch | None], machine: Machine) -> float:
+    """Mean loss of a prediction in nats, over all processes' shares; NaN or infinite if the model puts that out."""
+    model.eval()
+    summed = torch.zeros(2, dtype=torch.float64)
+    for batch in batches:
+        if batch is not None:
+            loss, count = own_loss(model, batch)
+            summed += torch.tensor([loss.item(), count], dtype=torch.float64)
+    loss, count = machine.total(summed).tolist()
+    return loss / count if count else float("nan")
