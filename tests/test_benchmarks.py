@@ -24,6 +24,7 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
         ("calibration", "Statistics against a plain pass"),
         ("compare", "2 methods at 2 budgets"),
         ("low_rank", "svd at keep 0.5"),
+        ("structured", "keep 0.7"),
         ("streaming", "Peak resident memory"),
     ],
 )
@@ -32,6 +33,12 @@ def test_prints_its_table(name: str, heading: str, benchmark: Any, capsys: pytes
     printed = capsys.readouterr().out
     assert printed.startswith(heading)
     assert "met" in printed and "torch" in printed.splitlines()[-1]
+
+
+def test_every_operator_is_timed(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = benchmark("operators")(["--quick"])
+    assert capsys.readouterr().out.startswith("Time over that of a dense matrix")
+    assert len(rows) == 10 and all(value > 0 for row in rows for value in row[2:5])
 
 
 def test_kfac_factors_equal_those_of_curvlinops(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -183,7 +183,7 @@ def test_settings_are_validated():
             kfac.settings(wrong)
     with pytest.raises(TransectError, match="one of"):
         method("fwsvd").settings({"axis": "up"})
-    with pytest.raises(TransectError, match="unknown method 'magic'; known: asvd"):
+    with pytest.raises(TransectError, match="unknown method 'magic'; known: amp"):
         method("magic")
 
 
