@@ -12,6 +12,7 @@ from ..errors import TransectError
 from .architecture import FusedMatrix
 from .record import record_of
 from .storage import Stacked, dense, describe, is_dense, read_weight, shape_of
+from .surgery import hand_over_banks
 
 if TYPE_CHECKING:
     from .view import Block
@@ -117,6 +118,7 @@ class Matrix:
         if shape_of(operator) != self.shape:
             raise TransectError(f"{self.name} has shape {self.shape}, but the replacement has {shape_of(operator)}")
         operator.train(self.module.training)
+        hand_over_banks(self.block.model, self.module)
         if self.fused is None:
             self.block.model.set_submodule(self.path, operator)
         else:

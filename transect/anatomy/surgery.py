@@ -115,7 +115,7 @@ def hand_over_banks(model: nn.Module, doomed: nn.Module) -> None:
         if not owner.owns_bank:
             continue
         for path, module in model.named_modules():
-            if id(module) not in leaving and getattr(module, "bank_group", None) == owner.bank_group:
+            if id(module) not in leaving and getattr(module, "bank", None) is owner.bank:
                 module.adopt_bank(owner.bank)  # type: ignore[operator]
                 parent, _, _ = path.rpartition(".parts.")
                 host = parent if parent and isinstance(model.get_submodule(parent), Stacked) else path

@@ -13,7 +13,7 @@ from ..errors import TransectError
 from .architecture import MATRIX_ROLES, Architecture, architecture_of
 from .matrix import Matrix
 from .record import StructureRecord, record_of
-from .storage import weight_tensors
+from .storage import describe, weight_tensors
 from .surgery import SkipAttention, hand_over_banks, keep_rows_and_columns, set_attribute
 
 
@@ -100,16 +100,25 @@ class Anatomy:
             if parameter.is_floating_point() and not torch.isfinite(parameter).all():
                 raise TransectError(f"the weight {name} holds NaN or infinite values; repair the model first")
 
+    @property
+    def can_drop_blocks(self) -> bool:
+        """Whether the other blocks of the model stay the same when one is dropped."""
+        return not getattr(self.config, "scale_attn_by_inverse_layer_idx", False)
+
+    def refuse_dropping_blocks(self) -> None:
+        """Raise an error where no block can be dropped."""
+        if not self.can_drop_blocks:
+            raise TransectError(
+                "this model scales attention by the block's index: dropping a block would change others"
+            )
+
     def drop_block(self, index: int) -> None:
         """Remove a whole block. The config follows, so that the result is still an ordinary model of its class."""
         if len(self.block_list) == 1:
             raise TransectError("the last block of a model cannot be dropped")
         if not 0 <= index < len(self.block_list):
             raise TransectError(f"block {index} does not exist: the model has blocks 0 to {len(self.block_list) - 1}")
-        if getattr(self.config, "scale_attn_by_inverse_layer_idx", False):
-            raise TransectError(
-                "this model scales attention by the block's index: dropping a block would change others"
-            )
+        self.refuse_dropping_blocks()
         hand_over_banks(self.model, self.block_list[index])
         del self.block_list[index]
         for position, block in enumerate(self.block_list):
@@ -120,7 +129,11 @@ class Anatomy:
         layer_types = getattr(self.config, "layer_types", None)
         if layer_types is not None:
             self.config.layer_types = [kind for position, kind in enumerate(layer_types) if position != index]
-        record_of(self.model).remove_block(self._prefix + self.architecture.blocks, index)
+        record = record_of(self.model)
+        record.remove_block(self._prefix + self.architecture.blocks, index)
+        for path, description in record.modules.items():
+            if "layer_idx" in description:  # a dropped attention that has moved up
+                record.modules[path] = describe(self.model.get_submodule(path))
 
     def config_value(self, name: str) -> Any:
         """A config entry under our name (`heads`, `neurons` ...), or None where the config does not have it."""
@@ -215,7 +228,8 @@ class Block:
         norm = self.norms.get(f"{unit}_output")
         return norm if norm is not None else self.find("o" if unit == "attention" else "down").host
 
-    def _refuse_if_post_norm(self) -> None:
+    def refuse_dropping_sublayers(self) -> None:
+        """Raise an error where a single sublayer cannot be dropped."""
         if self.post_norm:
             raise TransectError(
                 f"{type(self.model).__name__} normalises after the residual sum, so a single sublayer cannot be "
@@ -308,7 +322,7 @@ class Attention:
 
     def drop(self) -> None:
         """Remove the sublayer: the block passes its residual stream on unchanged, and its key/value cache is empty."""
-        self.block._refuse_if_post_norm()
+        self.block.refuse_dropping_sublayers()
         path = f"{self.block.path}.{self.block.anatomy.architecture.attention}"
         layer_idx = getattr(self.block.model.get_submodule(path), "layer_idx", None)
         stand_in = path + self.o.path.removeprefix(path)
@@ -355,7 +369,7 @@ class MLP:
 
     def drop(self) -> None:
         """Remove the sublayer: no neuron is left and the output bias is gone, so that it adds nothing."""
-        self.block._refuse_if_post_norm()
+        self.block.refuse_dropping_sublayers()
         self._keep(torch.empty(0, dtype=torch.long))
         with torch.no_grad():
             if self.down.module.bias is not None:

@@ -100,9 +100,13 @@ def temporarily(anatomy: Anatomy, matrices: Sequence[Matrix]) -> Iterator[None]:
     record = anatomy.record
     before = dict(record.modules)
     hosts = {matrix.path: matrix.host for matrix in matrices}
+    owners = [module for module in anatomy.model.modules() if getattr(module, "owns_bank", False)]
     try:
         yield
     finally:
         for path, host in hosts.items():
             anatomy.model.set_submodule(path, host)
+        for module in anatomy.model.modules():
+            if getattr(module, "owns_bank", False) and not any(module is owner for owner in owners):
+                module.disown_bank()
         record.modules = before

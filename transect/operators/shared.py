@@ -45,3 +45,10 @@ class Shared(Operator):
         self.__dict__.pop("bank", None)
         self.owns_bank = True
         self.bank = bank
+
+    def disown_bank(self) -> None:
+        """Refer to the bank from now on, because another operator owns it."""
+        bank = self.bank
+        del self.bank
+        self.owns_bank = False
+        self.use_bank(bank)

@@ -83,7 +83,7 @@ class Recorder:
             similar = [
                 (statistic, self.store.sums(f"blocks.{block.index}", statistic, (0, 0), block.module))
                 for statistic in self.wanted
-                if statistic.needs == "block"
+                if statistic.needs == "block" and not (statistic.sublayers and block.post_norm)
             ]
             if similar:
                 self._listen_to_block(block, similar)

@@ -42,11 +42,14 @@ class Statistic:
         gradient, both, or a block's `Trace`.
     shared: True where the statistic depends on the input alone, so that q, k and v (gate and up) share one.
     roles: the only matrices that it is collected at; None for all.
+    sublayers: True where it follows single sublayers along the residual stream; it is then not collected in blocks with
+        norms after the residual sum.
     """
 
     needs: ClassVar[Needs]
     shared: ClassVar[bool] = False
     roles: ClassVar[tuple[str, ...] | None] = None
+    sublayers: ClassVar[bool] = False
 
     @property
     def label(self) -> str:
@@ -219,6 +222,7 @@ class SublayerSimilarity(Statistic):
     """
 
     needs = "block"
+    sublayers = True
 
     def zeros(self, d_out: int, d_in: int, dtype: torch.dtype, device: torch.device) -> Sums:
         return {"sum": torch.zeros(2, dtype=torch.float64), "count": torch.zeros((), dtype=torch.float64)}
@@ -236,8 +240,9 @@ class SublayerSimilarity(Statistic):
 
 
 def _cosines(x: Tensor, y: Tensor, mask: Tensor | None) -> tuple[Tensor, int]:
-    """Sum of cos(x, y) over positions, in float32, and their number."""
-    cosine = torch.nn.functional.cosine_similarity(_rows(x, mask).float(), _rows(y, mask).float(), dim=-1)
+    """Sum of cos(x, y) over positions, in float32 or wider, and their number."""
+    x, y = (rows if rows.dtype == torch.float64 else rows.float() for rows in (_rows(x, mask), _rows(y, mask)))
+    cosine = torch.nn.functional.cosine_similarity(x, y, dim=-1).clamp(-1, 1)
     return cosine.sum(dtype=torch.float64).cpu(), cosine.numel()
 
 
@@ -259,10 +264,11 @@ class HeadContribution(Statistic):
 
     def update(self, sums: Sums, x: Tensor, mask: Tensor | None, weight: Tensor, head_size: int) -> None:
         heads = x.shape[-1] // head_size
-        totals = x.new_zeros(*x.shape[:2], heads, dtype=torch.float32)
+        wide = torch.promote_types(x.dtype, torch.float32)  # a sum of many magnitudes is more than float16 can hold
+        totals = x.new_zeros(*x.shape[:2], heads, dtype=wide)
         for head in range(heads):  # one at a time: all heads' contributions would be heads times the residual stream
             part = slice(head * head_size, (head + 1) * head_size)
-            totals[..., head] = (x[..., part] @ weight[:, part].T.to(x.dtype)).float().abs().sum(-1)
+            totals[..., head] = (x[..., part] @ weight[:, part].T.to(x.dtype)).to(wide).abs().sum(-1)
         if mask is None:
             means = totals.mean(1)
         else:
