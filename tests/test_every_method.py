@@ -21,7 +21,7 @@ DATA = torch.randint(3, VOCABULARY, (12, 16), generator=torch.Generator().manual
 KEEPS = {"masa": 0.9}
 # What takes long at its defaults, made short; the mathematics has tests of its own.
 QUICK = {
-    "cospadi": {"iterations": 2}, "cospadi-shared": {"iterations": 2}, "armor": {"rounds": 20},
+    "cospadi": {"iterations": 2}, "cospadi-shared": {"iterations": 2}, "armor": {"rounds": 3},
     "fusegpt": {"epochs": 1}, "mixed": {"iterations": 2},
 }  # fmt: skip
 

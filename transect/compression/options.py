@@ -125,7 +125,7 @@ def narrow_mlp_options(metrics: Sequence[Metric], shares: Sequence[float], ridge
         def put_narrow(block: Block, kept: Tensor = kept, update: Tensor = update) -> None:
             mlp = block.mlp
             assert mlp is not None
-            mlp.keep(kept)
+            mlp.keep(kept.tolist())
             block.matrix("down").write(update)
 
         names = tuple(metric.matrix.name for metric in metrics)

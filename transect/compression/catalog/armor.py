@@ -149,7 +149,7 @@ class Wrapping:
         """Solve one group of four of every block exactly: the best of its six supports, and the best two values.
 
         A group is drawn in proportion to the L1 norm of its part of `gradient` (n, d_out, q); here that of the step of
-        Adam before it, which saves a third of the work (our choice). In a block, with a the group's column of A and
+        Adam before it, which saves a quarter of the work (our choice). In a block, with a the group's column of A and
         B_g its rows of B, the group's four entries c add a (c B_g), so that the loss is a quadratic of c alone:
         ||a||² c K cᵀ + 2 c t + what does not change, with K = B_g diag(h) B_gᵀ and t = B_g diag(h) Rᵀ a, R the block's
         error without the group. A group stays as it is where nothing is better.
