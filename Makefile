@@ -22,8 +22,9 @@ demo: .venv/installed
 	    --data organism:calibration --eval organism:heldout --eval-sequences 128 --out $(RUN)
 	$(BIN)/python examples/round_trip.py $(RUN)-small
 
+# A process for each core, with one thread: several torch programs that share cores slow each other down.
 test: .venv/installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -107,8 +107,9 @@ def test_calibrating_on_compressed_blocks(method):
         assert torch.isfinite(model(DATA[:2]).logits).all()
 
 
-def test_a_comparison_of_every_method(tmp_path):
+def test_a_comparison_of_every_method(tmp_path, monkeypatch):
     """One statistics pass serves all; a method that cannot keep so little has a note instead of numbers."""
+    monkeypatch.setattr("transect.evaluation.speed.BUDGET", 0.02)
     frame = transect.compare(
         tiny("llama"), METHODS, [0.9, KEEP, 0.45], DATA, DATA[:4], tmp_path / "run", settings=QUICK
     )  # fmt: skip

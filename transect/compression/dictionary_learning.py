@@ -48,7 +48,7 @@ def learn(
     *,
     start: Start = "svd",
     iterations: int = 60,
-    tolerance: float = 0.05,
+    tolerance: float = 0.1,
     shrinkage: float = 1e-6,
     seed: int = 42,
 ) -> SparseFactors:

@@ -25,7 +25,7 @@ def cospadi(
     ratio: Annotated[float, Range(1, 16)] = 2.0,
     start: Start = "svd",
     iterations: Annotated[int, Range(1, 10_000)] = 60,
-    tolerance: Annotated[float, Range(0, 1)] = 0.05,
+    tolerance: Annotated[float, Range(0, 1)] = 0.1,
     shrinkage: Annotated[float, Range(0, 1)] = 1e-6,
     seed: int = 42,
 ) -> SparseDictionary:
