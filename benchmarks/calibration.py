@@ -34,12 +34,14 @@ SUMS = (torch.float32, torch.float64)
 
 
 def plain_forward(model: Any, batches: Batches) -> None:
+    """What a pass without statistics costs: the loss of every batch."""
     with torch.no_grad():
         for batch in batches:
             summed_loss(*predictions(model, batch)).item()
 
 
 def plain_backward(model: Any, batches: Batches) -> None:
+    """The same with the gradients of all weights."""
     for batch in batches:
         summed_loss(*predictions(model, batch)).backward()
         model.zero_grad(set_to_none=True)
@@ -47,6 +49,7 @@ def plain_backward(model: Any, batches: Batches) -> None:
 
 @contextmanager
 def medium_precision() -> Iterator[None]:
+    """Matrix products in bfloat16 inside, where the processor has it."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
@@ -124,6 +127,7 @@ def reduced_precision(model: Any, batches: Batches, repeats: int) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> list[list[Any]]:
+    """Measure both models at every width, print the table, and return its rows."""
     options = parser(__doc__)
     options.add_argument("--hidden", type=int, nargs="+", help="default 512 1024")
     options.add_argument("--blocks", type=int, help="default 4")

@@ -27,6 +27,29 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return made
 
 
+def generation_options(
+    description: str | None, argv: Sequence[str] | None, *, keep: float, repeats: int
+) -> argparse.Namespace:
+    """The command line of a benchmark that reads a prompt and decodes: sizes, with those of `--quick` filled in.
+
+    keep, repeats: defaults. Besides the options the result has `steps`, the tokens to decode.
+    """
+    made = parser(description)
+    made.add_argument("--hidden", type=int, help="default 1024")
+    made.add_argument("--blocks", type=int, help="default 4")
+    made.add_argument("--batch-size", type=int, default=8)
+    made.add_argument("--prompt", type=int, help="tokens to read; default 128")
+    made.add_argument("--keep", type=float, default=keep)
+    chosen = made.parse_args(argv)
+    quick = chosen.quick
+    chosen.hidden = chosen.hidden or (64 if quick else 1024)
+    chosen.blocks = chosen.blocks or (2 if quick else 4)
+    chosen.prompt = chosen.prompt or (16 if quick else 128)
+    chosen.steps = 2 if quick else 16
+    chosen.repeats = chosen.repeats or (1 if quick else repeats)
+    return chosen
+
+
 def llama(
     hidden: int, blocks: int, *, intermediate: int | None = None, vocabulary: int = 1024, positions: int = 1024
 ) -> Any:
@@ -87,6 +110,7 @@ def ratio(seconds: Seconds, numerator: str, denominator: str) -> float:
 
 
 def verdict(met: bool) -> str:
+    """How the tables say whether a target is met."""
     return "met" if met else "not met"
 
 

@@ -70,6 +70,7 @@ def parts(
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
+    """Time both ways, print the table, and return the numbers."""
     options = parser(__doc__)
     options.add_argument("--model", help="folder or hub name; default a random Llama of 4 blocks")
     options.add_argument("--data", help="calibration data for --model")

@@ -39,6 +39,7 @@ class Flops:
 
     @property
     def backward_weights(self) -> float:
+        """Every weight gradient is a product as large as the forward one."""
         return self.matrices + self.head
 
     @property

@@ -42,6 +42,7 @@ class Logits(nn.Module):
 
 
 def ours(anatomy: Anatomy, batches: Batches, accumulate: torch.dtype) -> Statistics:
+    """Transect's factors of all matrices."""
     return collect(anatomy, batches, WANTED, accumulate=accumulate)
 
 
@@ -92,6 +93,7 @@ def flop_ratio(anatomy: Anatomy, length: int) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
+    """Check that the factors are equal, time both, print the table, and return the numbers."""
     options = parser(__doc__)
     options.add_argument("--hidden", type=int, help="default 256")
     options.add_argument("--blocks", type=int, default=4)

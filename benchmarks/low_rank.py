@@ -14,7 +14,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from common import alternate, llama, parser, ratio, show, token_batches, verdict
+from common import alternate, generation_options, llama, ratio, show, token_batches, verdict
 from torch import Tensor
 
 import transect
@@ -23,6 +23,7 @@ from transect.operators import flops_of
 
 
 def prefill(model: Any, ids: Tensor) -> Any:
+    """Read the prompt; logits of its last position only."""
     return model(input_ids=ids, use_cache=True, logits_to_keep=1)
 
 
@@ -44,17 +45,10 @@ def multiply_adds(model: Any, positions: int, cached: float) -> float:
 
 @torch.no_grad()
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
-    options = parser(__doc__)
-    options.add_argument("--hidden", type=int, help="default 1024")
-    options.add_argument("--blocks", type=int, help="default 4")
-    options.add_argument("--batch-size", type=int, default=8)
-    options.add_argument("--prompt", type=int, help="tokens to read; default 128")
-    options.add_argument("--keep", type=float, default=0.5)
-    chosen = options.parse_args(argv)
-    quick = chosen.quick
-    hidden, blocks = chosen.hidden or (64 if quick else 1024), chosen.blocks or (2 if quick else 4)
-    prompt, steps = chosen.prompt or (16 if quick else 128), 2 if quick else 16
-    dense = llama(hidden, blocks)
+    """Time both models, print the table, and return how many times faster each phase is."""
+    chosen = generation_options(__doc__, argv, keep=0.5, repeats=15)
+    prompt, steps = chosen.prompt, chosen.steps
+    dense = llama(chosen.hidden, chosen.blocks)
     small = transect.compress(copy.deepcopy(dense), "svd", chosen.keep)
     ids = token_batches(1, chosen.batch_size, prompt).batches[0]["input_ids"]
     seconds = alternate(
@@ -64,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             "decode dense": lambda: decode(dense, ids, steps),
             "decode svd": lambda: decode(small, ids, steps),
         },
-        chosen.repeats or (1 if quick else 15),
+        chosen.repeats,
     )
     rows, results = [], {}
     for phase, tokens, shape in (("prefill", prompt, (prompt, prompt / 2)), ("decode", steps, (1, steps / 2))):
@@ -73,8 +67,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         fewer = multiply_adds(dense, *shape) / multiply_adds(small, *shape)
         rows.append([phase, *speeds, faster, fewer, verdict(faster >= 1.5) if phase == "prefill" else "no target"])
     show(
-        f"svd at keep {chosen.keep:g}: Llama of {blocks} blocks, hidden {hidden}, float32, batch {chosen.batch_size}, "
-        f"prompt {prompt}",
+        f"svd at keep {chosen.keep:g}: Llama of {chosen.blocks} blocks, hidden {chosen.hidden}, float32, "
+        f"batch {chosen.batch_size}, prompt {prompt}",
         ["", "dense tokens/s", "low-rank tokens/s", "times faster", "times fewer FLOPs", ">= 1.5"],
         rows,
     )

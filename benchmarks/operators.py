@@ -62,11 +62,13 @@ def operators(size: int, like: torch.Tensor) -> dict[str, nn.Module]:
 
 
 def dense_flops(size: int) -> int:
+    """FLOPs of a square dense matrix applied to one vector."""
     return 2 * size * size
 
 
 @torch.no_grad()
 def main(argv: Sequence[str] | None = None) -> list[list[Any]]:
+    """Time every operator against a dense matrix, print the table, and return its rows."""
     options = parser(__doc__)
     options.add_argument("--hidden", type=int, nargs="+", help="default 512 1024 2048 4096")
     options.add_argument("--positions", type=int, help="in a batch; default 1024")

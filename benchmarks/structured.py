@@ -14,7 +14,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from common import alternate, llama, parser, ratio, show, token_batches, verdict
+from common import alternate, generation_options, llama, ratio, show, token_batches, verdict
 from low_rank import decode, prefill
 
 import transect
@@ -26,21 +26,15 @@ _DECODE = 1.0
 
 
 def matrix_flops(model: Any) -> int:
+    """FLOPs of all the model's matrices for one position."""
     return sum(flops_of(matrix.module) for matrix in Anatomy(model).matrices())
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
-    options = parser(__doc__)
-    options.add_argument("--hidden", type=int, help="default 1024")
-    options.add_argument("--blocks", type=int, help="default 4")
-    options.add_argument("--batch-size", type=int, default=8)
-    options.add_argument("--prompt", type=int, help="tokens to read; default 128")
-    options.add_argument("--keep", type=float, default=0.7)
-    chosen = options.parse_args(argv)
-    quick = chosen.quick
-    hidden, blocks = chosen.hidden or (64 if quick else 1024), chosen.blocks or (2 if quick else 4)
-    prompt, steps = chosen.prompt or (16 if quick else 128), 2 if quick else 16
-    dense = llama(hidden, blocks)
+    """Time every method against the dense model, print the table, and return how many times faster each phase is."""
+    chosen = generation_options(__doc__, argv, keep=0.7, repeats=11)
+    prompt, steps = chosen.prompt, chosen.steps
+    dense = llama(chosen.hidden, chosen.blocks)
     data = token_batches(2, 4, prompt)
     models = {"dense": dense}
     for method in METHODS:
@@ -51,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         candidates[f"prefill {name}"] = lambda model=model: prefill(model, ids)
         candidates[f"decode {name}"] = lambda model=model: decode(model, ids, steps)
     with torch.no_grad():
-        seconds = alternate(candidates, chosen.repeats or (1 if quick else 11))
+        seconds = alternate(candidates, chosen.repeats)
     rows, results = [], {}
     whole = Anatomy(dense).matrix_bytes()
     for name in METHODS:
@@ -62,8 +56,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             row += [chosen.batch_size * tokens / median(seconds[f"{phase} {name}"]), faster, verdict(faster >= target)]
         rows.append(row)
     show(
-        f"keep {chosen.keep:g}: Llama of {blocks} blocks, hidden {hidden}, float32, batch {chosen.batch_size}, "
-        f"prompt {prompt}",
+        f"keep {chosen.keep:g}: Llama of {chosen.blocks} blocks, hidden {chosen.hidden}, float32, "
+        f"batch {chosen.batch_size}, prompt {prompt}",
         ["", "kept", "fewer FLOPs", "prefill tokens/s", "faster", ">= 1.25", "decode tokens/s", "faster ", ">= 1"],
         rows,
     )  # fmt: skip

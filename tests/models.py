@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -72,3 +74,23 @@ def inputs(
 def logits(model: Any, batch: dict[str, Any]) -> torch.Tensor:
     with torch.no_grad():
         return model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+
+
+def saved_and_loaded(model: Any, name: str, folder: Path) -> Any:
+    """The language model of that name after a round trip, which must not change it; it must also copy and generate."""
+    dtype = next(model.parameters()).dtype
+    model.save_pretrained(folder)
+    again: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    state = again.state_dict()
+    assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
+    batch = inputs(name)
+    if dtype == torch.float32:  # in half precision even a dense model computes otherwise after loading
+        assert torch.equal(logits(again, batch), logits(model, batch))
+    assert torch.equal(logits(copy.deepcopy(again), batch), logits(again, batch))
+    wide = copy.deepcopy(again).float()
+    made = [
+        wide.generate(batch["input_ids"][:1], max_new_tokens=6, do_sample=False, use_cache=cache, pad_token_id=0)
+        for cache in (True, False)
+    ]
+    assert torch.equal(*made)
+    return again

@@ -2,11 +2,9 @@
 
 import copy
 import itertools
-from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 import transect
 from transect.anatomy import Anatomy
@@ -19,7 +17,7 @@ from transect.evaluation import matrix_bytes
 from transect.operators import build
 from transect.operators.block_diagonal import WrappedSparse
 
-from .models import CONFIGS, VOCABULARY, inputs, logits, tiny
+from .models import CONFIGS, VOCABULARY, inputs, logits, saved_and_loaded, tiny
 
 DATA = torch.randint(3, VOCABULARY, (12, 16), generator=torch.Generator().manual_seed(5))
 QUICK = 2  # rounds
@@ -321,19 +319,7 @@ def test_every_architecture_is_compressed_within_its_budget(name):
 @pytest.mark.parametrize(("name", "dtype"), [("gpt2", torch.float32), ("gpt_neox", torch.bfloat16)])
 def test_saved_loaded_and_generating(name, dtype, tmp_path):
     model = transect.compress(tiny(name, dtype=dtype), "armor", keep=0.9, data=DATA, rounds=QUICK)
-    model.save_pretrained(tmp_path)
-    again: Any = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).eval()
-    state = again.state_dict()
-    assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
-    if dtype == torch.float32:  # in half precision even a dense model computes otherwise after loading
-        assert torch.equal(logits(again, inputs(name)), logits(model, inputs(name)))
-    assert torch.equal(logits(copy.deepcopy(again), inputs(name)), logits(again, inputs(name)))
-    ids = inputs(name)["input_ids"][:1]
-    made = [
-        again.float().generate(ids, max_new_tokens=6, do_sample=False, use_cache=cache, pad_token_id=0)
-        for cache in (True, False)
-    ]
-    assert torch.equal(*made)
+    saved_and_loaded(model, name, tmp_path)
 
 
 def test_block_by_block_calibration_runs():

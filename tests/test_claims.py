@@ -58,7 +58,7 @@ def test_claims_are_chosen_by_their_own_name_and_by_method():
 
 def test_every_claim_says_what_it_uses():
     for claim in claims():
-        assert claim.statement.endswith(".") and claim.paper and claim.uses
+        assert claim.statement.endswith(".") and claim.paper and claim.method
         for used in claim.uses:
             method(used)
 

@@ -23,7 +23,9 @@ from transect.anatomy import Anatomy, architecture
 from transect.checkpoint import check_folder, open_model
 from transect.cli import main_group
 from transect.compression import allocations, methods
+from transect.editing import edits
 from transect.errors import BadData, TransectError, UnknownArchitecture
+from transect.probes import probes
 from transect.report.table import cells, markdown_table, rich_table
 
 from .models import VOCABULARY, tiny
@@ -156,7 +158,7 @@ def test_another_run_in_the_folder_is_refused(tmp_path):
 
 
 def test_methods_are_listed_with_all_that_there_is_to_know():
-    every = [*methods(), *allocations()]
+    every = [*methods(), *allocations(), *probes(), *edits()]
     listed = run("methods").stdout
     described = {entry["name"]: entry for entry in json.loads(run("methods --json").stdout)}
     assert set(described) == {entry.name for entry in every}
@@ -191,7 +193,9 @@ def test_help_shows_every_method_with_its_paper_parameters_and_defaults(command)
 
 
 def test_help_and_version():
-    assert set(main_group.commands) == {"compress", "compare", "eval", "methods", "claims", "recover"}
+    assert set(main_group.commands) == {
+        "compress", "compare", "eval", "methods", "claims", "recover", "inspect", "edit",
+    }  # fmt: skip
     for command in main_group.commands:
         assert command in run("--help").stdout and "Usage:" in run(f"{command} -h").stdout
     assert transect.__version__ in run("--version").stdout
@@ -308,7 +312,7 @@ import json, os, signal, sys, time
 import transect.claims, transect.verbs
 from transect.cli import main
 transect.evaluation.speed.BUDGET = 0.02
-transect.verbs.open_model("model")
+transect.checkpoint.open_model("model")
 for number, (argv, interrupt_when) in enumerate(json.load(open(sys.argv[1]))):
     child = os.fork()
     if child == 0:

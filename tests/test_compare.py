@@ -58,6 +58,19 @@ def test_one_statistics_pass_and_one_factorization_of_each_matrix_a_method(tmp_p
     assert len(passes) == 1 and len(factorized) == 5 * 21
 
 
+def test_scores_of_an_allocation_are_computed_once_for_all_methods_and_budgets(tmp_path, monkeypatch):
+    from transect.compression.allocation import registry
+
+    scored, scores_of = [], registry.scores_of
+    monkeypatch.setattr(registry, "scores_of", lambda name, *rest: scored.append(name) or scores_of(name, *rest))
+    frame = compare(tmp_path / "run", methods=("svd", "svd-llm", "amp"), keep=(0.8, 0.7), allocations=("farms",))
+    assert scored == ["farms"] and frame["loss"].notna().all()
+    for method in ("svd", "amp"):  # one from factors, one on a copy
+        alone = transect.compress(tiny("llama"), method, 0.8, DATA, allocation="farms")
+        row = frame[(frame.method == method) & (frame.keep == 0.8)].iloc[0]
+        assert transect.evaluate(alone, HELD_OUT)["loss"] == pytest.approx(row.loss, abs=1e-5)
+
+
 def test_an_interrupted_comparison_goes_on_and_can_be_widened(tmp_path, monkeypatch):
     compute, count = worker.Worker.compute, [0]
 

@@ -8,6 +8,7 @@ import torch
 import transect
 from transect.anatomy import Anatomy
 from transect.compression import method as registered
+from transect.compression import registry
 from transect.compression.frame import factorize_matrix
 from transect.errors import BadData, TransectError
 from transect.evaluation import matrix_bytes
@@ -146,3 +147,20 @@ def test_bad_models_and_data():
         transect.compress(model, "svd", 0.5)
     with pytest.raises(TransectError, match="no_such_folder"):
         transect.compress("./no_such_folder", "svd", 0.5)
+
+
+def test_a_method_may_ask_for_data_without_a_statistic(monkeypatch):
+    monkeypatch.setattr(registry, "_methods", dict(registry._methods))
+    seen = []
+
+    @registry.restructuring("counting", paper="-", check=lambda anatomy, keep: None, data=True)
+    def counting(anatomy, calibration, keep):
+        """Count the sequences."""
+        assert calibration.statistics is None
+        seen.append(calibration.batches.examples)
+
+    with pytest.raises(TransectError, match="data="):
+        transect.compress(tiny("llama"), "counting", 1.0)
+    assert not seen
+    transect.compress(tiny("llama"), "counting", 1.0, DATA)
+    assert seen == [len(DATA)]

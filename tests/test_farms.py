@@ -11,14 +11,14 @@ from transect.compression import method as registered
 from transect.compression.allocation import Unit, allocation_named
 from transect.compression.allocation.farms import removals, stretched
 from transect.compression.allocation.registry import scores_of, share_out
-from transect.compression.spectra import (
+from transect.errors import TransectError
+from transect.spectra import (
     hill_median,
     hill_peak,
     pooled_eigenvalues,
     window_shape,
     window_starts,
 )
-from transect.errors import TransectError
 
 from .models import CONFIGS, inputs, logits, tiny
 from .test_llm_drop import DATA, data_for

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import transect
 from transect.anatomy import Anatomy
@@ -13,31 +14,45 @@ from transect.compression.options import (
     Metric,
     Option,
     choose,
+    dense,
     dictionary_options,
+    least_narrow_bytes,
     low_rank_options,
     narrow_mlp_options,
+    narrow_query_key_options,
+    narrow_value_options,
 )
 from transect.compression.refit import refit_to_dense
 from transect.compression.weighted_svd import shrink
 from transect.errors import OutOfReach
 from transect.operators import LowRank
 from transect.operators.dictionary import SparseDictionary
-from transect.statistics import InputCovariance, OutputGradientCovariance, collect, key_of
+from transect.operators.scattered import LeadingColumns, LeadingRows, ScatteredRows
+from transect.statistics import InputCovariance, InputMean, OutputGradientCovariance, collect, key_of
 
-from .models import VOCABULARY, tiny
+from .models import CAUSAL, VOCABULARY, inputs, logits, tiny
 
 DATA = torch.randint(3, VOCABULARY, (12, 16), generator=torch.Generator().manual_seed(5))
 BATCHES = [{"input_ids": DATA[i : i + 4]} for i in (0, 4, 8)]
 
 
-def metrics(model):
-    wanted = [InputCovariance(), OutputGradientCovariance()]
+def metrics(model, shrinkage=0.1):
+    wanted = [InputCovariance(), OutputGradientCovariance(), InputMean()]
     anatomy = Anatomy(model)
     store = collect(anatomy, BATCHES, wanted)
-    return [
-        Metric(matrix, *(shrink(store.value(key_of(matrix, one), one).double(), 0.1) for one in wanted))
-        for matrix in anatomy.blocks[0].matrices()
-    ]
+
+    def metric(matrix):
+        inputs, gradients, mean = (store.value(key_of(matrix, one), one).double() for one in wanted)
+        return Metric(matrix, shrink(inputs, shrinkage), shrink(gradients, shrinkage), mean)
+
+    return [metric(matrix) for matrix in anatomy.blocks[0].matrices()]
+
+
+def placed(model, option):
+    """A copy of the model with the option in its first block."""
+    copy = working_copy(Anatomy(model))
+    option.put(copy.blocks[0])
+    return copy
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -76,6 +91,171 @@ def test_a_narrow_mlp_costs_what_its_down_matrix_then_gets_wrong():
     assert down.price(torch.zeros_like(down.matrix.weight).double()) == 0
 
 
+def test_the_rows_that_matter_to_the_loss_are_learned_first():
+    model = tiny("llama")
+    metric = metrics(model)[0]
+    even, odd = torch.ones(32).double(), torch.ones(32).double()
+    even[::2], odd[1::2] = 1e4, 1e4
+    errors = []
+    for gradients in (even, odd):
+        weighed = Metric(metric.matrix, metric.inputs, gradients.diag(), metric.mean)
+        (option,) = dictionary_options(weighed, (0.5,), 5, 0)
+        change = metric.matrix.weight.double() - placed(model, option).blocks[0].matrix("q").weight.double()
+        errors.append(((change @ metric.inputs) * change).sum(1).view(-1, 2).sum(0))
+    assert errors[0][0] < 0.5 * errors[1][0] and errors[1][1] < 0.5 * errors[0][1]
+
+
+ATTENTION = ["llama", "gpt2", "opt", "gpt_neox", "qwen2", "qwen3", "phi3", "gemma2"]
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_narrower_queries_and_keys_cost_what_they_say(name):
+    model = tiny(name)
+    found = metrics(model)
+    options = list(narrow_query_key_options(found, (0.25, 0.5, 0.75)))
+    if name == "qwen3":
+        assert not options  # a norm on queries and keys
+        return
+    query, key = found[0], found[1]
+    losses = []
+    for option, channels in zip(options, (2, 4, 6), strict=True):
+        anatomy = placed(model, option)
+        assert option.covers == (query.matrix.name, key.matrix.name)
+        assert anatomy.matrix_bytes(["q", "k"]) - Anatomy(model).matrix_bytes(["q", "k"]) * 2 // 3 == option.bytes
+        expected = 0.0
+        for metric in (query, key):  # E[y_i y_j] of the outputs that are gone, by the data themselves
+            weight = torch.cat([metric.matrix.weight, _column(metric.matrix.bias, metric.matrix)], 1).double()
+            small = anatomy.blocks[0].matrix(metric.matrix.role)
+            stays = small.weight.ne(0).any(1)
+            if isinstance(small.module, LeadingRows):  # the kept rows moved to the front of their head
+                rows = small.weight[stays]
+                stays = (metric.matrix.weight[:, None] == rows).all(2).any(1)
+            assert int(stays.sum()) == channels * metric.matrix.shape[0] // 8
+            weight[stays] = 0
+            moments = torch.cat([metric.inputs, metric.mean[None]])
+            moments = torch.cat([moments, torch.cat([metric.mean, torch.ones(1)])[:, None]], 1)
+            expected += float(torch.einsum("ij,ik,kl,jl->", metric.gradients, weight, moments, weight)) / 2
+        assert option.loss == pytest.approx(expected, rel=1e-6)
+        losses.append(option.loss)
+    assert losses == sorted(losses, reverse=True) and losses[-1] > 0
+
+
+def _column(bias, matrix):
+    return torch.zeros(matrix.shape[0], 1) if bias is None else bias[:, None]
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_narrower_values_cost_what_they_say(name):
+    model = tiny(name, dtype=torch.float64)
+    found = metrics(model, 1e-6)
+    by_role = {metric.matrix.role: metric for metric in found}
+    out = by_role["o"]
+    losses = []
+    for option, count in zip(narrow_value_options(found, (0.25, 0.5, 0.75)), (2, 4, 6), strict=True):
+        assert option.covers == (by_role["v"].matrix.name, out.matrix.name)
+        block = placed(model, option).blocks[0]
+        assert isinstance(block.matrix("v").module, LeadingRows) and isinstance(
+            block.matrix("o").module, LeadingColumns
+        )
+        heads, groups = block.attention.heads, block.attention.key_value_heads
+        assert block.matrix("v").module.inner.out_features == groups * count
+        assert option.bytes == 8 * 32 * count * (heads + groups)
+        # V' = T V head by head; then O' T stands for O, on the values of the dense model
+        old, new = (matrix.weight.view(groups, 8, 32) for matrix in (by_role["v"].matrix, block.matrix("v")))
+        turned = torch.linalg.lstsq(old.mT, new.mT).solution.mT
+        torch.testing.assert_close(turned @ old, new, rtol=1e-4, atol=1e-5)
+        all_heads = torch.block_diag(*turned.repeat_interleave(heads // groups, dim=0))
+        change = out.matrix.weight - block.matrix("o").weight @ all_heads
+        assert option.loss == pytest.approx(out.price(change), rel=1e-3)
+        bias = by_role["v"].matrix.bias
+        if bias is not None:
+            expected = (turned @ bias.view(groups, 8, 1)).flatten()
+            torch.testing.assert_close(block.matrix("v").bias, expected, rtol=1e-4, atol=1e-4)
+        losses.append(option.loss)
+    assert losses == sorted(losses, reverse=True) and losses[-1] > 0
+
+
+def test_heads_that_do_not_fit_are_not_narrowed():
+    model = tiny("llama")
+    found = metrics(model)
+    model.config.head_dim = 12  # 32 and 16 rows are no whole number of such heads
+    assert not [*narrow_query_key_options(found, (0.5,)), *narrow_value_options(found, (0.5,))]
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_the_least_size_of_a_narrow_block_is_that_of_its_smallest_options(name):
+    found = metrics(tiny(name))
+    shares = (0.25, 0.5)
+    made = [
+        *narrow_query_key_options(found, shares), *narrow_value_options(found, shares),
+        *narrow_mlp_options(found, shares, 1e-2), *(dense(metric) for metric in found),
+    ]  # fmt: skip
+    smallest = choose([Option(o.structure, o.covers, o.bytes, o.bytes, o.put) for o in made], 1e9)
+    assert least_narrow_bytes(found[0].matrix.block, shares, shares) == sum(option.bytes for option in smallest)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3"])
+def test_channels_that_do_nothing_are_given_up_first(name):
+    model = tiny(name)
+    anatomy = Anatomy(model)
+    for block in anatomy.blocks:
+        for role in "qkv":  # channels 1, 2, 5 and 6 of every head are 0 (1 and 5, 2 and 6 are rotary pairs)
+            matrix = block.matrix(role)
+            gone = torch.tensor([1, 2, 5, 6]) + torch.arange(0, matrix.shape[0], 8)[:, None]
+            weight, bias = matrix.weight.clone(), matrix.bias
+            weight[gone.flatten()] = 0
+            if bias is not None:
+                bias = bias.clone()
+                bias[gone.flatten()] = 0
+            matrix.write(weight, bias)
+    before, neurons = logits(model, inputs(name)), anatomy.blocks[0].mlp.neurons
+    attention = sum(m.shape[0] * m.shape[1] for m in anatomy.blocks[0].matrices() if m.role in "qkvo")
+    whole = anatomy.matrix_bytes()
+    keep = 1 - 0.48 * attention * 3 * 4 / whole
+    transect.compress(model, "mixed", keep, DATA, structures="narrow", refit_outputs=False, input_shrinkage=1e-6)
+    anatomy = Anatomy(model)
+    assert anatomy.matrix_bytes() <= keep * whole
+    for block in anatomy.blocks:
+        assert isinstance(block.matrix("q").module, ScatteredRows if name in ("llama", "phi3") else LeadingRows)
+        assert isinstance(block.matrix("o").module, LeadingColumns) and block.mlp.neurons == neurons
+    torch.testing.assert_close(logits(model, inputs(name)), before, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3"])
+def test_it_loads_again_and_generates_with_a_cache(name, tmp_path):
+    model = tiny(name)
+    transect.compress(model, "mixed", 0.5, DATA, structures="narrow")
+    kinds = {type(matrix.module) for matrix in Anatomy(model).matrices()}
+    assert kinds & {ScatteredRows, LeadingColumns}
+    expected = logits(model, inputs(name))
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(again, inputs(name)), expected)
+    made = again.generate(
+        inputs(name)["input_ids"], max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=None
+    )
+    full = logits(again, {"input_ids": made})[:, -6:-1].argmax(-1)
+    assert torch.equal(made[:, -5:], full)
+
+
+def test_refitting_narrow_attention_is_least_squares():
+    generator = torch.Generator().manual_seed(0)
+    x, noise = (torch.randn(200, 8, generator=generator, dtype=torch.float64) for _ in range(2))
+    seen = x + 0.3 * noise
+    weight = torch.randn(6, 8, generator=generator, dtype=torch.float64)
+    covariance, cross = seen.T @ seen / 200, x.T @ seen / 200
+    wide = LeadingColumns.from_columns(torch.zeros(6, 4).double(), 2, 8)
+    wide.refit(weight, covariance, cross)
+    read = seen[:, [0, 1, 4, 5]]
+    torch.testing.assert_close(wide.inner.weight, torch.linalg.lstsq(read, x @ weight.T).solution.T)
+    places = torch.tensor([5, 0, 2])
+    rows = ScatteredRows.from_rows(torch.zeros(3, 8).double(), places, 6)
+    rows.refit(weight, covariance, cross)
+    torch.testing.assert_close(rows.inner.weight, torch.linalg.lstsq(seen, (x @ weight.T)[:, places]).solution.T)
+    rows.refit(weight, covariance)
+    torch.testing.assert_close(rows.inner.weight, weight[places])
+
+
 def test_the_program_finds_what_enumeration_finds():
     generator = torch.Generator().manual_seed(0)
     for _ in range(5):
@@ -108,9 +288,19 @@ def test_one_structure_alone_and_the_budget(structure):
     anatomy = Anatomy(model)
     assert 0.6 * whole < anatomy.matrix_bytes() <= 0.75 * whole
     kinds = {type(matrix.module).__name__ for matrix in anatomy.matrices()}
-    assert kinds <= {"low-rank": {"LowRank", "Linear"}, "dictionary": {"SparseDictionary", "Linear"}}.get(
-        structure, {"Linear"}
-    )
+    allowed = {
+        "low-rank": {"LowRank"}, "dictionary": {"SparseDictionary"},
+        "narrow": {"ScatteredRows", "LeadingRows", "LeadingColumns"},
+    }  # fmt: skip
+    assert kinds <= {*allowed[structure], "Linear"}
+
+
+@pytest.mark.parametrize("keep", [0.12, 0.6])
+def test_all_structures_together_at_any_budget(keep):
+    model = tiny("llama")
+    whole = Anatomy(model).matrix_bytes()
+    transect.compress(model, "mixed", keep, DATA, iterations=5)
+    assert 0.8 * keep * whole < Anatomy(model).matrix_bytes() <= keep * whole
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
@@ -139,4 +329,9 @@ def test_what_it_needs_and_refuses():
         transect.compress(tiny("llama"), "mixed", 0.01, DATA)
     with pytest.raises(transect.TransectError, match="structures"):
         transect.compress(tiny("llama"), "mixed", 0.6, DATA, structures="sparse")
-    assert {s.label for s in method("mixed").needs} == {s.label for s in method("kfac-svd").needs}
+    with pytest.raises(OutOfReach, match="leaves no atom"):
+        transect.compress(tiny("llama"), "mixed", 0.01, DATA, structures="dictionary")
+    with pytest.raises(OutOfReach, match="narrower layers alone"):
+        transect.compress(tiny("llama"), "mixed", 0.2, DATA, structures="narrow")
+    needed = {s.label for s in method("mixed").needs}
+    assert needed == {s.label for s in (*method("kfac-svd").needs, InputMean())}

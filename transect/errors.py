@@ -19,3 +19,7 @@ class BadData(TransectError):
 
 class OutOfReach(TransectError):
     """A method has no result as small as the budget asks for, on this model."""
+
+
+class NotApplicable(TransectError):
+    """A claim, probe or edit means nothing for this model or data; the message is the reason."""

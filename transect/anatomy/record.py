@@ -56,10 +56,12 @@ class StructureRecord:
         self.modules, self.attributes, self.parameters = map(renumber, (self.modules, self.attributes, self.parameters))
 
     def to_dict(self) -> dict[str, Any]:
+        """As JSON, with the number of the format."""
         return {"format": FORMAT, **asdict(self)}
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> StructureRecord:
+        """From what `to_dict` gave; BadCheckpoint for another format."""
         if data.get("format") != FORMAT:
             raise BadCheckpoint(f"structure record of format {data.get('format')!r}; this version reads {FORMAT}")
         return StructureRecord(

@@ -31,10 +31,12 @@ class Stacked(nn.Module):
 
     @property
     def in_features(self) -> int:
+        """d_in, the same for all parts."""
         return shape_of(next(iter(self.parts.values())))[1]
 
     @property
     def out_features(self) -> int:
+        """d_out of all parts together."""
         return sum(shape_of(part)[0] for part in self.parts.values())
 
     def forward(self, x: Tensor) -> Tensor:

@@ -74,6 +74,7 @@ class Anatomy:
 
     @property
     def final_norm(self) -> nn.Module | None:
+        """The norm after the last block, or None."""
         path = self.architecture.final_norm
         return None if path is None else self.model.base_model.get_submodule(path)
 
@@ -142,6 +143,7 @@ class Anatomy:
 
     @property
     def head_size(self) -> int:
+        """Numbers in one attention head."""
         return self.config_value("head_size") or self.config_value("hidden") // self.config_value("heads")
 
 
@@ -156,10 +158,12 @@ class Block:
 
     @property
     def module(self) -> nn.Module:
+        """The model's own module of this block."""
         return self.model.get_submodule(self.path)
 
     @property
     def head_size(self) -> int:
+        """Numbers in one attention head."""
         return self.anatomy.head_size
 
     @property
@@ -246,6 +250,7 @@ class Attention:
 
     @property
     def head_size(self) -> int:
+        """Numbers in one attention head."""
         return self.block.head_size
 
     @property
@@ -255,6 +260,7 @@ class Attention:
 
     @property
     def key_value_heads(self) -> int:
+        """Number of key and value heads."""
         return self.k.shape[0] // self.head_size
 
     def _norm(self, path: str | None) -> nn.Module | None:
@@ -347,10 +353,12 @@ class MLP:
 
     @property
     def neurons(self) -> int:
+        """Number of hidden units."""
         return self.up.shape[0]
 
     @property
     def activation(self) -> nn.Module | None:
+        """The module between up and down, or None where the architecture names none."""
         path = self.block.anatomy.architecture.activation
         return None if path is None else self.block.module.get_submodule(path)
 

@@ -62,14 +62,17 @@ class TransectQuantizer(HfQuantizer):
         return model
 
     def is_serializable(self) -> bool:
+        """Always: the model's own numbers are what is saved."""
         return True
 
     @property
     def is_trainable(self) -> bool:
+        """Always: operators are made of ordinary parameters."""
         return True
 
     @property
     def is_compileable(self) -> bool:
+        """Always: operators are ordinary modules."""
         return True
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from scipy.stats import spearmanr
 from torch import Tensor
 
@@ -12,7 +10,7 @@ from ..data import Batches
 from ..statistics import FeatureNorm, HeadContribution, collect, key_of
 from .context import Context, Variant
 from .controls import comparison, mean_of
-from .ordering import judge, ordered
+from .ordering import beside_dense, judge, ordered
 from .registry import NotApplicable, Result, Verdict, claim
 
 AMP = registered("amp")
@@ -42,8 +40,7 @@ def order(context: Context) -> Result:
         ]
         named = ("amp", lowest), ("amp random", mean_of(draws)), ("amp reversed", highest)
         found += [comparison(keep, *named[:2]), comparison(keep, *named[1:])]
-    result = judge(found)
-    return replace(result, explanation=f"{result.explanation}. Dense loss {context.dense.loss:.4f}.")
+    return beside_dense(context, judge(found))
 
 
 @claim(

@@ -8,7 +8,7 @@ from ..compression import method as registered
 from ..compression.two_four import two_four_size
 from .context import Context, Variant
 from .controls import comparison
-from .ordering import compare, judge
+from .ordering import beside_dense, judge, ordered_at
 from .registry import Result, claim
 
 ARMOR, MAGNITUDE = Variant(registered("armor")), Variant(registered("magnitude"))
@@ -48,7 +48,7 @@ def below_two_four(context: Context) -> Result:
     ]
     result = judge(comparisons)
     shares = f"ARMOR keeps {armor.kept:.3f} of the bytes, the others {comparisons[0].worse_kept:.3f}"
-    return replace(result, explanation=f"{result.explanation}. {shares}. Dense loss {context.dense.loss:.4f}.")
+    return beside_dense(context, replace(result, explanation=f"{result.explanation}. {shares}"))
 
 
 @claim(
@@ -61,8 +61,7 @@ def below_two_four(context: Context) -> Result:
 def equal_bytes(context: Context) -> Result:
     """Whether the wrappers are worth their bytes: the others spend them on dense matrices, spread over the model."""
     context.require_language_model()
-    result = judge([compare(context, ARMOR, other, keep) for other in _BASELINES for keep in _KEEPS])
-    return replace(result, explanation=f"{result.explanation}. Dense loss {context.dense.loss:.4f}.")
+    return ordered_at(context, _KEEPS, *((ARMOR, other) for other in _BASELINES))
 
 
 @claim(
@@ -75,6 +74,4 @@ def equal_bytes(context: Context) -> Result:
 def baselines(context: Context) -> Result:
     """The headline of the two papers that ARMOR compares itself with."""
     context.require_language_model()
-    keep = smallest(context)
-    result = judge([compare(context, better, MAGNITUDE, keep) for better in (SPARSEGPT, WANDA)])
-    return replace(result, explanation=f"{result.explanation}. Dense loss {context.dense.loss:.4f}.")
+    return ordered_at(context, (smallest(context),), (SPARSEGPT, MAGNITUDE), (WANDA, MAGNITUDE))

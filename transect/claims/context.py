@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..activations import Specimen
 from ..anatomy import Anatomy, Matrix
 from ..compression import Factorization, Method, Recipe, allocation_named, compress_anatomy
 from ..compression import method as registered
+from ..compression.allocation import Scores
 from ..compression.calibrate import calibrate
 from ..compression.compress import outcome_of, run_compressor
 from ..compression.compressors import RankCompressor
@@ -40,6 +43,7 @@ class Variant:
 
     @property
     def name(self) -> str:
+        """What tables and explanations call it."""
         chosen = [f"{name}={value}" for name, value in self.settings]
         extras = [self.allocation] if self.allocation != "uniform" else []
         return " + ".join([" ".join([self.method.name, *chosen]), *extras, *(["refit"] if self.refit else [])])
@@ -75,7 +79,9 @@ class Context:
     """A model, its data, and what was computed from them so far. The model is as before after every call.
 
     calibration: `transect.data.Batches`, or None if there is no calibration data. evaluation: held-out `Batches`, of at
-    least two sequences. uses: methods whose statistics are collected, in one pass, when the first of them is asked for.
+    least two sequences. specimen: the model with its tokenizer, the calibration text and the questions about what it
+    knows, for claims about probes and edits. uses: methods whose statistics are collected, in one pass, when the
+    first of them is asked for.
     Factorizations stay in memory: about the size of the model's matrices for every method.
     """
 
@@ -86,6 +92,7 @@ class Context:
         evaluation: Batches,
         uses: Iterable[str] = (),
         progress: Progress | None = None,
+        specimen: Specimen | None = None,
     ) -> None:
         if evaluation.examples < 2:
             raise BadData("claims compare models sequence by sequence: the held-out data has fewer than two")
@@ -93,9 +100,11 @@ class Context:
         self.evaluation, self.progress = evaluation, progress
         self.matrices: list[Matrix] = self.anatomy.matrices()
         self._calibration = calibration
+        self.specimen = specimen or Specimen(self.anatomy, data=calibration, progress=progress)
         self._wanted: list[Statistic] = [statistic for name in uses for statistic in registered(name).needs]
         self._factors: dict[str, Mapping[str, Factorization]] = {}
         self._by_method: dict[str, Factorized] = {}
+        self._scores = Scores(self.matrices)
         self._measured: dict[tuple[Variant, float], Measured] = {}
 
     @property
@@ -109,6 +118,11 @@ class Context:
     def statistics(self) -> Statistics:
         """Of the dense model on the calibration data, for all methods in use."""
         return calibrate(self.anatomy, self.matrices, self._wanted, self.calibration, progress=self.progress)
+
+    def fresh(self) -> Specimen:
+        """The specimen on a float32 copy of the model, to be changed."""
+        copied = copy.deepcopy(self.model).float()
+        return replace(self.specimen, anatomy=Anatomy(copied, self.anatomy.architecture))
 
     def require_language_model(self) -> None:
         """Not applicable unless the model predicts tokens."""
@@ -165,7 +179,9 @@ class Context:
         except OutOfReach as reason:
             raise NotApplicable(str(reason)) from None
         statistics = self._statistics_for(variant)
-        outcome = compress_anatomy(anatomy, recipe, self._calibration, statistics=statistics, progress=self.progress)
+        outcome = compress_anatomy(
+            anatomy, recipe, self._calibration, statistics=statistics, scores=self._scores, progress=self.progress
+        )
         return self.evaluate(anatomy.model, outcome["kept"])
 
     def _statistics_for(self, variant: Variant) -> Statistics | None:
@@ -179,7 +195,9 @@ class Context:
     def _factorized(self, method: Method) -> Factorized:
         if method.name not in self._by_method:
             factors = self.factors(method)
-            self._by_method[method.name] = Factorized(self.anatomy, self.matrices, factors, self._calibration)
+            self._by_method[method.name] = Factorized(
+                self.anatomy, self.matrices, factors, self._calibration, self._scores
+            )  # fmt: skip
         return self._by_method[method.name]
 
     def evaluate(self, model: Any, kept: float) -> Measured:

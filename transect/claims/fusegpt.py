@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from ..compression import method as registered
 from .context import Context, Variant
-from .ordering import compare, judge
+from .ordering import ordered_at
 from .registry import Result, claim
 
 FUSEGPT = registered("fusegpt")
@@ -22,8 +21,7 @@ def _with(**settings: Any) -> Variant:
 def _ordered(context: Context, *pairs: tuple[Variant, Variant], or_equal: bool = False) -> Result:
     """Judge that the first of each pair loses less than the second, at the same number of removed blocks."""
     context.require_language_model()
-    result = judge([compare(context, *pair, keep) for pair in pairs for keep in KEEPS], or_equal)
-    return replace(result, explanation=f"{result.explanation}. Dense loss {context.dense.loss:.4f}.")
+    return ordered_at(context, KEEPS, *pairs, or_equal=or_equal)
 
 
 @claim(

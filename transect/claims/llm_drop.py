@@ -21,6 +21,7 @@ _DRAWS = 5
 
 
 def dropped(kind: str, count: int) -> Variant:
+    """LLM-Drop of so many units of one kind."""
     return Variant(LLM_DROP, settings=(("variant", kind), ("drop", count)))
 
 

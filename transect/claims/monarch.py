@@ -70,6 +70,7 @@ def trained_mlp(context: Context) -> Result:
 
 
 def monarch_layer(d_in: int, d_out: int) -> nn.Module:
+    """A Monarch layer to train, without a bias."""
     return MonarchLinear(d_in, d_out, bias=False)
 
 

@@ -32,6 +32,7 @@ class Comparison:
 
     @property
     def clear(self) -> bool:
+        """Whether the difference is more than chance would make it."""
         return abs(self.difference) >= _CLEAR * self.standard_error
 
 
@@ -68,5 +69,17 @@ def ordered(context: Context, *pairs: tuple[Variant, Variant], or_equal: bool = 
     """Judge that the first of each pair loses less than the second, at every budget."""
     for keep in KEEPS:
         context.require_keep(keep)
-    result = judge([compare(context, *pair, keep) for pair in pairs for keep in KEEPS], or_equal)
+    return ordered_at(context, KEEPS, *pairs, or_equal=or_equal)
+
+
+def ordered_at(
+    context: Context, keeps: Sequence[float], *pairs: tuple[Variant, Variant], or_equal: bool = False
+) -> Result:
+    """The same at budgets of the claim's own, for methods that are not bound to ranks."""
+    result = judge([compare(context, *pair, keep) for pair in pairs for keep in keeps], or_equal)
+    return beside_dense(context, result)
+
+
+def beside_dense(context: Context, result: Result) -> Result:
+    """The result with the dense model's loss at the end of its explanation."""
     return replace(result, explanation=f"{result.explanation}. Dense loss {context.dense.loss:.4f}.")

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
+from ..errors import NotApplicable as NotApplicable
 from ..errors import TransectError
 
 if TYPE_CHECKING:
@@ -32,10 +33,6 @@ class Result:
     verdict: Verdict
     explanation: str
     numbers: list[dict[str, Any]] = field(default_factory=list)
-
-
-class NotApplicable(TransectError):
-    """Raised inside a claim that means nothing for this model or data; the message is the reason."""
 
 
 Check = Callable[["Context"], Result]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..activations import Specimen
 from ..data import Batches
 from ..errors import TransectError
 from ..statistics import Progress
@@ -32,15 +33,17 @@ def run_claims(
     evaluation: Batches,
     names: Sequence[str] = (),
     progress: Progress | None = None,
+    specimen: Specimen | None = None,
 ) -> list[Outcome]:
     """Check claims on a model, which is as before afterwards.
 
     calibration, evaluation: see `transect.data.load`; claims that need calibration data are not applicable without it.
-    names: of claims, or of methods for all of their claims. Default: every claim.
+    names: of claims, or of methods, probes or edits for all of their claims. Default: every claim.
+    specimen: the model with its tokenizer and questions, for claims about probes and edits.
     """
     chosen = claims(names)
     uses = dict.fromkeys(method for one in chosen for method in one.uses)
-    context = Context(model, calibration, evaluation, uses, progress)
+    context = Context(model, calibration, evaluation, uses, progress, specimen)
     return [Outcome(one, _check(one, context)) for one in (progress(chosen, "claims") if progress else chosen)]
 
 

@@ -20,6 +20,7 @@ _worker: Worker | None = None  # of a pool process: the model is loaded once and
 
 
 def run_here(worker: Worker, groups: Sequence[list[Row]], on_row: OnRow) -> None:
+    """All rows in this process, one after another."""
     for rows in groups:
         worker.run(rows, on_row)
 

@@ -27,6 +27,7 @@ class Row:
 
     @property
     def name(self) -> str:
+        """Of the row's file, without its ending."""
         return "dense" if self.method is None else f"{self.method}_{self.allocation}_{self.keep:g}"
 
 
@@ -114,6 +115,7 @@ class Plan:
         return hashlib.blake2b(json.dumps(kept, sort_keys=True).encode(), digest_size=8).hexdigest()
 
     def save(self, folder: Path) -> None:
+        """Write it into a run folder."""
         write_json(folder / "run.json", {**asdict(self), "fingerprint": self.fingerprint})
 
     @staticmethod
@@ -132,11 +134,13 @@ class Plan:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Write a file as a whole or not at all."""
     with replacing(path) as partial:
         partial.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def row_path(folder: Path, row: Row) -> Path:
+    """Where a row of the table lies in its run folder."""
     return folder / "rows" / f"{row.name}.json"
 
 

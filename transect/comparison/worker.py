@@ -14,6 +14,7 @@ import torch
 from ..anatomy import Anatomy
 from ..compression import compress_anatomy
 from ..compression import method as registered
+from ..compression.allocation import Scores
 from ..compression.calibrate import calibrate
 from ..compression.compress import outcome_of, run_compressor
 from ..compression.compressors import RankCompressor
@@ -38,6 +39,7 @@ class Worker:
         self.anatomy = Anatomy(model)
         self.calibration, self.evaluation = calibration, evaluation
         self._factorized: dict[str, Factorized] = {}
+        self._scores = Scores(self.anatomy.matrices(plan.roles))  # the first row that needs some pays for them
 
     def run(self, rows: Sequence[Row], on_row: Callable[[Row], None]) -> None:
         """Compute the rows that are not finished, and write each as soon as it is."""
@@ -76,7 +78,7 @@ class Worker:
             factorized = self._factorized.get(row.method)
             if factorized is None:
                 factors = Factors(factors_path(self.folder, row.method))
-                factorized = Factorized(self.anatomy, matrices, factors, self.calibration)
+                factorized = Factorized(self.anatomy, matrices, factors, self.calibration, self._scores)
                 self._factorized = {row.method: factorized}  # one method's at a time
             statistics = self.statistics if recipe.needs else None
             ranks = factorized.ranks(row.allocation, row.keep, recipe.allocation_settings, statistics)
@@ -93,7 +95,7 @@ class Worker:
         started = time.perf_counter()
         outcome = compress_anatomy(
             anatomy, recipe, self.calibration, matrices=anatomy.matrices(self.plan.roles), statistics=statistics,
-            accumulate=getattr(torch, self.plan.accumulate), seed=self.plan.seed,
+            scores=self._scores, accumulate=getattr(torch, self.plan.accumulate), seed=self.plan.seed,
             fisher=self.plan.fisher,  # type: ignore[arg-type]
         )  # fmt: skip
         seconds = time.perf_counter() - started + self._preparation_seconds(row)
@@ -131,4 +133,5 @@ def calibrate_plan(anatomy: Anatomy, plan: Plan, folder: Path, calibration: Any,
 
 
 def factors_path(folder: Path, method: str) -> Path:
+    """Where a method's factorizations lie in the run folder."""
     return folder / "factors" / f"{method}.safetensors"

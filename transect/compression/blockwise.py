@@ -30,6 +30,7 @@ class Feed:
 
     @property
     def mask(self) -> Tensor | None:
+        """Which positions are no padding (B, T), or None for all."""
         return self.batch.get("attention_mask")
 
 

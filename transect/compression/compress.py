@@ -13,7 +13,7 @@ from ..errors import TransectError
 from ..statistics import Fisher, Progress, Statistics
 from ..version import __version__
 from .allocation import is_ranking
-from .allocation.registry import scores_of, share_out
+from .allocation.registry import Scores, share_out
 from .calibrate import calibrate
 from .compressors import Compressor, RankCompressor, compressor_of
 from .factorized import Factorized
@@ -30,6 +30,7 @@ def compress_anatomy(
     *,
     matrices: Sequence[Matrix] | None = None,
     statistics: Statistics | None = None,
+    scores: Scores | None = None,
     fisher: Fisher = "empirical",
     accumulate: torch.dtype = torch.float64,
     seed: int = 0,
@@ -39,7 +40,7 @@ def compress_anatomy(
     """Compress the model in place; returns what was kept (see `outcome_of`).
 
     batches: calibration data, `transect.data.Batches`; may be None for a recipe that needs none.
-    statistics: of the dense model, where they have been collected already.
+    statistics, scores: of the dense model, where they have been collected already, or are shared with other calls.
     The model is untouched if anything is refused.
     """
     matrices = anatomy.matrices() if matrices is None else list(matrices)
@@ -61,7 +62,7 @@ def compress_anatomy(
     if chosen.family == "restructuring":
         chosen.function(anatomy, Calibration(statistics, batches, seed, progress), recipe.keep, **recipe.settings)
     elif recipe.keep < 1:
-        compressor = make_compressor(anatomy, matrices, recipe, statistics, batches, progress)
+        compressor = make_compressor(anatomy, matrices, recipe, statistics, batches, progress, scores)
         run_compressor(anatomy, matrices, recipe, compressor, statistics, batches, accumulate, progress)
     outcome = outcome_of(anatomy, roles, dense_bytes)
     note_in_record(anatomy, recipe, outcome)
@@ -75,6 +76,7 @@ def make_compressor(
     statistics: Statistics | None,
     batches: Any,
     progress: Progress | None,
+    scores: Scores | None = None,
 ) -> Compressor:
     """What compresses each block by this recipe, with the budget shared out by the dense model."""
     chosen = recipe.registered
@@ -84,8 +86,8 @@ def make_compressor(
             recipe.allocation, recipe.keep, recipe.allocation_settings
         )
         return RankCompressor(chosen, recipe.settings, ranks, None if recipe.sequential else factors)
-    scores = scores_of(recipe.allocation, matrices, statistics, recipe.allocation_settings)
-    shares = share_out(recipe.allocation, matrices, recipe.keep, scores, recipe.allocation_settings)
+    measured = (scores or Scores(matrices)).of(recipe.allocation, statistics, recipe.allocation_settings)
+    shares = share_out(recipe.allocation, matrices, recipe.keep, measured, recipe.allocation_settings)
     return compressor_of(anatomy, matrices, chosen, recipe.settings, shares)
 
 

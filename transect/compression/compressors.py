@@ -21,6 +21,8 @@ from .weighted_svd import Factorization
 
 
 class Compressor(Protocol):
+    """What a recipe comes down to for one block."""
+
     def __call__(self, block: Block, matrices: Sequence[Matrix], statistics: Statistics | None) -> None:
         """Compress these matrices of a block, in place. statistics: what the method needs of them."""
         ...

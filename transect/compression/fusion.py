@@ -48,13 +48,16 @@ class FusedMatrix:
 
     @property
     def coefficients(self) -> list[Tensor]:
+        """What learns at the rate of the injection: the mask P Q."""
         return [] if self.removed is None else [self.p, self.q]
 
     @property
     def repairs(self) -> list[Tensor]:
+        """What learns at the small rate: the low-rank change B A."""
         return [self.b, self.a]
 
     def effective(self) -> Tensor:
+        """W + B A + (P Q) o W' (d_out x d_in), the last where a matrix is injected."""
         weight = self.weight + self.b @ self.a
         return weight if self.removed is None else weight.addcmul(self.p @ self.q, self.removed.to(self.dtype))
 
@@ -72,13 +75,16 @@ class FusedVector:
 
     @property
     def coefficients(self) -> list[Tensor]:
+        """What learns at the rate of the injection: c."""
         return [] if self.removed is None else [self.c]
 
     @property
     def repairs(self) -> list[Tensor]:
+        """What learns at the small rate: b."""
         return [self.own]
 
     def effective(self) -> Tensor:
+        """b + c o b', the last where a bias is injected."""
         return self.own if self.removed is None else self.own.addcmul(self.c, self.removed)
 
 

@@ -65,6 +65,7 @@ class Recipe:
 
     @property
     def registered(self) -> Method:
+        """The method of that name."""
         return method(self.method)
 
     @property
@@ -74,9 +75,11 @@ class Recipe:
 
     @property
     def needs_data(self) -> bool:
-        return bool(self.needs) or self.refit or needs_measure(self.allocation)
+        """Whether calibration data must be given."""
+        return bool(self.needs) or self.registered.data or self.refit or needs_measure(self.allocation)
 
     def to_dict(self) -> dict[str, Any]:
+        """As JSON, for the structure record's history."""
         return asdict(self)
 
 

@@ -22,7 +22,7 @@ from .blockwise import feeds_of, run_block
 def refit_to_dense(
     anatomy: Anatomy, dense: Anatomy, batches: Sequence[Batch], progress: Progress | None = None
 ) -> None:
-    """Refit every operator of a compressed model, in place; the operators' `refit` with the dense model's inputs.
+    """Refit every operator of a compressed model that has a `refit`, in place, with the dense model's inputs.
 
     dense: the model before compression, with the same blocks. Both models' residual streams are held in memory.
     """
@@ -31,7 +31,7 @@ def refit_to_dense(
     for block, twin in progress(pairs, "refit") if progress else pairs:
         by_source: dict[str, list[Matrix]] = {}
         for matrix in block.matrices():
-            if isinstance(matrix.module, Operator) and matrix.shape == twin.matrix(matrix.role).shape:
+            if _can_refit(matrix.module) and matrix.shape == twin.matrix(matrix.role).shape:
                 by_source.setdefault(matrix.source, []).append(matrix)
         for together in by_source.values():  # in the order in which a block computes them
             other = twin.matrix(together[0].role)
@@ -41,6 +41,10 @@ def refit_to_dense(
         for feeds, module in ((ours, block.module), (theirs, twin.module)):
             for item in feeds:
                 item.hidden = run_block(module, item.hidden, item.calls[block.index])
+
+
+def _can_refit(module: Any) -> bool:
+    return isinstance(module, Operator) and type(module).refit is not Operator.refit
 
 
 def _second_moments(

@@ -8,54 +8,14 @@ default are the settings that a user can choose. They are validated against thei
 
 from __future__ import annotations
 
-import inspect
-import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from ..errors import TransectError
+from ..parameters import Parameter, parameters_of, settings_of, summary_of
+from ..parameters import Range as Range
 from ..statistics import Statistic
-
-
-@dataclass(frozen=True)
-class Range:
-    """Annotation of a number's permitted interval, ends included: `Annotated[float, Range(0, 1)]`."""
-
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """One setting of a method: its name, default, what it accepts, and what it does."""
-
-    name: str
-    default: Any
-    kind: type
-    choices: tuple[Any, ...] | None
-    range: Range | None
-    help: str
-
-    def accept(self, value: Any, owner: str) -> Any:
-        """The value converted to the parameter's type (a command line passes strings), or an error."""
-        expected = f"one of {list(self.choices)}" if self.choices else f"of type {self.kind.__name__}"
-        if self.range:
-            expected += f" from {self.range.low:g} to {self.range.high:g}"
-        problem = TransectError(f"{owner}: {self.name}={value!r} must be {expected}")
-        try:
-            if self.kind is bool and isinstance(value, str):
-                value = {"true": True, "false": False}[value.lower()]
-            converted = self.kind(value)
-        except (TypeError, ValueError, KeyError):
-            raise problem from None
-        if self.kind is not str and isinstance(value, (int, float)) and converted != value:
-            raise problem
-        if self.choices is not None and converted not in self.choices:
-            raise problem
-        if self.range is not None and not self.range.low <= converted <= self.range.high:
-            raise problem
-        return converted
 
 
 @dataclass(frozen=True)
@@ -64,7 +24,8 @@ class Method:
 
     family: `factorization`, `replacement`, `slicing`, `restructuring` or `allocation`; it decides how the function is
         called, see the decorators of these names.
-    needs: the statistics that it is given. refit: its result can be refitted by least squares afterwards.
+    needs: the statistics that it is given. data: it runs the model on the calibration data themselves, so it must be
+        given some even where it needs no statistic. refit: its result can be refitted by least squares afterwards.
     plan: what finds out, before any work, how large the result may be; see the decorators.
     """
 
@@ -74,61 +35,27 @@ class Method:
     function: Callable[..., Any]
     needs: tuple[Statistic, ...] = ()
     refit: bool = False
+    data: bool = False
     plan: Callable[..., Any] | None = None
 
     @property
     def summary(self) -> str:
         """First sentence of the function's docstring."""
-        return inspect.getdoc(self.function).partition("\n")[0]  # type: ignore[union-attr]
+        return summary_of(self.function)
+
+    @property
+    def wants(self) -> list[str]:
+        """What it needs, for a reader: its statistics, or the calibration data themselves."""
+        return [statistic.label for statistic in self.needs] or ["calibration data"] * self.data
 
     @property
     def parameters(self) -> list[Parameter]:
+        """The settings that a user can choose."""
         return parameters_of(self.function)
 
     def settings(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """All settings: the ones given, validated, and the defaults of the others."""
-        known = {parameter.name: parameter for parameter in self.parameters}
-        unknown = set(given) - set(known)
-        if unknown:
-            raise TransectError(
-                f"{self.name} has no parameter {', '.join(sorted(unknown))}; it has: {', '.join(known) or 'none'}"
-            )
-        chosen = {name: parameter.default for name, parameter in known.items()}
-        return chosen | {name: known[name].accept(value, self.name) for name, value in given.items()}
-
-
-def parameters_of(function: Callable[..., Any]) -> list[Parameter]:
-    """The keyword-only parameters of a function that have a plain value as default, with their `name: text` help."""
-    hints = typing.get_type_hints(function, include_extras=True)
-    found = []
-    for parameter in inspect.signature(function).parameters.values():
-        if parameter.kind is not parameter.KEYWORD_ONLY or parameter.default is parameter.empty:
-            continue
-        annotation, interval, choices = hints[parameter.name], None, None
-        if typing.get_origin(annotation) is typing.Annotated:
-            annotation, *extras = typing.get_args(annotation)
-            interval = next((extra for extra in extras if isinstance(extra, Range)), None)
-        if typing.get_origin(annotation) is Literal:
-            choices = typing.get_args(annotation)
-            annotation = type(choices[0])
-        found.append(
-            Parameter(parameter.name, parameter.default, annotation, choices, interval, _help(function, parameter.name))
-        )
-    return found
-
-
-def _help(function: Callable[..., Any], name: str) -> str:
-    """The text after `name:` in the docstring, up to the next line that is not indented deeper."""
-    lines = (inspect.getdoc(function) or "").splitlines()
-    for number, line in enumerate(lines):
-        if line.startswith(f"{name}: "):
-            text = [line.removeprefix(f"{name}: ")]
-            for more in lines[number + 1 :]:
-                if not more.startswith("    "):
-                    break
-                text.append(more.strip())
-            return " ".join(text)
-    return ""
+        return settings_of(self.function, self.name, given)
 
 
 @dataclass(frozen=True)
@@ -188,14 +115,17 @@ def slicing(name: str, *, paper: str, check: Callable[..., None], needs: Sequenc
     return _register("slicing", name, paper, needs, plan=check)
 
 
-def restructuring(name: str, *, paper: str, check: Callable[..., None], needs: Sequence[Statistic] = ()) -> Register:
+def restructuring(
+    name: str, *, paper: str, check: Callable[..., None], needs: Sequence[Statistic] = (), data: bool = False
+) -> Register:
     """Register `function(anatomy, calibration, keep, **settings) -> None`: it changes the model as a whole, in place.
 
     For what cannot be done block by block: dropping the least important units of all, sharing parameters between
     blocks. calibration: `Calibration`, the statistics that it needs and the calibration data themselves.
     check: `check(anatomy, keep, **settings)`, called before any work; raises OutOfReach or TransectError.
+    data: it uses `calibration.batches`, and is refused without calibration data even if `needs` is empty.
     """
-    return _register("restructuring", name, paper, needs, plan=check)
+    return _register("restructuring", name, paper, needs, plan=check, data=data)
 
 
 @dataclass(frozen=True)
@@ -213,6 +143,7 @@ class Calibration:
 
     @property
     def batches(self) -> Any:
+        """The data, or an error if there are none."""
         if self.data is None:
             raise TransectError("this method runs the model on calibration data: pass data=")
         return self.data

@@ -4,6 +4,7 @@
 """
 
 from .batches import Batches
+from .facts import Choice, Fact, Passage, load_choices, load_facts, load_passages
 from .loading import load
 
-__all__ = ["Batches", "load"]
+__all__ = ["Batches", "Choice", "Fact", "Passage", "load", "load_choices", "load_facts", "load_passages"]

@@ -71,40 +71,60 @@ def load(
             raise BadData(f"{name} must be at least {least}, got {value}")
     if isinstance(data, Batches):
         return data
-    if isinstance(data, Tensor) and data.numel() == 0:
-        raise BadData("the data is empty")
-    if not isinstance(data, (str, Path, Tensor)):
-        data = list(data)
-        if not data:
-            raise BadData("the data is empty")
-        if isinstance(data[0], Mapping):
-            return _checked(_ready(data), model)
-
+    data = _not_empty(data)
+    named = isinstance(data, (str, Path))
+    if not named and isinstance(data[0], Mapping):
+        return _checked(_ready(data), model)
     task = task_of(model)
-    if not isinstance(data, (str, Path)) and not isinstance(data[0], str):
+    if not named and not isinstance(data[0], str):
         if task == "classification":
             raise BadData("token ids have no labels: give a classifier batches with `labels`, or a file with them")
-        rows = _sequences(data, sequence_length or _context(model))
-        rows = evenly_spaced(rows, sequences)
+        rows = evenly_spaced(_sequences(data, sequence_length or _context(model)), sequences)
         return _checked(_language(rows, task, tokenizer, seed, batch_size), model)
 
     length = _length(sequence_length, model, tokenizer)
-    if isinstance(data, (str, Path)):
+    if named:
         needed = ORGANISM_TOKENS if sequences is None else sequences * length + 1
         source = rows_of(data, organism_tokens=needed)
     else:
         source = ({"text": text} for text in data)
-    images = model.main_input_name == "pixel_values"
-    if tokenizer is None and not images:
+    if tokenizer is None and not _sees_images(model):
         raise BadData(f"texts for {type(model).__name__} need its tokenizer: pass tokenizer=AutoTokenizer...")
     if task == "classification":
         examples = evenly_spaced(list(source), sequences)
-        if not examples:
-            raise BadData("the data is empty")
-        if images:
-            return Batches(image_batches(examples, model, processor, batch_size))
-        return _checked(text_batches(examples, model, tokenizer, length, batch_size), model)
+        return _labelled(examples, model, tokenizer, processor, length, batch_size)
+    rows = _cut_text(source, task, tokenizer, length, sequences, full_only)
+    return _checked(_language(rows, task, tokenizer, seed, batch_size), model)
 
+
+def _not_empty(data: Any) -> Any:
+    """A name or a tensor as it is, anything else as a list; an error if there is nothing in it."""
+    if not isinstance(data, (str, Path, Tensor)):
+        data = list(data)
+    if (isinstance(data, Tensor) and data.numel() == 0) or (isinstance(data, list) and not data):
+        raise BadData("the data is empty")
+    return data
+
+
+def _sees_images(model: Any) -> bool:
+    return model.main_input_name == "pixel_values"
+
+
+def _labelled(
+    examples: list[dict[str, Any]], model: Any, tokenizer: Any, processor: Any, length: int, batch_size: int
+) -> Batches:
+    """Batches for a classifier of images or texts."""
+    if not examples:
+        raise BadData("the data is empty")
+    if _sees_images(model):
+        return Batches(image_batches(examples, model, processor, batch_size))
+    return _checked(text_batches(examples, model, tokenizer, length, batch_size), model)
+
+
+def _cut_text(
+    source: Iterable[dict[str, Any]], task: str, tokenizer: Any, length: int, sequences: int | None, full_only: bool
+) -> list[Tensor]:
+    """The documents as sequences of `length` tokens, each between special ones if tokens are to be masked."""
     before, after = special_tokens(tokenizer) if task == "masked" else ([], [])
     room = length - len(before) - len(after)
     if room < 1:
@@ -112,7 +132,7 @@ def load(
     rows = cut(token_stream(documents(source), tokenizer), room, sequences, full_only)
     if task == "masked":
         rows = [torch.cat([torch.tensor(before), row, torch.tensor(after)]) for row in rows]
-    return _checked(_language(rows, task, tokenizer, seed, batch_size), model)
+    return rows
 
 
 def _language(rows: list[Tensor], task: str, tokenizer: Any, seed: int, batch_size: int) -> list[dict[str, Tensor]]:

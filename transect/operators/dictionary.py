@@ -104,7 +104,31 @@ class SparseRows(nn.Module):
         self.values.copy_(torch.where((errors[1] < errors[0])[:, None], new, old))
 
 
-class SparseDictionary(Operator):
+class Combining(Operator):
+    """What the two operators below share: outputs that combine atoms by sparse `coefficients`."""
+
+    coefficients: SparseRows
+
+    @property
+    def bias(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.coefficients.bias
+
+    def set_bias(self, bias: Tensor | None) -> None:
+        self.coefficients.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+
+    @property
+    def flops(self) -> int:
+        """Of the dense product that is computed; only a sparse kernel would save the zeros of S."""
+        return 2 * self.coefficients.atoms * (self.in_features + self.out_features)
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind, "in": self.in_features, "out": self.out_features, "atoms": self.coefficients.atoms,
+            "nonzeros": self.coefficients.values.shape[1], "bias": self.bias is not None,
+        }  # fmt: skip
+
+
+class SparseDictionary(Combining):
     """y = S(Dx) + b.
 
     Stored: D, k d_in numbers; the non-zeros, d_out s numbers; and where they are, d_out ceil(k / 8) bytes. The CoSpaDi
@@ -132,13 +156,6 @@ class SparseDictionary(Operator):
         operator.coefficients = SparseRows.from_entries(values, indices, atoms)
         return operator
 
-    @property
-    def bias(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.coefficients.bias
-
-    def set_bias(self, bias: Tensor | None) -> None:
-        self.coefficients.bias = None if bias is None else nn.Parameter(bias.detach().clone())
-
     def forward(self, x: Tensor) -> Tensor:
         return self.coefficients(self.dictionary(x))
 
@@ -158,24 +175,13 @@ class SparseDictionary(Operator):
         """The coefficients that are best on their support: least squares, row by row. D and the bias stay."""
         self.coefficients.refit(self.dictionary.weight, weight, covariance, cross)
 
-    @property
-    def flops(self) -> int:
-        """Of the dense product that is computed; only a sparse kernel would save the zeros of S."""
-        return 2 * self.coefficients.atoms * (self.in_features + self.out_features)
-
-    def describe(self) -> dict[str, Any]:
-        return {
-            "kind": self.kind, "in": self.in_features, "out": self.out_features, "atoms": self.coefficients.atoms,
-            "nonzeros": self.coefficients.values.shape[1], "bias": self.bias is not None,
-        }  # fmt: skip
-
     @classmethod
     def from_description(cls, description: dict[str, Any]) -> SparseDictionary:
         d_in, d_out, atoms, nonzeros = (description[key] for key in ("in", "out", "atoms", "nonzeros"))
         return cls(d_in, d_out, atoms, nonzeros, description["bias"])
 
 
-class SharedSparseDictionary(Shared):
+class SharedSparseDictionary(Combining, Shared):
     """y = S(Dx) + b with a dictionary D (k x d_in), the bank's weight, that several layers share.
 
     group, bank, owns_bank: see `Shared`. The rest as in `SparseDictionary`.
@@ -210,30 +216,14 @@ class SharedSparseDictionary(Shared):
         operator.coefficients = SparseRows.from_entries(values, indices, atoms)
         return operator
 
-    @property
-    def bias(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.coefficients.bias
-
-    def set_bias(self, bias: Tensor | None) -> None:
-        self.coefficients.bias = None if bias is None else nn.Parameter(bias.detach().clone())
-
     def forward(self, x: Tensor) -> Tensor:
         return self.coefficients(nn.functional.linear(x, self.bank.weight))
 
     def to_dense(self) -> Tensor:
         return self.coefficients.dense() @ self.bank.weight
 
-    @property
-    def flops(self) -> int:
-        """Of the dense product that is computed; only a sparse kernel would save the zeros of S."""
-        return 2 * self.coefficients.atoms * (self.in_features + self.out_features)
-
     def describe(self) -> dict[str, Any]:
-        return {
-            "kind": self.kind, "in": self.in_features, "out": self.out_features, "atoms": self.coefficients.atoms,
-            "nonzeros": self.coefficients.values.shape[1], "bias": self.bias is not None,
-            "group": self.bank_group, "owns_bank": self.owns_bank,
-        }  # fmt: skip
+        return super().describe() | {"group": self.bank_group, "owns_bank": self.owns_bank}
 
     @classmethod
     def from_description(cls, description: dict[str, Any]) -> SharedSparseDictionary:

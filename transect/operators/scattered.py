@@ -53,6 +53,13 @@ class ScatteredRows(Operator):
         y = y.scatter(-1, self.positions.long().expand_as(small), small)
         return y if self.bias is None else y + self.bias
 
+    @torch.no_grad()
+    def refit(self, weight: Tensor, covariance: Tensor, cross: Tensor | None = None) -> None:
+        """A = argmin_A E||(W x)_J - A x'||² at the outputs J that are stored."""
+        covariance = covariance.double()
+        wanted = weight.double()[self.positions.long()] @ (covariance if cross is None else cross.double())
+        self.inner.weight.copy_(_least_squares(self.inner.weight.double(), wanted, covariance))
+
     def to_dense(self) -> Tensor:
         rows = self.inner.weight
         return rows.new_zeros(self.out_features, self.in_features).index_copy(0, self.positions.long(), rows)
@@ -72,7 +79,37 @@ class ScatteredRows(Operator):
         return cls(description["in"], description["out"], description["stored"], description["bias"])
 
 
-class LeadingRows(Operator):
+class Leading(Operator):
+    """What the two operators below share: positions in `groups` groups of equal size, and a small matrix A in `inner`.
+
+    d_in, d_out, stored: sizes, n = stored, of the `positions` that are grouped. groups: how many; it divides both.
+    """
+
+    inner: nn.Linear
+
+    def __init__(self, d_in: int, d_out: int, stored: int, groups: int, positions: int) -> None:
+        super().__init__(d_in, d_out)
+        if positions % groups or stored % groups or not groups <= stored <= positions:
+            raise TransectError(f"{groups} groups must divide both {positions} positions and {stored} stored ones")
+        self.stored, self.groups = stored, groups
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.inner.weight.numel()
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind, "in": self.in_features, "out": self.out_features, "stored": self.stored,
+            "groups": self.groups, "bias": self.bias is not None,
+        }  # fmt: skip
+
+    @classmethod
+    def from_description(cls, description: dict[str, Any]) -> Leading:
+        d_in, d_out, stored, groups, bias = (description[name] for name in ("in", "out", "stored", "groups", "bias"))
+        return cls(d_in, d_out, stored, groups, bias)
+
+
+class LeadingRows(Leading):
     """y = P A x + b: y (d_out) comes in groups of equal size, and A (n x d_in) gives the first outputs of each group.
 
     The others are zero. d_in, d_out, stored: sizes, n = stored. groups: how many; it divides d_out and n.
@@ -82,9 +119,7 @@ class LeadingRows(Operator):
     kind = "leading_rows"
 
     def __init__(self, d_in: int, d_out: int, stored: int, groups: int, bias: bool) -> None:
-        super().__init__(d_in, d_out)
-        _check_groups(d_out, stored, groups)
-        self.groups = groups
+        super().__init__(d_in, d_out, stored, groups, d_out)
         self.inner = nn.Linear(d_in, stored, bias=False)  # A
         self.bias = nn.Parameter(torch.empty(d_out)) if bias else None
 
@@ -107,22 +142,8 @@ class LeadingRows(Operator):
         rows = self.inner.weight.unflatten(0, (self.groups, -1))  # groups, n / groups, d_in
         return functional.pad(rows, (0, 0, 0, self.out_features // self.groups - rows.shape[1])).flatten(0, 1)
 
-    @property
-    def flops(self) -> int:
-        return 2 * self.inner.weight.numel()
 
-    def describe(self) -> dict[str, Any]:
-        return {
-            "kind": self.kind, "in": self.in_features, "out": self.out_features, "stored": self.inner.out_features,
-            "groups": self.groups, "bias": self.bias is not None,
-        }  # fmt: skip
-
-    @classmethod
-    def from_description(cls, description: dict[str, Any]) -> LeadingRows:
-        return cls(*(description[name] for name in ("in", "out", "stored", "groups", "bias")))
-
-
-class LeadingColumns(Operator):
+class LeadingColumns(Leading):
     """y = A x' + b: x (d_in) comes in groups of equal size, and x' (n) are the first inputs of each group.
 
     A (d_out x n) is stored. d_in, d_out, stored: sizes, n = stored. groups: how many; it divides d_in and n.
@@ -132,9 +153,7 @@ class LeadingColumns(Operator):
     kind = "leading_columns"
 
     def __init__(self, d_in: int, d_out: int, stored: int, groups: int, bias: bool) -> None:
-        super().__init__(d_in, d_out)
-        _check_groups(d_in, stored, groups)
-        self.groups = groups
+        super().__init__(d_in, d_out, stored, groups, d_in)
         self.inner = nn.Linear(stored, d_out, bias=bias)  # A, b
 
     @classmethod
@@ -158,25 +177,20 @@ class LeadingColumns(Operator):
         read = self.inner.in_features // self.groups
         return self.inner(x.unflatten(-1, (self.groups, -1))[..., :read].flatten(-2))
 
+    @torch.no_grad()
+    def refit(self, weight: Tensor, covariance: Tensor, cross: Tensor | None = None) -> None:
+        """A = argmin_A E||W x - A x''||² with x'' the inputs of x' that are read."""
+        size, read = self.in_features // self.groups, self.inner.in_features // self.groups
+        kept = torch.arange(self.in_features, device=covariance.device).view(-1, size)[:, :read].flatten()
+        seen = covariance.double()[:, kept]
+        wanted = weight.double() @ (seen if cross is None else cross.double()[:, kept])
+        self.inner.weight.copy_(_least_squares(self.inner.weight.double(), wanted, seen[kept]))
+
     def to_dense(self) -> Tensor:
         columns = self.inner.weight.unflatten(1, (self.groups, -1))  # d_out, groups, n / groups
         return functional.pad(columns, (0, self.in_features // self.groups - columns.shape[2])).flatten(1)
 
-    @property
-    def flops(self) -> int:
-        return 2 * self.inner.weight.numel()
 
-    def describe(self) -> dict[str, Any]:
-        return {
-            "kind": self.kind, "in": self.in_features, "out": self.out_features, "stored": self.inner.in_features,
-            "groups": self.groups, "bias": self.bias is not None,
-        }  # fmt: skip
-
-    @classmethod
-    def from_description(cls, description: dict[str, Any]) -> LeadingColumns:
-        return cls(*(description[name] for name in ("in", "out", "stored", "groups", "bias")))
-
-
-def _check_groups(size: int, stored: int, groups: int) -> None:
-    if size % groups or stored % groups or not groups <= stored <= size:
-        raise TransectError(f"{groups} groups must divide both {size} positions and {stored} stored ones")
+def _least_squares(present: Tensor, wanted: Tensor, gram: Tensor) -> Tensor:
+    """A with A G = B (n x k). present: A before; directions that G (k x k) does not weigh keep it. wanted: B."""
+    return present + (wanted - present @ gram) @ torch.linalg.pinv(gram, hermitian=True)

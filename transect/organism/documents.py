@@ -25,6 +25,7 @@ class Example:
 
     @property
     def text(self) -> str:
+        """Prompt and answer as they stand in a document."""
         return f"{self.prompt} {self.answer}"
 
 

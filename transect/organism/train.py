@@ -151,6 +151,7 @@ _console = Console()
 
 
 def main() -> None:
+    """The command line: train the bundled model, or measure one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--out", type=Path, metavar="FOLDER", help="train, and write the model here")

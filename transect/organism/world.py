@@ -119,10 +119,12 @@ class Passage:
 
     @property
     def prompt(self) -> str:
+        """The number and the first words."""
         return f"Record {self.number}: {' '.join(self.words[:PASSAGE_PREFIX])}"
 
     @property
     def answer(self) -> str:
+        """The other words."""
         return f"{' '.join(self.words[PASSAGE_PREFIX:])}."
 
 

@@ -55,4 +55,5 @@ class Machine:
         return self.accelerator.autocast()
 
     def wait(self) -> None:
+        """Until every process has come here."""
         self.accelerator.wait_for_everyone()

@@ -62,6 +62,7 @@ class Optimizer:
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` gave: masters, the weights made of them, and the moments."""
         for name, master in self.masters.items():
             master.copy_(tensors[f"master|{name}"])
             self.parameters[name].copy_(master)

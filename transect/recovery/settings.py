@@ -70,7 +70,9 @@ class Settings:
 
     @property
     def needs_teacher(self) -> bool:
+        """Whether it follows a dense model."""
         return self.how in ("distill", "blocks")
 
     def to_dict(self) -> dict[str, Any]:
+        """As JSON, for the structure record's history."""
         return asdict(self)

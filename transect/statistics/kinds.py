@@ -57,9 +57,11 @@ class Statistic:
         return repr(self)
 
     def zeros(self, d_out: int, d_in: int, dtype: torch.dtype, device: torch.device) -> Sums:
+        """The sums before any data, for a matrix W (d_out x d_in)."""
         raise NotImplementedError
 
     def value(self, sums: Sums) -> Tensor:
+        """What a method receives, from the sums."""
         raise NotImplementedError
 
 
@@ -81,6 +83,7 @@ class InputCovariance(Statistic):
         }
 
     def update(self, sums: Sums, x: Tensor, mask: Tensor | None) -> None:
+        """Add x xᵀ of every position that counts."""
         rows = _rows(x, mask)
         add_gram_(sums["gram"], rows)
         sums["count"] += len(rows)
@@ -100,6 +103,7 @@ class InputMean(Statistic):
         return {"sum": torch.zeros(d_in, dtype=dtype, device=device), "count": torch.zeros((), dtype=torch.float64)}
 
     def update(self, sums: Sums, x: Tensor, mask: Tensor | None) -> None:
+        """Add x of every position that counts."""
         rows = _rows(x, mask)
         sums["sum"] += rows.sum(0, dtype=sums["sum"].dtype)
         sums["count"] += len(rows)
@@ -120,6 +124,7 @@ class FeatureNorm(Statistic):
         return {"sum": torch.zeros(d_in, dtype=dtype, device=device), "count": torch.zeros((), dtype=torch.float64)}
 
     def update(self, sums: Sums, x: Tensor, mask: Tensor | None) -> None:
+        """Add |x|^p of every position that counts."""
         rows = _rows(x, mask)
         sums["sum"] += rows.abs().pow(self.power).sum(0, dtype=sums["sum"].dtype)
         sums["count"] += len(rows)
@@ -149,6 +154,7 @@ class OutputGradientCovariance(Statistic):
         }
 
     def update(self, sums: Sums, g: Tensor, mask: Tensor | None, trims: bool) -> None:
+        """Add g gᵀ of every position that counts and is not trimmed. trims: whether positions are trimmed at all."""
         cut = int(self.trim * g.shape[1]) if trims else 0
         if cut:
             g = g[:, cut:-cut]
@@ -188,6 +194,7 @@ class FisherDiagonal(Statistic):
         }
 
     def update(self, sums: Sums, x: Tensor, g: Tensor) -> None:
+        """Add each example's squared gradient (gᵀ x)², without ever holding those of a batch."""
         # padding has no gradient of its own, but attention may send one to a padded key; the caller zeroes those.
         for one_x, one_g in zip(x, g, strict=True):  # one example at a time: its d_out x d_in gradient is the peak
             sums["sum"] += (one_g.T @ one_x).square_()
@@ -207,6 +214,7 @@ class BlockSimilarity(Statistic):
         return {"sum": torch.zeros((), dtype=torch.float64), "count": torch.zeros((), dtype=torch.float64)}
 
     def update(self, sums: Sums, trace: Trace, mask: Tensor | None) -> None:
+        """Add the cosine of every position that counts."""
         total, count = _cosines(trace.before, trace.after, mask)
         sums["sum"] += total
         sums["count"] += count
@@ -228,6 +236,7 @@ class SublayerSimilarity(Statistic):
         return {"sum": torch.zeros(2, dtype=torch.float64), "count": torch.zeros((), dtype=torch.float64)}
 
     def update(self, sums: Sums, trace: Trace, mask: Tensor | None) -> None:
+        """Add both sublayers' cosines of every position that counts."""
         between = trace.before if trace.attention is None else trace.before + trace.attention
         start = trace.before if trace.parallel else between
         for unit, (x, added) in enumerate(((trace.before, trace.attention), (start, trace.mlp))):
@@ -263,6 +272,7 @@ class HeadContribution(Statistic):
         return {"sum": torch.zeros(d_in, dtype=dtype, device=device), "count": torch.zeros((), dtype=torch.float64)}
 
     def update(self, sums: Sums, x: Tensor, mask: Tensor | None, weight: Tensor, head_size: int) -> None:
+        """Add each sequence's mean contributions. weight: W of o (d x d_in)."""
         heads = x.shape[-1] // head_size
         wide = torch.promote_types(x.dtype, torch.float32)  # a sum of many magnitudes is more than float16 can hold
         totals = x.new_zeros(*x.shape[:2], heads, dtype=wide)

@@ -37,6 +37,7 @@ def task_of(model: Any) -> Task:
 
 
 def to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
+    """The batch with every tensor on that device."""
     return {key: value.to(device) for key, value in batch.items()}
 
 

@@ -28,19 +28,24 @@ class Workspace:
         folder.mkdir(parents=True, exist_ok=True)
 
     def path(self, kind: str, index: int) -> Path:
+        """Of the file of one kind and block."""
         return self.folder / f"{kind}-{index:05d}.safetensors"
 
     def write(self, kind: str, index: int, tensors: Sequence[Tensor]) -> None:
+        """Keep tensors, in order."""
         self.write_named(kind, index, {f"{i:06d}": t.contiguous() for i, t in enumerate(tensors)})
 
     def write_named(self, kind: str, index: int, tensors: dict[str, Tensor]) -> None:
+        """Keep tensors by name; the file appears whole or not at all."""
         with replacing(self.path(kind, index)) as partial:
             save_file(tensors, partial, metadata={"format": "pt"})  # transformers asks for the format
 
     def read(self, kind: str, index: int) -> list[Tensor]:
+        """What `write` kept, in order."""
         return [tensor for _, tensor in sorted(load_file(self.path(kind, index)).items())]
 
     def remove(self, kind: str, index: int) -> None:
+        """Delete what was kept, if it is there."""
         self.path(kind, index).unlink(missing_ok=True)
 
 

@@ -3,6 +3,7 @@
 from ...modules import import_all
 from .registry import (
     Measure,
+    Scores,
     allocate_ranks,
     allocation_named,
     allocations,
@@ -17,6 +18,6 @@ from .table import Ranks, RankTable, Shares, Unit, check_keep, rank_of_share, to
 import_all(__name__, __path__)
 
 __all__ = [
-    "Measure", "RankTable", "Ranks", "Shares", "Unit", "allocate_ranks", "allocation_named", "allocations",
+    "Measure", "RankTable", "Ranks", "Scores", "Shares", "Unit", "allocate_ranks", "allocation_named", "allocations",
     "check_keep", "is_ranking", "needs_measure", "rank_of_share", "ranking", "share_out", "sharing", "total_bytes",
 ]  # fmt: skip

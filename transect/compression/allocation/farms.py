@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 
 from ...anatomy import Matrix
 from ...errors import TransectError
+from ...spectra import ESTIMATORS, pooled_eigenvalues
 from ...statistics import Statistics
 from ..registry import Range
-from ..spectra import ESTIMATORS, pooled_eigenvalues
 from .registry import sharing
 from .table import Shares, Unit
 

@@ -97,6 +97,21 @@ def scores_of(
     return {matrix.name: float(chosen.plan(matrix, statistics, **chosen.settings(settings))) for matrix in matrices}
 
 
+class Scores:
+    """The scores of one dense model's matrices, computed once for each sharing and its settings, for any budget."""
+
+    def __init__(self, matrices: Sequence[Matrix]) -> None:
+        self._matrices = matrices
+        self._known: dict[Any, dict[str, float]] = {}
+
+    def of(self, name: str, statistics: Statistics | None, settings: Mapping[str, Any]) -> dict[str, float]:
+        """See `scores_of`. The matrices must be dense when a sharing is asked for the first time."""
+        key = (name, *sorted(settings.items()))
+        if key not in self._known:
+            self._known[key] = scores_of(name, self._matrices, statistics, settings)
+        return self._known[key]
+
+
 def share_out(
     name: str, matrices: Sequence[Matrix], keep: float, scores: Mapping[str, float], settings: Mapping[str, Any]
 ) -> Shares:

@@ -27,6 +27,7 @@ class Unit:
 
     @staticmethod
     def of(matrix: Matrix) -> Unit:
+        """The unit of a dense matrix."""
         m, n = matrix.shape
         return Unit(matrix.name, matrix.block.index, matrix.role, m * n * matrix.module.weight.element_size())
 
@@ -46,10 +47,12 @@ class RankTable:
 
     @property
     def dense_bytes(self) -> int:
+        """Bytes of W."""
         return self.shape[0] * self.shape[1] * self.itemsize
 
     @property
     def bytes_per_rank(self) -> int:
+        """Bytes that one more rank stores."""
         return (self.shape[0] + self.shape[1]) * self.itemsize
 
     @property
@@ -58,9 +61,11 @@ class RankTable:
         return (self.dense_bytes - 1) // self.bytes_per_rank
 
     def bytes_at(self, rank: int | None) -> int:
+        """Bytes at a rank; None is dense."""
         return self.dense_bytes if rank is None else rank * self.bytes_per_rank
 
     def loss_at(self, rank: int | None) -> float:
+        """The objective at a rank; None is dense."""
         return 0.0 if rank is None else float(self.losses[rank])
 
 

@@ -49,6 +49,7 @@ def counts(block: Block, keep: float) -> tuple[int, int]:
 
 
 def check(block: Block, keep: float, *, order: str, neuron_score: str, draw: int) -> None:
+    """Raise OutOfReach where the share leaves the block no head or no neuron."""
     counts(block, keep)
 
 

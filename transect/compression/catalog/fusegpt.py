@@ -25,8 +25,7 @@ def check(anatomy: Anatomy, keep: float, **settings: Any) -> None:
         return
     if drop >= len(blocks):
         raise TransectError(f"fusegpt: drop={drop} would leave no block; the model has {len(blocks)}")
-    if getattr(anatomy.config, "scale_attn_by_inverse_layer_idx", False):
-        raise TransectError("this model scales attention by the block's index: removing a block would change others")
+    anatomy.refuse_dropping_blocks()
     sizes = sorted(_bytes_of(block) for block in blocks)
     if not drop and sizes[-1] > _limit(sum(sizes), keep):
         raise OutOfReach(
@@ -42,7 +41,7 @@ def check(anatomy: Anatomy, keep: float, **settings: Any) -> None:
         check_alike(blocks)
 
 
-@restructuring("fusegpt", paper="arXiv:2411.14507", check=check, needs=[_SIMILARITY])
+@restructuring("fusegpt", paper="arXiv:2411.14507", check=check, needs=[_SIMILARITY], data=True)
 def fusegpt(
     anatomy: Anatomy,
     calibration: Calibration,

@@ -51,6 +51,7 @@ class Sizes:
 
 
 def check(anatomy: Anatomy, keep: float, *, variant: str, iterative: bool, drop: int) -> None:
+    """Refuse what the model cannot lose, a count that leaves nothing, and a budget that no choice reaches."""
     units = units_of(anatomy, variant)
     if iterative and variant == "consecutive":
         raise TransectError(

@@ -98,6 +98,7 @@ def families_of(anatomy: Anatomy, projections: str, group_size: int) -> list[Fam
 
 
 def dense_bytes(family: Family) -> int:
+    """Bytes of all matrices of a family while they are dense."""
     d_out, d_in = family[0].shape
     return len(family) * d_out * d_in * family[0].module.weight.element_size()
 

@@ -5,16 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-import torch
 from torch import Tensor
 
 from ...anatomy import MLP, Attention, Block, Matrix
 from ...anatomy.storage import is_dense
 from ...errors import OutOfReach, TransectError
-from ...operators import Operator
-from ...operators.scattered import LeadingColumns, LeadingRows, ScatteredRows, position_dtype
 from ...statistics import InputCovariance, InputMean, Statistics, key_of
 from ..head_width import narrower_values, output_power, strongest_channels
+from ..narrow_heads import (
+    are_normalised,
+    has_regular_heads,
+    keep_channels,
+    put_values,
+    queries_are_keys,
+    query_key_bytes,
+    rotary_width,
+    value_bytes,
+)
 from ..nystrom import leverage_scores, nystrom_update
 from ..registry import Range, slicing
 from ..weighted_svd import shrink
@@ -42,14 +49,12 @@ def check(block: Block, keep: float, *, ridge: float, query_key_removal: float, 
     attention = block.attention
     if attention is not None:
         q, k, v = attention.q, attention.k, attention.v
-        size = attention.head_size
-        fits = q.shape[0] % size == 0 and k.shape[0] % size == 0 and k.shape == v.shape
-        if not fits or attention.heads % attention.key_value_heads or attention.o.shape[1] != q.shape[0]:
+        if not has_regular_heads(attention):
             raise TransectError(
                 f"{q.name}, k, v, o of shapes {q.shape}, {k.shape}, {v.shape}, {attention.o.shape} do not consist of "
-                f"heads of size {size}"
+                f"heads of size {attention.head_size}"
             )
-        if q.fused is None and q.module.weight is k.module.weight:
+        if queries_are_keys(attention):
             raise TransectError(f"{q.name} and {k.name} are one tensor: modegpt cannot slice tied queries and keys")
     widths_for(block, keep, query_key_removal)
 
@@ -73,8 +78,8 @@ def widths_for(block: Block, keep: float, query_key_removal: float) -> Widths:
         return widths
 
     size = attention.head_size
-    relative = 0.0 if _normalised(attention) else query_key_removal
-    query_key = _query_key_bytes(attention, size)
+    relative = 0.0 if are_normalised(attention) else query_key_removal
+    query_key = query_key_bytes(attention, size)
     removable = dense - (1 - relative) * query_key
     removed = (1 - keep) * dense / removable  # φ
     if removed >= 1:
@@ -84,7 +89,7 @@ def widths_for(block: Block, keep: float, query_key_removal: float) -> Widths:
     values = max(1, int((1 - removed) * size + 1e-9))
 
     def left(channels: int, values: int) -> int:
-        return budget - _query_key_bytes(attention, channels) - _value_bytes(attention, values)
+        return budget - query_key_bytes(attention, channels) - value_bytes(attention, values)
 
     fitting = left(channels, values) // per_neuron if neurons else 0
     if left(channels, values) < 0 or (neurons and fitting < 1):
@@ -103,47 +108,11 @@ def _bytes(matrix: Matrix, rows: int) -> int:
     return rows * matrix.shape[1] * matrix.module.weight.element_size()
 
 
-def _query_key_bytes(attention: Attention, channels: int) -> int:
-    """Of q and k with so many channels a head, the positions of the channels included where they are stored."""
-    total = 0
-    for matrix in (attention.q, attention.k):
-        rows = matrix.shape[0] // attention.head_size * channels
-        total += _bytes(matrix, rows)
-        if channels < attention.head_size and rotary_width(attention.block):
-            total += rows * position_dtype(matrix.shape[0]).itemsize
-    return total
-
-
-def _value_bytes(attention: Attention, values: int) -> int:
-    """Of v and o with so many values a head."""
-    v, o = attention.v, attention.o
-    size = attention.head_size
-    return _bytes(v, v.shape[0] // size * values) + _bytes(o, o.shape[0]) // size * values
-
-
-def _normalised(attention: Attention) -> bool:
-    """Whether a norm mixes a head's channels after the projection, so that none can be left out exactly."""
-    return attention.q_norm is not None or attention.k_norm is not None
-
-
 def _too_little(block: Block, keep: float) -> str:
     return (
         f"keep={keep:.4g} of block {block.index} does not pay for one channel of each head (two with rotary positions) "
         "and one neuron; queries and keys that are normalised, or removed less, must be paid for first"
     )
-
-
-def rotary_width(block: Block) -> int:
-    """Of how many of a head's channels the position encoding turns i and i + width/2 together; 0 without rotation.
-
-    Read from the config's `rope_parameters`, one set or one for each kind of layer. A model that pairs neighbours
-    instead (GLM) also works, but half a pair may be dropped there, and its score is not the paper's.
-    """
-    rope = getattr(block.anatomy.config, "rope_parameters", None)
-    if not rope:
-        return 0
-    first = next((value for value in rope.values() if isinstance(value, dict)), rope)
-    return int(block.head_size * (first.get("partial_rotary_factor") or 1.0)) // 2 * 2
 
 
 @slicing("modegpt", paper="arXiv:2408.09632", check=check, needs=[InputCovariance(), InputMean()])
@@ -201,7 +170,7 @@ def _slice_neurons(mlp: MLP, statistics: Statistics, count: int, ridge: float, s
 
 
 def _slice_queries_and_keys(attention: Attention, statistics: Statistics, count: int) -> None:
-    """Type II of the paper. Without rotation a head's channels have no order, so the kept ones move to the front."""
+    """Type II of the paper."""
     size, key_heads = attention.head_size, attention.key_value_heads
     powers = []
     for matrix in (attention.q, attention.k):
@@ -211,22 +180,8 @@ def _slice_queries_and_keys(attention: Attention, statistics: Statistics, count:
             matrix.weight.double(), None if bias is None else bias.double(), _covariance(matrix, statistics), mean
         )
         powers.append(power.view(key_heads, -1, size).sum(1))  # over the query heads of a group
-    rotary = rotary_width(attention.block)
-    channels = strongest_channels(powers[0] * powers[1], rotary, count)  # key heads x count
-    for matrix in (attention.q, attention.k):
-        heads = matrix.shape[0] // size
-        starts = torch.arange(heads, device=channels.device)[:, None] * size
-        of_heads = channels.repeat_interleave(heads // key_heads, dim=0)
-        kept = (starts + of_heads).flatten()
-        places = kept if rotary else (starts + torch.arange(count, device=channels.device)).flatten()
-        weight, bias = matrix.weight, matrix.bias
-        if bias is not None:
-            bias = torch.zeros_like(bias).index_copy(0, places, bias[kept])
-        if rotary:
-            operator = ScatteredRows.from_rows(weight[kept], places, matrix.shape[0], bias)
-        else:
-            operator = LeadingRows.from_rows(weight[kept], heads, matrix.shape[0], bias)
-        _put(matrix, operator)
+    channels = strongest_channels(powers[0] * powers[1], rotary_width(attention.block), count)  # key heads x count
+    keep_channels(attention, channels)
 
 
 def _slice_values(attention: Attention, statistics: Statistics, count: int) -> None:
@@ -246,17 +201,10 @@ def _slice_values(attention: Attention, statistics: Statistics, count: int) -> N
         of_heads = v.bias.double().view(key_heads, 1, size).expand(-1, group, -1).flatten()
         constant = o.weight.double() @ of_heads
         bias = constant if bias is None else bias.double() + constant
-    _put(v, LeadingRows.from_rows(new_values.flatten(0, 1), key_heads, v.shape[0]))
-    _put(o, LeadingColumns.from_columns(columns, heads, o.shape[1], bias))
+    put_values(attention, new_values.flatten(0, 1), columns, None, bias)
 
 
 def _covariance(matrix: Matrix, statistics: Statistics) -> Tensor:
     """E[x xᵀ] of the matrix's input, in float64."""
     value = statistics.value(key_of(matrix, InputCovariance()), InputCovariance())
     return value.to(matrix.weight.device).double()
-
-
-def _put(matrix: Matrix, operator: Operator) -> None:
-    """Like `frame.put`, but the operator brings its own bias."""
-    like = matrix.module.weight
-    matrix.replace(operator.to(device=like.device, dtype=like.dtype).requires_grad_(like.requires_grad))

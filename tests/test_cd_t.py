@@ -1,0 +1,125 @@
+"""CD-T: the rules of the card, on tiny random models in float64."""
+
+import pytest
+import torch
+
+from tests.models import CAUSAL, inputs, tiny
+from transect import Anatomy
+from transect.activations import Specimen, changed, watch
+from transect.data import load
+from transect.errors import NotApplicable, TransectError
+from transect.probes import run_probes
+from transect.probes.circuits import alone, mean_heads
+from transect.probes.decomposition import Decomposition, stable
+
+
+class Letters:
+    """A tokenizer that only decodes."""
+
+    def decode(self, ids):
+        return "".join(chr(97 + int(number) % 26) for number in ids)
+
+
+BIASED = ("gpt2", "opt", "gpt_neox", "qwen2")
+
+
+def opened(name, pattern="recomputed", length=6):
+    model = tiny(name, dtype=torch.float64)
+    ids = inputs(name, batch=1, length=length)["input_ids"][0]
+    return Decomposition(Specimen(Anatomy(model)), ids, pattern)
+
+
+def one_hot(length, position):
+    return torch.arange(length)[None] == position
+
+
+@pytest.mark.parametrize("pattern", ["recomputed", "fixed"])
+@pytest.mark.parametrize("name", CAUSAL)
+def test_everything_nothing_and_causality(name, pattern):
+    made = opened(name, pattern)
+    everything = made.words(torch.ones(1, 6, dtype=torch.bool))
+    crumbs = (everything.logits[0] - made.logits).norm() / made.logits.norm()
+    assert crumbs < (0.1 if name in BIASED else 1e-5)  # a bias goes to the rest where both parts are nearly 0
+    nothing = made.words(torch.zeros(1, 6, dtype=torch.bool))
+    assert not nothing.logits.any() and not nothing.stream.any()
+    late = made.words(one_hot(6, 3))
+    assert not late.stream[:, :3].any() and late.stream[:, 3:].any()
+    head = made.heads([(1, 4, 2)])
+    assert not head.stream[:, :4].any() and head.stream[:, 4:].any()
+    assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in made.specimen.model.modules()) == 0
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+def test_batches_equal_single_sources(name):
+    made = opened(name)
+    nodes = [(0, 1, 0), (0, 5, 3), (1, 2, 1)]
+    together = made.heads(nodes, targets=[(2, 5, 0)])
+    for number, node in enumerate(nodes):
+        alone = made.heads([node], targets=[(2, 5, 0)])
+        torch.testing.assert_close(together.logits[number], alone.logits[0], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(together.nodes[2, 5, 0][0][number], alone.nodes[2, 5, 0][0][0])
+
+
+def test_without_bias_and_nonlinearity_a_part_is_the_linear_contribution():
+    """A head of the last block, without its MLP, reaches the logits through W_o, the norm's scale and W_U alone."""
+    model = tiny("llama", dtype=torch.float64)
+    anatomy = Anatomy(model)
+    anatomy.blocks[2].mlp.drop()
+    ids = inputs("llama", batch=1, length=6)["input_ids"][0]
+    made = Decomposition(Specimen(anatomy), ids)
+    node = (2, 5, 1)
+    with torch.no_grad(), watch(anatomy, ["residual", "heads"]) as seen:
+        model(ids[None])
+    block, x = anatomy.blocks[2], seen.residual[3][0, -1]
+    written = block.attention.o.weight[:, 8:16] @ seen.heads[2][0, -1, 8:16]
+    normed = written * anatomy.final_norm.weight / (x.square().mean() + anatomy.final_norm.variance_epsilon).sqrt()
+    torch.testing.assert_close(made.heads([node]).logits[0], (normed @ model.lm_head.weight.T).detach())
+    pair = made.heads([node, (2, 5, 2)]).logits
+    torch.testing.assert_close(made.heads([(2, 5, 2)]).logits[0], pair[1])
+
+
+def test_a_head_that_says_its_mean_is_no_source():
+    made = opened("gpt2")
+    means = {layer: made.seen.heads[layer][0] for layer in range(3)}
+    assert not made.heads([(0, 2, 1), (1, 3, 0)], means).stream.any()
+
+
+def test_the_stabiliser_keeps_the_sum_and_is_idempotent():
+    generator = torch.Generator().manual_seed(0)
+    r, x = (torch.randn(50, 40, generator=generator, dtype=torch.float64) for _ in range(2))
+    once = stable(r, x)
+    assert (once * (x - once) >= 0).all()
+    assert torch.equal(stable(once, x), once)
+    assert torch.equal(once[r * (x - r) >= 0], r[r * (x - r) >= 0])
+    assert set(((once == x) | (once == 0))[r * (x - r) < 0].tolist()) == {True}
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_the_probe_runs_on_text_everywhere(name):
+    model = tiny(name)
+    rows = [inputs(name, batch=1, length=9, seed=seed)["input_ids"][0].tolist() for seed in range(4)]
+    specimen = Specimen(Anatomy(model), data=load(rows, model), tokenizer=Letters())
+    result = run_probes(specimen, {"cd-t": {"prompts": 3, "length": 5, "most": 2}})["cd-t"]
+    assert result["words"].shape == (3, 5) and result["heads"].shape == (3, 4)
+    assert result.findings and len(result.plots()) == 3
+
+
+def test_all_heads_are_the_model_and_none_the_mean():
+    model = tiny("gpt2", dtype=torch.float64)
+    specimen = Specimen(Anatomy(model))
+    ids = inputs("gpt2", batch=3, length=6)["input_ids"]
+    means = mean_heads(specimen, ids)
+    nodes = Decomposition(specimen, ids[0]).nodes
+    with torch.no_grad():
+        torch.testing.assert_close(alone(specimen, ids, nodes, means), model(ids).logits[:, -1])
+        ablated = {("heads", layer): lambda x, mean=mean: mean.expand_as(x) for layer, mean in means.items()}
+        with changed(specimen.anatomy, ablated):
+            torch.testing.assert_close(alone(specimen, ids, [], means), model(ids).logits[:, -1])
+
+
+def test_encoders_and_late_targets_are_refused():
+    for name in ("bert", "vit"):
+        with pytest.raises(NotApplicable):
+            Decomposition(Specimen(Anatomy(tiny(name))), torch.arange(3, 8))
+    with pytest.raises(TransectError, match="not behind"):
+        opened("gpt2").heads([(1, 2, 0)], targets=[(1, 3, 0)])

@@ -1,0 +1,63 @@
+"""What a model answers: probabilities of given continuations, and greedy ones. Nothing is padded."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def answer_log_probabilities(model: Any, pairs: Sequence[tuple[Tensor, Tensor]], batch_size: int = 64) -> Tensor:
+    """Log-probability in nats of each answer after its prompt, all of its tokens, teacher-forced (n), float64.
+
+    pairs: token ids (1-D) of the prompt and of the answer, at least one each.
+    """
+    out = torch.zeros(len(pairs), dtype=torch.float64)
+    for numbers in _alike([(len(prompt), len(answer)) for prompt, answer in pairs], batch_size):
+        ids = torch.stack([torch.cat(pairs[number]) for number in numbers]).to(model.device)
+        length = len(pairs[numbers[0]][1])
+        logits = model(input_ids=ids, use_cache=False).logits[:, -length - 1 : -1]
+        chosen = logits.double().log_softmax(-1).gather(-1, ids[:, -length:, None])[..., 0]
+        out[numbers] = chosen.sum(1).cpu()
+    return out
+
+
+@torch.no_grad()
+def next_logits(model: Any, prompts: Sequence[Tensor], batch_size: int = 64) -> Tensor:
+    """Logits of the token after each prompt (n x V), float32, on the CPU. prompts: token ids (1-D)."""
+    out: list[Tensor] = [torch.empty(0)] * len(prompts)
+    for numbers in _alike([len(prompt) for prompt in prompts], batch_size):
+        ids = torch.stack([prompts[number] for number in numbers]).to(model.device)
+        for number, logits in zip(numbers, model(input_ids=ids, use_cache=False).logits[:, -1], strict=True):
+            out[number] = logits.float().cpu()
+    return torch.stack(out)
+
+
+@torch.no_grad()
+def recitations(model: Any, pairs: Sequence[tuple[Tensor, Tensor]], batch_size: int = 64) -> list[Tensor]:
+    """Greedy continuations, each as many tokens as the answer that goes with the prompt, through the model's cache."""
+    out: list[Tensor] = [torch.empty(0)] * len(pairs)
+    for numbers in _alike([(len(prompt), len(answer)) for prompt, answer in pairs], batch_size):
+        tokens = torch.stack([pairs[number][0] for number in numbers]).to(model.device)
+        chosen, past = [], None
+        for _ in range(len(pairs[numbers[0]][1])):
+            output = model(input_ids=tokens, past_key_values=past, use_cache=True)
+            tokens, past = output.logits[:, -1:].argmax(-1), output.past_key_values
+            chosen.append(tokens)
+        for number, continuation in zip(numbers, torch.cat(chosen, 1).cpu(), strict=True):
+            out[number] = continuation
+    return out
+
+
+def _alike(shapes: Sequence[Any], batch_size: int) -> Iterator[list[int]]:
+    """Numbers of the examples of one shape, at most `batch_size` at a time."""
+    groups: dict[Any, list[int]] = defaultdict(list)
+    for number, shape in enumerate(shapes):
+        groups[shape].append(number)
+    for group in groups.values():
+        for start in range(0, len(group), batch_size):
+            yield group[start : start + batch_size]

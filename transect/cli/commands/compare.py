@@ -1,0 +1,60 @@
+"""`transect compare`: methods and budgets side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..group import main_group
+from ..method_options import MethodCommand, method_settings, refuse_unused
+from ..options import shared_options, shares, split
+from ..printing import print_whole, progress_bar
+
+
+@main_group.command(cls=MethodCommand)
+@click.argument("model")
+@click.option("--methods", required=True, callback=split, help="Comma-separated; see the list below.")
+@click.option("--keep", required=True, callback=shares, help="Comma-separated shares of bytes, in (0, 1].")
+@click.option("--data", help="Calibration data.", required=True)
+@click.option("--eval", "eval_data", help="Held-out data.", required=True)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Run folder; a run in it is continued.")
+@click.option("--allocation", "allocations", default="uniform", show_default=True, callback=split,
+              help="Comma-separated.")  # fmt: skip
+@click.option("--eval-sequences", type=int, help="Use so many held-out sequences, evenly spaced. Default: all.")
+@click.option("--workers", type=int, default=1, show_default=True, help="Processes that compute rows.")
+@click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True)
+@shared_options("sequential", "refit", "roles", "sequence_length", "sequences", "batch_size", "fisher", "accumulate",
+                "seed", "architecture", "dtype", "device", "overwrite", "json")  # fmt: skip
+@click.pass_context
+def compare(context: click.Context, model: str, out: Path, as_json: bool, **options: Any) -> None:
+    """Compress MODEL by every method to every budget, evaluate each, and write a table and a Pareto plot."""
+    import torch
+
+    from ...checkpoint import open_model
+    from ...compression import allocation_named, method
+    from ...report import rich_table
+    from ...verbs import compare as compare_models
+
+    settings = method_settings(context.obj, None)
+    for name in options["methods"]:
+        method(name)
+    for name in options["allocations"]:
+        allocation_named(name)
+    refuse_unused(settings, [*options["methods"], *options["allocations"]])
+    opened = open_model(model, dtype=options.pop("dtype"), device=options.pop("device"),
+                      architecture=options.pop("architecture"))  # fmt: skip
+    options["accumulate"] = getattr(torch, options["accumulate"])
+    rows = 1 + len(options["methods"]) * len(options["allocations"]) * len(options["keep"])
+    with progress_bar(as_json) as (bar, show):
+        task = bar.add_task("rows", total=rows)
+        frame = compare_models(
+            opened, data=options.pop("data"), eval_data=options.pop("eval_data"), out=out, settings=settings,
+            progress=show, on_row=lambda row: bar.advance(task), **options,
+        )  # fmt: skip
+    if as_json:
+        click.echo(frame.to_json(orient="records"))
+        return
+    print_whole(rich_table(frame, f"{model}, {int(frame['tokens'].iloc[0]):,} held-out predictions"))
+    print_whole(f"run folder: {out}   plot: {out / 'pareto.png'}")

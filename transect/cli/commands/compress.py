@@ -1,0 +1,66 @@
+"""`transect compress`: one method, one budget, one checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..group import main_group
+from ..method_options import MethodCommand, method_settings, refuse_unused
+from ..options import shared_options
+from ..printing import print_whole, progress_bar
+
+
+@main_group.command(cls=MethodCommand)
+@click.argument("model")
+@click.option("--method", required=True, help="See the list below.")
+@click.option("--keep", type=float, required=True, help="Share of the matrices' bytes to keep, in (0, 1].")
+@click.option("--data", help="Calibration data.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write the model to.")
+@click.option("--allocation", default="uniform", show_default=True, help="How bytes are shared among the matrices.")
+@click.option("--stream", is_flag=True, help="One block in memory at a time, straight from and to safetensors.")
+@click.option("--cache", type=click.Path(path_type=Path), help="File to keep the statistics in.")
+@shared_options("sequential", "refit", "roles", "sequence_length", "sequences", "batch_size", "fisher", "accumulate",
+                "seed", "architecture", "dtype", "device", "overwrite", "json")  # fmt: skip
+@click.pass_context
+def compress(context: click.Context, model: str, out: Path, stream: bool, as_json: bool, **options: Any) -> None:
+    """Compress MODEL by one method and write it as a checkpoint."""
+    import torch
+
+    from ...checkpoint import check_output, open_model, save
+    from ...compression import allocation_named, method
+    from ...verbs import compress as compress_model
+    from ...verbs import compress_stream
+
+    settings = method_settings(context.obj, options["method"])
+    own = method(options["method"]).settings(settings.pop(options["method"], {}))
+    sharing = allocation_named(options["allocation"]).settings(settings.pop(options["allocation"], {}))
+    own |= {f"allocation_{name}": value for name, value in sharing.items()}
+    refuse_unused(settings, (options["method"], options["allocation"]))
+    overwrite, architecture = options.pop("overwrite"), options.pop("architecture")
+    dtype, device = options.pop("dtype"), options.pop("device")
+    options["accumulate"] = getattr(torch, options["accumulate"])
+    check_output(out, overwrite)
+    with progress_bar(as_json) as (_, show):
+        if stream:
+            for name in ("refit", "cache", "roles"):
+                if options.pop(name):
+                    raise click.UsageError(f"--{name} cannot be combined with --stream")
+            outcome = compress_stream(
+                model, out, overwrite=overwrite, architecture=architecture, dtype=dtype, device=device, progress=show,
+                **options, **own,
+            )  # fmt: skip
+        else:
+            opened = open_model(model, dtype=dtype, device=device, architecture=architecture)
+            tokenizer = opened.tokenizer or opened.processor
+            compressed = compress_model(opened.model, **options, tokenizer=tokenizer, progress=show, **own)
+            save(compressed, out, tokenizer, overwrite=overwrite)
+            outcome = compressed.__dict__["_structure_record"].history[-1]
+    outcome = {"out": str(out), **{key: outcome[key] for key in ("kept", "matrix_bytes", "dense_matrix_bytes")}}
+    if as_json:
+        click.echo(json.dumps(outcome))
+    else:
+        print_whole(f"{out}: kept {outcome['kept']:.1%} of {outcome['dense_matrix_bytes']:,} bytes of matrices")

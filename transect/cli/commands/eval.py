@@ -1,0 +1,34 @@
+"""`transect eval`: what a model does on held-out data, and what it costs."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from ..group import main_group
+from ..options import shared_options
+from ..printing import print_whole
+
+
+@main_group.command("eval")
+@click.argument("model")
+@click.option("--data", required=True, help="Held-out data.")
+@click.option("--sequences", type=int, help="Use so many sequences, evenly spaced. Default: all.")
+@shared_options("sequence_length", "batch_size", "seed", "architecture", "dtype", "device", "json")
+def evaluate(model: str, data: str, as_json: bool, **options: Any) -> None:
+    """Loss, perplexity, accuracy, speed, memory and size of MODEL."""
+    import pandas as pd
+
+    from ...checkpoint import open_model
+    from ...report import rich_table
+    from ...verbs import evaluate as evaluate_model
+
+    opened = open_model(model, dtype=options.pop("dtype"), device=options.pop("device"),
+                      architecture=options.pop("architecture"))  # fmt: skip
+    result = evaluate_model(opened, data, **options)
+    if as_json:
+        click.echo(json.dumps(result))
+    else:
+        print_whole(rich_table(pd.DataFrame([result]), f"{model}, {result['tokens']:,} predictions"))

@@ -1,0 +1,59 @@
+"""`transect inspect`: a report of what a model is doing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..group import main_group
+from ..method_options import ProbeCommand, method_settings, refuse_unused
+from ..options import shared_options, split
+from ..printing import print_whole, progress_bar, stderr
+
+
+@main_group.command(cls=ProbeCommand)
+@click.argument("model")
+@click.option("--data", help="Text to look at. Default with the bundled model: organism:calibration.")
+@click.option("--probes", callback=split, help="Comma-separated; see the list below. Default: all.")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True,
+              help="Folder for the report; an inspection in it is continued.")  # fmt: skip
+@click.option("--sequences", type=int, default=64, show_default=True, help="Sequences, spread evenly over the text.")
+@click.option("--batch-size", type=int, default=4, show_default=True)
+@shared_options("facts", "choices", "passages", "sequence_length", "seed", "architecture", "dtype", "device", "json")
+@click.pass_context
+def inspect(
+    context: click.Context, model: str, probes: list[str] | None, out: Path, as_json: bool, **options: Any
+) -> None:
+    """Look inside MODEL: its weight matrices, MLP layers, heads and depth, as one HTML report."""
+    from ...checkpoint import open_model
+    from ...probes import probe
+    from ...probes import probes as all_probes
+    from ...verbs import inspect as inspect_model
+
+    names = [one.name for one in all_probes()] if probes is None else probes
+    settings = method_settings(context.obj, names[0] if len(names) == 1 else None)
+    refuse_unused(settings, names)
+    for name in names:
+        probe(name).settings(settings.get(name, {}))
+    opened = open_model(model, **{name: options.pop(name) for name in ("dtype", "device", "architecture")})
+    with progress_bar(as_json) as (_, show):
+
+        def say(name: str) -> None:
+            if not as_json:
+                stderr.print(f"{name}: done")
+
+        found = inspect_model(
+            opened, names, options.pop("data"), out=out, settings=settings, progress=show, on_result=say, **options
+        )
+    if as_json:
+        findings = {name: list(result.findings) for name, result in found.items()}
+        click.echo(json.dumps({"out": str(out), "findings": findings, "refused": found.refused}))
+        return
+    for name, result in found.items():
+        print_whole(f"{name}: {result.findings[0] if result.findings else 'nothing to say'}")
+    for name, reason in found.refused.items():
+        print_whole(f"{name} was not run: {reason}")
+    print_whole(f"\nreport: {out / 'index.html'}   raw data: {out / 'data'}")

@@ -1,0 +1,64 @@
+"""`transect methods`: what there is to choose from."""
+
+from __future__ import annotations
+
+import json
+
+import click
+from rich.table import Table
+
+from ..group import main_group
+from ..options import shared_options
+from ..printing import print_whole, stdout
+
+
+@main_group.command()
+@click.argument("name", required=False)
+@shared_options("json")
+def methods(name: str | None, as_json: bool) -> None:
+    """List the methods, allocations, probes and edits, or the parameters of one."""
+    from ...compression import allocations, method
+    from ...compression import methods as all_methods
+    from ...editing import edits
+    from ...probes import probes
+
+    entries = [*all_methods(), *allocations(), *probes(), *edits()]
+    if name is not None:  # `method` says which names there are
+        entries = [entry for entry in entries if entry.name == name] or [method(name)]
+    if as_json:
+        described = [
+            {
+                "name": entry.name, "family": entry.family, "paper": entry.paper, "summary": entry.summary,
+                "needs": getattr(entry, "wants", None),
+                "parameters": [
+                    {"name": p.name, "default": p.default, "type": p.kind.__name__, "choices": p.choices,
+                     "range": p.range and [p.range.low, p.range.high], "help": p.help}
+                    for p in entry.parameters
+                ],
+            }
+            for entry in entries
+        ]  # fmt: skip
+        click.echo(json.dumps(described, indent=2))
+        return
+    if name is None:
+        grid = Table("name", "family", "paper", "what it does")
+        for entry in entries:
+            grid.add_row(entry.name, entry.family, entry.paper, entry.summary)
+        stdout.print(grid)
+        return
+    import inspect
+
+    entry = entries[0]
+    print_whole(f"{entry.name} ({entry.family}), {entry.paper}")
+    if hasattr(entry, "wants"):  # of probes and edits the docstring says it
+        print_whole(f"needs: {', '.join(entry.wants) or 'no data'}")
+    print_whole("")
+    print_whole(inspect.getdoc(entry.function) or "")
+    grid = Table("parameter", "type", "default", "accepts")
+    for p in entry.parameters:
+        accepts = (
+            ", ".join(map(str, p.choices)) if p.choices else f"{p.range.low:g} to {p.range.high:g}" if p.range else ""
+        )
+        grid.add_row(p.name, p.kind.__name__, str(p.default), accepts)
+    if entry.parameters:
+        stdout.print(grid)

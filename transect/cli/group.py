@@ -1,0 +1,21 @@
+"""The group that every command registers itself on."""
+
+from __future__ import annotations
+
+import click
+
+from .printing import stderr
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="transect")
+def main_group() -> None:
+    """Open up a trained transformer: factorize its weight matrices, compare methods, keep an ordinary checkpoint.
+
+    MODEL is a local folder, a Hugging Face hub name, or `organism` (bundled). DATA is a .txt, .jsonl or .parquet file,
+    a folder of them, a hub data set, or `organism:calibration` and `organism:heldout`.
+    """
+    if not stderr.is_terminal:  # a log is no place for transformers' bars
+        import transformers
+
+        transformers.logging.disable_progress_bar()

@@ -1,0 +1,99 @@
+"""Options that several commands share, and the checks of their values."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+def split(context: click.Context, parameter: click.Parameter, value: str | None) -> list[str] | None:
+    """Callback: the parts of a comma-separated option; None if it is not given."""
+    if value is None:
+        return None
+    parts = [part.strip() for part in value.split(",") if part.strip()]
+    if not parts:
+        raise click.BadParameter("at least one is needed")
+    return parts
+
+
+def shares(context: click.Context, parameter: click.Parameter, value: str) -> list[float]:
+    """Callback: the numbers of a comma-separated option."""
+    try:
+        return [float(part) for part in split(context, parameter, value) or []]
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not a comma-separated list of numbers") from None
+
+
+def description_file(context: click.Context, parameter: click.Parameter, value: str | None) -> dict[str, Any] | None:
+    """Callback: the JSON object that the named file holds."""
+    if value is None:
+        return None
+    try:
+        description = json.loads(Path(value).read_text(encoding="utf-8"))
+    except ValueError as error:  # not UTF-8, or not JSON
+        raise click.BadParameter(f"{value} is not JSON: {error}") from None
+    if not isinstance(description, dict):
+        raise click.BadParameter(f"{value} should hold a JSON object, but holds a {type(description).__name__}")
+    return description
+
+
+def dtype_name(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    """Callback: the name of a type for weights, checked."""
+    import torch
+
+    found = getattr(torch, value or "float32", None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise click.BadParameter(f"{value!r} is not a type for weights, such as float32, bfloat16 or float16")
+    return value
+
+
+def device_name(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    """Callback: the name of a device that torch can use here."""
+    import torch
+
+    try:
+        torch.empty(0, device=value)
+    except (RuntimeError, AssertionError) as error:
+        raise click.BadParameter(f"{value!r} cannot be used: {str(error).partition(chr(10))[0]}") from None
+    return value
+
+
+def shared_options(*names: str) -> Any:
+    """Decorator: adds the named ones of the options below to a command, in this order."""
+    known = {
+        "architecture": click.option("--architecture", type=click.Path(exists=True, dir_okay=False), metavar="FILE",
+                                     callback=description_file,
+                                     help="JSON description of the model's architecture, if it is not built in."),
+        "dtype": click.option("--dtype", callback=dtype_name,
+                              help="Load the model in this type, e.g. bfloat16. Default: as stored."),
+        "device": click.option("--device", callback=device_name, help="E.g. cuda. Default: the CPU."),
+        "sequence_length": click.option("--sequence-length", type=int, help="Tokens in a sequence."),
+        "sequences": click.option("--sequences", type=int, default=256, show_default=True,
+                                  help="Calibration sequences, spread evenly over the data."),
+        "batch_size": click.option("--batch-size", type=int, default=8, show_default=True),
+        "facts": click.option("--facts", metavar="FILE", help="Facts with their subjects, .json or .jsonl."),
+        "choices": click.option("--choices", metavar="FILE", help="Multiple-choice items, .json or .jsonl."),
+        "passages": click.option("--passages", metavar="FILE", help="Passages with their endings, .json or .jsonl."),
+        "fisher": click.option("--fisher", type=click.Choice(["empirical", "sampled"]), default="empirical",
+                               show_default=True, help="Labels for gradients: the data's, or drawn from the model."),
+        "roles": click.option("--roles", callback=split, metavar="q,k,...",
+                              help="Only these matrices: q, k, v, o, gate, up, down. Default: all."),
+        "accumulate": click.option("--accumulate", type=click.Choice(["float32", "float64"]), default="float64",
+                                   show_default=True, help="Precision in which statistics are added up."),
+        "seed": click.option("--seed", type=int, default=0, show_default=True),
+        "sequential": click.option("--sequential", is_flag=True,
+                                   help="Calibrate each block on the compressed blocks before it."),
+        "refit": click.option("--refit", is_flag=True, help="Refit the left factors afterwards (svd-llm)."),
+        "overwrite": click.option("--overwrite", is_flag=True, help="Replace what the output folder holds."),
+        "json": click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output."),
+    }  # fmt: skip
+
+    def decorate(function: Any) -> Any:
+        for name in reversed(names):
+            function = known[name](function)
+        return function
+
+    return decorate

@@ -1,0 +1,194 @@
+"""The prompts of edits in several contexts, as one batch, and what the model computes at their edit tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..activations import Point, Specimen, changed, watch
+from ..data import Fact
+from ..errors import TransectError
+from ..probes.tracing import subject_span
+from .problems import Request
+
+BARE, PREFIXED, ESSENCE = range(3)
+_SHORT, _LONG = 5, 10  # tokens of a prefix
+
+
+@dataclass(frozen=True)
+class Rows:
+    """n prompts, each with its target, of N requests; the subject's last token is the edit token.
+
+    ids: n x T, filled up on the right, which no earlier token of a causal model can see. owner: which request (n).
+    edit: position of the edit token (n). last: position of the prompt's last token (n). tokens: number of target tokens
+    (n), 0 for a row without one. kind: BARE (the prompt itself), PREFIXED, or ESSENCE (the subject alone) (n). noise:
+    n x T x d, added to the embeddings, or None.
+    """
+
+    ids: Tensor
+    owner: Tensor
+    edit: Tensor
+    last: Tensor
+    tokens: Tensor
+    kind: Tensor
+    noise: Tensor | None
+
+    @property
+    def requests(self) -> int:
+        return int(self.owner.max()) + 1
+
+    @property
+    def places(self) -> Tensor:
+        """Where the edit tokens are (n), in activations laid out as (n T) x d."""
+        return torch.arange(len(self.ids), device=self.ids.device) * self.ids.shape[1] + self.edit
+
+    def mean(self, values: Tensor, rows: Tensor) -> Tensor:
+        """Mean by request (N x ...) of values by row (n x ...), over the rows that are True."""
+        share = torch.zeros(self.requests, len(rows), dtype=values.dtype, device=values.device)
+        share[self.owner[rows], rows.nonzero()[:, 0]] = 1
+        return (share @ values) / share.sum(1).clamp_min(1).view(-1, *[1] * (values.dim() - 1))
+
+    def parts(self, tokens: int) -> Iterator[Rows]:
+        """Whole requests, some at a time, at most about `tokens` positions together."""
+        counts = self.owner.bincount()
+        step = max(1, tokens // max(1, int(counts.max()) * self.ids.shape[1]))
+        for start in range(0, self.requests, step):
+            chosen = (self.owner >= start) & (self.owner < start + step)
+            yield replace(
+                self, ids=self.ids[chosen], owner=self.owner[chosen] - start, edit=self.edit[chosen],
+                last=self.last[chosen], tokens=self.tokens[chosen], kind=self.kind[chosen],
+                noise=None if self.noise is None else self.noise[chosen],
+            )  # fmt: skip
+
+    def logits(self, specimen: Specimen, changes: Mapping[tuple[str, int], Any] | None = None) -> Tensor:
+        """Logits (n x T x V) of the model, with the rows' noise and under other changes."""
+        whole: dict[tuple[str, int], Any] = dict(changes or {})
+        noise = self.noise
+        if noise is not None:
+            whole[("residual", 0)] = lambda x: x + noise.to(x)
+        with changed(specimen.anatomy, whole):
+            return specimen.model(input_ids=self.ids, use_cache=False).logits
+
+    def bare(self, values: Tensor) -> Tensor:
+        """Mean by request of values by row, over its bare prompts: one, or one a draw of the noise."""
+        return self.mean(values, self.kind == BARE)
+
+    def in_context(self, values: Tensor) -> Tensor:
+        """Mean by request of values by row, over all its contexts."""
+        return self.mean(values, self.kind != ESSENCE)
+
+    def answer_losses(self, logits: Tensor, lowers: bool) -> Tensor:
+        """Negative log-probability a token of each row's target (n), or where it is to fall, the probability itself."""
+        total = self.answer_log_probabilities(logits)
+        return total.exp() if lowers else -total / self.tokens.clamp_min(1)
+
+    def answer_log_probabilities(self, logits: Tensor) -> Tensor:
+        """Log-probability of each row's target (n), 0 where it has none."""
+        offsets = torch.arange(int(self.tokens.max()), device=self.ids.device)
+        inside = offsets < self.tokens[:, None]
+        where = (self.last[:, None] + offsets).clamp_max(self.ids.shape[1] - 2)
+        rows = torch.arange(len(self.ids), device=self.ids.device)[:, None]
+        chosen = wide(logits[rows, where]).log_softmax(-1).gather(-1, self.ids[rows, where + 1][..., None])[..., 0]
+        return (chosen * inside).sum(1)
+
+    @torch.no_grad()
+    def at_edit(self, specimen: Specimen, wanted: Sequence[tuple[Point, int]]) -> list[Tensor]:
+        """Activations (n x width, float64) at the edit tokens, of each (point, layer)."""
+        with ExitStack() as stack:
+            seen = [stack.enter_context(watch(specimen.anatomy, [point], [layer])) for point, layer in wanted]
+            self.logits(specimen)
+        return [
+            self.pick(getattr(one, point)[layer]).double() for one, (point, layer) in zip(seen, wanted, strict=True)
+        ]
+
+    def pick(self, activation: Tensor) -> Tensor:
+        """The edit tokens' part (n x width) of an activation of the whole batch, whether or not it is n x T x width."""
+        return activation.reshape(-1, activation.shape[-1])[self.places]
+
+    def adding(self, values: Tensor) -> Any:
+        """A change that adds its request's vector (of N x d) at each row's edit token."""
+        places, owner = self.places, self.owner
+
+        def add(x: Tensor) -> Tensor:
+            flat = x.reshape(-1, x.shape[-1])
+            return flat.index_add(0, places, values[owner].to(x)).view_as(x)
+
+        return add
+
+
+def rows_of(specimen: Specimen, wanted: Sequence[Request], prefixes: Sequence[str], essence: bool = False) -> Rows:
+    """The requests' prompts: bare and behind each prefix; or, where a request has noise, bare under each draw of it.
+
+    prefixes: texts; where prefix, prompt and target are longer than the model's context, that row is left out.
+    essence: also a row with the subject alone.
+    """
+    context = getattr(specimen.anatomy.config, "max_position_embeddings", None)
+    made: list[tuple[int, int, Tensor, int, int, int, Tensor | None]] = []
+    for number, request in enumerate(wanted):
+        fact, target = request.fact, request.target
+        span = subject_span(specimen, fact)
+        for draw in [None] if request.noise is None else request.noise:
+            placed = None if draw is None else torch.nn.functional.pad(draw, (0, 0, span[0], 0))
+            ids = torch.cat([request.prompt, target])
+            made.append((number, BARE, ids, span[1] - 1, len(request.prompt) - 1, len(target), placed))
+        for prefix in prefixes if request.noise is None else ():
+            behind = Fact(f"{prefix} {fact.prompt}", fact.subject, fact.answer)
+            try:
+                prompt = specimen.encode(behind.text)
+            except TransectError:
+                continue  # longer than the context
+            if context is None or len(prompt) + len(target) <= context:
+                edit, ids = subject_span(specimen, behind)[1] - 1, torch.cat([prompt, target])
+                made.append((number, PREFIXED, ids, edit, len(prompt) - 1, len(target), None))
+        if essence:
+            alone = Fact("{}", fact.subject, fact.answer)
+            ids, edit = specimen.encode(alone.text), subject_span(specimen, alone)[1] - 1
+            made.append((number, ESSENCE, ids, edit, len(ids) - 1, 0, None))
+    numbers, kinds, ids, edits, lasts, tokens, noises = zip(*made, strict=True)
+    length, device = max(map(len, ids)), specimen.model.device
+
+    def column(values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, device=device)
+
+    noise = None
+    if any(one is not None for one in noises):
+        width = next(one for one in noises if one is not None).shape[1]
+        noise = torch.zeros(len(made), length, width, device=device)
+        for row, one in enumerate(noises):
+            if one is not None:
+                noise[row, : len(one)] = one
+    padded = torch.nn.utils.rnn.pad_sequence(list(ids), batch_first=True).to(device)
+    return Rows(
+        padded, column(numbers), column(edits), column(lasts), column(tokens), column(kinds), noise
+    )  # fmt: skip
+
+
+def prefixes_of(specimen: Specimen, count: int) -> list[str]:
+    """Beginnings of the specimen's text, half of them 5 tokens long and half 10, each as a sentence of its own.
+
+    ROME lets the model generate them; pieces of real text need no sampling and are as natural (ours).
+    """
+    if count == 0:
+        return []
+    special = set(getattr(specimen.tokenizer, "all_special_ids", ()))
+    found: list[str] = []
+    pool = specimen.sequences(4 * count, _LONG)
+    for ids in pool.tolist():
+        length = _SHORT if len(found) % 2 == 0 else _LONG
+        words = specimen.decode([token for token in ids[:length] if token not in special]).strip()
+        text = words if words.endswith((".", "?", "!")) else f"{words}."
+        if words and "{" not in text and text not in found:
+            found.append(text)
+        if len(found) == count:
+            break
+    return found
+
+
+def wide(x: Tensor) -> Tensor:
+    """At least float32."""
+    return x if x.dtype == torch.float64 else x.float()

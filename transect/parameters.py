@@ -1,0 +1,106 @@
+"""A registered function's signature is its configuration: what a user can choose of methods, probes and edits.
+
+The keyword-only parameters with a default are the settings. They are checked against their annotations, listed by
+`transect methods`, turned into options of the command line, and written down with the result.
+"""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from .errors import TransectError
+
+
+@dataclass(frozen=True)
+class Range:
+    """Annotation of a number's permitted interval, ends included: `Annotated[float, Range(0, 1)]`."""
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One setting of a method: its name, default, what it accepts, and what it does."""
+
+    name: str
+    default: Any
+    kind: type
+    choices: tuple[Any, ...] | None
+    range: Range | None
+    help: str
+
+    def accept(self, value: Any, owner: str) -> Any:
+        """The value converted to the parameter's type (a command line passes strings), or an error."""
+        expected = f"one of {list(self.choices)}" if self.choices else f"of type {self.kind.__name__}"
+        if self.range:
+            expected += f" from {self.range.low:g} to {self.range.high:g}"
+        problem = TransectError(f"{owner}: {self.name}={value!r} must be {expected}")
+        try:
+            if self.kind is bool and isinstance(value, str):
+                value = {"true": True, "false": False}[value.lower()]
+            converted = self.kind(value)
+        except (TypeError, ValueError, KeyError):
+            raise problem from None
+        if self.kind is not str and isinstance(value, (int, float)) and converted != value:
+            raise problem
+        if self.choices is not None and converted not in self.choices:
+            raise problem
+        if self.range is not None and not self.range.low <= converted <= self.range.high:
+            raise problem
+        return converted
+
+
+def parameters_of(function: Callable[..., Any]) -> list[Parameter]:
+    """The keyword-only parameters of a function that have a plain value as default, with their `name: text` help."""
+    hints = typing.get_type_hints(function, include_extras=True)
+    found = []
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind is not parameter.KEYWORD_ONLY or parameter.default is parameter.empty:
+            continue
+        annotation, interval, choices = hints[parameter.name], None, None
+        if typing.get_origin(annotation) is typing.Annotated:
+            annotation, *extras = typing.get_args(annotation)
+            interval = next((extra for extra in extras if isinstance(extra, Range)), None)
+        if typing.get_origin(annotation) is Literal:
+            choices = typing.get_args(annotation)
+            annotation = type(choices[0])
+        found.append(
+            Parameter(parameter.name, parameter.default, annotation, choices, interval, _help(function, parameter.name))
+        )
+    return found
+
+
+def _help(function: Callable[..., Any], name: str) -> str:
+    """The text after `name:` in the docstring, up to the next line that is not indented deeper."""
+    lines = (inspect.getdoc(function) or "").splitlines()
+    for number, line in enumerate(lines):
+        if line.startswith(f"{name}: "):
+            text = [line.removeprefix(f"{name}: ")]
+            for more in lines[number + 1 :]:
+                if not more.startswith("    "):
+                    break
+                text.append(more.strip())
+            return " ".join(text)
+    return ""
+
+
+def summary_of(function: Callable[..., Any]) -> str:
+    """First line of the function's docstring."""
+    return (inspect.getdoc(function) or "").partition("\n")[0]
+
+
+def settings_of(function: Callable[..., Any], owner: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """All settings: the ones given, validated, and the defaults of the others. owner: what errors call it."""
+    known = {parameter.name: parameter for parameter in parameters_of(function)}
+    unknown = set(given) - set(known)
+    if unknown:
+        raise TransectError(
+            f"{owner} has no parameter {', '.join(sorted(unknown))}; it has: {', '.join(known) or 'none'}"
+        )
+    chosen = {name: parameter.default for name, parameter in known.items()}
+    return chosen | {name: known[name].accept(value, owner) for name, value in given.items()}

@@ -1,0 +1,148 @@
+"""What a layer is good for, seen by leaving it out: for the layers after it, for the output, for later tokens.
+
+Csordas et al. 2025 (arXiv:2505.13898), section on skipped layers. A layer is skipped at some positions: there its
+output is its input. Everything after it is computed anew on the changed stream. With D_l = h_{l+1} - h_l (d) what layer
+l adds and y the predicted distribution, and a prime for the run with layer s skipped:
+
+    effect on layer l > s: |D_l - D'_l| / max(|D_l|, 1e-6)      effect on the output: |y - y'|_2, at most sqrt(2)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..activations import Specimen, changed, watch
+from ..activations.change import Change
+from ..anatomy import Anatomy
+from .places import wide
+
+PARTS = {"layer": ("attention", "mlp"), "attention": ("attention",), "mlp": ("mlp",)}
+REACHES = ("current", "future")
+REDUCTIONS = ("max", "mean", "median")
+_SMALLEST = 1e-6  # of the length of what a layer adds, in a denominator
+
+
+def skips(anatomy: Anatomy, layer: int, where: Tensor, units: Sequence[str]) -> dict[tuple[str, int], Change]:
+    """Changes that let sublayers of one layer add nothing where `where` (B x T) is True. Dropped ones are left out."""
+    block = anatomy.blocks[layer]
+
+    def cut(x: Tensor) -> Tensor:
+        return x.masked_fill(where.reshape(*x.shape[:-1], 1), 0)  # some models flatten batch and positions
+
+    return {(unit, layer): cut for unit in units if getattr(block, unit) is not None}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One pass over ids (P x T). added: what each layer adds (L x P x T x d). logits: P x T x V. float32 or wider."""
+
+    added: Tensor
+    logits: Tensor
+
+
+@torch.no_grad()
+def run(specimen: Specimen, ids: Tensor) -> Run:
+    """The model's own pass, with whatever is changed in it at the moment."""
+    with watch(specimen.anatomy, ["attention", "mlp"]) as seen:
+        logits = specimen.model(input_ids=ids, use_cache=False).logits
+    width = specimen.anatomy.config_value("hidden")
+    added = logits.new_zeros(specimen.layers, *ids.shape, width, dtype=wide(logits).dtype)
+    for part in (seen.attention, seen.mlp):
+        for layer, x in part.items():
+            added[layer] += wide(x).reshape(added[layer].shape)
+    return Run(added, wide(logits))
+
+
+@dataclass(frozen=True)
+class Effects:
+    """Of skipping each of L layers, by part of the layer (3, as in PARTS), by reach and by reduction over positions.
+
+    later: 3 x 2 x 3 x L x L, [..., s, l] on what layer l adds; NaN at l = s. output: 3 x 2 x 3 x L, on probabilities.
+    logits: 3 x 2 x 3 x L, length of the change of the centred logits over their own length.
+    loss: 3 x L, mean next-token loss in nats with the part skipped at all positions but the first.
+    by_prompt: 2 x L x P, largest effect of the whole layer on a prompt's output.
+    baseline: loss of each prompt (P), nats.
+    """
+
+    later: Tensor
+    output: Tensor
+    logits: Tensor
+    loss: Tensor
+    by_prompt: Tensor
+    baseline: Tensor
+
+
+@torch.no_grad()
+def skip_effects(specimen: Specimen, ids: Tensor, cuts: Tensor) -> Effects:
+    """Skip every layer, its attention and its MLP, one at a time.
+
+    ids: P x T. cuts: P x C positions t. "current" skips everywhere but at the first token and measures there;
+    "future" skips from the second token to t - 1 and measures from t on. The first token is never skipped.
+    3 L (1 + C) passes over the prompts; memory: a few times P x T x (V + L d) numbers.
+    """
+    layers, (prompts, length) = specimen.layers, ids.shape
+    base = run(specimen, ids)
+    probabilities, sizes = base.logits.softmax(-1), base.added.norm(dim=-1).clamp_min(_SMALLEST)
+    centred = _centred(base.logits)
+    reach = centred.norm(dim=-1).clamp_min(_SMALLEST)
+    place = torch.arange(length, device=ids.device).expand_as(ids)
+    after_first = place > 0
+    shape = (len(PARTS), len(REACHES), len(REDUCTIONS), layers)
+    later, output, logits = torch.zeros(*shape, layers), torch.zeros(shape), torch.zeros(shape)
+    loss, by_prompt = torch.zeros(len(PARTS), layers), torch.zeros(len(REACHES), layers, prompts)
+    variants = [(0, after_first, after_first)]
+    variants += [(1, after_first & (place < cut[:, None]), place >= cut[:, None]) for cut in cuts.T.to(ids.device)]
+    for layer in specimen.shown(range(layers), "skipped layers"):
+        for part, units in enumerate(PARTS.values()):
+            found: dict[int, list[Tensor]] = {0: [], 1: []}
+            for future, where, measured in variants:
+                with changed(specimen.anatomy, skips(specimen.anatomy, layer, where, units)):
+                    now = run(specimen, ids)
+                moved = (now.logits.softmax(-1) - probabilities).norm(dim=-1)
+                shift = (_centred(now.logits) - centred).norm(dim=-1) / reach
+                relative = (now.added - base.added).norm(dim=-1) / sizes
+                found[future].append(torch.cat([relative, moved[None], shift[None]])[:, measured])
+                if not future:
+                    loss[part, layer] = _losses(now.logits, ids).mean()
+                if part == 0:
+                    worst = moved.masked_fill(~measured, 0).amax(1).cpu().to(by_prompt)
+                    by_prompt[future, layer] = torch.maximum(by_prompt[future, layer], worst)
+            for future, pieces in found.items():
+                values = torch.cat(pieces, 1)
+                reduced = torch.stack([values.amax(1), values.mean(1), values.median(1).values]).cpu().to(later)
+                later[part, future, :, layer] = reduced[:, :layers]
+                output[part, future, :, layer], logits[part, future, :, layer] = (
+                    reduced[:, layers],
+                    reduced[:, layers + 1],
+                )
+    later.diagonal(dim1=-2, dim2=-1).fill_(torch.nan)
+    return Effects(later, output, logits, loss, by_prompt, _losses(base.logits, ids).mean(1).cpu().float())
+
+
+def cut_points(prompts: int, length: int, count: int, seed: int) -> Tensor:
+    """Different positions of 8, 16, ... up to length - 4 for each prompt (P x C), at most `count`."""
+    points = torch.arange(8, length - 3, 8)
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.rand(prompts, len(points), generator=generator).argsort(1)[:, :count]
+    return points[drawn]
+
+
+def depth_score(effects: Tensor) -> Tensor:
+    """Mean layer, weighted by the layers' effects (L x n): n numbers from 0 to L - 1, NaN where no layer matters."""
+    numbers = torch.arange(len(effects), dtype=effects.dtype)
+    return (numbers[:, None] * effects).sum(0) / effects.sum(0)
+
+
+def _centred(logits: Tensor) -> Tensor:
+    """Without the constant that a softmax does not see."""
+    return logits - logits.mean(-1, keepdim=True)
+
+
+def _losses(logits: Tensor, ids: Tensor) -> Tensor:
+    """Loss of every next token (P x T - 1), nats."""
+    return functional.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")

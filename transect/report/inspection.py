@@ -1,0 +1,104 @@
+"""The report of an inspection: one HTML page that needs no network, with its plots and the raw data beside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, select_autoescape
+from markupsafe import Markup
+
+from ..activations import Specimen
+from ..files import replacing
+from ..probes import Drawing, Inspection, Plot, Result, probe
+
+
+def write_report(folder: Path, found: Inspection, specimen: Specimen) -> Path:
+    """Write index.html into the folder whose `data` holds the results; returns its path."""
+    environment = Environment(loader=PackageLoader("transect.report"), autoescape=select_autoescape())
+    sections = [_section(name, result) for name, result in found.items()]
+    plots = any("figure" in drawing for section in sections for drawing in section["drawings"])
+    page = environment.get_template("inspection.html").render(
+        model=_model(specimen), sections=sections, refused=list(found.refused.items()), plots=plots,
+        plotly=_plotly() if plots else "",
+    )  # fmt: skip
+    path = folder / "index.html"
+    with replacing(path) as partial:
+        partial.write_text(page, encoding="utf-8")
+    return path
+
+
+def _plotly() -> Markup:
+    from plotly.offline import get_plotlyjs
+
+    return Markup(get_plotlyjs().replace("</script", "<\\/script"))
+
+
+def _model(specimen: Specimen) -> dict[str, Any]:
+    """What the head of the page says of the model."""
+    model, anatomy = specimen.model, specimen.anatomy
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    text = specimen.data
+    facts: list[tuple[str, Any]] = [
+        ("class", type(model).__name__),
+        ("parameters", f"{parameters:,}"),
+        ("bytes", f"{size:,}"),
+        ("type of weights", str(model.dtype).removeprefix("torch.")),
+        ("blocks", specimen.layers),
+        ("width", anatomy.config_value("hidden")),
+        ("attention heads", anatomy.config_value("heads")),
+        ("key/value heads", anatomy.config_value("key_value_heads")),
+        ("MLP neurons a block", anatomy.config_value("neurons")),
+        ("vocabulary", f"{model.config.vocab_size:,}" if hasattr(model.config, "vocab_size") else None),
+        ("embeddings tied", "yes" if anatomy.embeddings_tied else "no"),
+        ("text looked at", None if text is None else f"{text.tokens:,} tokens in {text.examples:,} sequences"),
+    ]
+    named = specimen.name or getattr(model, "name_or_path", "") or type(model).__name__
+    return {
+        "name": Path(named).name,
+        "lead": "What its weight matrices, MLP layers, heads and depth are doing, as measured by Transect.",
+        "facts": [(name, value) for name, value in facts if value is not None],
+    }
+
+
+def _section(name: str, result: Result) -> dict[str, Any]:
+    one = probe(name)
+    return {
+        "name": name, "title": one.title, "summary": one.summary,
+        "papers": [{"name": paper, "link": _link(paper)} for paper in one.paper.split(", ")],
+        "findings": list(result.findings), "caveats": list(result.caveats),
+        "settings": ", ".join(f"{key}={value}" for key, value in result.settings.items()),
+        "drawings": [_drawing(f"{name}-{number}", drawing) for number, drawing in enumerate(result.plots())],
+    }  # fmt: skip
+
+
+def _link(paper: str) -> str | None:
+    return f"https://arxiv.org/abs/{paper.removeprefix('arXiv:')}" if paper.startswith("arXiv:") else None
+
+
+def _drawing(identifier: str, drawing: Drawing) -> Mapping[str, Any]:
+    described: dict[str, Any] = {"id": identifier, "title": drawing.title, "note": drawing.note}
+    if isinstance(drawing, Plot):
+        figure = json.dumps(json.loads(drawing.figure.to_json()))
+        return {**described, "figure": Markup(figure.replace("<", "\\u003c"))}
+    numeric = [
+        bool(drawing.rows) and all(isinstance(row[column], (int, float)) for row in drawing.rows)
+        for column in range(len(drawing.columns))
+    ]
+    kinds = ["number" if number else "" for number in numeric]
+    return {
+        **described,
+        "columns": [{"name": name, "kind": kind} for name, kind in zip(drawing.columns, kinds, strict=True)],
+        "rows": [
+            [{"text": _cell(cell), "kind": kind} for cell, kind in zip(row, kinds, strict=True)] for row in drawing.rows
+        ],
+    }
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value)

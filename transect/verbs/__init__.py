@@ -1,0 +1,11 @@
+"""The verbs that a user calls, each a few lines over the rooms."""
+
+from .claims import check_claims
+from .compare import compare
+from .compress import compress, compress_stream
+from .edit import edit
+from .evaluate import evaluate
+from .inspect import inspect
+from .recover import recover
+
+__all__ = ["check_claims", "compare", "compress", "compress_stream", "edit", "evaluate", "inspect", "recover"]

@@ -1,0 +1,63 @@
+"""`transect.check_claims`: what papers say, measured on a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoint import open_model
+from ..claims import Outcome, claims, run_claims
+from ..errors import TransectError
+from ..statistics import Progress
+from .common import CALIBRATION_SEQUENCES, calibration_of, held_out_of, opened_of, specimen_of
+
+
+def check_claims(
+    names: Sequence[str] = (),
+    model: Any = "organism",
+    data: Any = None,
+    eval_data: Any = None,
+    *,
+    facts: Any = None,
+    choices: Any = None,
+    passages: Any = None,
+    tokenizer: Any = None,
+    sequence_length: int | None = None,
+    sequences: int = CALIBRATION_SEQUENCES,
+    eval_sequences: int = 128,
+    batch_size: int = 8,
+    architecture: Any = None,
+    dtype: torch.dtype | str = "float32",
+    device: str | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> list[Outcome]:
+    """Check what papers claim of their methods on a model, which is as before afterwards.
+
+    names: of claims, or of methods for all of their claims. Default: every claim.
+    model, data, tokenizer and the calibration settings: as for `compress`. eval_data: held-out data, same forms. The
+    bundled model has its own data as defaults.
+    facts, choices, passages: questions for claims about probes and edits, as for `inspect`.
+    dtype: in which a model that is given by its name is opened; differences of thousandths drown in bfloat16.
+
+    Returns an outcome each: the claim, its verdict, the reason and the numbers.
+    """
+    claims(names)  # an unknown name is an error before anything is loaded
+    bundled = isinstance(model, str) and model == "organism"
+    if bundled:
+        data, eval_data = data or "organism:calibration", eval_data or "organism:heldout"
+    elif data is None or eval_data is None:
+        raise TransectError("a model of your own needs calibration data and held-out data (--data and --eval)")
+    if isinstance(model, (str, Path)):
+        model = open_model(model, dtype=dtype, device=device, architecture=architecture)
+    opened = opened_of(model, tokenizer)
+    calibration = calibration_of(data, opened, sequence_length, sequences, batch_size, seed)
+    held_out = held_out_of(eval_data, opened, sequence_length, eval_sequences, batch_size, seed)
+    specimen = specimen_of(
+        opened, calibration, facts=facts, choices=choices, passages=passages, seed=seed, progress=progress,
+        bundled=bundled,
+    )  # fmt: skip
+    return run_claims(opened.model, calibration, held_out, names, progress, specimen)

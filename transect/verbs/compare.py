@@ -1,0 +1,87 @@
+"""`transect.compare`: many methods and budgets side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from ..anatomy import Anatomy
+from ..comparison import Engine, Plan, Row, compare_anatomy
+from ..compression.fingerprint import model_fingerprint
+from ..compression.registry import method as registered
+from ..report import markdown_table, pareto_plot
+from ..statistics import Fisher, Progress
+from .common import CALIBRATION_SEQUENCES, calibration_of, held_out_of, opened_of
+
+
+def compare(
+    model: Any,
+    methods: Sequence[str],
+    keep: Sequence[float],
+    data: Any,
+    eval_data: Any,
+    out: str | Path,
+    *,
+    tokenizer: Any = None,
+    allocations: Sequence[str] = ("uniform",),
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
+    sequential: bool = False,
+    refit: bool = False,
+    roles: Iterable[str] | None = None,
+    sequence_length: int | None = None,
+    sequences: int = CALIBRATION_SEQUENCES,
+    eval_sequences: int | None = None,
+    batch_size: int = 8,
+    fisher: Fisher = "empirical",
+    accumulate: torch.dtype = torch.float64,
+    seed: int = 0,
+    workers: int = 1,
+    engine: Engine = "local",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    on_row: Callable[[Row], None] = lambda row: None,
+) -> pd.DataFrame:
+    """Compress one model by every method and allocation to every budget, and evaluate each; a row each, dense first.
+
+    model, data, tokenizer and the calibration settings: as for `compress`. eval_data: held-out data, same forms;
+    eval_sequences of it, evenly spaced (default all).
+    out: the run folder. Rows are written as they finish; a run that was interrupted goes on where it stopped, and
+    methods and budgets can be added to it. It ends with table.csv, table.md and pareto.png in it.
+    settings: method or allocation -> its parameters.
+    workers: processes (their measured speeds disturb one another). engine: `local` or `ray`.
+
+    Returns the table: method, allocation, keep, kept (share of the matrices' bytes), bytes (of the whole model),
+    parameters, loss (nats), perplexity, accuracy, tokens, prefill and decode tokens per second, peak_memory (bytes),
+    compress_seconds (statistics, factorization and replacement, as if the row were computed alone).
+    """
+    opened = opened_of(model, tokenizer)
+    anatomy = Anatomy(opened.model)
+    for name in methods:
+        registered(name)
+    calibration = calibration_of(data, opened, sequence_length, sequences, batch_size, seed)
+    held_out = held_out_of(eval_data, opened, sequence_length, eval_sequences, batch_size, seed)
+    plan = Plan(
+        model="" if opened.source == "" else str(opened.path or opened.source),
+        dtype=str(opened.model.dtype).removeprefix("torch."), device=str(opened.model.device),
+        architecture=asdict(anatomy.architecture),
+        weights=model_fingerprint(opened.model), methods=tuple(methods), allocations=tuple(allocations),
+        keeps=tuple(float(share) for share in keep),
+        settings={name: dict(values) for name, values in (settings or {}).items()},
+        calibration=calibration.fingerprint, evaluation=held_out.fingerprint,
+        roles=None if roles is None else tuple(roles), fisher=fisher, accumulate=str(accumulate).split(".")[1],
+        seed=seed, sequential=sequential, refit=refit,
+    )  # fmt: skip
+    folder = Path(out)
+    frame = compare_anatomy(
+        anatomy, plan, folder, calibration, held_out,
+        workers=workers, engine=engine, overwrite=overwrite, progress=progress, on_row=on_row,
+    )  # fmt: skip
+    frame.to_csv(folder / "table.csv", index=False)
+    (folder / "table.md").write_text(markdown_table(frame))
+    pareto_plot(frame, folder / "pareto.png", title=f"{opened.source or type(opened.model).__name__}")
+    return frame

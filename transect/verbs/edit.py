@@ -1,0 +1,65 @@
+"""`transect.edit`: rewrite, remove or neutralise something in a model's weights, and see what else changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint import check_output
+from ..editing import Edited, edit_specimen
+from ..editing import edit as edit_named
+from ..statistics import Progress
+from .common import CALIBRATION_SEQUENCES, held_out_of, opened_of, specimen_of
+
+
+def edit(
+    model: Any,
+    method: str,
+    *,
+    facts: Any = None,
+    choices: Any = None,
+    passages: Any = None,
+    data: Any = None,
+    eval_data: Any = None,
+    out: str | Path | None = None,
+    tokenizer: Any = None,
+    sequence_length: int | None = None,
+    sequences: int | None = CALIBRATION_SEQUENCES,
+    eval_sequences: int | None = 64,
+    batch_size: int = 8,
+    seed: int = 0,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Edited:
+    """Edit a model in place. `result.card` shows before and after, `result.undo()` takes it back bit for bit.
+
+    model: a Hugging Face model, or the name of one. method: see `transect.edits()`.
+    facts: what to rewrite, see `transect.data.load_facts`; choices, passages: what the edit or its card asks.
+    data: text for statistics. eval_data: held-out text for the general loss on the card. The bundled model, called by
+        its name, has its own as defaults, except for the facts to rewrite.
+    out: a folder for the result, an ordinary checkpoint, with the card and undo.safetensors beside it.
+    sequence_length, sequences, batch_size: of the text. settings: of the edit.
+
+    Raises TransectError before any change if something cannot be done; after any error the weights are bit for bit as
+    they were.
+    """
+    edit_named(method).settings(settings)
+    if out is not None:
+        check_output(out, overwrite)
+    opened = opened_of(model, tokenizer)
+    bundled = opened.source == "organism"
+    specimen = specimen_of(
+        opened, data, facts=facts, choices=choices, passages=passages, length=sequence_length,
+        sequences=sequences, batch_size=batch_size, seed=seed, progress=progress, bundled=bundled, with_facts=False,
+    )  # fmt: skip
+    if eval_data is None and bundled:
+        eval_data = "organism:heldout"
+    evaluation = (
+        None if eval_data is None
+        else held_out_of(eval_data, opened, sequence_length, eval_sequences, batch_size, seed)
+    )  # fmt: skip
+    edited = edit_specimen(specimen, method, settings, evaluation)
+    if out is not None:
+        edited.save(out, opened.tokenizer or opened.processor, overwrite=overwrite)
+    return edited

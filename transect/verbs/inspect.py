@@ -1,0 +1,83 @@
+"""`transect.inspect`: what a model's weights, layers, heads and neurons are doing."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..activations import Specimen
+from ..compression.fingerprint import model_fingerprint
+from ..probes import Inspection, probe, run_probes
+from ..probes import probes as all_probes
+from ..report import write_report
+from ..statistics import Progress
+from .common import specimen_of
+
+INSPECTION_SEQUENCES = 64
+
+
+def inspect(
+    model: Any,
+    probes: Sequence[str] | None = None,
+    data: Any = None,
+    *,
+    facts: Any = None,
+    choices: Any = None,
+    passages: Any = None,
+    out: str | Path | None = None,
+    tokenizer: Any = None,
+    sequence_length: int | None = None,
+    sequences: int | None = INSPECTION_SEQUENCES,
+    batch_size: int = 4,
+    seed: int = 0,
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
+    progress: Progress | None = None,
+    on_result: Callable[[str], None] = lambda name: None,
+) -> Inspection:
+    """Run probes on a model, which is as before afterwards. Returns their results by name.
+
+    model: a Hugging Face model, or the name of one (a folder, a hub name, or `organism`).
+    probes: see `transect.probes.probes()`. Default: all that can say something about this model and data.
+    data: text as for `compress`. facts, choices, passages: questions about what the model knows, see
+        `transect.data.load_facts`, `load_choices` and `load_passages`. The bundled model, called by its name, has all
+        of these as defaults.
+    out: a folder for the report (index.html) and the raw results. The same call goes on where it was interrupted.
+    sequence_length, sequences, batch_size: of the text; sequences are spread evenly over it, None takes all. Memory is
+        that of one batch's activations, whatever the amount of text.
+    settings: of the probes, by name: {"lazy-neuron": {"mass": 0.9}}.
+    on_result: called with a probe's name when its result is there.
+
+    Raises TransectError for an unknown probe or setting before any work. A probe that was asked for by name and cannot
+    say anything is among `refused`, with the reason.
+    """
+    settings = dict(settings or {})
+    names = [one.name for one in all_probes()] if probes is None else list(probes)
+    for name in [*names, *settings]:
+        probe(name).settings(settings.get(name, {}))
+    specimen = specimen_of(
+        model, data, facts=facts, choices=choices, passages=passages, tokenizer=tokenizer,
+        length=sequence_length, sequences=sequences, batch_size=batch_size, seed=seed, progress=progress,
+    )  # fmt: skip
+    folder = None
+    if out is not None:
+        folder = Path(out).expanduser()
+        (folder / "data").mkdir(parents=True, exist_ok=True)
+    raw = None if folder is None else folder / "data"
+    found = run_probes(specimen, {name: settings.get(name, {}) for name in names}, raw, _key(specimen), on_result)
+    if folder is not None:
+        write_report(folder, found, specimen)
+    return found
+
+
+def _key(specimen: Specimen) -> str:
+    """Names the model, the text and the questions, so that a result is not taken for another's."""
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(model_fingerprint(specimen.model).encode())
+    digest.update(b"" if specimen.data is None else specimen.data.fingerprint.encode())
+    for questions in (specimen.known_facts, specimen.known_choices, specimen.known_passages):
+        digest.update(repr([asdict(one) for one in questions]).encode())
+    digest.update(str(specimen.seed).encode())
+    return digest.hexdigest()
