@@ -58,7 +58,8 @@ def rank_one(change: Tensor, moments: Tensor, mean_key: Tensor, key: Tensor) -> 
     if along < _LEAST * expected:
         raise TransectError(
             f"the prompt's key has {along:.2e} along the direction of the edit, and its mean over contexts "
-            f"{expected:.2e}: the edit would have to be too large; pass more text, or use fewer contexts or another layer"
+            f"{expected:.2e}: the edit would have to be too large; pass more text, or use fewer "
+            "contexts or another layer"
         )
     return torch.outer(change, direction) / along
 
