@@ -336,6 +336,9 @@ def test_further_rounds_rewrite_what_later_facts_have_overwritten(monkeypatch: p
     monkeypatch.setattr(rome_file, "rank_one", lambda *args: written.append(args) or rank_one(*args))
     edit_specimen(specimen, "rome", {**QUICK["rome"], "rounds": 3})
     assert len(written) == 3 + 1 + 1
+    (_, plain, _, first), _, (*_, third), (_, again, _, _), _ = written
+    around = plain + 0.05 * (torch.outer(first, first) + torch.outer(third, third))  # the others, not itself
+    torch.testing.assert_close(again, around, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "olmo2"])
