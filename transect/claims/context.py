@@ -23,10 +23,9 @@ from ..compression.copying import working_copy
 from ..compression.factorized import Factorized, ranks_of_shares
 from ..compression.frame import factorize, temporarily
 from ..data import Batches
-from ..errors import BadData, OutOfReach
+from ..errors import BadData, NotApplicable, OutOfReach
 from ..evaluation import evaluate_loss
 from ..statistics import Progress, Statistic, Statistics, task_of
-from .registry import NotApplicable
 
 
 @dataclass(frozen=True)
