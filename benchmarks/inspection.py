@@ -86,6 +86,7 @@ def analyzed_by_weightwatcher(anatomy: Anatomy) -> Exponents:
 
 
 def compare_exponents(hidden: int, blocks: int, repeats: int) -> dict[str, float]:
+    """Tail exponents of a whole model: ours beside weightwatcher's; figures by name."""
     anatomy = Anatomy(with_tails(llama(hidden, blocks)))
     spectra = eigenvalues(anatomy)
     seconds = alternate(
@@ -142,6 +143,7 @@ def bridge_of(model: Any) -> Any:
 def compare_captures(
     make: Callable[..., Any], name: str, hidden: int, blocks: int, batch: int, length: int, repeats: int
 ) -> dict[str, float]:
+    """Captured activations: ours beside transformer_lens and a plain forward pass; figures by name."""
     model = make(hidden, blocks, vocabulary=VOCABULARY)
     anatomy, bridge = Anatomy(model), bridge_of(model)
     ids = torch.randint(2, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(1))
@@ -196,6 +198,7 @@ def compare_captures(
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
+    """Print both comparisons."""
     options = parser(__doc__)
     options.add_argument("--hidden", type=int, help="default 512")
     options.add_argument("--blocks", type=int, default=4)

@@ -43,6 +43,7 @@ class StructureRecord:
         """Forget block `index` of the module list at path `blocks`, and renumber the later ones."""
 
         def renumber(table: dict[str, Any]) -> dict[str, Any]:
+            """The table without that block, and with the numbers of the later ones one lower."""
             kept = {}
             for path, value in table.items():
                 if path.startswith(blocks + "."):

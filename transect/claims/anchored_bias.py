@@ -49,6 +49,7 @@ def spread(context: Context) -> Result:
     rows: list[dict[str, Any]] = []
 
     def note(name: str, given: Answers) -> Answers:
+        """Keep one measured variant as a row."""
         others = [number for number in range(len(judging.letters)) if number != letter]
         rows.append(
             {

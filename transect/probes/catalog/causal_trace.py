@@ -23,6 +23,7 @@ _NAMES = {"mlp": "MLP outputs", "attention": "attention outputs", "block": "bloc
 
 
 def draw(result: Result) -> list[Drawing]:
+    """The plots of a result, from its arrays alone."""
     effect, fraction = result["role effect"], result["fraction"]
     what = _NAMES[result.settings["kind"]]
     return [

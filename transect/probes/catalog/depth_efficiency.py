@@ -23,6 +23,7 @@ SPANS = ("all tokens", "without the first")
 
 
 def draw(result: Result) -> list[Drawing]:
+    """The plots of a result, from its arrays alone."""
     count = result["contribution"].shape[-1]
     contribution, cosine, output = result["contribution"][1], result["cosine"][1], result["skip_output"][0]
     shown = {f"length, {part}": contribution[i] for i, part in enumerate(PARTS)}
@@ -205,6 +206,7 @@ def halves(values: Tensor) -> tuple[float, float]:
 
 
 def findings(shares: Tensor, effects: Effects, divergence: Tensor, erasure: Tensor) -> list[str]:
+    """What the numbers say, in sentences."""
     layers = shares.shape[-1]
     if layers < 2:
         return ["The model has one layer: there are no two halves to compare."]

@@ -23,6 +23,7 @@ _TOP = 5  # tokens shown of what a component says
 
 
 def draw(result: Result) -> list[Drawing]:
+    """The plots of a result, from its arrays alone."""
     task = result.label("task", 1)[0]
     numbers = {name: result[name][0] for name in (*MEASURED, "path")}
     probability = result["probability"]

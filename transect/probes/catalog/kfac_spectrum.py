@@ -27,6 +27,7 @@ _ROLES = {"mlp": ("gate", "up", "down"), "attention": ("q", "k", "v", "o"), "all
 
 
 def draw(result: Result) -> list[Drawing]:
+    """The plots of a result, from its arrays alone."""
     names = result.label("matrix", len(result["mass"]))
     roles = {name.rpartition(".")[2]: None for name in names}
     by_role = {role: [number for number, name in enumerate(names) if name.endswith("." + role)] for role in roles}

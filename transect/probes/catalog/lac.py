@@ -27,6 +27,7 @@ DRAWS = 200
 
 
 def draw(result: Result) -> list[Drawing]:
+    """The plots of a result, from its arrays alone."""
     alphas = result.label("alpha", len(result["loss"][0]))
     return [
         lines(
@@ -292,6 +293,7 @@ def next_token_loss(logits: Tensor, ids: Tensor) -> float:
 
 
 def findings(quantities: dict[str, Quantity], alpha: float, at: int, written: int) -> list[str]:
+    """What the numbers say, in sentences."""
     values = {name: one.values for name, one in quantities.items()}
     prompt, new, _ = values["active_share"][:, at].tolist()
     between, text, _, prompt_halves, new_halves = values["difference"][:, at].tolist()

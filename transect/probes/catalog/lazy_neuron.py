@@ -28,6 +28,7 @@ CURVE = 101  # points of the sorted firing rates
 
 
 def draw(result: Result) -> list[Drawing]:
+    """The plots of a result, from its arrays alone."""
     rates, layers = result["rate"], result.label("layer", len(result["rate"]))
     points = torch.linspace(0, 1, CURVE, dtype=rates.dtype)
     curves = {}
@@ -224,6 +225,7 @@ def thinned_losses(specimen: Specimen, natural: dict[int, int], sequences: int) 
 def findings(
     quantities: dict[str, Quantity], labels: dict[str, list[str]], sharp: bool, share: float, tokens: int
 ) -> list[str]:
+    """What the numbers say, in sentences."""
     values = {name: one.values for name, one in quantities.items()}
     layers = labels["layer"]
     density = values["density"][0 if sharp else 1]

@@ -26,6 +26,7 @@ _ABOUT = {
 
 
 def draw(result: Result) -> list[Drawing]:
+    """The plots of a result, from its arrays alone."""
     rows = [[name, round(float(result[name].nanmean()), 4), about] for name, (_, about) in _ABOUT.items()]
     return [
         scatter(

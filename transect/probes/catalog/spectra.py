@@ -36,6 +36,7 @@ _FIGURES = {
 
 
 def draw(result: Result) -> list[Drawing]:
+    """The plots of a result, from its arrays alone."""
     names = result.label("matrix", len(result["alpha"]))
     drawings: list[Drawing] = [
         _by_place(
