@@ -96,8 +96,8 @@ def undo_folder(folder: str | Path, out: str | Path | None = None, *, overwrite:
     """Take back the edit that a checkpoint folder holds, bit for bit.
 
     out: where to write the model as it was. Default: in place of the edited one, whose card and undo file then go.
-    Raises BadCheckpoint where the folder holds no edit, or its parameters have other names or shapes than the edit left;
-    a change of their values since is not noticed, and is undone with it where the edit wrote.
+    Raises BadCheckpoint where the folder holds no edit, or its parameters have other names or shapes than the edit
+    left. A change of their values since is not noticed, and is undone with it where the edit wrote.
     """
     source = Path(folder).expanduser()
     try:
