@@ -7,13 +7,13 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from transect.activations import Specimen, changed
 from transect.anatomy import Anatomy
-from transect.checkpoint import open_model
+from transect.checkpoint import open_model, save
 from transect.data import Batches, Fact
-from transect.editing import Edit, edit, edit_specimen, edits, registry, undo_folder
+from transect.editing import Card, Edit, edit, edit_specimen, edits, registry, undo_folder
 from transect.errors import BadCheckpoint, NotApplicable, TransectError
 from transect.probes.neurons import held
 
@@ -202,13 +202,37 @@ def test_undo_in_place_and_of_a_folder_that_was_changed_since(folders, tmp_path)
     assert_same_on_disk(open_model(folder).model, before)
     assert not (folder / "edit.json").exists() and not (folder / "undo.safetensors").exists()
     folder = edited.save(tmp_path / "again", one.tokenizer)
-    described = json.loads((folder / "edit.json").read_text())
-    described["undo"]["added"].append("model.nothing.bias")
-    (folder / "edit.json").write_text(json.dumps(described))
+    changed = load_file(folder / "model.safetensors")
+    changed["model.norm.weight"][0] += 1e-3
+    save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(BadCheckpoint, match="changed since"):
         undo_folder(folder)
     (folder / "undo.safetensors").write_bytes(b"damaged")
     with pytest.raises(BadCheckpoint, match="damaged"):
+        undo_folder(folder)
+
+
+def test_an_interrupted_save_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
+    one = specimen("llama", torch.float32, tokenizer=tokenizer())
+    folder = save(one.model, tmp_path / "model", one.tokenizer)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def interrupted(card):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Card, "markdown", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        edit_specimen(one, NAME, CLAMP).save(folder, one.tokenizer, overwrite=True)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_another_model_in_its_place_takes_no_edit_along(tmp_path):
+    one = specimen("llama", torch.float32, tokenizer=tokenizer())
+    edited = edit_specimen(one, NAME, CLAMP)
+    folder = edited.save(tmp_path / "edited", one.tokenizer)
+    save(edited.undo(), folder, one.tokenizer, overwrite=True)
+    with pytest.raises(BadCheckpoint, match="holds no edit"):
         undo_folder(folder)
 
 

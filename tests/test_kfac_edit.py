@@ -15,7 +15,7 @@ from transect.anatomy import Anatomy
 from transect.checkpoint import open_model
 from transect.data import Batches, load, load_passages
 from transect.editing import edit_specimen
-from transect.editing.catalog.kfac_edit import chosen_layers, keep_share
+from transect.editing.catalog.kfac_edit import keep_share, papers_layers
 from transect.editing.recitation import levenshtein, recitation
 from transect.errors import NotApplicable, TransectError
 from transect.probes.curvature import Curvature, eigenpairs, kept_pairs
@@ -268,8 +268,8 @@ def test_half_precision_keeps_its_dtype():
     [
         ({"rho": 0}, "rho must be above 0"),
         ({"rho": 1.5}, "from 0 to 1"),
-        ({"layers": "9"}, "blocks 0 to 2"),
-        ({"layers": "2-1"}, "not among"),
+        ({"layers": "9"}, "layers 0 to 2"),
+        ({"layers": "2-1"}, "do not exist"),
         ({"layers": "late"}, "numbers and ranges"),
         ({"roles": "up,mlp"}, "should name some of"),
         ({"roles": ""}, "should name some of"),
@@ -291,9 +291,8 @@ def test_without_text():
 
 
 def test_the_papers_layers_at_other_depths():
-    assert chosen_layers("paper", 32) == [23, 24, 25]
-    assert chosen_layers("paper", 4) == [3] and chosen_layers("paper", 1) == [0]
-    assert chosen_layers("0,2-3", 4) == [0, 2, 3] and chosen_layers("all", 3) == [0, 1, 2]
+    assert papers_layers(32) == [23, 24, 25]
+    assert papers_layers(4) == [3] and papers_layers(1) == [0]
 
 
 def test_few_tokens_are_said_to_be_few():

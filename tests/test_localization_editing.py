@@ -21,6 +21,7 @@ from transect.editing.catalog import memit as memit_file
 from transect.editing.catalog import rome as rome_file
 from transect.editing.closed_form import damped, rank_one, ridge
 from transect.editing.contexts import ESSENCE, prefixes_of, rows_of
+from transect.editing.places import layers_of
 from transect.editing.problems import requests
 from transect.editing.scores import neighbourhood_score, rewrite_score
 from transect.editing.values import Search, values
@@ -522,8 +523,15 @@ def test_encoders_are_refused(edit: str):
 def test_layers_that_do_not_exist(edit: str, settings: dict[str, Any]):
     with pytest.raises(TransectError, match=r"do not exist|does not exist"):
         edit_specimen(specimen_of(), edit, settings)
-    with pytest.raises(TransectError, match="must be written"):
-        edit_specimen(specimen_of(), "memit", {"layers": "all"})
+    with pytest.raises(TransectError, match="numbers and ranges"):
+        edit_specimen(specimen_of(), "memit", {"layers": "late"})
+
+
+@pytest.mark.parametrize(
+    ("text", "layers"), [("1", [1]), ("0-1", [0, 1]), ("2, 0-1,1", [0, 1, 2]), ("0,2", [0, 2]), ("all", [0, 1, 2])]
+)
+def test_layers_as_they_are_written(text: str, layers: list[int]):
+    assert layers_of(specimen_of(), text) == layers
 
 
 def test_an_error_on_the_way_takes_everything_back(monkeypatch: pytest.MonkeyPatch):

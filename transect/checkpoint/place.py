@@ -17,6 +17,7 @@ from .modeling_file import MODULE
 # Files of an earlier model in the same folder that must not outlive it. Everything else in the folder is kept.
 _MODEL_FILES = re.compile(
     rf"(config|generation_config)\.json|(model|pytorch_model)[^/]*\.(safetensors|bin)(\.index\.json)?|{MODULE}\.py"
+    r"|edit\.(json|md)|undo\.safetensors"  # of an edit of that model, see `transect.editing`
 )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ def save(
     *,
     overwrite: bool = False,
     max_shard_size: int | str = "5GB",
+    beside: Callable[[Path], None] | None = None,
     **kwargs: Any,
 ) -> Path:
     """Write safetensors, config.json, the tokenizer and the structure record; returns the folder.
@@ -44,6 +45,7 @@ def save(
         (cached) hub name from which the model was loaded.
     overwrite: whether a folder that exists and is not empty may be written to. A checkpoint in it is replaced as a
         whole when the new one is complete; other files in it stay.
+    beside: writes more files that belong to the model into the folder that it is given, before that is put in place.
     kwargs: passed to transformers' `save_pretrained`.
 
     Raises TransectError if the folder exists, or cannot be written (disk full); nothing that was there is lost.
@@ -54,6 +56,8 @@ def save(
         tokenizer = tokenizer if tokenizer is not None else tokenizer_of(model)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
+        if beside is not None:
+            beside(partial)
     return target
 
 

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from ..activations import Specimen
 from ..checkpoint import check_output, open_model, save
+from ..compression.fingerprint import model_fingerprint
 from ..data import Batches
 from ..errors import BadCheckpoint
 from ..evaluation import evaluate_loss
-from ..files import replacing
 from .card import Card
 from .journal import Journal, restore
 from .registry import edit
@@ -37,17 +37,16 @@ class Edited:
         return self.model
 
     def save(self, folder: str | Path, tokenizer: Any = None, *, overwrite: bool = False) -> Path:
-        """Write an ordinary checkpoint, and beside it the card (edit.json, edit.md) and undo.safetensors."""
-        target = save(self.model, folder, tokenizer, overwrite=overwrite)
-        with replacing(target / UNDO) as partial:
-            save_file(self.journal.before, partial)
-        undo = {"config": self.journal.config, "added": self.journal.added}
-        with replacing(target / "edit.md") as partial:
-            partial.write_text(self.card.markdown(), encoding="utf-8")
-        with replacing(target / CARD) as partial:
-            described = {**json.loads(self.card.to_json()), "undo": undo}
-            partial.write_text(json.dumps(described, indent=1), encoding="utf-8")
-        return target
+        """Write an ordinary checkpoint with the card (edit.json, edit.md) and undo.safetensors: all, or nothing."""
+        undo = {"config": self.journal.config, "added": self.journal.added, "model": model_fingerprint(self.model)}
+        described = {**json.loads(self.card.to_json()), "undo": undo}
+
+        def write(folder: Path) -> None:
+            save_file(self.journal.before, folder / UNDO)
+            (folder / "edit.md").write_text(self.card.markdown(), encoding="utf-8")
+            (folder / CARD).write_text(json.dumps(described, indent=1), encoding="utf-8")
+
+        return save(self.model, folder, tokenizer, overwrite=overwrite, beside=write)
 
 
 def edit_specimen(
@@ -96,8 +95,7 @@ def undo_folder(folder: str | Path, out: str | Path | None = None, *, overwrite:
     """Take back the edit that a checkpoint folder holds, bit for bit.
 
     out: where to write the model as it was. Default: in place of the edited one, whose card and undo file then go.
-    Raises BadCheckpoint where the folder holds no edit, or its parameters have other names or shapes than the edit
-    left. A change of their values since is not noticed, and is undone with it where the edit wrote.
+    Raises BadCheckpoint where the folder holds no edit, or its weights are not bit for bit those that the edit left.
     """
     source = Path(folder).expanduser()
     try:
@@ -110,14 +108,10 @@ def undo_folder(folder: str | Path, out: str | Path | None = None, *, overwrite:
         raise BadCheckpoint(f"{source / UNDO} is damaged: {error}") from error
     target = source if out is None else check_output(out, overwrite)
     opened = open_model(source)
-    names = dict(opened.model.named_parameters())
-    wrong = [name for name, tensor in before.items() if name not in names or names[name].shape != tensor.shape]
-    wrong += [name for name in undo["added"] if name not in names]
-    if wrong:
-        raise BadCheckpoint(f"{source} was changed since it was edited: {wrong[0]} is not as the edit left it")
+    if model_fingerprint(opened.model) != undo["model"]:
+        raise BadCheckpoint(
+            f"the weights in {source} were changed since they were edited, so the edit cannot be taken back bit for "
+            f"bit; what they were before it is in {UNDO}"
+        )
     restore(opened.model, before, undo["config"], undo["added"])
-    written = save(opened.model, target, opened.tokenizer or opened.processor, overwrite=out is None or overwrite)
-    if out is None:
-        for name in (CARD, UNDO, "edit.md"):
-            (source / name).unlink(missing_ok=True)
-    return written
+    return save(opened.model, target, opened.tokenizer or opened.processor, overwrite=out is None or overwrite)

@@ -27,7 +27,7 @@ def bound(problem: Problem, layers: int, neurons: int) -> float:
     return _BOUNDS[problem][layers > 1] * _STUDIED / neurons
 
 
-def chosen(specimen: Specimen, layers: str) -> range:
+def chosen(specimen: Specimen, layers: str) -> list[int]:
     return layers_of(specimen, layers or str(usual_layer(specimen)))
 
 
@@ -56,7 +56,7 @@ def constrained_ft(
     value would lie outside of the interval stays as it was.
 
     problem: what is to become of the facts, as in `rome`.
-    layers: "first-last", from 0, or one; empty for the one just below a third of the way up.
+    layers: such as "2" or "1-3", from 0; empty for the one just below a third of the way up.
     epsilon: how far an entry may move; 0 for the study's ε (injection 1e-4 in one layer and 5e-5 in several,
         amplification 5e-5 and 1e-5, erasure 1e-5, forcing 1e-4, reversal 1e-3) times GPT-J's 16384 neurons over the
         model's (ours). A large number is fine-tuning without a bound.
@@ -102,5 +102,5 @@ def constrained_ft(
     finally:
         for weight in stored:
             weight.requires_grad_(False)
-    told = {"layers": f"{span[0]}-{span[-1]}", "facts": len(wanted), "epsilon": epsilon, "steps taken": done}
+    told = {"layers": ",".join(map(str, span)), "facts": len(wanted), "epsilon": epsilon, "steps taken": done}
     return {**told, **scores(before, probabilities(specimen, wanted), lowers)}

@@ -15,6 +15,7 @@ from ...parameters import Range
 from ...probes.curvature import Curvature, curvature, kept_pairs
 from ...statistics.objective import task_of
 from ..journal import Journal
+from ..places import layers_of
 from ..recitation import LOOSE, recitation
 from ..registry import editing
 
@@ -93,31 +94,13 @@ def chosen_matrices(specimen: Specimen, layers: str, roles: str) -> list[Matrix]
     unknown = [role for role in wanted if role not in MATRIX_ROLES]
     if unknown or not wanted:
         raise TransectError(f"kfac-edit: roles={roles!r} should name some of {', '.join(MATRIX_ROLES)}, with commas")
-    numbers = chosen_layers(layers, specimen.layers)
+    numbers = papers_layers(specimen.layers) if layers == PAPER_LAYERS else layers_of(specimen, layers)
     found = [matrix for matrix in specimen.anatomy.matrices(wanted) if matrix.block.index in numbers]
     if not found:
         raise TransectError(f"kfac-edit: blocks {layers} of the model have no {' or '.join(wanted)}")
     return found
 
 
-def chosen_layers(layers: str, count: int) -> list[int]:
-    """Block numbers: of "paper", "all", or numbers and ranges with commas in between. Raises TransectError."""
-    if layers == PAPER_LAYERS:
-        return sorted({min(round(share * count), count - 1) for share in (_FIRST, (_FIRST + _LAST) / 2, _LAST)})
-    if layers == "all":
-        return list(range(count))
-    found: set[int] = set()
-    for part in layers.split(","):
-        first, _, last = part.strip().partition("-")
-        try:
-            numbers = range(int(first), int(last or first) + 1)
-        except ValueError:
-            raise TransectError(
-                f"kfac-edit: layers={layers!r} should be numbers and ranges such as 0,2-3, or paper, or all"
-            ) from None
-        if not numbers or numbers[-1] >= count:
-            raise TransectError(
-                f"kfac-edit: layers={layers!r}: {part.strip()!r} is not among the blocks 0 to {count - 1}"
-            )
-        found |= set(numbers)
-    return sorted(found)
+def papers_layers(count: int) -> list[int]:
+    """The blocks at the paper's share of the depth, in a model of so many."""
+    return sorted({min(round(share * count), count - 1) for share in (_FIRST, (_FIRST + _LAST) / 2, _LAST)})

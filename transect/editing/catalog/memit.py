@@ -22,12 +22,12 @@ from ..scores import measure, probabilities, scores
 from ..values import Search, values
 
 
-def chosen(specimen: Specimen, layers: str) -> range:
+def chosen(specimen: Specimen, layers: str) -> list[int]:
     """The layers, by default up to five that end one above ROME's."""
     if layers:
         return layers_of(specimen, layers)
     last = min(usual_layer(specimen) + 1, specimen.layers - 1)
-    return range(max(0, last - 4), last + 1)
+    return list(range(max(0, last - 4), last + 1))
 
 
 def check(specimen: Specimen, *, problem: Problem, layers: str, noise: float, **others: Any) -> None:
@@ -66,7 +66,7 @@ def memit(
     a layer adds, so R is then reached in direction rather than in size.
 
     problem: what is to become of the facts, as in `rome`.
-    layers: "first-last", from 0; empty for up to five that end a third of the way up, about where the paper has them.
+    layers: such as "1-3", from 0; empty for up to five that end a third of the way up, about where the paper has them.
     weight: λ, how much inputs on the text count against the facts, in units of the number of neurons.
     contexts: texts that are put before the prompt, beside the prompt alone.
     steps: of Adam in search of z.
@@ -85,12 +85,12 @@ def memit(
     moments = second_moments(specimen, matrices)
     before = probabilities(specimen, wanted)
     share = spread(specimen, journal, wanted, span, moments, prefixes, search, weight)
-    told = {"layers": f"{span[0]}-{span[-1]}", "facts": len(wanted), "share of the wanted change": round(share, 4)}
+    told = {"layers": ",".join(map(str, span)), "facts": len(wanted), "share of the wanted change": round(share, 4)}
     return {**told, **scores(before, probabilities(specimen, wanted), search.lowers)}
 
 
 def spread(
-    specimen: Specimen, journal: Journal, wanted: Sequence[Request], span: range, moments: Sequence[Tensor],
+    specimen: Specimen, journal: Journal, wanted: Sequence[Request], span: Sequence[int], moments: Sequence[Tensor],
     prefixes: Sequence[str], search: Search, weight: float,
 ) -> float:  # fmt: skip
     """Write all requests into several layers; returns the share of the wanted change of the states that was reached.
