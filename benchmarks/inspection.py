@@ -1,9 +1,10 @@
 """Looking inside a model: tail exponents against weightwatcher, captured activations against transformer_lens.
 
 Exponents: every weight matrix of every block, the power law fitted to its squared singular values. weightwatcher runs
-`analyze()` with its defaults on the blocks alone; Transect does the same fit (`singular_values` and `power_law`), and
-for comparison the whole probe `spectra`, which also fits windows of each matrix. The weights are random, with rows of
-unequal length, so that the spectra have tails. Single parts are compared, too: the fits alone, on the same eigenvalues.
+`analyze()` with its defaults on the blocks alone; Transect does the same fit (`singular_values` and `power_law`, a
+matrix to a core), and for comparison the whole probe `spectra`, which also fits windows of each matrix. The weights are
+random, with rows of unequal length, so that the spectra have tails. Single parts are compared, too: the fits alone, on
+the same eigenvalues.
 
 Captured activations: the residual stream behind one block, and behind all, in one pass over a batch. transformer_lens
 wraps the same weights in its bridge and caches only these points. The logits of both are compared with those of the
@@ -36,6 +37,7 @@ from transect.activations import Specimen, watch
 from transect.anatomy import Anatomy
 from transect.probes import run_probes
 from transect.spectra import power_law, singular_values
+from transect.threads import side_by_side
 
 FLOOR = 1e-5  # weightwatcher leaves out eigenvalues up to this
 VOCABULARY = 1024
@@ -51,20 +53,25 @@ def with_tails(model: Any) -> Any:
     return model
 
 
-def eigenvalues(anatomy: Anatomy) -> dict[str, Tensor]:
-    """Squared singular values of every matrix, ascending, by the module's path."""
-    found = {}
+def eigenvalues(weight: Tensor) -> Tensor:
+    """Squared singular values of a matrix, ascending."""
+    return singular_values([weight])[0].square().flip(0)
+
+
+def exponent(values: Tensor) -> float:
+    """Ours, of these eigenvalues."""
+    fit = power_law(values, FLOOR)
+    return float("nan") if fit is None else fit.alpha
+
+
+def exponents(anatomy: Anatomy) -> Exponents:
+    """Ours, of every matrix, by the module's path; as the probe `spectra` finds them."""
+    found: Exponents = {}
     for block in anatomy.blocks:
         matrices = block.matrices()
-        for matrix, values in zip(matrices, singular_values([m.weight for m in matrices]), strict=True):
-            found[matrix.path] = values.square().flip(0)
+        fits = side_by_side(lambda weight: exponent(eigenvalues(weight)), [matrix.weight for matrix in matrices])
+        found |= {matrix.path: alpha for matrix, alpha in zip(matrices, fits, strict=True)}
     return found
-
-
-def fitted(spectra: dict[str, Tensor]) -> Exponents:
-    """Our exponents of these spectra."""
-    fits = {path: power_law(values, FLOOR) for path, values in spectra.items()}
-    return {path: float("nan") if fit is None else fit.alpha for path, fit in fits.items()}
 
 
 def fitted_by_weightwatcher(spectra: dict[str, Tensor]) -> Exponents:
@@ -88,19 +95,19 @@ def analyzed_by_weightwatcher(anatomy: Anatomy) -> Exponents:
 def compare_exponents(hidden: int, blocks: int, repeats: int) -> dict[str, float]:
     """Tail exponents of a whole model: ours beside weightwatcher's; figures by name."""
     anatomy = Anatomy(with_tails(llama(hidden, blocks)))
-    spectra = eigenvalues(anatomy)
+    spectra = {matrix.path: eigenvalues(matrix.weight) for matrix in anatomy.matrices()}
     seconds = alternate(
         {
             "weightwatcher, analyze()": lambda: analyzed_by_weightwatcher(anatomy),
-            "transect, the same exponents": lambda: fitted(eigenvalues(anatomy)),
+            "transect, the same exponents": lambda: exponents(anatomy),
             "transect, probe spectra": lambda: run_probes(Specimen(anatomy), {"spectra": {}}),
             "weightwatcher, fits alone": lambda: fitted_by_weightwatcher(spectra),
-            "transect, fits alone": lambda: fitted(spectra),
+            "transect, fits alone": lambda: {path: exponent(values) for path, values in spectra.items()},
         },
         repeats,
     )
     names = list(seconds)
-    ours, theirs = fitted(spectra), analyzed_by_weightwatcher(anatomy)
+    ours, theirs = exponents(anatomy), analyzed_by_weightwatcher(anatomy)
     difference = max(abs(ours[path] - theirs[path]) for path in ours)
     faster = ratio(seconds, names[0], names[1])
     rows = [

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .errors import TransectError
+from .threads import side_by_side
 
 FLOOR = 1e-5  # eigenvalues below this share of the largest count as zeros, whose logarithm means nothing
 SMALLEST_SPECTRUM = 20  # eigenvalues; a power law fitted to fewer says nothing
@@ -21,32 +22,27 @@ _MOST_CUTS = 500
 _SCREEN = 16  # of how many points the first bound on a Kolmogorov-Smirnov distance looks at one
 _FEW = 2**16  # distances' points that are not worth a bound
 _ENTRIES = 2**22  # numbers in memory at a time
+_TOGETHER = 2**28  # entries of the matrices that are decomposed at the same time: 2 GiB in float64
 _ROUGH = 1e-12  # share of the largest eigenvalue below which a Gram matrix's eigenvalues are mostly rounding
 _LOG_LOW, _LOG_HIGH = torch.tensor([0.95, 1.5], dtype=torch.float64).log().tolist()
 
 
 def singular_values(weights: Sequence[Tensor]) -> list[Tensor]:
-    """The singular values of each W (m x n), falling (min(m, n)), float64.
+    """The singular values of each W (m x n), falling (min(m, n)), float64; matrices side by side, one to a core.
 
-    The square roots of the eigenvalues of the smaller Gram matrix, in float64, all matrices of one shape at once; so a
-    value of the share s of the largest is off by about 1e-15 / s. A matrix that has values below 1e-6 of its largest is
-    decomposed itself instead, at several times the cost.
+    The square roots of the eigenvalues of the smaller Gram matrix, in float64; so a value of the share s of the largest
+    is off by about 1e-15 / s. A matrix that has values below 1e-6 of its largest is decomposed itself instead, at
+    several times the cost.
     """
-    found: list[Tensor] = [torch.empty(0)] * len(weights)
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for number, weight in enumerate(weights):
-        groups.setdefault(tuple(weight.shape), []).append(number)
-    for shape, numbers in groups.items():
-        step = max(1, _ENTRIES // max(1, shape[0] * shape[1]))
-        for start in range(0, len(numbers), step):
-            part = numbers[start : start + step]
-            stacked = torch.stack([weights[number] for number in part]).double()
-            gram = stacked @ stacked.mT if shape[0] <= shape[1] else stacked.mT @ stacked
-            squares = torch.linalg.eigvalsh(gram).flip(-1)
-            for number, weight, values in zip(part, stacked, squares, strict=True):
-                rough = bool(values[-1] < _ROUGH * values[0])
-                found[number] = torch.linalg.svdvals(weight) if rough else values.sqrt()
-    return found
+    largest = max((weight.numel() for weight in weights), default=1)
+    return side_by_side(_singular_values, weights, most=max(1, _TOGETHER // max(1, largest)))
+
+
+def _singular_values(weight: Tensor) -> Tensor:
+    wide = weight.double()
+    gram = wide @ wide.mT if wide.shape[0] <= wide.shape[1] else wide.mT @ wide
+    squares = torch.linalg.eigvalsh(gram).flip(-1)
+    return torch.linalg.svdvals(wide) if squares[-1] < _ROUGH * squares[0] else squares.sqrt()
 
 
 @dataclass(frozen=True)

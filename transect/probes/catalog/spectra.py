@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from ...activations import Specimen
-from ...anatomy import Matrix
 from ...errors import TransectError
 from ...parameters import Range
 from ...spectra import FLOOR, SMALLEST_SPECTRUM, hill_median, pooled_eigenvalues, power_law, singular_values
+from ...threads import side_by_side
 from ..draw import Drawing, Table, heatmap, lines
 from ..registry import probing
 from ..result import Quantity, Result
@@ -109,10 +109,10 @@ def spectra(
     values: list[Tensor] = []
     tails: list[list[float]] = []
     for block in specimen.shown(specimen.anatomy.blocks, "spectra"):
-        mine = block.matrices()
-        found = [one.cpu() for one in singular_values([matrix.weight for matrix in mine])]
-        values += found
-        tails += [_tail(one) + _window_tail(matrix, rows, windows) for matrix, one in zip(mine, found, strict=True)]
+        weights = [matrix.weight for matrix in block.matrices()]
+        for found, tail in side_by_side(lambda weight: _measured(weight, rows, windows), weights):
+            values.append(found)
+            tails.append(tail)
     figures = torch.cat([torch.stack([_ranks(one) for one in values]), torch.tensor(tails, dtype=torch.float64)], 1)
     padded = torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=float("nan"))
     quantities = {
@@ -130,6 +130,12 @@ def spectra(
     if any(rows > min(matrix.shape) for matrix in matrices):
         caveats.append("Some matrices are smaller than the window and got smaller windows: compare those with care.")
     return Result(quantities, _findings(quantities, names, rows), caveats, {"matrix": names})
+
+
+def _measured(weight: Tensor, rows: int, windows: int) -> tuple[Tensor, list[float]]:
+    """The singular values of a matrix, and the last figures of `_FIGURES`."""
+    values = singular_values([weight])[0].cpu()
+    return values, _tail(values) + _window_tail(weight, rows, windows)
 
 
 def _ranks(values: Tensor) -> Tensor:
@@ -152,9 +158,9 @@ def _tail(values: Tensor) -> list[float]:
     return [float("nan")] * 3 if fit is None else [fit.alpha, fit.distance, float(fit.tail)]
 
 
-def _window_tail(matrix: Matrix, rows: int, windows: int) -> list[float]:
+def _window_tail(weight: Tensor, rows: int, windows: int) -> list[float]:
     """The exponents of the windows' pooled eigenvalues: of the best fit, and Hill's."""
-    pooled = pooled_eigenvalues(matrix.weight.double(), rows, windows=windows).cpu()
+    pooled = pooled_eigenvalues(weight.double(), rows, windows=windows).cpu()
     fit = power_law(pooled, FLOOR * float(pooled[-1]), cuts=_STARTS)
     try:
         hill = hill_median(pooled)
