@@ -26,6 +26,7 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
         ("low_rank", "svd at keep 0.5"),
         ("structured", "keep 0.7"),
         ("streaming", "Peak resident memory"),
+        ("nuclear_norm", "Spread of 64 states"),
     ],
 )
 def test_prints_its_table(name: str, heading: str, benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
