@@ -4,7 +4,8 @@
 """
 
 from .batches import Batches
-from .facts import Choice, Fact, Passage, load_choices, load_facts, load_passages
+from .facts import load_choices, load_facts, load_passages
 from .loading import load
+from .questions import Choice, Fact, Passage
 
 __all__ = ["Batches", "Choice", "Fact", "Passage", "load", "load_choices", "load_facts", "load_passages"]

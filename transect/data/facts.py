@@ -1,66 +1,22 @@
-"""What a model knows, as questions about it: facts with a subject, multiple-choice items, passages with their endings.
+"""Questions about what a model knows, from files.
 
-Each is a file, .json (a list) or .jsonl (one object a line), or `organism:facts`, `organism:choices`,
+Each kind is a file, .json (a list) or .jsonl (one object a line), or `organism:facts`, `organism:choices`,
 `organism:passages`: those of the bundled model's world.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import BadData
+from ..organism.world import World
+from .organism_questions import choices, facts, passages
+from .questions import Choice, Fact, Passage, make_choice
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Passage:
-    """A prompt and what follows it after one space."""
-
-    prompt: str
-    answer: str
-
-
-@dataclass(frozen=True)
-class Fact:
-    """A statement about a subject.
-
-    prompt: with `{}` where the subject stands, such as "{} lives in". answer: what follows after one space.
-    new_answer: what an edit is to put in its place. paraphrases: whole prompts with the same answer.
-    neighbours: prompts of other facts with their answers, which an edit should leave alone.
-    """
-
-    prompt: str
-    subject: str
-    answer: str
-    new_answer: str | None = None
-    paraphrases: tuple[str, ...] = ()
-    neighbours: tuple[Passage, ...] = ()
-
-    @property
-    def text(self) -> str:
-        """The prompt with the subject in it."""
-        return self.prompt.replace("{}", self.subject)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A multiple-choice item.
-
-    prompt: with the options in it, ending where the letter of the answer follows after one space.
-    letters: what may be answered, such as A to D. answer: index of the right one.
-    positions: where each letter of the list of options starts in the prompt, in characters. end: where the list ends.
-    """
-
-    prompt: str
-    letters: tuple[str, ...]
-    answer: int
-    positions: tuple[int, ...]
-    end: int | None = None
 
 
 def load_facts(data: Any) -> list[Fact]:
@@ -161,27 +117,8 @@ def _choice(entry: Mapping[str, Any]) -> Choice:
     return make_choice(template, str(entry["question"]), options, answer)
 
 
-def make_choice(template: str, question: str, options: Sequence[str], answer: int) -> Choice:
-    """An item with its options written "A first, B second" where the template says {options}."""
-    letters = tuple(chr(ord("A") + number) for number in range(len(options)))
-    head, found, tail = template.partition("{options}")
-    if not found:
-        raise ValueError("its template has no {options}")
-    head = head.replace("{question}", question)
-    positions, shown = [], ""
-    for letter, option in zip(letters, options, strict=True):
-        shown += ", " if shown else ""
-        positions.append(len(head) + len(shown))
-        shown += f"{letter} {option}"
-    prompt = head + shown + tail.replace("{question}", question)
-    return Choice(prompt, letters, answer, tuple(positions), end=len(head + shown))
-
-
 def _of_organism(name: str, what: str) -> list[Any]:
     if name != f"organism:{what}":
         raise BadData(f"{name!r} holds no {what}; expected organism:{what} or a file")
-    from ..organism import World
-    from .organism_questions import choices, facts, passages
-
     makers: dict[str, Any] = {"facts": facts, "choices": choices, "passages": passages}
     return makers[what](World())

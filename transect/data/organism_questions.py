@@ -5,7 +5,7 @@ from __future__ import annotations
 from random import Random
 
 from ..organism.world import HELD_BACK, QUESTION, World
-from .facts import Choice, Fact, Passage, make_choice
+from .questions import Choice, Fact, Passage, make_choice
 
 NEIGHBOURS = 4  # facts of other subjects that go with each fact
 ITEMS = 1000
