@@ -1,12 +1,15 @@
 """CD-T: the rules of the card, on tiny random models in float64."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
 from tests.models import CAUSAL, inputs, tiny
 from transect import Anatomy
-from transect.activations import Specimen, changed, watch
-from transect.data import load
+from transect.activations import Seen, Specimen, changed, watch
+from transect.claims import Verdict, copying, run_claims
+from transect.data import Batches, load
 from transect.errors import NotApplicable, TransectError
 from transect.probes import run_probes
 from transect.probes.circuits import alone, mean_heads
@@ -78,6 +81,20 @@ def test_without_bias_and_nonlinearity_a_part_is_the_linear_contribution():
     torch.testing.assert_close(made.heads([(2, 5, 2)]).logits[0], pair[1])
 
 
+def test_in_a_linear_network_parts_add_up_over_sources():
+    """With the attention weights fixed, and without MLPs and biases, everything behind the words is linear."""
+    model = tiny("llama", dtype=torch.float64)
+    anatomy = Anatomy(model)
+    for block in anatomy.blocks:
+        block.mlp.drop()
+    made = Decomposition(Specimen(anatomy), inputs("llama", batch=1, length=6)["input_ids"][0], "fixed")
+    each = made.words(torch.eye(6, dtype=torch.bool)).logits
+    pair = made.words((torch.arange(6) < 2)[None]).logits[0]
+    torch.testing.assert_close(each[:2].sum(0), pair, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(each.sum(0), made.logits, rtol=0, atol=1e-6)  # Llama's norms compute in float32
+    assert each.abs().amax(1).min() > 1e-3
+
+
 def test_a_head_that_says_its_mean_is_no_source():
     made = opened("gpt2")
     means = {layer: made.seen.heads[layer][0] for layer in range(3)}
@@ -123,3 +140,49 @@ def test_encoders_and_late_targets_are_refused():
             Decomposition(Specimen(Anatomy(tiny(name))), torch.arange(3, 8))
     with pytest.raises(TransectError, match="not behind"):
         opened("gpt2").heads([(1, 2, 0)], targets=[(1, 3, 0)])
+
+
+def test_heads_that_copy_are_told_by_what_they_attend_to(monkeypatch):
+    specimen = Specimen(Anatomy(tiny("llama")))
+    ids = copying.repeated(specimen, 3)
+    assert ids.shape == (3, 24) and torch.equal(ids[:, :12], ids[:, 12:])
+    back, copies = torch.zeros(3, 4, 24, 24), torch.zeros(3, 4, 24, 24)
+    for query in range(1, 24):
+        back[:, 1, query, query - 1] = 0.8
+    for query in range(12, 24):
+        copies[:, 2, query, query - 11] = 0.6
+
+    @contextmanager
+    def seen(anatomy, points):
+        yield Seen(patterns={0: back, 2: copies})
+
+    monkeypatch.setattr(copying, "watch", seen)
+    shares = copying.copying_heads(specimen, 3)
+    expected = torch.zeros(2, 3, 4)
+    expected[0, 0, 1], expected[1, 2, 2] = 0.8, 0.6
+    torch.testing.assert_close(torch.stack(shares), expected)
+    assert copying.heads_that(shares[0], "looks back") == [(0, 1)]
+    with pytest.raises(NotApplicable, match="no head of this model sings"):
+        copying.heads_that(shares[0] * 0.1, "sings")
+
+
+def test_claims_about_heads_that_copy(monkeypatch):
+    model = tiny("llama")
+    text = Batches([inputs("llama", batch=2)])
+    outcomes = run_claims(model, text, text, ["cd-t/copying-heads", "talking-heads/induction"])
+    assert {outcome.result.verdict for outcome in outcomes} == {Verdict.NOT_APPLICABLE}
+    shares = torch.zeros(2, 3, 4)
+    shares[0, 0, 1], shares[1, 2, 2] = 0.8, 0.6
+    for name in ("cd_t", "talking_heads"):
+        monkeypatch.setattr(f"transect.claims.{name}.copying_heads", lambda specimen: (shares[0], shares[1]))
+    heads, pairs = (outcome.result for outcome in run_claims(
+        model, text, text, ["cd-t/copying-heads", "talking-heads/induction"]
+    ))  # fmt: skip
+    assert len(heads.numbers) == 12 and [row["head"] for row in heads.numbers if row["copies"]] == ["2.2"]
+    place = next(number for number, row in enumerate(heads.numbers, 1) if row["copies"])
+    assert (heads.verdict is Verdict.HOLDS) == (place <= 3)
+    (row,) = pairs.numbers
+    found = run_probes(Specimen(Anatomy(model)), {"talking-heads": {"tested": 0}})["talking-heads"]["heads"][1]
+    assert row["pair"] == "0.1 -> 2.2" and row["score"] == pytest.approx(float(found[1, 10]))
+    assert row["place"] == 1 + int((found > found[1, 10]).sum())
+    assert (pairs.verdict is Verdict.HOLDS) == (row["place"] == 1)

@@ -10,10 +10,11 @@ from transect.activations.lens import norm_gain
 from transect.anatomy import Anatomy
 from transect.claims import Verdict, run_claims
 from transect.data import Batches
-from transect.errors import TransectError
+from transect.errors import NotApplicable, TransectError
 from transect.probes import neurons, run_probes
-from transect.probes.catalog.feature_neurons import decode, random_z
 from transect.probes.clamping import Chosen, clamp_effects
+from transect.probes.decoded import decode, random_z
+from transect.probes.stability import stability
 
 from .models import CAUSAL, CONFIGS, inputs, logits, tiny
 from .test_checkpoint import tokenizer
@@ -195,6 +196,75 @@ def test_the_slope_of_holding_is_what_autograd_says():
     assert float(slope) == pytest.approx(float(difference), rel=1e-6) and float(slope) != 0
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_the_first_order_effect_is_the_unembedded_output_of_the_neuron(name):
+    """In the last block only norms and head come behind: there act(gate) W_down[:, i], linearised, is the slope."""
+    one, batch, neuron = specimen(name), inputs(name, batch=1, length=5), 7
+    block, value = one.anatomy.blocks[2], torch.tensor([0.7], dtype=torch.float64, requires_grad=True)
+    with changed(one.anatomy, {("up", 2): neurons.held([neuron], value)}):
+        (slope,) = torch.autograd.grad(one.model(**batch).logits[0, -1, 20], value)
+    hold = changed(one.anatomy, {("up", 2): neurons.held([neuron], value.detach())})
+    with torch.no_grad(), hold, watch(one.anatomy, ["gate", "residual", "down"]) as seen:
+        one.model(**batch)
+    gate, down = seen.gate[2][0, -1, neuron], seen.down[2][0, -1]
+    pushed = block.mlp.activation(gate) * block.matrix("down").weight[:, neuron]
+    norm = block.norms.get("mlp_output")
+
+    def said(output):
+        added = output if norm is None else norm(output)
+        before = seen.residual[3][0, -1] - (down if norm is None else norm(down))
+        return one.lens(before + added)[20]
+
+    _, expected = torch.func.jvp(said, (down,), (pushed,))
+    torch.testing.assert_close(slope[0], expected.detach(), rtol=1e-5, atol=1e-9)
+    assert slope.abs() > 1e-6
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_a_model_compared_with_itself_keeps_every_token(name):
+    found = stability(specimen(name, torch.float32), specimen(name, torch.float32))
+    assert (found.shares == 1).all() and (found.layers == 1).all()
+    assert found.layers.shape == (len(found.kinds), 3)
+    assert (found.chance < 0.5).all() and (found.chance > 0).all()
+
+
+def test_neurons_that_changed_their_token_are_counted():
+    base, tuned = specimen(), specimen()
+    head, block = base.lens.weight, tuned.anatomy.blocks[1]
+    before = decode(base, head, ("up",), top=1).tokens[0, 0, 1, :, 0]
+    weight, gain = block.matrix("up").weight.clone(), block.norms["mlp_input"].weight.detach()
+    fresh = (before[:6] + 1) % len(head)
+    weight[:6] = head[fresh] / gain
+    weight[6:] *= 3  # the size of a row does not matter
+    block.matrix("up").write(weight)
+    names = decode(tuned, head, ("up",), top=1).tokens[0, 0, 1, :, 0]
+    assert torch.equal(names[:6], fresh) and torch.equal(names[6:], before[6:])
+    found = stability(base, tuned)
+    row = found.kinds.index("up")
+    assert found.layers[row].tolist() == pytest.approx([1, 42 / 48, 1])
+    assert float(found.shares[row]) == pytest.approx(138 / 144)
+    assert found.shares[[kind != row for kind in range(3)]].tolist() == [1, 1]
+    count, other = (tokens.bincount(minlength=64).double() for tokens in (before, names))
+    tops = [decode(base, head, ("up",), top=1).tokens[0, 0, layer, :, 0].bincount(minlength=64) for layer in (0, 2)]
+    expected = float(count @ other) + sum(float(top.double() @ top.double()) for top in tops)
+    assert float(found.chance[row]) == pytest.approx(expected / 48 / 144)
+
+
+def test_a_dropped_mlp_has_nothing_to_keep_and_other_shapes_are_refused():
+    base, tuned = specimen(), specimen()
+    for one in (base, tuned):
+        one.anatomy.blocks[1].mlp.drop()
+    found = stability(base, tuned)
+    assert found.layers[:, 1].isnan().all() and (found.shares == 1).all()
+    with pytest.raises(TransectError, match="tuned from the other"):
+        stability(base, specimen())
+    for one in (base, tuned):
+        for block in one.anatomy.blocks:
+            block.mlp and block.mlp.drop()
+    with pytest.raises(NotApplicable, match="has an MLP left"):
+        stability(base, tuned)
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "opt"])
 def test_controls_push_as_hard_and_effects_are_those_of_a_loop(name):
     one = specimen(name)
@@ -237,4 +307,21 @@ def test_the_claim_runs_and_needs_text(monkeypatch):
     assert outcome.result.verdict is not Verdict.NOT_APPLICABLE
     assert len(outcome.result.numbers) == 4
     (outcome,) = run_claims(model, None, data, ["feature-neurons/own-token"])
+    assert outcome.result.verdict is Verdict.NOT_APPLICABLE
+
+
+def test_the_claim_of_stability_tunes_a_copy(monkeypatch):
+    monkeypatch.setattr("transect.claims.feature_neurons.STEPS", 5)
+    model, data = tiny("llama"), Batches([inputs("llama", batch=6)])
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    (outcome,) = run_claims(model, data, data, ["feature-neurons/stability"])
+    rows = outcome.result.numbers
+    assert [row["rate"] for row in rows] == [1e-5, 1e-4, 1e-3]
+    assert (outcome.result.verdict is Verdict.HOLDS) == (rows[1]["kept, up"] > 0.75)
+    moved = [row["change of up, relative"] for row in rows]
+    assert 0 < moved[0] < moved[1] < moved[2]
+    assert rows[2]["held-out loss after"] < rows[2]["held-out loss before"]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not model.training
+    (outcome,) = run_claims(model, None, data, ["feature-neurons/stability"])
     assert outcome.result.verdict is Verdict.NOT_APPLICABLE

@@ -10,7 +10,8 @@ from transect.claims import Context, Verdict, claims
 from transect.data import Batches
 from transect.errors import TransectError
 from transect.probes import run_probes
-from transect.probes.catalog.lac import as_many, ended, generated, halves_difference
+from transect.probes.phases import ended, generated, halves_difference
+from transect.probes.void_losses import as_many
 from transect.probes.voids import Skipping, activity, last_active, norms_of, threshold
 
 SMALL = {"lac": {"prompts": 6, "length": 12, "generate": 6}}

@@ -1,6 +1,7 @@
 """The logit lens by layer: identities at the last layer, planted states, languages that swap, kinds of tokens."""
 
 import json
+from itertools import pairwise
 
 import pytest
 import torch
@@ -9,11 +10,15 @@ from transformers import PreTrainedTokenizerFast
 
 from transect.activations import Specimen, answer_log_probabilities, changed
 from transect.anatomy import Anatomy
-from transect.data import Batches
+from transect.claims import Context, Verdict, claims, run_claims
+from transect.claims import bilingual as toy
+from transect.claims import latent_language as about
+from transect.data import Batches, load
 from transect.data.concepts import Concept, load_concepts
-from transect.errors import BadData
+from transect.errors import BadData, TransectError
 from transect.probes import run_probes
-from transect.probes.catalog.latent_language import lens_log_probabilities
+from transect.probes.language_dimensions import sets_of, variances
+from transect.probes.languages import Asked, lens_log_probabilities
 from transect.probes.scripts import kind_of_text, kinds_of_tokens
 
 from .models import CAUSAL, CONFIGS, VOCABULARY, inputs, logits, tiny
@@ -224,3 +229,158 @@ def test_kinds_of_tokens_of_a_vocabulary():
     shown = [kinds[number] for number in index.tolist()]
     expected = ["special", "latin, new word", "latin, inside", "cyrillic", "digits", "punctuation"]
     assert shown[:6] == expected and shown[7:] == ["unused", "unused"]
+
+
+def paired(count=6, first=3, words=20):
+    """Meanings asked in two languages: a prompt is one token, and so is its answer's word."""
+    made = []
+    for number in range(count):
+        forms = {"a": f"w{words + 2 * number}", "b": f"w{words + 2 * number + 1}"}
+        made += [{"prompt": f"w{first + 2 * number + odd}", "target": "ab"[odd], "words": forms} for odd in (0, 1)]
+    return made
+
+
+def planted():
+    """A model without sublayers, whose dimension 0 carries the language of its word, and others the meaning."""
+    one = specimen(words=tokenizer())
+    for block in one.anatomy.blocks:
+        block.attention.drop()
+        block.mlp.drop()
+    embedding, head = one.model.get_input_embeddings().weight.data, one.lens.head.weight.data
+    head.zero_()
+    for number in range(6):
+        for odd, side in enumerate((1.0, -1.0)):
+            state = torch.zeros(32, dtype=torch.float64)
+            state[0], state[5 + number] = side, 1.0
+            embedding[3 + 2 * number + odd] = state
+            head[20 + 2 * number + odd] = 20 * state
+    one.model.model.norm.weight.data.fill_(1)
+    return one
+
+
+def test_a_planted_dimension_changes_the_language_and_random_ones_do_nothing(tmp_path):
+    result = run_probes(planted(), {NAME: {"concepts": written(tmp_path, paired()), "dimensions": 0.03}})[NAME]
+    swaps, words = result.labels["swap"], result.labels["word"]
+    assert swaps[1].startswith("top") and swaps[2].startswith("random") and words[2] == "any language"
+    assert (result["language variance"].argmax(1) == 0).all() and (result["language held"] > 0.999).all()
+    nothing, top, random, every = result["swapped answers"]
+    assert float(nothing[:, 0].min()) > 0.99 and float(nothing[:, 1].max()) < 0.01
+    for swapped in (top, every):
+        assert float(swapped[:, 1].min()) > 0.99 and float(swapped[:, 2].min()) > 0.99
+    torch.testing.assert_close(random, nothing)  # the other dimensions are the same in both prompts
+    assert "1 dimensions of 32" in result.findings[-1] and len(result.plots()) == 5
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_swapping_every_dimension_of_the_last_layer_gives_the_other_prompts_answers(name, tmp_path):
+    one = specimen(name, words=tokenizer())
+    entries = paired()
+    result = inspected(one, written(tmp_path, entries))[NAME]
+    numbers = [[int(text[1:]) for text in (entry["prompt"], *entry["words"].values())] for entry in entries]
+    prompt, a, b = torch.tensor(numbers[2:4] + numbers[6:8] + numbers[10:12]).T  # every other meaning is swapped
+    chances = logits(one.model, {"input_ids": prompt[:, None]})[:, -1].softmax(-1)
+    own = torch.where(torch.arange(6) % 2 == 0, a, b)[:, None]
+    other = torch.where(torch.arange(6) % 2 == 0, b, a)[:, None]
+    expected = [
+        torch.stack([given.gather(1, own).mean(), given.gather(1, other).mean()])
+        for given in (chances, chances.unflatten(0, (3, 2)).flip(1).flatten(0, 1))
+    ]
+    nothing, _, _, every = result["swapped answers"]
+    torch.testing.assert_close(nothing[:, :2], expected[0].expand(4, 2))
+    torch.testing.assert_close(every[-1, :2], expected[1])
+    torch.testing.assert_close(every[:, 2], every[:, :2].sum(1))
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in one.model.modules())
+
+
+def test_variance_between_languages_by_brute_force():
+    states = torch.randn(7, 3, 2, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    states[:, :, 1, 4] += torch.tensor([0.0, 5.0, -5.0])
+    between, total = variances(states)
+    for layer in range(2):
+        for dimension in range(5):
+            values = states[:, :, layer, dimension]
+            rest = [[float(v - row.mean()) for v in row] for row in values]
+            means = [sum(row[k] for row in rest) / 7 for k in range(3)]
+            assert float(between[layer, dimension]) == pytest.approx(sum(m * m for m in means) / 3)
+            assert float(total[layer, dimension]) == pytest.approx(sum(v * v for row in rest for v in row) / 21)
+    assert (between <= total + 1e-12).all() and float(between[1, 4] / total[1, 4]) > 0.9
+
+
+def test_concepts_of_one_meaning_are_put_together():
+    ids = torch.zeros(1, dtype=torch.long)
+    asked = [Asked(ids, target, {}, meaning) for meaning, target in ("xa", "xa", "xb", "ya", "yb", "xb", "za", "xa")]
+    assert sets_of(asked) == [{"a": 0, "b": 2}, {"a": 1, "b": 5}, {"a": 3, "b": 4}]
+    with_third = [*asked, Asked(ids, "c", {}, "x")]
+    assert sets_of(with_third) == [{"a": 0, "b": 2, "c": 8}]
+
+
+def test_without_concepts_that_pair_up_a_caveat_says_so(tmp_path):
+    for entries in (CONCEPTS, paired(3)):
+        result = inspected(specimen(words=tokenizer()), written(tmp_path, entries))[NAME]
+        assert "swapped answers" not in result.quantities
+        assert any("too few concepts are asked in several languages" in caveat for caveat in result.caveats)
+    with pytest.raises(TransectError, match=r"dimensions=0\.6"):
+        run_probes(specimen(), {NAME: {"dimensions": 0.6}})
+
+
+def test_word_lists_translate_and_texts_follow_one_grammar():
+    generator = torch.Generator().manual_seed(0)
+    ids = toy.documents(0.9, 400, generator)
+    assert ids.shape == (400, toy.LENGTH) and int(ids.max()) < toy.VOCABULARY
+    language = torch.full((toy.VOCABULARY,), -1)
+    language[toy.TAGS :] = torch.arange(3)
+    for number, first in enumerate(toy.OFFSETS):
+        language[first : first + (toy.SMALL if number == 2 else toy.MEANINGS)] = number
+    meaning = torch.arange(toy.VOCABULARY) - torch.tensor(toy.OFFSETS)[language]
+    texts, lists = ids[::2], ids[1::2].unflatten(1, (-1, 4))
+    assert (language[texts] == language[texts[:, :1]]).all()
+    assert 0.8 < float((texts[:, 0] == toy.TAGS).double().mean()) < 0.97
+    following = {(a, b) for row in meaning[texts[:, 1:]].tolist() for a, b in pairwise(row)}
+    assert len(following) <= toy.MEANINGS * len(toy.SUCCESSORS)
+    assert (language[lists[..., 0]] == language[lists[..., 1]]).all()
+    assert (language[lists[..., 2]] == language[lists[..., 3]]).all()
+    assert torch.equal(meaning[lists[..., 1]], meaning[lists[..., 3]])
+    prompts, asked = toy.questions("C", "B", times=1)
+    assert (prompts[:, -1] == toy.TAGS + 1).all() and torch.equal(meaning[prompts[:, -2]], asked)
+    assert not (meaning[prompts[:, 1:-2:4]] == asked[:, None]).any()
+
+
+def test_what_the_layers_of_a_translation_say_ends_with_the_models_own_answer():
+    model = toy.bilingual(0.9, 0, steps=2)
+    with torch.random.fork_rng():
+        assert torch.equal(toy.bilingual(0.9, 0, steps=2).lm_head.weight, model.lm_head.weight)
+    prompts, meanings = toy.questions("C", "B")
+    chances = logits(model, {"input_ids": prompts})[:, -1].softmax(-1)
+    found = about.translated(Specimen(Anatomy(model)), "C", "B")
+    for number, name in enumerate(toy.LANGUAGES):
+        mean = chances.gather(1, (meanings + toy.OFFSETS[number])[:, None]).mean()
+        assert found["layers"][-1][name] == pytest.approx(float(mean), rel=1e-4)
+    assert len(found["layers"]) == 7 and found["right"] < 0.5
+    splits = [(row["A"] - row["B"]) / (row["A"] + row["B"]) for row in found["layers"]]
+    assert found["gap"] == pytest.approx(sum(splits[1:6]) / 5)
+    assert all(split < 0 for split in splits[found["overtakes"] :])
+    assert found["overtakes"] == 0 or splits[found["overtakes"] - 1] >= 0
+
+
+def test_claims_about_models_that_have_not_learned_the_task_do_not_apply(monkeypatch):
+    small = specimen(words=tokenizer())
+    monkeypatch.setattr(about, "bilingual", lambda share, seed: toy.bilingual(share, seed, steps=1))
+    for name, reason in (("dimensions", "does not know their words"), ("dominant", "did not learn to translate")):
+        (outcome,) = run_claims(small.model, small.data, small.data, [f"{NAME}/{name}"], specimen=small)
+        assert outcome.result.verdict == Verdict.NOT_APPLICABLE and reason in outcome.result.explanation
+
+
+def test_the_claim_about_dimensions_on_the_bundled_model(monkeypatch):
+    from transect.checkpoint import open_model
+
+    monkeypatch.setattr(about, "SHARES", (0.05,))
+    monkeypatch.setattr("transect.probes.language_dimensions.SWAPPED", 4)
+    opened = open_model("organism", dtype="float32")
+    data = load("organism:heldout", opened.model, opened.tokenizer, sequences=2, sequence_length=16)
+    one = Specimen(Anatomy(opened.model), opened.tokenizer, data)
+    result = claims([f"{NAME}/dimensions"])[0].function(Context(opened.model, data, data, specimen=one))
+    top, random, every = result.numbers
+    held = top["language"] >= 0.05 and top["language"] > abs(top["meaning"])
+    held &= max(abs(random["language"]), abs(random["meaning"])) < 0.05
+    assert result.verdict == (Verdict.HOLDS if held else Verdict.DOES_NOT_HOLD)
+    assert every["language"] > 0.5 and top["share"] == 0.05

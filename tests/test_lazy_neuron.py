@@ -4,12 +4,14 @@ import torch
 from tests.models import CAUSAL, CONFIGS, inputs, logits, tiny
 from transect.activations import Specimen, changed, watch
 from transect.anatomy import Anatomy
-from transect.claims import Context, Verdict, claims
+from transect.claims import Context, Verdict, claims, run_claims
+from transect.claims import lazy_training as study
+from transect.claims import relu_classifier as own
 from transect.data import Batches
 from transect.errors import TransectError
 from transect.evaluation import evaluate_loss
 from transect.probes import run_probes
-from transect.probes.catalog.lazy_neuron import mass_counts, rectifies
+from transect.probes.activity import mass_counts, rectifies
 from transect.probes.topk import gathered, largest, top_k
 
 WANTED = {"lazy-neuron": {}}
@@ -215,7 +217,7 @@ def test_claims_compare_with_an_untrained_model(name):
     model = tiny(name)
     text = batches(name, batch=8, length=32)
     context = Context(model, text, text)
-    result, alive = (one.function(context) for one in claims(["lazy-neuron"]))
+    result, alive = (one.function(context) for one in claims(["lazy-neuron/training", "lazy-neuron/alive"]))
     fewer = all(row["active"] < min(0.5, row["active before training"]) for row in result.numbers)
     mass = all(row["95 % of the sum"] < row["95 % of the sum before training"] for row in result.numbers)
     fewer &= name == "opt" or mass
@@ -223,3 +225,63 @@ def test_claims_compare_with_an_untrained_model(name):
     assert ("extension" in result.explanation) == (name == "llama")
     healthy = all(row["never active"] < 0.05 and row["median share of tokens"] < 0.5 for row in alive.numbers)
     assert alive.verdict == (Verdict.HOLDS if healthy else Verdict.DOES_NOT_HOLD)
+
+
+def test_a_classifier_with_all_of_its_neurons_is_an_ordinary_one():
+    training, test = own.mixture(0)
+    dense, whole, few = (own.untrained(24, 0, k) for k in (None, 24, 3))
+    assert torch.equal(dense(test.inputs), whole(test.inputs))
+    found = few.traced(test.inputs)[1]
+    assert max(int((activations > 0).sum(-1).max()) for activations in found) == 3
+    first = torch.relu(dense.ups[0](dense.norms[0](dense.read(test.inputs))))
+    assert torch.equal(found[0], top_k(first, 3))
+    share = own.densities(dense, test)
+    assert float(share[0]) == pytest.approx(float((first > 0).double().mean()))
+    assert float(share.mean()) == pytest.approx(0.5, abs=0.15)
+    assert torch.equal(own.mixture(0)[0].inputs, training.inputs)
+
+
+def test_label_noise_changes_the_share_it_should_and_nothing_else():
+    clean, test = own.mixture(0)
+    noisy, again = own.mixture(0, 0.4)
+    assert torch.equal(clean.inputs, noisy.inputs) and torch.equal(test.labels, again.labels)
+    changed_share = float((clean.labels != noisy.labels).double().mean())
+    assert changed_share == pytest.approx(0.4 * 0.9, abs=0.03)  # a tenth is drawn as it was
+    assert float((own.mixture(0, 1.0)[0].labels == clean.labels).double().mean()) == pytest.approx(0.1, abs=0.03)
+
+
+def test_calibration_error_by_hand():
+    confidence, right = torch.tensor([0.95, 0.97, 0.55, 0.56, 1.0]), torch.tensor([True, False, True, True, True])
+    last = abs((0.95 + 0.97 + 1.0) - 2)  # 0.933 to 1 is one bin, 0.533 to 0.6 another
+    assert own.binned_error(confidence, right) == pytest.approx((last + abs(0.55 + 0.56 - 2)) / 5, rel=1e-6)
+
+
+def test_training_is_repeatable_and_learns(monkeypatch):
+    monkeypatch.setattr(own, "STEPS", 60)
+    training, _ = own.mixture(0)
+    state = torch.random.get_rng_state()
+    one, again = (own.trained(32, 0, training, k=8) for _ in range(2))
+    assert torch.equal(torch.random.get_rng_state(), state) and not one.training
+    assert torch.equal(one.head.weight, again.head.weight)
+    assert own.accuracy(one, training) > own.accuracy(own.untrained(32, 0, k=8), training) + 0.2
+
+
+def test_claims_about_training_say_what_their_numbers_say(monkeypatch):
+    monkeypatch.setattr(own, "STEPS", 5)
+    for name, value in {"SEEDS": (0,), "WIDTHS": (16, 32), "NEURONS": 32}.items():
+        monkeypatch.setattr(study, name, value)
+    text = batches("llama")
+    names = ["lazy-neuron/width", "lazy-neuron/labels", "lazy-neuron/top-k"]
+    width, labels, sparse = (one.result for one in run_claims(tiny("llama"), None, text, names))
+    narrow, wide = width.numbers
+    judged = wide["active"] < narrow["active"] and wide["active neurons"] > narrow["active neurons"]
+    assert width.verdict == (Verdict.HOLDS if judged else Verdict.DOES_NOT_HOLD)
+    drawn = [row for row in labels.numbers if row["labels"] == "random"]
+    judged = all(row["active"] < min(0.5, row["active before training"]) for row in drawn)
+    assert len(drawn) == 2 and labels.verdict == (Verdict.HOLDS if judged else Verdict.DOES_NOT_HOLD)
+    dense, few, dense_noisy, few_noisy = sparse.numbers
+    assert [row["label noise"] for row in sparse.numbers] == [0, 0, 0.4, 0.4] and few["neurons"] != dense["neurons"]
+    judged = few["accuracy"] >= dense["accuracy"] - 0.01 and few_noisy["accuracy"] > dense_noisy["accuracy"]
+    judged &= few["ECE"] <= dense["ECE"]
+    assert sparse.verdict == (Verdict.HOLDS if judged else Verdict.DOES_NOT_HOLD)
+    assert all("not about the model under study" in one.explanation for one in (width, labels, sparse))

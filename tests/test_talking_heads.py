@@ -1,6 +1,7 @@
 """Channels between heads: scores against dense matrices, planted channels, and what can be done to a component."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -68,6 +69,57 @@ def test_scores_know_no_scale_no_basis_inside_a_head_and_no_sign():
     after = composition(heads_of(anatomy, early), heads_of(anatomy, late))
     for one, other in zip(before, after, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-8)
+
+
+def test_scores_know_no_basis_of_the_stream_of_queries_and_keys_and_no_signs():
+    anatomy = Anatomy(tiny("llama", dtype=torch.float64))
+    early, late = anatomy.blocks[0], anatomy.blocks[1]
+    for block in (early, late):
+        torch.nn.init.ones_(block.norms["attention_input"].weight)
+    writer, reader = heads_of(anatomy, early), heads_of(anatomy, late)
+    before = composition(writer, reader)
+    flipped = replace(writer, directions=-writer.directions, mix=-writer.mix)
+    for one, other in zip(before, composition(flipped, reader), strict=True):
+        assert torch.equal(one, other)
+    z = torch.randn(5, 32, dtype=torch.float64)
+    torch.testing.assert_close(
+        scaled_component(flipped, 1, 2, 0.5)(z), scaled_component(writer, 1, 2, 0.5)(z), rtol=1e-9, atol=1e-12
+    )
+    generator = torch.Generator().manual_seed(0)
+    turn = torch.linalg.qr(torch.randn(32, 32, generator=generator, dtype=torch.float64)).Q
+    inside = torch.randn(8, 8, generator=generator, dtype=torch.float64)
+    for block in (early, late):
+        attention = block.attention
+        for matrix in (attention.q, attention.k, attention.v):
+            matrix.write(matrix.weight @ turn.T)
+        attention.o.write(turn @ attention.o.weight)
+    q, k = late.attention.q.weight.clone(), late.attention.k.weight.clone()
+    q[:16] = (inside @ q[:16].unflatten(0, (2, 8))).flatten(0, 1)  # the two heads that share the first keys
+    k[:8] = torch.linalg.inv(inside).T @ k[:8]
+    late.attention.q.write(q)
+    late.attention.k.write(k)
+    for one, other in zip(before, composition(heads_of(anatomy, early), heads_of(anatomy, late)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_without_all_its_components_a_head_writes_nothing_and_its_own_value_changes_nothing(name):
+    anatomy = Anatomy(tiny(name, dtype=torch.float64))
+    block = anatomy.blocks[1]
+    made, o = heads_of(anatomy, block), block.attention.o
+    before = o.bias.clone() if o.bias is not None else None
+    z = torch.randn(1, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rest = z
+    for component in range(8):
+        rest = scaled_component(made, 2, component, 0.0)(rest)
+    torch.testing.assert_close(rest[:, 16:24], torch.zeros(1, 8, dtype=torch.float64), rtol=0, atol=1e-9)
+    assert torch.equal(rest[:, :16], z[:, :16]) and torch.equal(rest[:, 24:], z[:, 24:])
+    assert before is None or torch.equal(o.bias, before)
+    written = o.weight[:, 16:24] @ z[0, 16:24]
+    if name == "gpt2":
+        written = written - written.mean()  # LayerNorm reads the stream without its mean
+    own = float(made.directions[2][:, 3] @ written)
+    torch.testing.assert_close(set_component(made, 2, 3, own)(z), z, rtol=1e-9, atol=1e-9)
 
 
 def test_random_heads_score_as_chance_does():

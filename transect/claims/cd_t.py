@@ -9,6 +9,7 @@ from ..probes.catalog.cd_t import prompts_of
 from ..probes.circuits import direction_to, mean_heads, scores_on_logits
 from ..probes.decomposition import Decomposition
 from .context import Context
+from .copying import copying_heads, heads_that, repeated
 from .probing import probed
 from .registry import NotApplicable, Result, Verdict, claim
 
@@ -81,6 +82,50 @@ def ablation(context: Context) -> Result:
         Verdict.HOLDS if mean > 0.5 else Verdict.DOES_NOT_HOLD,
         f"Over {len(made.nodes)} heads by position the rank correlation of score and effect is {mean:.2f}, the "
         f"mean of {len(rows)} prompts.",
+        rows,
+    )
+
+
+@claim(
+    "cd-t/copying-heads",
+    method="cd-t",
+    paper=_PAPER,
+    statement="Where a model copies what was said before, the heads that are known to copy are among the first by "
+    "their score.",
+)
+def copying(context: Context) -> Result:
+    """On random tokens that are said twice; the answer is the last of them.
+
+    Known are the heads that attend to what came behind a token's earlier occurrence. A head's score is its largest part
+    of the answer over positions, in absolute value, the mean of four prompts. One of them should be among the first
+    three (ours).
+    """
+    specimen = context.specimen
+    specimen.require_causal()
+    specimen.require_contributions()
+    known = heads_that(copying_heads(specimen)[1], "attends to what came behind a token's earlier occurrence")
+    ids = repeated(specimen, 16)
+    prompts, answers = ids[:, :-1], ids[:, -1].tolist()
+    means, scores = mean_heads(specimen, prompts), {}
+    for row, answer in zip(prompts[:4], answers, strict=False):
+        made = Decomposition(specimen, row)
+        found = scores_on_logits(made, made.nodes, direction_to(answer, len(made.logits)), means).abs().tolist()
+        best: dict[tuple[int, int], float] = {}
+        for (layer, _, head), score in zip(made.nodes, found, strict=True):
+            best[layer, head] = max(score, best.get((layer, head), 0.0))
+        for place, score in best.items():
+            scores[place] = scores.get(place, 0.0) + score / 4
+    order = sorted(scores, key=lambda place: -scores[place])
+    rows = [
+        {"head": f"{layer}.{head}", "score, logits": scores[layer, head], "copies": (layer, head) in known}
+        for layer, head in order
+    ]
+    places = [1 + order.index(place) for place in known]
+    return Result(
+        Verdict.HOLDS if min(places) <= 3 else Verdict.DOES_NOT_HOLD,
+        f"Of {len(order)} heads, those that copy are at place "
+        + ", ".join(f"{place} ({layer}.{head})" for place, (layer, head) in zip(places, known, strict=True))
+        + " by score.",
         rows,
     )
 

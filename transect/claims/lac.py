@@ -46,10 +46,8 @@ def phases(context: Context) -> Result:
     return Result(
         Verdict.HOLDS if between > noise else Verdict.DOES_NOT_HOLD,
         f"At alpha 0.8 the share of active tokens differs by {between:.4f} a layer between the phases, and by less "
-        "than "
-        f"{noise:.4f} between 95 % of random halves of one phase. The text's own tokens at the places of the generated "
-        "ones "
-        f"differ by {text:.4f} from the prompts and by {other:.4f} from the generated ones"
+        f"than {noise:.4f} between 95 % of random halves of one phase. The text's own tokens at the places of the "
+        f"generated ones differ by {text:.4f} from the prompts and by {other:.4f} from the generated ones"
         + (": what differs is what the model writes, not how it reads." if text <= halves[0] < between else ".")
         + " A causal model computes both phases alike. The difference exceeds that of halves at alpha: "
         f"{', '.join(f'{alpha:g}' for alpha in clear) or 'none'}.",

@@ -1,4 +1,4 @@
-"""Claims of the lazy neuron study (Li et al. 2023, arXiv:2210.06313)."""
+"""Claims of the lazy neuron study (Li et al. 2023, arXiv:2210.06313) about the model at hand."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ HEALTHY = 0.05
     "lazy-neuron/training",
     method="lazy-neuron",
     paper=PAPER,
-    statement="In a trained model fewer than half of the MLP neurons are active for a token, in every layer, and fewer "
-    "than "
-    "in the same model before training.",
+    statement="In a trained model fewer than half of the MLP neurons are active for a token, in every layer, and "
+    "fewer than in the same model before training.",
 )
 def training(context: Context) -> Result:
     """Against a model of the same configuration with random weights, on the same text.
 
-    The paper is about ReLU and counts exact zeros. For other activation functions a neuron counts as active where it
-    exceeds 5 % of the token's largest. That is an extension, and it depends on the 5 %. So there the claim holds only
-    where another extension agrees: the fewest neurons with 95 % of the sum of sizes are fewer than before training too.
+    The paper is about ReLU and counts exact zeros. For other activation functions a neuron counts as active where
+    it exceeds 5 % of the token's largest. That is an extension, and it depends on the 5 %. So there the claim holds
+    only where another extension agrees: the fewest neurons with 95 % of the sum of sizes are fewer than before
+    training too.
     """
     specimen = context.specimen
     trained = probed(specimen, "lazy-neuron", sequences=1)
@@ -57,9 +57,9 @@ def training(context: Context) -> Result:
     denser = [row["layer"] for row in rows if row["95 % of the sum"] >= row["95 % of the sum before training"]]
     return Result(
         Verdict.HOLDS if holds else Verdict.DOES_NOT_HOLD,
-        f"Active (here: {'not zero' if sharp else 'above 5 % of the largest, an extension to smooth activations'}) are "
-        f"{float(after.mean()):.1%} of the neurons, at most {float(after.max()):.1%} in a layer; with random weights "
-        f"{float(before.mean()):.1%}. 95 % of the sum of sizes is held by {float(mass.mean()):.1%}, with "
+        f"Active (here: {'not zero' if sharp else 'above 5 % of the largest, an extension to smooth activations'}) "
+        f"are {float(after.mean()):.1%} of the neurons, at most {float(after.max()):.1%} in a layer; with random "
+        f"weights {float(before.mean()):.1%}. 95 % of the sum of sizes is held by {float(mass.mean()):.1%}, with "
         f"random weights by {float(mass_before.mean()):.1%}"
         + (f"; not fewer in layer {', '.join(map(str, denser))}." if denser else "."),
         rows,
@@ -70,11 +70,12 @@ def training(context: Context) -> Result:
     "lazy-neuron/alive",
     method="lazy-neuron",
     paper=PAPER,
-    statement="Hardly any MLP neuron is dead: fewer than 5% never fire on a large text, while half of them fire "
-    "rarely.",
+    statement="Hardly any MLP neuron is dead: fewer than 5% never fire on a large text, while half of them "
+    "fire rarely.",
 )
 def alive(context: Context) -> Result:
-    """Neurons that are never active, in every layer. "Hardly any" is read as 5 %, "rarely" as under half of the tokens.
+    """Neurons that are never active, in every layer. "Hardly any" is read as 5 %, "rarely" as under half of the
+    tokens.
 
     What counts as active is as in `lazy-neuron/training`.
     """
@@ -92,14 +93,9 @@ def alive(context: Context) -> Result:
     worst, median = max(row["never active"] for row in rows), max(row["median share of tokens"] for row in rows)
     return Result(
         Verdict.HOLDS if worst < HEALTHY and median < 0.5 else Verdict.DOES_NOT_HOLD,
-        f"At most {worst:.1%} of a layer's neurons were never active on {context.calibration.tokens} tokens, and half "
-        "of a "
-        f"layer's neurons are active for at most {median:.1%} of them"
-        + (
-            " (not zero)."
-            if bool(found["sharp"])
-            else " (above 5 % of the token's largest: an extension to smooth ones)."
-        ),
+        f"At most {worst:.1%} of a layer's neurons were never active on {context.calibration.tokens} tokens, and "
+        f"half of a layer's neurons are active for at most {median:.1%} of them "
+        + ("(not zero)." if found["sharp"] else "(above 5 % of the token's largest: an extension to smooth ones)."),
         rows,
     )
 

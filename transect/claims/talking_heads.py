@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from ..probes.channels import READS
 from .context import Context
+from .copying import copying_heads, heads_that
 from .probing import probed
 from .registry import NotApplicable, Result, Verdict, claim
 
@@ -57,5 +59,44 @@ def removal(context: Context) -> Result:
         Verdict.HOLDS if more == len(rows) else Verdict.DOES_NOT_HOLD,
         f"The loss rises by {float(removed.mean()):.4f} nats without a channel's component and by "
         f"{float(control.mean()):.4f} without another; more in {more} of {len(rows)} channels.",
+        rows,
+    )
+
+
+@claim(
+    "talking-heads/induction",
+    method="talking-heads",
+    paper=_PAPER,
+    statement="Where a model copies what was said before, no two heads compose more strongly by their keys than one "
+    "that looks one token back and one that copies.",
+)
+def induction(context: Context) -> Result:
+    """The place of that pair among all pairs of heads by the key's composition score; it should be the first.
+
+    The heads are found by what they attend to on random tokens that are said twice, see `copying`.
+    """
+    specimen = context.specimen
+    specimen.require_causal()
+    back, copies = copying_heads(specimen)
+    known = [
+        (early, late)
+        for early in heads_that(back, "looks one token back")
+        for late in heads_that(copies, "attends to what came behind a token's earlier occurrence")
+        if early[0] < late[0]
+    ]
+    if not known:
+        raise NotApplicable("no head that looks one token back is in an earlier layer than one that copies")
+    found = probed(specimen, "talking-heads", tested=0)
+    scores, names = found["heads"][READS.index("key")], list(found.labels["head"])
+    places = [tuple(names.index(f"{layer}.{head}") for layer, head in pair) for pair in known]
+    order = scores.flatten().argsort(descending=True).argsort().view_as(scores)
+    rows = [
+        {"pair": f"{names[a]} -> {names[b]}", "place": 1 + int(order[a, b]), "score": float(scores[a, b])}
+        for a, b in places
+    ]
+    best = min(rows, key=lambda row: row["place"])
+    return Result(
+        Verdict.HOLDS if best["place"] == 1 else Verdict.DOES_NOT_HOLD,
+        f"{best['pair']} is at place {best['place']} of {int((scores > 0).sum())} pairs of heads.",
         rows,
     )

@@ -28,6 +28,9 @@ def head_outputs(block: Block, heads: Tensor, added: Tensor) -> Tensor:
     return parts * gain * _scale(added, whole * gain)[:, None]
 
 
+_CHUNK = 4096  # rows of W_U at a time
+
+
 class Attribution:
     """Direct logit attribution under the final norm at the scale of the full residual stream, for N prompts.
 
@@ -69,6 +72,23 @@ class Attribution:
     def logits(self, part: Tensor, tokens: Tensor) -> Tensor:
         """What a part (N x ... x d) adds to the logit of each prompt's token (N): N x ..."""
         return torch.einsum("n...d,nd->n...", self.normed(part), self.rows(tokens))
+
+    def directions(self, tokens: Tensor) -> Tensor:
+        """The directions of the stream (N x d) that raise these tokens' logits, above the mean token."""
+        return self._centred(self.rows(tokens).to(self.gain) * self.gain)
+
+    def ranks(self, part: Tensor, tokens: Tensor) -> Tensor:
+        """Place of each prompt's token (N) in the vocabulary, 1 for the first, as its part (N x d) orders it (N)."""
+        weight, normed = self.lens.weight, self.normed(part)
+        own = (normed * weight[tokens.to(weight.device)].to(normed)).sum(1, keepdim=True)
+        above = torch.zeros(len(part), dtype=torch.long)
+        for start in range(0, len(weight), _CHUNK):
+            rows = weight[start : start + _CHUNK].to(normed)
+            inside = (tokens >= start) & (tokens < start + len(rows))
+            logits = normed @ rows.T
+            logits[inside, tokens[inside] - start] = -torch.inf  # a token is not above itself
+            above += (logits > own).sum(1)
+        return above + 1
 
     def top(self, part: Tensor, count: int) -> list[int]:
         """The tokens whose logits a part (d) raises most, as the logit lens reads it."""

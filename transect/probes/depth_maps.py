@@ -1,13 +1,13 @@
 """Whether a deeper model does what a shallower one does in smaller steps: linear maps between their states.
 
-Csordas et al. 2025 (arXiv:2505.13898), maps between models of one family. From every state h_m of the shallow model a
-linear map with bias is fitted to every state h_l of the deep one, on the same tokens. The error is the mean of
-|h_l - f(h_m)| / |h_l| over tokens that the fit did not see. If the deep model does the same in smaller steps, the best
-m runs from the first state to the last in proportion to l; if it does more, its later states are not to be had from any
-m. The closed form, the ridge and the number of tokens are our design.
+Csordas et al. 2025 (arXiv:2505.13898), maps between models of one family. From every state h_m of the shallow model
+a linear map with bias is fitted to every state h_l of the deep one, on the same tokens. The error is the mean of
+|h_l - f(h_m)| / |h_l| over tokens that the fit did not see. If the deep model does the same in smaller steps, the
+best m runs from the first state to the last in proportion to l; if it does more, its later states are not to be had
+from any m. The closed form, the ridge and the number of tokens are our design.
 
-The error is the same after any invertible linear change of the shallow basis (without ridge), and after any rotation of
-the deep one. Other changes of the deep basis change what a relative error means.
+The error is the same after any invertible linear change of the shallow basis (without ridge), and after any
+rotation of the deep one. Other changes of the deep basis change what a relative error means.
 """
 
 from __future__ import annotations
@@ -38,19 +38,51 @@ def cross_model_maps(
 ) -> Result:
     """Error of the best linear map from each state of one model to each state of another, on the text of `deep`.
 
-    deep, shallow: two causal models that read the same token ids. deep_layers, shallow_layers: states of the stream, 0
-    to L; default all. ridge: added to the Gram matrix, in units of its mean diagonal. The first token of a sequence is
-    left out: its huge state would be all that the fit is about. Two passes over the text of both models; memory for
-    each pair of states d_deep x d_shallow numbers in float64, so choose layers in large models.
-    Raises NotApplicable where the models do not share their tokens, BadData where the text is too short for the fit.
+    deep, shallow: two causal models that read the same token ids. deep_layers, shallow_layers: states of the
+    stream, 0 to L; default all. ridge: added to the Gram matrix, in units of its mean diagonal. The first token of
+    a sequence is left out: its huge state would be all that the fit is about. Two passes over the text of both
+    models; memory for each pair of states d_deep x d_shallow numbers in float64, so choose layers in large models.
+    Raises NotApplicable where the models do not share their tokens, BadData where the text is too short.
     """
     for one in (deep, shallow):
         one.require_causal()
         one.require_contributions()
     known = [one.tokenizer.get_vocab() for one in (deep, shallow) if one.tokenizer is not None]
     if len(known) == 2 and known[0] != known[1]:
-        raise NotApplicable("the two models cut text into different tokens: no state of one goes with one of the other")
+        raise NotApplicable("the two models cut text into different tokens: their states do not go together")
     targets, sources = _chosen(deep, deep_layers), _chosen(shallow, shallow_layers)
+    maps = _fitted(deep, shallow, targets, sources, ridge)
+    errors, count = _errors(deep, shallow, targets, sources, maps)
+    best = errors.argmin(1)
+    away = offsets(targets, sources, deep.layers, shallow.layers).gather(1, best[:, None]).mean()
+    told = [
+        f"Mean over the deep model's states, the best state of the other model is {float(away):.1f} layers away "
+        f"from the one in proportion ({shallow.layers} layers against {deep.layers}); its error goes from "
+        f"{float(errors.amin(1).min()):.3f} to {float(errors.amin(1).max()):.3f} of the state's length, on {count} "
+        "tokens that the fit did not see."
+    ]
+    quantities = {
+        "error": Quantity(errors, ("deep", "shallow"), "", "mean of |h - f(h')| / |h| on held-out tokens"),
+        "best": Quantity(
+            torch.tensor(sources)[best], ("deep",), "layer", "state of the shallow model with the smallest error"
+        ),
+    }
+    labels = {"deep": [str(layer) for layer in targets], "shallow": [str(layer) for layer in sources]}
+    return Result(quantities, told, ["A linear map finds what is linearly there, used or not."], labels)
+
+
+def offsets(targets: Sequence[int], sources: Sequence[int], deep: int, shallow: int) -> Tensor:
+    """How far each state m of the shallow model is from l M / L, the one in proportion to state l of the deep one.
+
+    deep, shallow: their numbers of layers, L and M. Returns targets x sources, in layers of the shallow model.
+    """
+    return (torch.tensor(sources)[None] - torch.tensor(targets)[:, None] / deep * shallow).abs()
+
+
+def _fitted(
+    deep: Specimen, shallow: Specimen, targets: Sequence[int], sources: Sequence[int], ridge: float
+) -> list[Tensor]:
+    """For each source, the maps to all targets (targets x (d_shallow + 1) x d_deep)."""
     widths = [one.anatomy.config_value("hidden") for one in (deep, shallow)]
     grams = torch.zeros(len(sources), widths[1] + 1, widths[1] + 1, dtype=torch.float64)
     products = torch.zeros(len(sources), len(targets), widths[1] + 1, widths[0], dtype=torch.float64)
@@ -63,10 +95,16 @@ def cross_model_maps(
                 products[i, j] += x.T @ y
     if tokens < TOKENS * widths[1]:
         raise BadData(
-            f"the fit has {tokens} tokens for states of {widths[1]} numbers; give it at least {TOKENS * widths[1]}, "
-            f"beside every {HELD_OUT}th sequence that is held out"
+            f"the fit has {tokens} tokens for states of {widths[1]} numbers; give it at least "
+            f"{TOKENS * widths[1]}, beside every {HELD_OUT}th sequence that is held out"
         )
-    maps = [solve(gram, product, ridge) for gram, product in zip(grams, products, strict=True)]
+    return [solve(gram, product, ridge) for gram, product in zip(grams, products, strict=True)]
+
+
+def _errors(
+    deep: Specimen, shallow: Specimen, targets: Sequence[int], sources: Sequence[int], maps: Sequence[Tensor]
+) -> tuple[Tensor, int]:
+    """Mean of |h - f(h')| / |h| over the held-out tokens (targets x sources), and how many these are."""
     errors, count = torch.zeros(len(targets), len(sources), dtype=torch.float64), 0
     for ys, xs in _states(deep, shallow, targets, sources, held_out=True):
         count += len(xs[0])
@@ -76,23 +114,7 @@ def cross_model_maps(
                 errors[j, i] += ((y - x @ maps[i][j]).norm(dim=-1) / size).sum()
     if count == 0:
         raise BadData(f"the text has fewer than {HELD_OUT} sequences: none is left to measure the error on")
-    errors = (errors / count).float()
-    best = torch.tensor(sources)[errors.argmin(1)]
-    proportional = torch.tensor(targets).float() / deep.layers * shallow.layers
-    away = float((best - proportional).abs().mean())
-    told = [
-        f"Mean over the deep model's states, the best state of the other model is {away:.1f} layers away from the one "
-        "in "
-        f"proportion ({shallow.layers} layers against {deep.layers}); its error goes from "
-        f"{float(errors.amin(1).min()):.3f} "
-        f"to {float(errors.amin(1).max()):.3f} of the state's length, on {count} tokens that the fit did not see."
-    ]
-    quantities = {
-        "error": Quantity(errors, ("deep", "shallow"), "", "mean of |h - f(h')| / |h| on held-out tokens"),
-        "best": Quantity(best, ("deep",), "layer", "state of the shallow model with the smallest error"),
-    }
-    labels = {"deep": [str(layer) for layer in targets], "shallow": [str(layer) for layer in sources]}
-    return Result(quantities, told, ["A linear map finds what is linearly there, used or not."], labels)
+    return (errors / count).float(), count
 
 
 def solve(gram: Tensor, products: Tensor, ridge: float) -> Tensor:
@@ -113,7 +135,7 @@ def solve(gram: Tensor, products: Tensor, ridge: float) -> Tensor:
 def _states(
     deep: Specimen, shallow: Specimen, targets: Sequence[int], sources: Sequence[int], held_out: bool
 ) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """For each batch: states of the deep model (n x d), and of the shallow one with a one at the end; float64, CPU."""
+    """For each batch: states of the deep model (n x d), of the shallow one with a one at the end; float64, CPU."""
     first = 0
     for batch in deep.text:
         rows = torch.arange(first, first + len(batch["input_ids"])) % HELD_OUT == HELD_OUT - 1

@@ -5,6 +5,7 @@ After Lv et al., arXiv:2403.19521; what is our own design is named so where it i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -81,6 +82,13 @@ def recall(specimen: Specimen, task: Task, ridge: float = 1e-3) -> Recall:
             ).items():
                 numbers[name][(layer, slice(0, len(value))) if value.dim() else layer] = value
     return Recall(task, states, attribution, numbers, splits)
+
+
+def answering_layer(numbers: Mapping[str, Tensor]) -> int:
+    """The layer whose MLP adds most to the answer by itself; where no output could be split, the most at all."""
+    own = numbers["own logit"]
+    added = numbers["mlp direct"] if own.isnan().all() else own
+    return int(added.nan_to_num(-torch.inf).argmax())
 
 
 def _split_numbers(

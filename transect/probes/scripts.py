@@ -16,8 +16,8 @@ def kinds_of_tokens(tokenizer: Any, size: int) -> tuple[list[str], Tensor]:
     """The kinds that occur, and the kind of each of `size` token ids as an index into them (size).
 
     Kinds: a script in lower case, such as `cyrillic`; for Latin, `latin, new word` and `latin, inside`, where the
-    tokenizer shows the space before a word; `digits`; `punctuation`; `white space`; `bytes` for parts of characters;
-    `special`; and `unused` for ids that no token has.
+    tokenizer shows the space before a word; `digits`; `punctuation`; `white space`; `bytes` for parts of
+    characters; `special`; and `unused` for ids that no token has.
     """
     special, known = set(tokenizer.all_special_ids), len(tokenizer)
     written = tokenizer.convert_ids_to_tokens(list(range(min(size, known))))

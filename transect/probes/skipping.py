@@ -1,8 +1,8 @@
 """What a layer is good for, seen by leaving it out: for the layers after it, for the output, for later tokens.
 
 Csordas et al. 2025 (arXiv:2505.13898), section on skipped layers. A layer is skipped at some positions: there its
-output is its input. Everything after it is computed anew on the changed stream. With D_l = h_{l+1} - h_l (d) what layer
-l adds and y the predicted distribution, and a prime for the run with layer s skipped:
+output is its input. Everything after it is computed anew on the changed stream. With D_l = h_{l+1} - h_l (d) what
+layer l adds and y the predicted distribution, and a prime for the run with layer s skipped:
 
     effect on layer l > s: |D_l - D'_l| / max(|D_l|, 1e-6)      effect on the output: |y - y'|_2, at most sqrt(2)
 """
@@ -24,11 +24,12 @@ from .places import wide
 PARTS = {"layer": ("attention", "mlp"), "attention": ("attention",), "mlp": ("mlp",)}
 REACHES = ("current", "future")
 REDUCTIONS = ("max", "mean", "median")
-_SMALLEST = 1e-6  # of the length of what a layer adds, in a denominator
+SMALLEST = 1e-6  # of the length of what a layer adds, in a denominator
+Variant = tuple[int, Tensor, Tensor]  # which reach; where something is skipped, and where measured (P x T each)
 
 
 def skips(anatomy: Anatomy, layer: int, where: Tensor, units: Sequence[str]) -> dict[tuple[str, int], Change]:
-    """Changes that let sublayers of one layer add nothing where `where` (B x T) is True. Dropped ones are left out."""
+    """Changes that let sublayers of a layer add nothing where `where` (B x T) is True, but for dropped ones."""
     block = anatomy.blocks[layer]
 
     def cut(x: Tensor) -> Tensor:
@@ -39,7 +40,7 @@ def skips(anatomy: Anatomy, layer: int, where: Tensor, units: Sequence[str]) -> 
 
 @dataclass(frozen=True)
 class Run:
-    """One pass over ids (P x T). added: what each layer adds (L x P x T x d). logits: P x T x V. float32 or wider."""
+    """A pass over ids (P x T). added: what each layer adds (L x P x T x d). logits: P x T x V. float32 or wider."""
 
     added: Tensor
     logits: Tensor
@@ -60,9 +61,10 @@ def run(specimen: Specimen, ids: Tensor) -> Run:
 
 @dataclass(frozen=True)
 class Effects:
-    """Of skipping each of L layers, by part of the layer (3, as in PARTS), by reach and by reduction over positions.
+    """Of skipping each of L layers, by part of the layer (3, as in PARTS), reach and reduction over positions.
 
-    later: 3 x 2 x 3 x L x L, [..., s, l] on what layer l adds; NaN at l = s. output: 3 x 2 x 3 x L, on probabilities.
+    later: 3 x 2 x 3 x L x L, [..., s, l] on what layer l adds; NaN at l = s.
+    output: 3 x 2 x 3 x L, on probabilities.
     logits: 3 x 2 x 3 x L, length of the change of the centred logits over their own length.
     loss: 3 x L, mean next-token loss in nats with the part skipped at all positions but the first.
     by_prompt: 2 x L x P, largest effect of the whole layer on a prompt's output.
@@ -85,43 +87,49 @@ def skip_effects(specimen: Specimen, ids: Tensor, cuts: Tensor) -> Effects:
     "future" skips from the second token to t - 1 and measures from t on. The first token is never skipped.
     3 L (1 + C) passes over the prompts; memory: a few times P x T x (V + L d) numbers.
     """
-    layers, (prompts, length) = specimen.layers, ids.shape
-    base = run(specimen, ids)
-    probabilities, sizes = base.logits.softmax(-1), base.added.norm(dim=-1).clamp_min(_SMALLEST)
+    layers, prompts = specimen.layers, len(ids)
+    base, variants = run(specimen, ids), variants_of(ids, cuts)
+    probabilities, sizes = base.logits.softmax(-1), base.added.norm(dim=-1).clamp_min(SMALLEST)
     centred = _centred(base.logits)
-    reach = centred.norm(dim=-1).clamp_min(_SMALLEST)
-    place = torch.arange(length, device=ids.device).expand_as(ids)
-    after_first = place > 0
+    size_of_logits = centred.norm(dim=-1).clamp_min(SMALLEST)
     shape = (len(PARTS), len(REACHES), len(REDUCTIONS), layers)
     later, output, logits = torch.zeros(*shape, layers), torch.zeros(shape), torch.zeros(shape)
     loss, by_prompt = torch.zeros(len(PARTS), layers), torch.zeros(len(REACHES), layers, prompts)
-    variants = [(0, after_first, after_first)]
-    variants += [(1, after_first & (place < cut[:, None]), place >= cut[:, None]) for cut in cuts.T.to(ids.device)]
     for layer in specimen.shown(range(layers), "skipped layers"):
         for part, units in enumerate(PARTS.values()):
-            found: dict[int, list[Tensor]] = {0: [], 1: []}
-            for future, where, measured in variants:
+            found: list[list[Tensor]] = [[] for _ in REACHES]
+            for reach, where, measured in variants:
                 with changed(specimen.anatomy, skips(specimen.anatomy, layer, where, units)):
                     now = run(specimen, ids)
                 moved = (now.logits.softmax(-1) - probabilities).norm(dim=-1)
-                shift = (_centred(now.logits) - centred).norm(dim=-1) / reach
+                shift = (_centred(now.logits) - centred).norm(dim=-1) / size_of_logits
                 relative = (now.added - base.added).norm(dim=-1) / sizes
-                found[future].append(torch.cat([relative, moved[None], shift[None]])[:, measured])
-                if not future:
+                found[reach].append(torch.cat([relative, moved[None], shift[None]])[:, measured])
+                if reach == 0:
                     loss[part, layer] = _losses(now.logits, ids).mean()
                 if part == 0:
                     worst = moved.masked_fill(~measured, 0).amax(1).cpu().to(by_prompt)
-                    by_prompt[future, layer] = torch.maximum(by_prompt[future, layer], worst)
-            for future, pieces in found.items():
-                values = torch.cat(pieces, 1)
-                reduced = torch.stack([values.amax(1), values.mean(1), values.median(1).values]).cpu().to(later)
-                later[part, future, :, layer] = reduced[:, :layers]
-                output[part, future, :, layer], logits[part, future, :, layer] = (
-                    reduced[:, layers],
-                    reduced[:, layers + 1],
-                )
+                    by_prompt[reach, layer] = torch.maximum(by_prompt[reach, layer], worst)
+            for reach, pieces in enumerate(found):
+                values = reduced(torch.cat(pieces, 1)).cpu().to(later)
+                later[part, reach, :, layer] = values[:, :layers]
+                output[part, reach, :, layer] = values[:, layers]
+                logits[part, reach, :, layer] = values[:, layers + 1]
     later.diagonal(dim1=-2, dim2=-1).fill_(torch.nan)
     return Effects(later, output, logits, loss, by_prompt, _losses(base.logits, ids).mean(1).cpu().float())
+
+
+def variants_of(ids: Tensor, cuts: Tensor) -> list[Variant]:
+    """Skipped everywhere but at the first token; and for each column of cuts (P x C) before it, measured behind."""
+    place = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    after_first = place > 0
+    behind = [(1, after_first & (place < cut[:, None]), place >= cut[:, None]) for cut in cuts.T.to(ids.device)]
+    return [(0, after_first, after_first), *behind]
+
+
+def reduced(values: Tensor) -> Tensor:
+    """Largest, mean and median over the last dimension (... x n): 3 x ..., as in REDUCTIONS."""
+    return torch.stack([values.amax(-1), values.mean(-1), values.median(-1).values])
 
 
 def cut_points(prompts: int, length: int, count: int, seed: int) -> Tensor:
@@ -133,7 +141,7 @@ def cut_points(prompts: int, length: int, count: int, seed: int) -> Tensor:
 
 
 def depth_score(effects: Tensor) -> Tensor:
-    """Mean layer, weighted by the layers' effects (L x n): n numbers from 0 to L - 1, NaN where no layer matters."""
+    """Mean layer, weighted by the layers' effects (L x n): n numbers from 0 to L - 1, NaN if no layer matters."""
     numbers = torch.arange(len(effects), dtype=effects.dtype)
     return (numbers[:, None] * effects).sum(0) / effects.sum(0)
 

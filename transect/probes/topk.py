@@ -11,9 +11,9 @@ from ..errors import TransectError
 def top_k(activations: Tensor, k: int, *, magnitude: bool = False) -> Tensor:
     """The k largest entries of each token (... x n), zero elsewhere; all of them for k >= n.
 
-    magnitude: the largest by |a| instead of a. After a ReLU both are the same; after GELU, SiLU or a gate they are not.
-    Of equal entries some are chosen, so that never more than k are left. Gradients reach the kept entries alone.
-    Raises TransectError for k < 1.
+    magnitude: the largest by |a| instead of a. After a ReLU both are the same; after GELU, SiLU or a gate they are
+    not. Of equal entries some are chosen, so that never more than k are left. Gradients reach the kept entries
+    alone. Raises TransectError for k < 1.
     """
     values, places = largest(activations, k, magnitude=magnitude)
     return torch.zeros_like(activations).scatter(-1, places, values)
@@ -31,8 +31,8 @@ def largest(activations: Tensor, k: int, *, magnitude: bool = False) -> tuple[Te
 def gathered(weight: Tensor, values: Tensor, places: Tensor) -> Tensor:
     """W a (... x d) from W (d x n) and the few entries of a that are not zero (values and places, ... x k).
 
-    2 d k operations a token instead of 2 d n. It reads k columns of W for each token, so on ordinary hardware it is not
-    faster than the dense product by that factor.
+    2 d k operations a token instead of 2 d n. It reads k columns of W for each token, so on ordinary hardware it is
+    not faster than the dense product by that factor.
     """
     columns = weight.T[places]  # ... x k x d
     return (values[..., None, :] @ columns)[..., 0, :]

@@ -70,23 +70,45 @@ def cd_t(
     specimen.require_contributions()
     ids, answers = prompts_of(specimen, prompts, length)
     means = mean_heads(specimen, ids) if len(ids) > 1 else None
-    vocabulary = specimen.lens.weight.shape[0]
-    words, heads, made = [], torch.zeros(()), []
-    for row, answer in zip(specimen.shown(list(ids), "cd-t"), answers, strict=True):
-        one = Decomposition(specimen, row, pattern)
-        made.append(one)
-        each = one.words(torch.eye(len(row), dtype=torch.bool))
-        words.append(each.logits[:, answer].float().cpu())
-        scores = scores_on_logits(one, one.nodes, direction_to(answer, vocabulary), means)
-        heads = heads + _by_head(one, scores)
+    made = [Decomposition(specimen, row, pattern) for row in ids]
+    words, heads = _parts(specimen, made, answers, means)
     recovered, random, sizes = _faithful(specimen, made, ids, answers, means, most, threshold)
-    by_head = (heads / len(ids)).float()
-    top = by_head.flatten().argmax()
-    block, head = divmod(int(top), by_head.shape[1])
+    quantities = {
+        "words": Quantity(words, ("prompt", "position"), "logits", "part of the answer from each word"),
+        "heads": Quantity(heads, ("layer", "head"), "logits", "mean absolute part from each head"),
+        "faithfulness": Quantity(recovered, ("size",), "share", "answer logit recovered by the circuit alone"),
+        "random": Quantity(random, ("size",), "share", "the same for random circuits, mean"),
+        "sizes": Quantity(sizes, ("size",), "nodes", "size of the circuit"),
+    }
+    labels = {
+        "token": [specimen.token(int(token)) for row in ids for token in row],
+        "answer": [specimen.token(answer) for answer in answers],
+    }
+    return Result(quantities, _findings(quantities), _caveats(made[0], pattern), labels)
+
+
+def _parts(
+    specimen: Specimen, made: list[Decomposition], answers: list[int], means: dict[int, Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """Parts of the answers' logits from words (prompts x positions), and absolute ones from heads (layers x heads)."""
+    vocabulary = specimen.lens.weight.shape[0]
+    words, heads = [], torch.zeros(())
+    for one, answer in zip(specimen.shown(made, "cd-t"), answers, strict=True):
+        each = one.words(torch.eye(len(one.ids), dtype=torch.bool))
+        words.append(each.logits[:, answer].float().cpu())
+        heads = heads + _by_head(one, scores_on_logits(one, one.nodes, direction_to(answer, vocabulary), means))
+    return torch.stack(words), (heads / len(made)).float()
+
+
+def _findings(quantities: dict[str, Quantity]) -> list[str]:
+    """Which head moves the answer most, whether one word gives it, and what the circuit does alone."""
+    words, heads = quantities["words"].values, quantities["heads"].values
+    recovered, random, sizes = (quantities[name].values for name in ("faithfulness", "random", "sizes"))
+    block, head = divmod(int(heads.flatten().argmax()), heads.shape[1])
     findings = [
-        f"Over {len(ids)} prompts of {ids.shape[1]} tokens, head {head} of block {block} moves the answer most, "
-        f"by {float(by_head.max()):.2f} a prompt and position; the median head by {float(by_head.median()):.2f}.",
-        f"The strongest word of a prompt gives {_share_of_best(torch.stack(words)):.0%} of what all its words give.",
+        f"Over {len(words)} prompts of {words.shape[1]} tokens, head {head} of block {block} moves the answer most, "
+        f"by {float(heads.max()):.2f} a prompt and position; the median head by {float(heads.median()):.2f}.",
+        f"The strongest word of a prompt gives {_share_of_best(words):.0%} of what all its words give.",
     ]
     if len(recovered):
         findings.append(
@@ -94,29 +116,17 @@ def cd_t(
             f"{float(recovered[-1]):.0%} of the answer's logit on the other prompts, and random sets of as many "
             f"{float(random[-1]):.0%}."
         )
-    return Result(
-        {
-            "words": Quantity(
-                torch.stack(words), ("prompt", "position"), "logits", "part of the answer from each word"
-            ),
-            "heads": Quantity(by_head, ("layer", "head"), "logits", "mean absolute part from each head"),
-            "faithfulness": Quantity(recovered, ("size",), "share", "answer logit recovered by the circuit alone"),
-            "random": Quantity(random, ("size",), "share", "the same for random circuits, mean"),
-            "sizes": Quantity(sizes, ("size",), "nodes", "size of the circuit"),
-        },
-        findings,
-        [
-            "Parts follow from the rules of this decomposition; other rules give other parts, and in a nonlinear model "
-            "they do not add up over sources.",
-            f"Attention weights of a part: {made[0].pattern}."
-            + (" This model has norms on queries and keys, so they are fixed." if made[0].pattern != pattern else ""),
-            "Means are taken over prompts of one length, position by position; with few prompts they are rough.",
-        ],
-        {
-            "token": [specimen.token(int(token)) for row in ids for token in row],
-            "answer": [specimen.token(answer) for answer in answers],
-        },
-    )
+    return findings
+
+
+def _caveats(made: Decomposition, pattern: Pattern) -> list[str]:
+    fixed = " This model has norms on queries and keys, so they are fixed." if made.pattern != pattern else ""
+    return [
+        "Parts follow from the rules of this decomposition; other rules give other parts, and in a nonlinear model "
+        "they do not add up over sources.",
+        f"Attention weights of a part: {made.pattern}.{fixed}",
+        "Means are taken over prompts of one length, position by position; with few prompts they are rough.",
+    ]
 
 
 def prompts_of(specimen: Specimen, count: int, length: int) -> tuple[Tensor, list[int]]:

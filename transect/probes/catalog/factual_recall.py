@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from ...activations import Specimen
 from ...parameters import Range
+from ..application import ALPHAS, DIRECTIONS, SUMMARY, Application, applied, summary, told
 from ..draw import Drawing, Table, bars, heatmap, lines
 from ..last_layer import answer_probabilities, fixes, frequent_direction, last_mlp
-from ..last_token import tasks_of
+from ..last_token import Task, tasks_of
 from ..mlp_split import TRUSTED
-from ..path_patching import answer_metric, path_patched, percent, senders_of
-from ..recall import MEASURED, Recall, recall
+from ..path_patching import Metric, Variant, answer_metric, path_patched, percent, senders_of
+from ..recall import MEASURED, Recall, answering_layer, recall
 from ..registry import probing
 from ..result import Quantity, Result
 
 _TOP = 5  # tokens shown of what a component says
+
+
+@dataclass(frozen=True)
+class Followed:
+    """One task. heads (L x most heads), mlps (L): change of the metric in percent when each is patched."""
+
+    recall: Recall
+    heads: Tensor
+    mlps: Tensor
+    application: Application
 
 
 def draw(result: Result) -> list[Drawing]:
@@ -27,7 +39,10 @@ def draw(result: Result) -> list[Drawing]:
     task = result.label("task", 1)[0]
     numbers = {name: result[name][0] for name in (*MEASURED, "path")}
     probability = result["probability"]
-    columns = ("explained", "condition", "heads logit", "stream logit", "component logit", "own logit")
+    at = 0, slice(None), DIRECTIONS.index("heads"), ALPHAS.index(1.0)
+    numbers |= {name: result[name][at] for name in ("applied first", "control first")}
+    columns = ("explained", "condition", "heads logit", "stream logit", "component logit", "own logit",
+               "applied first", "control first")  # fmt: skip
     rows = [
         [layer, *(f"{numbers[name][layer]:.3g}" for name in columns)] for layer in range(len(numbers["explained"]))
     ]  # fmt: skip
@@ -44,8 +59,11 @@ def draw(result: Result) -> list[Drawing]:
         ),
         Table(
             f"MLP outputs split: {task}", "What an MLP adds to the answer's logit by passing on heads and stream, by "
-            f"what it adds for every subject, and by all it adds itself. With R² below {TRUSTED} it fits badly.",
-            ["layer", "R²", "condition", "from heads", "from the stream", "same for all", "its own"], rows,
+            f"what it adds for every subject, and by all it adds itself. With R² below {TRUSTED} it fits badly. "
+            "Applied to X: how often X's answer comes first, of the task's, when the MLP reads the mean stream and "
+            "what the heads say of X, or of another.",
+            ["layer", "R²", "condition", "from heads", "from the stream", "same for all", "its own", "applied to X",
+             "to another"], rows,
         ),
         bars(
             "The last MLP turned down", "Mean probability of the answer. The choice is made on one half of the facts.",
@@ -59,8 +77,8 @@ def draw(result: Result) -> list[Drawing]:
 def factual_recall(
     specimen: Specimen,
     *,
-    variant: Literal["mean", "example"] = "mean",
-    metric: Literal["difference", "answer"] = "difference",
+    variant: Variant = "mean",
+    metric: Metric = "difference",
     freeze_mlps: bool = False,
     tasks: Annotated[int, Range(1, 1000)] = 2,
     facts: Annotated[int, Range(8, 100000)] = 24,
@@ -71,9 +89,10 @@ def factual_recall(
     A task is a prompt with several subjects whose answers the model knows; of an answer of several tokens, the first is
     looked at. Measured are direct logit attribution, path patching of each head and MLP to the logits, how a head's
     attention to the subject's last token goes with what it writes along that token's unembedding, each MLP's output
-    split into what it passes on and its own, and the pull of the last MLP towards frequent tokens. The split and the
-    repair of the last layer are our design: the paper's own formulas are not known to us. Costs about L (H + 1) forward
-    passes a fact.
+    split into what it passes on and its own, what MLPs make of a subject that is put into the mean stream (see
+    `application`), and the pull of the last MLP towards frequent tokens. The split, the application and the repair of
+    the last layer are our design: the paper's own formulas are not known to us. Costs about L (H + 1) forward passes
+    a fact.
 
     variant: what a patched head says: mean, its mean over the subjects, as in the paper's code; or example, what it
         says for one other subject, with another answer.
@@ -87,45 +106,71 @@ def factual_recall(
     specimen.require_causal()
     specimen.require_contributions()
     direction = frequent_direction(specimen, specimen.lens)
-    found, heads, mlps = [], [], []
-    for task in specimen.shown(tasks_of(specimen, tasks, facts), "tasks"):
-        found.append(recall(specimen, task, ridge))
-        states, measured = found[-1].states, answer_metric(task, metric)
-        new = senders_of(states, task.other, variant)
-        patched = path_patched(specimen, task, states, new, measured, freeze_mlps=freeze_mlps)
-        original = measured(states.logits, torch.arange(len(task.facts)))
-        heads.append(percent(patched[0], original))
-        mlps.append(percent(patched[1], original))
-    axes = ("task", "layer")
-    about = f"change of the metric, {variant} variant"
-    quantities = {
-        "path": Quantity(torch.stack(heads), (*axes, "head"), "%", f"{about}, when the head is patched"),
-        "mlp path": Quantity(torch.stack(mlps), axes, "%", f"{about}, when the MLP is patched"),
-    }
-    for name, (each_head, unit, meaning) in MEASURED.items():
-        values = torch.stack([one.numbers[name] for one in found])
-        quantities[name] = Quantity(values, (*axes, "head") if each_head else axes, unit, meaning)
+    found = [
+        _followed(specimen, task, ridge, variant, metric, freeze_mlps)
+        for task in specimen.shown(tasks_of(specimen, tasks, facts), "tasks")
+    ]
     changes = fixes(direction)
-    known = [fact for one in found for fact in one.task.facts]
+    known = [fact for one in found for fact in one.recall.task.facts]
     answers = answer_probabilities(specimen, known, changes)
     halves = torch.stack([answers[:, half::2].mean(1) for half in (0, 1)])
-    quantities["probability"] = Quantity(
-        halves, ("half", "change"), "probability", "of the answer, the last MLP changed"
-    )
+    quantities = _by_task(found, variant)
+    about = "of the answer, the last MLP changed"
+    quantities["probability"] = Quantity(halves, ("half", "change"), "probability", about)
     last = last_mlp(specimen)
     if direction is not None:
-        cosines = [torch.cosine_similarity(one.states.mlp[last], direction[None]).mean() for one in found]
-        quantities["frequent cosine"] = Quantity(
-            torch.stack(cosines), ("task",), "cosine", "of the last MLP's output with the direction of frequent tokens"
-        )
-    said = [line for number, one in enumerate(found) for line in _recalled(specimen, one, heads[number])]
-    said.append(_pulled(found, halves, list(changes), last))
-    labels = {"task": [one.task.prompt for one in found], "change": list(changes), "half": ["chosen on", "reported on"]}
-    return Result(quantities, said, _caveats(specimen, direction, found), labels)
+        about = "of the last MLP's output with the direction of frequent tokens"
+        cosines = [torch.cosine_similarity(one.recall.states.mlp[last], direction[None]).mean() for one in found]
+        quantities["frequent cosine"] = Quantity(torch.stack(cosines), ("task",), "cosine", about)
+    said = [line for one in found for line in _recalled(specimen, one)]
+    said.append(_pulled([one.recall for one in found], halves, list(changes), last))
+    labels = {
+        "task": [one.recall.task.prompt for one in found], "change": list(changes),
+        "half": ["chosen on", "reported on"], "direction": DIRECTIONS, "alpha": [f"{one:g}" for one in ALPHAS],
+    }  # fmt: skip
+    return Result(quantities, said, _caveats(specimen, direction, [one.recall for one in found]), labels)
 
 
-def _recalled(specimen: Specimen, one: Recall, path: Tensor) -> list[str]:
+def _followed(
+    specimen: Specimen, task: Task, ridge: float, variant: Variant, metric: Metric, freeze_mlps: bool
+) -> Followed:
+    """Measure one task."""
+    one, measured = recall(specimen, task, ridge), answer_metric(task, metric)
+    new = senders_of(one.states, task.other, variant)
+    patched = path_patched(specimen, task, one.states, new, measured, freeze_mlps=freeze_mlps)
+    original = measured(one.states.logits, torch.arange(len(task.facts)))
+    heads, mlps = (percent(part, original) for part in patched)
+    return Followed(one, heads, mlps, applied(specimen, one, heads))
+
+
+def _by_task(found: Sequence[Followed], variant: Variant) -> dict[str, Quantity]:
+    """What was measured for every task."""
+    axes = ("task", "layer")
+    heads, mlps = (torch.stack([getattr(one, name) for one in found]) for name in ("heads", "mlps"))
+    about = f"change of the metric, {variant} variant"
+    quantities = {
+        "path": Quantity(heads, (*axes, "head"), "%", f"{about}, when the head is patched"),
+        "mlp path": Quantity(mlps, axes, "%", f"{about}, when the MLP is patched"),
+    }
+    for name, (each_head, unit, meaning) in MEASURED.items():
+        values = torch.stack([one.recall.numbers[name] for one in found])
+        quantities[name] = Quantity(values, (*axes, "head") if each_head else axes, unit, meaning)
+    made = [summary(one.application) for one in found]
+    for name, (unit, about) in SUMMARY.items():
+        values = torch.stack([one[name] for one in made])
+        quantities[name] = Quantity(values, (*axes, "direction", "alpha"), unit, about)
+    return quantities
+
+
+def _recalled(specimen: Specimen, found: Followed) -> list[str]:
     """What the numbers of one task say."""
+    one = found.recall
+    lines = [*_carried(one, found.heads), *_added(specimen, one)]
+    return [*lines, told(one.task, found.application, answering_layer(one.numbers))]
+
+
+def _carried(one: Recall, path: Tensor) -> list[str]:
+    """Which head brings the subject, if the model has any."""
     task, numbers = one.task, one.numbers
     said = []
     if not path.isnan().all():
@@ -140,31 +185,33 @@ def _recalled(specimen: Specimen, one: Recall, path: Tensor) -> list[str]:
             if path[layer, head] < 0
             else f'"{task.prompt}", {len(task.facts)} facts: none of its heads lowers the metric when patched.'
         )
-    if one.splits:
-        layer = int(numbers["own logit"].nan_to_num(-torch.inf).argmax())
-        found = one.splits[layer]
-        tokens = map(specimen.token, one.attribution.top(found.component, _TOP))
-        said.append(
-            f'"{task.prompt}": the MLP of layer {layer} adds most to the answer by itself: '
-            f"{numbers['own logit'][layer]:+.2f} logits (what it passes on of the heads: "
-            f"{numbers['heads logit'][layer]:+.2f}). What it adds for every subject alike "
-            f"reads as {', '.join(map(repr, tokens))}."
-        )
-        named = [(number, name) for number, name in enumerate(found.names()) if name]
-        said.append(
-            f'"{task.prompt}": the MLP of layer {layer} '
-            + (
-                "leaves of its heads' outputs: "
-                + ", ".join(f"head {head} x {found.in_stream[head]:.2f} ({name})" for head, name in named[:8])
-                if named
-                else "neither erases nor amplifies a head"
-                if found.explained >= TRUSTED
-                else f"is not a sum of what it read: the split explains {found.explained:.0%} of it, too little to "
-                "call a head erased or amplified"
-            )
-            + "."
-        )
     return said
+
+
+def _added(specimen: Specimen, one: Recall) -> list[str]:
+    """Which MLP adds the answer, and what it leaves of its heads' outputs, if there is a split to tell."""
+    if not one.splits:
+        return []
+    task, numbers, layer = one.task, one.numbers, answering_layer(one.numbers)
+    found = one.splits[layer]
+    tokens = map(specimen.token, one.attribution.top(found.component, _TOP))
+    named = [f"head {head} x {found.in_stream[head]:.2f} ({name})" for head, name in enumerate(found.names()) if name]
+    if named:
+        left = "leaves of its heads' outputs: " + ", ".join(named[:8])
+    elif found.explained >= TRUSTED:
+        left = "neither erases nor amplifies a head"
+    else:
+        left = (
+            f"is not a sum of what it read: the split explains {found.explained:.0%} of it, too little to call a head "
+            "erased or amplified"
+        )
+    return [
+        f'"{task.prompt}": the MLP of layer {layer} adds most to the answer by itself: '
+        f"{numbers['own logit'][layer]:+.2f} logits (what it passes on of the heads: "
+        f"{numbers['heads logit'][layer]:+.2f}). What it adds for every subject alike reads as "
+        f"{', '.join(map(repr, tokens))}.",
+        f'"{task.prompt}": the MLP of layer {layer} {left}.',
+    ]
 
 
 def _pulled(found: Sequence[Recall], halves: Tensor, names: Sequence[str], last: int) -> str:
@@ -191,6 +238,8 @@ def _caveats(specimen: Specimen, direction: Tensor | None, found: Sequence[Recal
         "Patching acts at the last token alone: what heads do at the subject's own token is not seen.",
         "Only facts that the model completes correctly were looked at.",
         "Logits are counted from the mean over the vocabulary, at the final norm's scale for the full stream.",
+        "A mean stream with one subject's direction in it is no state that the model ever reaches. That an MLP fails "
+        "on it does not show that it is no function of the subject: it may read the subject in another direction.",
     ]
     if specimen.lens.softcap is not None:
         said.append("Direct contributions are to the logits before the model's softcap.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Annotated
 
 import torch
@@ -13,45 +12,14 @@ from ...activations import Specimen
 from ...errors import NotApplicable, TransectError
 from ...parameters import Range
 from ..clamping import Chosen, clamp_effects, short_text
+from ..decoded import Decoded, decode, random_z
 from ..draw import Drawing, Table, lines
-from ..neurons import Vector, kinds_of, readable, scores, standardised, unembedding, vectors
+from ..neurons import kinds_of, readable, unembedding
 from ..registry import probing
 from ..result import Quantity, Result
 
 SIGNS = ("+", "-")
-RANDOM = 4096  # Gaussian vectors of the control
 CHANCE = 0.01  # share of them above the threshold
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """kinds: which vectors a neuron has. z (kind, sign, layer, neuron): NaN where there is no such neuron.
-
-    tokens (kind, sign, layer, neuron, place): ids of the top tokens, -1 where there is none. searched (kind, layer,
-    neuron): mean score of the searched forms in standard deviations, NaN where nothing was searched.
-    """
-
-    kinds: Sequence[Vector]
-    z: Tensor
-    tokens: Tensor
-    searched: Tensor
-
-    def ranked(self, count: int, kinds: Sequence[Vector], signs: Sequence[int]) -> list[tuple[int, int, int, int]]:
-        """Places (kind, sign, layer, neuron) of the largest z, one for each top token."""
-        allowed = torch.full_like(self.z, -torch.inf)
-        for kind in kinds:
-            for sign in signs:
-                allowed[self.kinds.index(kind), sign] = self.z[self.kinds.index(kind), sign].nan_to_num(-torch.inf)
-        values, order = allowed.flatten().topk(min(allowed.numel(), 1000 * count))
-        firsts, chosen, seen = self.tokens[..., 0].flatten()[order], [], set()
-        for value, token, place in zip(values.tolist(), firsts.tolist(), order, strict=True):
-            if value <= 0 or len(chosen) == count:
-                break
-            if token not in seen:
-                seen.add(token)
-                kind, sign, layer, neuron = (int(i) for i in torch.unravel_index(place, self.z.shape))
-                chosen.append((kind, sign, layer, neuron))
-        return chosen
 
 
 def draw(result: Result) -> list[Drawing]:
@@ -116,41 +84,12 @@ def feature_neurons(
     strength: at how many times the root mean square of its up-projection a neuron is held.
     controls: random neurons of the same block for each held one, at the same size of output.
     """
-    lens = specimen.lens
-    kinds = kinds_of(specimen.anatomy.blocks)
+    lens, kinds = specimen.lens, kinds_of(specimen.anatomy.blocks)
     if not kinds:
         raise NotApplicable("no block of this model has an MLP left")
     head, forms = unembedding(lens, normalise), surface_forms(specimen, search)
     decoded = decode(specimen, head, kinds, min(top, len(head)), fold, forms)
-    control = random_z(head, specimen.seed)
-    threshold = float(control.quantile(1 - CHANCE))
-    either = decoded.z.amax(1)
-    present = either.isfinite()
-    specialised = (either > threshold).sum(-1) / present.sum(-1).clamp_min(1)
-    listed = decoded.ranked(best, kinds, (0, 1))
-    distinct = [len(decoded.tokens[kind, ..., 0].unique()) for kind in range(len(kinds))]
-    shares = [float((either[kind] > threshold).sum() / present[kind].sum()) for kind in range(len(kinds))]
-    result = Result(
-        {
-            "z": Quantity(decoded.z, ("vector", "sign", "layer", "neuron"), "std", "how far the top token stands out"),
-            "tokens": Quantity(
-                decoded.tokens, ("vector", "sign", "layer", "neuron", "place"), "", "ids of the top tokens, -1 for none"
-            ),
-            "specialised": Quantity(specialised, ("vector", "layer"), "share", "neurons above 99 % of random vectors"),
-            "control": Quantity(control, ("random",), "std", "z of random vectors, the larger of both signs"),
-            "distinct": Quantity(torch.tensor(distinct), ("vector",), "tokens", "different top tokens"),
-            "best z": Quantity(
-                torch.tensor([float(decoded.z[place]) for place in listed]), ("best",), "std", "z of the listed neurons"
-            ),
-        },
-        labels={"vector": kinds, "sign": SIGNS, "best": [named(specimen, decoded, place) for place in listed]},
-    )  # fmt: skip
-    result.findings = _findings(result, shares, threshold, len(head))
-    result.caveats = [
-        "The head turns what the stream holds into tokens, while rows of up and gate read the stream. That both share "
-        "directions is an assumption; it fits late blocks and tied embeddings better than early blocks.",
-        "A neuron may stand for something that is no single token. Then this says nothing about it.",
-    ]
+    result = _named(specimen, decoded, random_z(head, specimen.seed), best, len(head))
     if forms:
         _search(result, decoded, search)
     if clamp:
@@ -158,34 +97,40 @@ def feature_neurons(
     return result
 
 
-def decode(
-    specimen: Specimen, head: Tensor, kinds: Sequence[Vector], top: int, fold: bool = True, forms: Sequence[int] = ()
-) -> Decoded:
-    """Decode every neuron's vectors through W_U (V x d). forms: token ids whose mean score is kept, too."""
-    lens, blocks = specimen.lens if fold else None, specimen.anatomy.blocks
-    shape = (len(kinds), 2, len(blocks), max(block.find("up").shape[0] for block in blocks))
-    z, searched = torch.full(shape, torch.nan), torch.full((shape[0], *shape[2:]), torch.nan)
-    tokens = torch.full((*shape, top), -1, dtype=torch.long)
-    for layer, block in enumerate(specimen.shown(blocks, "neurons")):
-        for kind, which in enumerate(kinds):
-            found = vectors(block, which, lens)
-            if found is None:
-                continue
-            for rows, part in scores(head, found.to(head)):
-                part = standardised(part)
-                for sign, signed in enumerate((part, -part)):
-                    high = signed.topk(top, dim=1)
-                    z[kind, sign, layer, rows] = high.values[:, 0].float().cpu()
-                    tokens[kind, sign, layer, rows] = high.indices.cpu()
-                if forms:
-                    searched[kind, layer, rows] = part[:, list(forms)].mean(1).float().cpu()
-    return Decoded(kinds, z, tokens, searched)
+CAVEATS = (
+    "The head turns what the stream holds into tokens, while rows of up and gate read the stream. That both share "
+    "directions is an assumption; it fits late blocks and tied embeddings better than early blocks.",
+    "A neuron may stand for something that is no single token. Then this says nothing about it.",
+)
 
 
-def random_z(head: Tensor, seed: int) -> Tensor:
-    """z of Gaussian vectors on this unembedding, the larger of both signs (4096)."""
-    random = torch.randn(RANDOM, head.shape[1], generator=torch.Generator().manual_seed(seed)).to(head)
-    return torch.cat([standardised(part).abs().amax(1) for _, part in scores(head, random)]).float().cpu()
+def _named(specimen: Specimen, decoded: Decoded, control: Tensor, best: int, vocabulary: int) -> Result:
+    """What the weights alone say. control: z of random vectors. best: how many neurons are listed."""
+    kinds, axes = decoded.kinds, ("vector", "sign", "layer", "neuron")
+    threshold = float(control.quantile(1 - CHANCE))
+    either = decoded.z.amax(1)
+    above, present = either > threshold, either.isfinite()
+    listed = decoded.ranked(best, kinds, (0, 1))
+    distinct = torch.tensor([len(decoded.tokens[kind, ..., 0].unique()) for kind in range(len(kinds))])
+    z = torch.tensor([float(decoded.z[place]) for place in listed])
+    result = Result(
+        {
+            "z": Quantity(decoded.z, axes, "std", "how far the top token stands out"),
+            "tokens": Quantity(decoded.tokens, (*axes, "place"), "", "ids of the top tokens, -1 for none"),
+            "specialised": Quantity(
+                above.sum(-1) / present.sum(-1).clamp_min(1), ("vector", "layer"), "share",
+                "neurons above 99 % of random vectors",
+            ),
+            "control": Quantity(control, ("random",), "std", "z of random vectors, the larger of both signs"),
+            "distinct": Quantity(distinct, ("vector",), "tokens", "different top tokens"),
+            "best z": Quantity(z, ("best",), "std", "z of the listed neurons"),
+        },
+        caveats=CAVEATS,
+        labels={"vector": kinds, "sign": SIGNS, "best": [named(specimen, decoded, place) for place in listed]},
+    )  # fmt: skip
+    shares = [float(above[kind].sum() / present[kind].sum()) for kind in range(len(kinds))]
+    result.findings = _findings(result, shares, threshold, vocabulary)
+    return result
 
 
 def surface_forms(specimen: Specimen, search: str) -> list[int]:

@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Annotated
 
 import torch
-from torch import Tensor
 
-from ...activations import Seen, Specimen, changed
-from ...anatomy import Block
+from ...activations import Specimen, changed
 from ...errors import NotApplicable
 from ...evaluation import evaluate_loss
 from ...parameters import Range
 from ...statistics.objective import task_of
+from ..activity import MEASURES, PLACES, Tally, rectifies, shaped
 from ..draw import Drawing, Table, lines
-from ..places import places, wide
+from ..places import places
 from ..registry import Looking, probing
 from ..result import Quantity, Result
 from ..topk import top_k
 
 SHARES = (1.0, 0.5, 0.25, 0.125, 0.0625, 0.03125)
-MEASURES = ("exact", "above", "mass")
-BUCKETS = 16
-PLACES = ["0", "1", *(f"{2**i}-{2 ** (i + 1) - 1}" for i in range(1, BUCKETS - 2)), f"{2 ** (BUCKETS - 2)} on"]
 CURVE = 101  # points of the sorted firing rates
 
 
@@ -37,8 +34,8 @@ def draw(result: Result) -> list[Drawing]:
     drawn: list[Drawing] = [
         lines(
             "Active neurons by layer",
-            "Mean share of the neurons that are active for a token. exact: not zero. above: larger than a share of the "
-            "token's largest. mass: the fewest that hold 95 % of the sum of sizes. Never compare one with another.",
+            "Mean share of the neurons that are active for a token. exact: not zero. above: larger than a share of "
+            "the token's largest. mass: the fewest that hold 95 % of the sum of sizes. Never compare one with another.",
             {name: result["density"][number] for number, name in enumerate(MEASURES)},
             x=layers, xlabel="layer", ylabel="share of neurons",
         ),
@@ -76,12 +73,13 @@ def lazy_neuron(
 ) -> Looking:
     """How few MLP neurons are active for a token, which are busy and which are dead, and how many the model needs.
 
-    Li et al. 2023. Activations are what the down matrix reads, a (n). Three measures of the active share: a_i != 0, the
-    paper's; |a_i| > share * max |a|; and the smallest k whose largest entries hold 95 % of the sum of |a_i|. The last
-    two are an extension for GELU, SiLU and gated MLPs, where nothing is exactly zero; the paper is about ReLU. Firing
-    rates, places and dead neurons are those of exact zeros where the activation function gives them, else of the second
-    measure. Padding does not count. Then the loss with the k largest |a_i| of each token alone, k the same share of
-    every layer, and k = what 99 % of the tokens of that layer need ("natural", our design), without any training.
+    Li et al. 2023. Activations are what the down matrix reads, a (n). Three measures of the active share: a_i != 0,
+    the paper's; |a_i| > share * max |a|; and the smallest k whose largest entries hold 95 % of the sum of |a_i|.
+    The last two are an extension for GELU, SiLU and gated MLPs, where nothing is exactly zero; the paper is about
+    ReLU. Firing rates, places and dead neurons are those of exact zeros where the activation function gives them,
+    else of the second measure. Padding does not count. Then the loss with the k largest |a_i| of each token alone,
+    k the same share of every layer, and k = what 99 % of the tokens of that layer need ("natural", our design),
+    without any training.
 
     share: of a token's largest activation, above which a neuron counts as active where nothing is exactly zero.
     sequences: of the text, on which the loss is measured.
@@ -96,30 +94,9 @@ def lazy_neuron(
         for layer, tally in tallies.items():
             tally.add(shaped(seen, layer), place)
     kept, losses = thinned_losses(specimen, {layer: tally.natural() for layer, tally in tallies.items()}, sequences)
-    widest = max(tally.neurons for tally in tallies.values())
-    rates = torch.full((len(tallies), widest), torch.nan, dtype=torch.float64)
-    for row, tally in zip(rates, tallies.values(), strict=True):
-        row[: tally.neurons] = tally.fired / tally.tokens
-    density = torch.stack([tally.density for tally in tallies.values()], 1)
-    natural = torch.tensor([tally.natural() for tally in tallies.values()])
-    buckets = int(next(iter(tallies.values())).place_counts.nonzero().max()) + 1
-    by_place = torch.stack([tally.place_sums / tally.place_counts for tally in tallies.values()])[:, :buckets].float()
-    dead = torch.tensor([float((tally.fired == 0).double().mean()) for tally in tallies.values()])
-    quantities = {
-        "density": Quantity(density, ("measure", "layer"), "share", "active neurons of a token, mean over tokens"),
-        "rate": Quantity(rates, ("layer", "neuron"), "share", "tokens for which a neuron is active"),
-        "dead": Quantity(dead, ("layer",), "share", "neurons that were never active"),
-        "natural": Quantity(natural, ("layer",), "neurons", "active neurons that 99 % of the tokens do not exceed"),
-        "by_place": Quantity(by_place, ("layer", "place"), "share", "active neurons by place in the text"),
-        "neurons": Quantity(
-            torch.tensor([tally.neurons for tally in tallies.values()]), ("layer",), "neurons", "neurons of a layer"
-        ),
-        "sharp": Quantity(torch.tensor(sharp), (), "", "whether the activation function gives exact zeros"),
-    }
-    labels = {
-        "measure": MEASURES, "layer": [str(layer) for layer in tallies],
-        "place": PLACES[:buckets],
-    }  # fmt: skip
+    quantities = measured(list(tallies.values()), sharp)
+    labels = {"measure": MEASURES, "layer": [str(layer) for layer in tallies]}
+    labels["place"] = PLACES[: quantities["by_place"].values.shape[1]]
     if losses:
         quantities["loss"] = Quantity(
             torch.tensor(losses), ("kept",), "nats", "loss with the largest activations alone"
@@ -129,81 +106,36 @@ def lazy_neuron(
     return Result(quantities, findings(quantities, labels, sharp, share, tokens), CAVEATS, labels)
 
 
+def measured(tallies: Sequence[Tally], sharp: bool) -> dict[str, Quantity]:
+    """What the tallies of the layers say, as arrays."""
+    rates = torch.full((len(tallies), max(tally.neurons for tally in tallies)), torch.nan, dtype=torch.float64)
+    for row, tally in zip(rates, tallies, strict=True):
+        row[: tally.neurons] = tally.fired / tally.tokens
+    buckets = int(tallies[0].place_counts.nonzero().max()) + 1
+    by_place = torch.stack([tally.place_sums / tally.place_counts for tally in tallies])[:, :buckets].float()
+    density = torch.stack([tally.density for tally in tallies], 1)
+    dead = torch.tensor([float((tally.fired == 0).double().mean()) for tally in tallies])
+    natural = torch.tensor([tally.natural() for tally in tallies])
+    neurons = torch.tensor([tally.neurons for tally in tallies])
+    return {
+        "density": Quantity(density, ("measure", "layer"), "share", "active neurons of a token, mean over tokens"),
+        "rate": Quantity(rates, ("layer", "neuron"), "share", "tokens for which a neuron is active"),
+        "dead": Quantity(dead, ("layer",), "share", "neurons that were never active"),
+        "natural": Quantity(natural, ("layer",), "neurons", "active neurons that 99 % of the tokens do not exceed"),
+        "by_place": Quantity(by_place, ("layer", "place"), "share", "active neurons by place in the text"),
+        "neurons": Quantity(neurons, ("layer",), "neurons", "neurons of a layer"),
+        "sharp": Quantity(torch.tensor(sharp), (), "", "whether the activation function gives exact zeros"),
+    }
+
+
 CAVEATS = (
-    "Density depends on the measure and on the activation function. Do not compare numbers across them: a threshold "
-    "says "
-    "nothing about exact zeros.",
+    "Density depends on the measure and on the activation function. Do not compare numbers across them: a "
+    "threshold says nothing about exact zeros.",
     "Few active neurons do not make a model faster on ordinary hardware, which computes the zeros too.",
-    "The paper trains with the k largest from the start. Put on a trained model afterwards they cost loss below the "
-    "number of neurons that it uses by itself.",
+    "The paper trains with the k largest from the start. Put on a trained model afterwards they cost loss below "
+    "the number of neurons that it uses by itself.",
     "A neuron that is dead on this text may live on another.",
 )
-
-
-def rectifies(block: Block) -> bool:
-    """Whether the MLP's activation function makes negative numbers exactly zero, as a ReLU does."""
-    activation = None if block.mlp is None else block.mlp.activation
-    if activation is None:
-        return False
-    with torch.no_grad():
-        return not bool(activation(-torch.logspace(-2, 0, 9)).any())
-
-
-def shaped(seen: Seen, layer: int) -> Tensor:
-    """Activations (B x T x n), also where the model has flattened batch and positions."""
-    found = seen.neurons[layer]
-    return found.reshape(*seen.residual[layer].shape[:2], found.shape[-1])
-
-
-class Tally:
-    """Sums over tokens for one layer of n neurons.
-
-    sharp: exact zeros decide what is active; else `share` of the token's largest.
-    fired: n, tokens for which each neuron was active. counts: histogram of the number of active neurons (n + 1).
-    """
-
-    def __init__(self, neurons: int, sharp: bool, share: float) -> None:
-        self.neurons, self.sharp, self.share = neurons, sharp, share
-        self.tokens = 0.0
-        self.sums = torch.zeros(len(MEASURES), dtype=torch.float64)
-        self.fired = torch.zeros(neurons, dtype=torch.float64)
-        self.counts = torch.zeros(neurons + 1, dtype=torch.float64)
-        self.place_sums, self.place_counts = (torch.zeros(BUCKETS, dtype=torch.float64) for _ in range(2))
-
-    def add(self, activations: Tensor, place: Tensor) -> None:
-        """activations: B x T x n. place: B x T, -1 where a position does not count."""
-        counted = place >= 0
-        a, place = wide(activations[counted]).abs(), place[counted].cpu()
-        exact, above = a > 0, a > self.share * a.amax(-1, keepdim=True)
-        active = exact if self.sharp else above
-        number = active.sum(-1).cpu()
-        self.tokens += len(a)
-        self.sums += torch.tensor(
-            [float(exact.sum()), float(above.sum()), float(mass_counts(a).sum())], dtype=torch.float64
-        )
-        self.fired += active.sum(0).cpu()
-        self.counts += number.bincount(minlength=self.neurons + 1)
-        power = place.clamp_min(1).double().log2().floor().long() + 1
-        bucket = power.clamp_max(BUCKETS - 1) * (place > 0)
-        self.place_sums.index_add_(0, bucket, number.double() / self.neurons)
-        self.place_counts.index_add_(0, bucket, torch.ones(len(a), dtype=torch.float64))
-
-    @property
-    def density(self) -> Tensor:
-        """Mean share of the neurons that are active, as in MEASURES (3)."""
-        return (self.sums / (self.tokens * self.neurons)).float()
-
-    def natural(self) -> int:
-        """The smallest k that 99 % of the tokens do not exceed, at least 1."""
-        share = self.counts.cumsum(0) / self.counts.sum()
-        return max(int((share >= 0.99 - 1e-12).int().argmax()), 1)
-
-
-def mass_counts(sizes: Tensor, mass: float = 0.95) -> Tensor:
-    """The fewest entries of |a| (tokens x n) that hold that share of a token's sum; 0 where all are zero."""
-    ordered = sizes.sort(-1, descending=True).values.cumsum(-1)
-    total = ordered[:, -1:]
-    return ((ordered < mass * total).sum(-1) + 1) * (total[:, 0] > 0)
 
 
 def thinned_losses(specimen: Specimen, natural: dict[int, int], sequences: int) -> tuple[list[str], list[float]]:
@@ -236,21 +168,20 @@ def findings(
         else f"have more than {share:.0%} of the token's largest activation"
     )
     told = [
-        f"For a token, {float(density.mean()):.1%} of the neurons {kind} (mean over layers and {tokens} tokens): from "
-        f"{float(density[lazy]):.1%} in layer {layers[lazy]} to {float(density[busy]):.1%} in layer {layers[busy]}."
+        f"For a token, {float(density.mean()):.1%} of the neurons {kind} (mean over layers and {tokens} tokens): "
+        f"from {float(density[lazy]):.1%} in layer {layers[lazy]} to {float(density[busy]):.1%} in layer "
+        f"{layers[busy]}."
     ]
     if not sharp:
         told.append(
-            "Activations of this model are never exactly zero by design, so the paper's measure does not apply; 95 % "
-            "of "
-            f"the sum of sizes is held by {float(values['density'][2].mean()):.1%} of the neurons."
+            "Activations of this model are never exactly zero by design, so the paper's measure does not apply; 95 "
+            f"% of the sum of sizes is held by {float(values['density'][2].mean()):.1%} of the neurons."
         )
-    rates = values["rate"][values["rate"].isfinite()]
+    rates, dead = values["rate"][values["rate"].isfinite()], float(values["dead"].max())
     told.append(
         f"Half of the neurons are active for fewer than {float(rates.median()):.1%} of the tokens. "
-        f"{float((rates == 0).double().mean()):.1%} were never active, {float(values['dead'].max()):.1%} in the layer "
-        "with "
-        "the most of them" + (": more than the 5 % of a healthy layer." if float(values["dead"].max()) >= 0.05 else ".")
+        f"{float((rates == 0).double().mean()):.1%} were never active, {dead:.1%} in the layer with the most of them"
+        + (": more than the 5 % of a healthy layer." if dead >= 0.05 else ".")
     )
     if "loss" in values:
         loss = values["loss"].tolist()

@@ -64,63 +64,53 @@ def talking_heads(
     """
     specimen.require_contributions()
     layers = [heads_of(specimen.anatomy, block) for block in specimen.anatomy.blocks]
-    names = [f"{layer}.{head}" for layer, made in enumerate(layers) if made for head in range(len(made.sizes))]
     if sum(made is not None for made in layers) < 2:
         raise NotApplicable("channels lead to a later block's heads, and there is only one block with attention")
+    whole, best = _composed(specimen, layers, channels)
+    quantities = {
+        "heads": Quantity(whole, ("read", "head", "head"), "", "composition scores of whole heads"),
+        "channels": Quantity(torch.tensor([score for score, *_ in best]), ("channel",), "", "scores of components"),
+        "outliers": Quantity(torch.tensor([z for _, z, *_ in best]), ("channel",), "standard deviations",
+                             "distance from the mean of the writer's components"),
+        "width": Quantity(torch.tensor(float(specimen.anatomy.config_value("hidden"))), (), "", "width of the stream"),
+    }  # fmt: skip
+    if tested and task_of(specimen.model) == "causal":
+        removed, control = _removals(specimen, layers, best[:tested], controls)
+        quantities["removed"] = Quantity(removed, ("tested",), "nats", "rise of the loss without the component")
+        quantities["control"] = Quantity(control, ("tested",), "nats", "the same for other components of the head")
+    labels = {
+        "head": [f"{layer}.{head}" for layer, made in enumerate(layers) if made for head in range(len(made.sizes))],
+        "read": READS,
+        "channel": [
+            f"{early}.{head} [{component}] -> {late}.{other} ({READS[kind]})"
+            for _, _, kind, early, head, component, late, other in best
+        ],
+    }
+    result = Result(quantities, caveats=CAVEATS, labels=labels)
+    result.findings = _findings(result, best[0])
+    return result
+
+
+CAVEATS = (
+    "A high score says that a direction could carry something, not that it does; see the removals.",
+    "Rotary embeddings are taken at offset 0; biases and the MLPs between the heads are left out.",
+    "Where singular values are nearly equal, single components are not unique.",
+)
+
+
+def _composed(specimen: Specimen, layers: list[Heads | None], count: int) -> tuple[Tensor, list[tuple]]:
+    """Scores of whole heads (3 x writers x readers, 0 where a reader is not in a later block); the best components."""
     starts = torch.tensor([0, *(len(made.sizes) if made else 0 for made in layers)]).cumsum(0).tolist()
-    whole = torch.zeros(len(READS), len(names), len(names))
-    best: list[tuple[float, float, int, int, int, int, int, int]] = []
+    whole = torch.zeros(len(READS), starts[-1], starts[-1])
+    best: list[tuple] = []
     pairs = [(w, r) for w in range(len(layers)) for r in range(w + 1, len(layers)) if layers[w] and layers[r]]
     for early, late in specimen.shown(pairs, "talking-heads"):
         writer, reader = layers[early], layers[late]
         assert writer is not None and reader is not None
         scores, components = composition(writer, reader)
         whole[:, starts[early] : starts[early + 1], starts[late] : starts[late + 1]] = scores.float().cpu()
-        best += _strongest(components, early, late, channels)
-    best = sorted(best, reverse=True)[:channels]
-    labels = [
-        f"{early}.{head} [{component}] -> {late}.{other} ({READS[kind]})"
-        for _, _, kind, early, head, component, late, other in best
-    ]
-    width = specimen.anatomy.config_value("hidden")
-    quantities = {
-        "heads": Quantity(whole, ("read", "head", "head"), "", "composition scores of whole heads"),
-        "channels": Quantity(torch.tensor([score for score, *_ in best]), ("channel",), "", "scores of components"),
-        "outliers": Quantity(torch.tensor([z for _, z, *_ in best]), ("channel",), "standard deviations",
-                             "distance from the mean of the writer's components"),
-        "width": Quantity(torch.tensor(float(width)), (), "", "width of the stream"),
-    }  # fmt: skip
-    score, outlier, *_ = best[0]
-    later = torch.tensor([a < b for a in _layer_of(names) for b in _layer_of(names)]).view(len(names), -1)
-    findings = [
-        f"The strongest channel is {labels[0]}: {score * width**0.5:.1f} times what random matrices give, and "
-        f"{outlier:.1f} standard deviations above its writer's components in the mean.",
-        f"Whole heads compose at {float(whole[:, later].mean()) * width**0.5:.2f} times random in the mean, "
-        f"and {float(whole.max()) * width**0.5:.2f} times at most.",
-    ]
-    if tested and task_of(specimen.model) == "causal":
-        removed, control = _removals(specimen, layers, best[:tested], controls)
-        quantities["removed"] = Quantity(removed, ("tested",), "nats", "rise of the loss without the component")
-        quantities["control"] = Quantity(control, ("tested",), "nats", "the same for other components of the head")
-        findings.append(
-            f"Removing the component of each of the {len(removed)} strongest channels raises the loss on repeated "
-            f"random tokens by {float(removed.mean()):.4f} nats in the mean, other components of the same heads by "
-            f"{float(control.mean()):.4f}."
-        )
-    return Result(
-        quantities,
-        findings,
-        [
-            "A high score says that a direction could carry something, not that it does; see the removals.",
-            "Rotary embeddings are taken at offset 0; biases and the MLPs between the heads are left out.",
-            "Where singular values are nearly equal, single components are not unique.",
-        ],
-        {"head": names, "read": READS, "channel": labels},
-    )
-
-
-def _layer_of(names: list[str]) -> list[int]:
-    return [int(name.partition(".")[0]) for name in names]
+        best += _strongest(components, early, late, count)
+    return whole, sorted(best, reverse=True)[:count]
 
 
 def _strongest(components: Tensor, early: int, late: int, count: int) -> list[tuple]:
@@ -132,6 +122,28 @@ def _strongest(components: Tensor, early: int, late: int, count: int) -> list[tu
         (score, float(spread[kind, head, part, other]), kind, early, head, part, late, other)
         for score, kind, head, part, other in zip(values.tolist(), kinds, heads, parts, others, strict=True)
     ]
+
+
+def _findings(result: Result, strongest: tuple) -> list[str]:
+    """The strongest channel, whole heads for comparison, and what removals do."""
+    score, outlier, *_ = strongest
+    whole, names, root = result["heads"], result.labels["head"], float(result["width"]) ** 0.5
+    layers = [int(name.partition(".")[0]) for name in names]
+    later = torch.tensor([a < b for a in layers for b in layers]).view(len(names), -1)
+    findings = [
+        f"The strongest channel is {result.labels['channel'][0]}: {score * root:.1f} times what random matrices give, "
+        f"and {outlier:.1f} standard deviations above its writer's components in the mean.",
+        f"Whole heads compose at {float(whole[:, later].mean()) * root:.2f} times random in the mean, "
+        f"and {float(whole.max()) * root:.2f} times at most.",
+    ]
+    if "removed" in result.quantities:
+        removed, control = result["removed"], result["control"]
+        findings.append(
+            f"Removing the component of each of the {len(removed)} strongest channels raises the loss on repeated "
+            f"random tokens by {float(removed.mean()):.4f} nats in the mean, other components of the same heads by "
+            f"{float(control.mean()):.4f}."
+        )
+    return findings
 
 
 @torch.no_grad()
