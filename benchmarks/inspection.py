@@ -66,12 +66,9 @@ def exponent(values: Tensor) -> float:
 
 def exponents(anatomy: Anatomy) -> Exponents:
     """Ours, of every matrix, by the module's path; as the probe `spectra` finds them."""
-    found: Exponents = {}
-    for block in anatomy.blocks:
-        matrices = block.matrices()
-        fits = side_by_side(lambda weight: exponent(eigenvalues(weight)), [matrix.weight for matrix in matrices])
-        found |= {matrix.path: alpha for matrix, alpha in zip(matrices, fits, strict=True)}
-    return found
+    matrices = anatomy.matrices()
+    fits = side_by_side(lambda matrix: exponent(eigenvalues(matrix.weight)), matrices)
+    return {matrix.path: alpha for matrix, alpha in zip(matrices, fits, strict=True)}
 
 
 def fitted_by_weightwatcher(spectra: dict[str, Tensor]) -> Exponents:

@@ -51,6 +51,22 @@ def test_no_more_at_a_time_than_is_asked(threads):
     assert 1 <= most <= min(threads, 2)
 
 
+def test_progress_advances_as_results_come(threads):
+    finished, steps = [], []
+
+    def one(number):
+        finished.append(number)
+        return -number
+
+    def shown(numbers):
+        for number in numbers:
+            yield number
+            steps.append((number, number in finished))
+
+    assert side_by_side(one, range(9), shown=shown) == [-number for number in range(9)]
+    assert steps == [(number, True) for number in range(9)]
+
+
 def test_the_first_error_is_raised_and_what_has_not_begun_never_does(threads):
     begun = []
 

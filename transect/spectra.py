@@ -34,8 +34,12 @@ def singular_values(weights: Sequence[Tensor]) -> list[Tensor]:
     is off by about 1e-15 / s. A matrix that has values below 1e-6 of its largest is decomposed itself instead, at
     several times the cost.
     """
-    largest = max((weight.numel() for weight in weights), default=1)
-    return side_by_side(_singular_values, weights, most=max(1, _TOGETHER // max(1, largest)))
+    return side_by_side(_singular_values, weights, most=how_many_together([weight.shape for weight in weights]))
+
+
+def how_many_together(shapes: Sequence[Sequence[int]]) -> int:
+    """How many matrices of these shapes (m, n) may be decomposed at a time without much memory."""
+    return max(1, _TOGETHER // max([1, *(shape[0] * shape[1] for shape in shapes)]))
 
 
 def _singular_values(weight: Tensor) -> Tensor:

@@ -8,9 +8,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ..statistics import Progress
+
 
 def descend(
-    module: nn.Module, loss: Callable[[int], Tensor], steps: int, rate: float, weight_decay: float = 0.1
+    module: nn.Module,
+    loss: Callable[[int], Tensor],
+    steps: int,
+    rate: float,
+    weight_decay: float = 0.1,
+    progress: Progress | None = None,
 ) -> None:
     """Train every parameter with AdamW; the module is in eval mode afterwards.
 
@@ -19,7 +26,7 @@ def descend(
     """
     module.train()
     optimizer = torch.optim.AdamW(module.parameters(), lr=rate, weight_decay=weight_decay)
-    for step in range(steps):
+    for step in progress(range(steps), "training") if progress else range(steps):
         warm = min(1.0, (step + 1) / (steps / 10))
         optimizer.param_groups[0]["lr"] = rate * warm * (1 + math.cos(math.pi * step / steps)) / 2
         loss(step).backward()

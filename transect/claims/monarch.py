@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ..anatomy import Anatomy
@@ -16,6 +15,7 @@ from ..layers import MonarchLinear
 from ..operators import LowRank
 from ..statistics import task_of
 from .context import Context, Measured, Variant
+from .descent import descend
 from .ordering import ordered
 from .registry import NotApplicable, Result, Verdict, claim
 
@@ -81,10 +81,7 @@ def low_rank_layer(d_in: int, d_out: int) -> nn.Module:
 
 
 def trained(context: Context, make: Callable[[int, int], nn.Module], seed: int) -> Measured:
-    """The held-out loss of a small model whose MLP matrices `make` makes, trained for STEPS steps.
-
-    AdamW with weight decay 0.1, linear warm-up over a tenth of the steps, a cosine to zero, gradients clipped to 1.
-    """
+    """The held-out loss of a small model whose MLP matrices `make` makes, trained for STEPS steps (see `descend`)."""
     rows = [row for batch in context.calibration for row in batch["input_ids"]]
     device, vocabulary = context.model.device, context.anatomy.config.vocab_size
     config = LlamaConfig(
@@ -99,17 +96,14 @@ def trained(context: Context, make: Callable[[int, int], nn.Module], seed: int) 
         for matrix in anatomy.matrices(("gate", "up", "down")):
             d_out, d_in = matrix.shape
             matrix.replace(make(d_in, d_out))
-    model.to(device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.1)
+    model.to(device)
     order = torch.Generator().manual_seed(seed)
-    for step in range(STEPS):
-        warm = min(1.0, (step + 1) / (STEPS / 10))
-        optimizer.param_groups[0]["lr"] = RATE * warm * (1 + math.cos(math.pi * step / STEPS)) / 2
+
+    def loss(_: int) -> Tensor:
         chosen = torch.randint(len(rows), (BATCH,), generator=order).tolist()
         length = min(len(rows[index]) for index in chosen)
         ids = torch.stack([rows[index][:length] for index in chosen]).to(device)
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    return context.evaluate(model.eval(), anatomy.matrix_bytes() / whole)
+        return model(input_ids=ids, labels=ids, use_cache=False).loss
+
+    descend(model, loss, STEPS, RATE)
+    return context.evaluate(model, anatomy.matrix_bytes() / whole)

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..data import Batches, load
 from ..statistics import Progress
 from .context import Context
+from .descent import descend
 from .registry import NotApplicable
 
 STEPS, TOKENS, RATE = 500, 2048, 2e-3  # of the training; tokens of a step
@@ -67,29 +68,23 @@ def text_of(context: Context) -> tuple[list[Tensor], str]:
 def train(model: Any, rows: list[Tensor], progress: Progress | None = None, seed: int = 0) -> None:
     """Lower the loss of a causal model on sequences, in place: STEPS steps of about TOKENS tokens each.
 
-    AdamW with weight decay 0.1, linear warm-up over a tenth of the steps, a cosine to zero, gradients clipped to 1
-    (our choice). Sequences come in random order, all of them before one comes again.
+    See `descend`. Sequences come in random order, all of them before one comes again.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.1)
     generator = torch.Generator().manual_seed(seed)
     size = max(1, TOKENS // max(map(len, rows)))
     passes = math.ceil(STEPS * size / len(rows))
     order = torch.cat([torch.randperm(len(rows), generator=generator) for _ in range(passes)]).tolist()
+
+    def loss(step: int) -> Tensor:
+        chosen = [rows[number] for number in order[step * size : (step + 1) * size]]
+        length = min(map(len, chosen))
+        ids = torch.stack([row[:length] for row in chosen]).to(model.device)
+        return model(input_ids=ids, labels=ids, use_cache=False).loss
+
     devices = [model.device] if model.device.type == "cuda" else []
-    model.train()
     with torch.random.fork_rng(devices=devices):  # dropout
         torch.manual_seed(seed)
-        for step in progress(range(STEPS), "training") if progress else range(STEPS):
-            warm = min(1.0, (step + 1) / (STEPS / 10))
-            optimizer.param_groups[0]["lr"] = RATE * warm * (1 + math.cos(math.pi * step / STEPS)) / 2
-            chosen = [rows[number] for number in order[step * size : (step + 1) * size]]
-            length = min(map(len, chosen))
-            ids = torch.stack([row[:length] for row in chosen]).to(model.device)
-            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-    model.eval()
+        descend(model, loss, STEPS, RATE, progress=progress)
 
 
 def _more(context: Context, sequences: int) -> Batches:

@@ -10,7 +10,15 @@ from torch import Tensor
 from ...activations import Specimen
 from ...errors import TransectError
 from ...parameters import Range
-from ...spectra import FLOOR, SMALLEST_SPECTRUM, hill_median, pooled_eigenvalues, power_law, singular_values
+from ...spectra import (
+    FLOOR,
+    SMALLEST_SPECTRUM,
+    hill_median,
+    how_many_together,
+    pooled_eigenvalues,
+    power_law,
+    singular_values,
+)
 from ...threads import side_by_side
 from ..draw import Drawing, Table, heatmap, lines
 from ..registry import probing
@@ -106,13 +114,13 @@ def spectra(
     specimen.anatomy.check_finite()
     matrices = specimen.anatomy.matrices()
     rows = window or min(_LARGEST_WINDOW, *(min(matrix.shape) for matrix in matrices))
-    values: list[Tensor] = []
-    tails: list[list[float]] = []
-    for block in specimen.shown(specimen.anatomy.blocks, "spectra"):
-        weights = [matrix.weight for matrix in block.matrices()]
-        for found, tail in side_by_side(lambda weight: _measured(weight, rows, windows), weights):
-            values.append(found)
-            tails.append(tail)
+    measured = side_by_side(
+        lambda matrix: _measured(matrix.weight, rows, windows),
+        matrices,
+        most=how_many_together([matrix.shape for matrix in matrices]),
+        shown=lambda items: specimen.shown(items, "spectra"),
+    )
+    values, tails = [found for found, _ in measured], [tail for _, tail in measured]
     figures = torch.cat([torch.stack([_ranks(one) for one in values]), torch.tensor(tails, dtype=torch.float64)], 1)
     padded = torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=float("nan"))
     quantities = {
