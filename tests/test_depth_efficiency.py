@@ -57,7 +57,7 @@ def test_it_runs_on_every_architecture_and_leaves_no_trace(name):
     assert [key for key, one in found.quantities.items() if one.values.isnan().any()] == [
         "skip_later", "local_effect",
     ]  # fmt: skip
-    assert name != "gpt2" or len(found.plots()) == 6
+    assert name != "gpt2" or len(found.plots()) == 7
     assert len(found.findings) == 8
     assert torch.equal(logits(one.model, inputs(name)), before)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in one.model.modules())

@@ -54,7 +54,7 @@ def test_it_runs_on_every_architecture_and_leaves_no_trace(name):
     inspection = run_probes(one, SMALL)
     assert not inspection.refused
     found = inspection["lac"]
-    assert len(found.plots()) == 3
+    assert len(found.plots()) == 4
     assert found.findings
     assert found["activity"].shape == (3, 3)
     assert bool(((found["agreement"] >= 0) & (found["agreement"] <= 1)).all())

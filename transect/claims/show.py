@@ -28,13 +28,16 @@ def rich_outcome(outcome: Outcome) -> Group:
 
 
 def _grid(numbers: list[dict[str, Any]]) -> Table:
-    """Narrow enough for 80 columns: a heading is a word a line, texts wrap, and numbers are never cut."""
+    """As narrow as can be: a heading is a word a line, texts wrap. Print with crop=False: no number is ever cut."""
     grid = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
-    for name, first in numbers[0].items():
-        text = isinstance(first, str)
-        grid.add_column(name.replace("_", "\n"), justify="left" if text else "right", no_wrap=not text)
+    columns = list(dict.fromkeys(name for row in numbers for name in row))
+    for name in columns:
+        values = [row.get(name, "") for row in numbers]
+        words, text = name.replace("_", " ").split(), any(value and isinstance(value, str) for value in values)
+        longest = max(len(word) for cell in map(_cell, values) for word in [*words, *cell.split()])
+        grid.add_column("\n".join(words), justify="left" if text else "right", min_width=longest)
     for row in numbers:
-        grid.add_row(*map(_cell, row.values()))
+        grid.add_row(*(_cell(row.get(name, "")) for name in columns))
     return grid
 
 

@@ -42,7 +42,7 @@ def lines(
     ylabel: str,
     log: bool = False,
 ) -> Plot:
-    """One line a series, over a common x (default 0, 1, 2 ...). log: a logarithmic y axis."""
+    """One line a series, over a common x (default 0, 1, 2 ...; words at equal distances). log: a logarithmic y axis."""
     from plotly import graph_objects as go
 
     figure = go.Figure()
@@ -52,6 +52,8 @@ def lines(
     places = range(max(map(len, series.values()), default=0)) if x is None else x
     if places and all(isinstance(place, int) for place in places) and max(places) - min(places) <= 24:
         figure.update_xaxes(dtick=1)  # no ticks between whole numbers
+    if any(isinstance(place, str) for place in places):
+        figure.update_xaxes(type="category")  # plotly would read "5%" and "2-3" as numbers
     figure.update_xaxes(title=xlabel)
     figure.update_yaxes(title=ylabel, type="log" if log else "linear")
     return Plot(title, note, figure)

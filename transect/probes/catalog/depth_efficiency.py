@@ -34,14 +34,17 @@ def draw(result: Result) -> list[Drawing]:
 def draw_layers(result: Result) -> list[Drawing]:
     """What each layer adds, and what skipping it does to the prediction."""
     contribution, cosine, output = result["contribution"][1], result["cosine"][1], result["skip_output"][0]
-    shown = {f"length, {part}": contribution[i] for i, part in enumerate(PARTS)}
-    shown |= {f"cosine, {part}": cosine[i] for i, part in enumerate(PARTS)}
     return [
         lines(
-            "What layers add to the stream",
-            "Length of what is added over the length of the stream, and cosine between the two, without the first "
-            "token. A negative cosine erases, zero writes something new, a positive one strengthens.",
-            shown, xlabel="layer", ylabel="share of the stream, or cosine",
+            "How much layers add to the stream",
+            "Length of what is added over the length of the stream, without the first token.",
+            {part: contribution[i] for i, part in enumerate(PARTS)},
+            xlabel="layer", ylabel="share of the stream", log=True,
+        ),
+        lines(
+            "Where what they add points",
+            "Its cosine with the stream. A negative one erases, zero writes something new, a positive one strengthens.",
+            {part: cosine[i] for i, part in enumerate(PARTS)}, xlabel="layer", ylabel="cosine",
         ),
         lines(
             "What skipping a layer does to the prediction",
@@ -60,16 +63,21 @@ def draw_readers(result: Result) -> list[Drawing]:
             "What skipping a layer does to layers at later tokens",
             "How much what a layer (column) adds changes when another (row) is skipped at earlier tokens alone: "
             "largest over tokens. Bright rows are layers whose results later tokens read.",
-            result["skip_later"][0, 1, 0], xlabel="layer", ylabel="skipped layer",
+            _later(result["skip_later"][0, 1, 0]), xlabel="layer", ylabel="skipped layer",
         ),
         heatmap(
             "Which layers read another layer's result directly",
             "The same, where only the layer of the column goes without what the layer of the row added at earlier "
             "tokens, and all other layers are as usual. Bright here and above: read directly. Bright only above: "
             "what arrives has passed through layers in between.",
-            result["local_effect"][0, 1, 0], xlabel="layer", ylabel="layer whose result is missing",
+            _later(result["local_effect"][0, 1, 0]), xlabel="layer", ylabel="layer whose result is missing",
         ),
     ]  # fmt: skip
+
+
+def _later(effects: Tensor) -> Tensor:
+    """Effects (L x L) of a layer on another, without those on earlier layers, which are none."""
+    return effects.masked_fill(torch.ones_like(effects).tril().bool(), torch.nan)
 
 
 def draw_tokens(result: Result) -> list[Drawing]:

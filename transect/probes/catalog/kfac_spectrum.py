@@ -36,7 +36,7 @@ def draw(result: Result) -> list[Drawing]:
             "Curvature in the sharpest pairs", "Mean over the blocks. A line that starts high: few pairs of directions "
             "hold most of the curvature.",
             {role: result["mass"][numbers].mean(0) for role, numbers in by_role.items()},
-            x=[f"{share:.1%}" for share in _SHARES], xlabel="share of all pairs", ylabel="share of curvature mass",
+            x=[f"{share:.1%}" for share in _SHARES], xlabel="sharpest pairs, of all", ylabel="share of curvature mass",
         ),
         _spectrum("Input side: eigenvalues of A", result["values_in"], by_role),
         _spectrum("Output side: eigenvalues of G", result["values_out"], by_role),

@@ -36,16 +36,17 @@ def draw(result: Result) -> list[Drawing]:
             "Next-token loss without void layers", "exit: predicted from the state behind the last active layer. "
             "skip: void layers are passed by. plain: the model as it is.",
             {name: result["loss"][number] for number, name in enumerate(READINGS)},
-            x=alphas, xlabel="alpha", ylabel="nats",
+            x=[float(alpha) for alpha in alphas], xlabel="alpha", ylabel="nats",
         ),
         lines(
-            "What layers do to a state", "A layer can turn a state without lengthening it and is then called void. "
+            "How far layers move a state", "A layer can turn a state without lengthening it and is then called void. "
             "Means over the text's tokens without the first.",
-            {
-                "change of length": result["step"], "length of the change": result["turn"],
-                "cosine before and after": result["cosine"],
-            },
-            xlabel="layer", ylabel="relative to the state's length, or cosine",
+            {"length of the change": result["turn"], "change of length, up or down": result["step"].abs()},
+            xlabel="layer", ylabel="relative to the state's length", log=True,
+        ),
+        lines(
+            "How far layers turn a state", "Cosine of the state before and after. 1: not turned at all.",
+            {"cosine": result["cosine"]}, xlabel="layer", ylabel="cosine before and after",
         ),
     ]  # fmt: skip
 

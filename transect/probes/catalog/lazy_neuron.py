@@ -42,7 +42,7 @@ def draw(result: Result) -> list[Drawing]:
         lines(
             "How often each neuron is active",
             "Neurons sorted from the busiest to the laziest; the curve reaches zero where neurons are dead.",
-            curves, x=[f"{number}%" for number in range(CURVE)], xlabel="neurons", ylabel="share of tokens",
+            curves, x=list(range(CURVE)), xlabel="neurons, % of a layer", ylabel="share of tokens",
         ),
         lines(
             "Active neurons by place in the text",

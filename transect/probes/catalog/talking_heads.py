@@ -24,6 +24,7 @@ def draw(result: Result) -> list[Drawing]:
         for label, score, outlier in zip(result.labels["channel"], result["channels"], result["outliers"], strict=True)
     ]
     best, names = result["heads"].amax(0), result.labels["head"]
+    best = best.where(best > 0, torch.nan)  # heads that do not stand behind the writer
     plots: list[Drawing] = [
         Table("Strongest channels", "One direction that a head writes and a later one reads. Random matrices give "
               "about 1 in the third column; the last says how far the score is above its writer's others.",
