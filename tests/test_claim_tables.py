@@ -9,7 +9,7 @@ from transect.claims import Outcome, Result, Verdict, claims
 from transect.claims.show import rich_outcome
 
 NUMBERS = [
-    {"layer": 0, "best before training": 1.5, **{f"perplexity_at_{k}": 12345.0 for k in range(8)}, "what": "unforeseen"},
+    {"layer": 0, "best before training": 1.5, **{f"perplexity_at_{k}": 12345.0 for k in range(7)}, "why": "unforeseen"},
     {"layer": 1, "best before training": 0.51235, **{f"perplexity_at_{k}": 0.00123 for k in range(8)}, "held": True},
 ]
 
