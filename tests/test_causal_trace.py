@@ -165,7 +165,7 @@ def test_the_deviation_of_embeddings_is_that_of_what_the_first_block_reads():
     assert embedding_deviation(scaled) == pytest.approx(float(inside.detach()) * 32**0.5, rel=1e-3)
     learned = Specimen(Anatomy(tiny("gpt2", dtype=torch.float64)))  # positions do not count
     inside = learned.model.transformer.wte.weight.std(correction=0)
-    assert embedding_deviation(learned) == pytest.approx(float(inside), rel=1e-9)
+    assert embedding_deviation(learned) == pytest.approx(float(inside.detach()), rel=1e-9)
 
 
 @pytest.mark.parametrize("name", CAUSAL)

@@ -66,7 +66,7 @@ def test_decoding_equals_a_loop_and_does_not_depend_on_the_chunks(monkeypatch):
                 scores = torch.stack([row @ vector for row in head])
                 for sign, signed in enumerate((scores, -scores)):
                     z = (signed.max() - signed.mean()) / signed.std(correction=0)
-                    assert float(made.z[kind, sign, layer, neuron]) == pytest.approx(float(z), rel=1e-5)
+                    assert float(made.z[kind, sign, layer, neuron]) == pytest.approx(float(z.detach()), rel=1e-5)
                     assert made.tokens[kind, sign, layer, neuron].tolist() == signed.topk(3).indices.tolist()
 
 

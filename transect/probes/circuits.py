@@ -56,17 +56,16 @@ def scores_on_nodes(
 
 
 def grow(
-    made: Decomposition, direction: Tensor, means: Mapping[int, Tensor] | None, most: int, threshold: float
+    made: Decomposition, scores: Tensor, means: Mapping[int, Tensor] | None, most: int, threshold: float
 ) -> list[Node]:
     """Nodes that matter, from the output down: the strongest on the logits, then the strongest on those, and so on.
 
-    most: nodes that a round adds at most. threshold: a node is added only where it scores at least this share of its
-    round's best (ours; the authors' demonstration has no rule to stop). Scores are divided by their layer's mean, as
-    the authors do, in the rounds after the first.
+    scores: of all of `made.nodes` on the logits (n). most: nodes that a round adds at most. threshold: a node is added
+    only where it scores at least this share of its round's best (ours; the authors' demonstration has no rule to stop).
+    Scores are divided by their layer's mean, as the authors do, in the rounds after the first.
     """
     nodes = made.nodes
-    scores = scores_on_logits(made, nodes, direction, means).abs()
-    circuit = _best(nodes, scores, most, threshold)
+    circuit = _best(nodes, scores.abs(), most, threshold)
     frontier = circuit
     while frontier:
         lowest = min(layer for layer, _, _ in frontier)

@@ -71,8 +71,9 @@ def cd_t(
     ids, answers = prompts_of(specimen, prompts, length)
     means = mean_heads(specimen, ids) if len(ids) > 1 else None
     made = [Decomposition(specimen, row, pattern) for row in ids]
-    words, heads = _parts(specimen, made, answers, means)
-    recovered, random, sizes = _faithful(specimen, made, ids, answers, means, most, threshold)
+    words, scores = _parts(specimen, made, answers, means)
+    heads = torch.stack([_by_head(one, found) for one, found in zip(made, scores, strict=True)]).mean(0)
+    recovered, random, sizes = _faithful(specimen, made[0], scores[0], ids, answers, means, most, threshold)
     quantities = {
         "words": Quantity(words, ("prompt", "position"), "logits", "part of the answer from each word"),
         "heads": Quantity(heads, ("layer", "head"), "logits", "mean absolute part from each head"),
@@ -90,14 +91,14 @@ def cd_t(
 def _parts(
     specimen: Specimen, made: list[Decomposition], answers: list[int], means: dict[int, Tensor] | None
 ) -> tuple[Tensor, Tensor]:
-    """Parts of the answers' logits from words (prompts x positions), and absolute ones from heads (layers x heads)."""
+    """Parts of the answers' logits from words (prompts x positions), and from nodes (prompts x nodes)."""
     vocabulary = specimen.lens.weight.shape[0]
-    words, heads = [], torch.zeros(())
+    words, nodes = [], []
     for one, answer in zip(specimen.shown(made, "cd-t"), answers, strict=True):
         each = one.words(torch.eye(len(one.ids), dtype=torch.bool))
         words.append(each.logits[:, answer].float().cpu())
-        heads = heads + _by_head(one, scores_on_logits(one, one.nodes, direction_to(answer, vocabulary), means))
-    return torch.stack(words), (heads / len(made)).float()
+        nodes.append(scores_on_logits(one, one.nodes, direction_to(answer, vocabulary), means))
+    return torch.stack(words), torch.stack(nodes)
 
 
 def _findings(quantities: dict[str, Quantity]) -> list[str]:
@@ -161,19 +162,22 @@ def _share_of_best(words: Tensor) -> float:
 
 def _faithful(
     specimen: Specimen,
-    made: list[Decomposition],
+    made: Decomposition,
+    scores: Tensor,
     ids: Tensor,
     answers: list[int],
     means: dict[int, Tensor] | None,
     most: int,
     threshold: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Share of the answer's logit that circuits grown on the first prompt, of growing size, recover on the others."""
+    """Share of the answer's logit that circuits grown on the first prompt, of growing size, recover on the others.
+
+    made: the first prompt; scores: of its nodes.
+    """
     if means is None:
         return torch.zeros(0), torch.zeros(0), torch.zeros(0)
     others, wanted = ids[1:], torch.tensor(answers[1:])
-    direction = direction_to(answers[0], specimen.lens.weight.shape[0])
-    nodes = made[0].nodes
+    nodes = made.nodes
     generator = torch.Generator().manual_seed(specimen.seed)
 
     def recovered(circuit: list[tuple[int, int, int]]) -> float:
@@ -185,7 +189,7 @@ def _faithful(
     found, control, sizes = [], [], []
     size = 1
     while True:
-        circuit = grow(made[0], direction, means, size, threshold)
+        circuit = grow(made, scores, means, size, threshold)
         found.append((recovered(circuit) - nothing) / span)
         drawn = [[nodes[int(i)] for i in torch.randperm(len(nodes), generator=generator)[: len(circuit)]]
                  for _ in range(_CONTROLS)]  # fmt: skip
