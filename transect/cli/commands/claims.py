@@ -9,7 +9,7 @@ import click
 
 from ..group import main_group
 from ..options import shared_options
-from ..printing import print_whole, progress_bar, stdout
+from ..printing import progress_bar, stdout
 
 
 @main_group.command("claims")
@@ -35,6 +35,6 @@ def check_claims(
         click.echo(json.dumps([outcome.to_dict() for outcome in outcomes], indent=2))
         return
     for outcome in outcomes:
-        print_whole(rich_outcome(outcome))
+        stdout.print(rich_outcome(outcome), crop=False)
     verdicts = [str(outcome.result.verdict) for outcome in outcomes]
     stdout.print(", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in dict.fromkeys(verdicts)))
