@@ -324,6 +324,18 @@ def test_errors(llama, tmp_path, data, options, message):
         load(data(tmp_path), llama, **settings)
 
 
+def test_a_short_text_is_one_sequence_unless_a_length_or_full_sequences_are_asked_for(llama, bert):
+    (batch,) = load([words(5)], llama, word_tokenizer())
+    assert batch["input_ids"].shape == (1, 5)
+    (batch,) = load([words(5)], bert, word_tokenizer(wrap=True))
+    assert batch["input_ids"].shape == (1, 7)
+    for options in ({"sequence_length": 64}, {"full_only": True}):
+        with pytest.raises(BadData, match="has 5 tokens, but one sequence needs 64"):
+            load([words(5)], llama, word_tokenizer(), **options)
+    with pytest.raises(BadData, match="has 1 tokens, but one sequence needs 2"):
+        load([words(1)], llama, word_tokenizer())
+
+
 def test_errors_of_other_heads(bert, vit, classifier, tmp_path):
     ids = torch.full((1, 8), 9)
     with pytest.raises(BadData, match="mask token"):

@@ -48,8 +48,8 @@ def load(
         sequences between the tokenizer's special tokens, with 15 % of the other tokens to be predicted; text and image
         classifiers get examples and their column `label` (number or name of the class).
     tokenizer, processor: the model's, for texts and for a column `image`.
-    sequence_length: tokens in a sequence, special ones included. Default: what model and tokenizer allow, at most 2048.
-        Longer texts of a classifier are cut off there.
+    sequence_length: tokens in a sequence, special ones included. Default: what model and tokenizer allow, at most 2048,
+        or all of a text that is shorter (unless `full_only`). Longer texts of a classifier are cut off there.
     batch_size: sequences or images in a batch, at most. Only sequences of equal length share a batch.
     sequences: use only so many sequences or examples, evenly spaced over all of the data, rather than its beginning.
         Default: all.
@@ -93,7 +93,8 @@ def load(
     if task == "classification":
         examples = evenly_spaced(list(source), sequences)
         return _labelled(examples, model, tokenizer, processor, length, batch_size)
-    rows = _cut_text(source, task, tokenizer, length, sequences, full_only)
+    at_most = sequence_length is None and not full_only
+    rows = _cut_text(source, task, tokenizer, length, sequences, full_only, at_most)
     return _checked(_language(rows, task, tokenizer, seed, batch_size), model)
 
 
@@ -122,14 +123,26 @@ def _labelled(
 
 
 def _cut_text(
-    source: Iterable[dict[str, Any]], task: str, tokenizer: Any, length: int, sequences: int | None, full_only: bool
+    source: Iterable[dict[str, Any]],
+    task: str,
+    tokenizer: Any,
+    length: int,
+    sequences: int | None,
+    full_only: bool,
+    at_most: bool,
 ) -> list[Tensor]:
-    """The documents as sequences of `length` tokens, each between special ones if tokens are to be masked."""
+    """The documents as sequences of `length` tokens, each between special ones if tokens are to be masked.
+
+    at_most: a shorter text is one sequence.
+    """
     before, after = special_tokens(tokenizer) if task == "masked" else ([], [])
     room = length - len(before) - len(after)
     if room < 1:
         raise BadData(f"sequence_length {length} leaves no room beside {len(before) + len(after)} special tokens")
-    rows = cut(token_stream(documents(source), tokenizer), room, sequences, full_only)
+    stream = token_stream(documents(source), tokenizer)
+    if at_most:
+        room = min(room, max(2, len(stream)))
+    rows = cut(stream, room, sequences, full_only)
     if task == "masked":
         rows = [torch.cat([torch.tensor(before), row, torch.tensor(after)]) for row in rows]
     return rows
