@@ -234,7 +234,7 @@ def _linear(weight: Tensor, bias: Tensor | None, r: Tensor, x: Tensor) -> Tensor
     through = r @ weight.T
     if bias is None:
         return through
-    rest = (x - r) @ weight.T
+    rest = x @ weight.T - through  # of one whole, not of every source's rest
     return through + bias.to(r) * through.abs() / (through.abs() + rest.abs() + _TAU)
 
 
