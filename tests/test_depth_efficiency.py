@@ -16,7 +16,7 @@ from transect.errors import BadData, NotApplicable, TransectError
 from transect.probes import run_probes
 from transect.probes.convergence import late_share
 from transect.probes.depth_maps import cross_model_maps, offsets, solve
-from transect.probes.erasure import continued, erased
+from transect.probes.erasure import erasure_effects
 from transect.probes.integrated import integrated_gradients, legendre
 from transect.probes.local_effects import local_effects
 from transect.probes.skipping import PARTS, cut_points, depth_score, skip_effects, skips
@@ -41,6 +41,19 @@ def silence(model, layer, units=("attention", "mlp")):
         matrix = block.matrix(role)
         bias = None if matrix.bias is None else torch.zeros_like(matrix.bias)
         matrix.write(torch.zeros_like(matrix.weight), bias)
+
+
+@torch.no_grad()
+def continued(one, ids, start):
+    """Distributions that the whole model predicts from position `start` on."""
+    return one.model(ids, use_cache=False).logits[:, start:].softmax(-1)
+
+
+def erased(one, ids, layer, where, mean, start):
+    """The same with what block `layer` reads replaced by `mean` where `where` is True."""
+    erase = lambda h: torch.where(where[..., None], mean.to(h), h)  # noqa: E731
+    with changed(one.anatomy, {("residual", layer): erase}):
+        return continued(one, ids, start)
 
 
 def small(**settings):
@@ -233,8 +246,21 @@ def test_the_lens_at_the_end_is_the_model(name):
     assert found["lens_kl"][-1].abs() < 1e-12
     assert found["lens_overlap"][-1] == 1
     assert found["lens_kl"][:-1].min() > 0
-    ids = tokens()
-    torch.testing.assert_close(continued(one, ids, 3), one.model(ids).logits[:, 3:].softmax(-1), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_effects_of_erased_tokens_are_those_of_passes_of_the_whole_model(name):
+    one, ids, start = specimen(name), tokens(2, 12), 8
+    means = torch.randn(3, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = torch.zeros(len(ids), 3, start, dtype=torch.float64)
+    for token in range(start):
+        where = torch.zeros_like(ids, dtype=torch.bool)
+        where[:, token] = True
+        for layer in range(3):
+            moved = erased(one, ids, layer, where, means[layer], start) - continued(one, ids, start)
+            expected[:, layer, token] = moved.norm(dim=-1).amax(1)
+    found = erasure_effects(one, ids, means, start)
+    torch.testing.assert_close(found.double(), expected.amax(0), rtol=1e-5, atol=1e-7)
 
 
 def test_erasing_every_token_at_the_start_makes_the_tokens_irrelevant():

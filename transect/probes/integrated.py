@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..activations import Specimen, changed, watch
+from ..activations import Specimen, block_calls, from_block, watch
 from .places import wide
 
 
@@ -42,7 +42,8 @@ def integrated_gradients(specimen: Specimen, ids: Tensor, means: Tensor, start: 
     """Attribute what is predicted behind position `start` to the states of the first `start` tokens.
 
     ids: n x T, at least two tokens longer than `start`. means: L x d or longer, b of each layer. steps: points of
-    the line. n L passes over `steps` + 2 copies of a sequence, forward and back.
+    the line. For a sequence one pass, and for each layer what is left of a pass over `steps` + 2 copies, forward and
+    back.
     """
     points, weights = legendre(steps)
     points = torch.cat([torch.tensor([0.0, 1.0]).to(points), points]).to(ids.device)  # the ends give F(b) and F(h)
@@ -50,7 +51,7 @@ def integrated_gradients(specimen: Specimen, ids: Tensor, means: Tensor, start: 
     layers = specimen.layers
     attribution, change, error = torch.zeros(layers, start), torch.zeros(layers), torch.zeros(layers)
     for row in ids:
-        with torch.no_grad(), watch(specimen.anatomy, ["residual"]) as clean:
+        with torch.no_grad(), block_calls(specimen.anatomy) as calls, watch(specimen.anatomy, ["residual"]) as clean:
             specimen.model.base_model(input_ids=row[None], use_cache=False)
         for layer in specimen.shown(range(layers), "integrated gradients"):
             h = wide(clean.residual[layer])
@@ -58,7 +59,7 @@ def integrated_gradients(specimen: Specimen, ids: Tensor, means: Tensor, start: 
             away[:, start:] = 0
             states = (h - (1 - points.to(h))[:, None, None] * away).to(clean.residual[layer].dtype).requires_grad_()
             with torch.enable_grad():
-                values = following(specimen, row.expand(len(points), -1), layer, states, start)
+                values = following(specimen, row, from_block(calls, layer, states), start)
                 (gradients,) = torch.autograd.grad(values.sum(), states)
             summed = torch.einsum("n,ntd->td", weights.to(h), wide(gradients))
             parts, whole = (summed * away[0]).sum(-1)[:start], values[1].detach() - values[0].detach()
@@ -68,19 +69,14 @@ def integrated_gradients(specimen: Specimen, ids: Tensor, means: Tensor, start: 
     return Integrated(attribution, change, error)
 
 
-def following(specimen: Specimen, ids: Tensor, layer: int, states: Tensor, start: int) -> Tensor:
-    """Mean log-probability (n), in nats, of tokens start + 1 ... T - 1 if block `layer` reads `states` (n x T x d).
+def following(specimen: Specimen, ids: Tensor, left: Tensor, start: int) -> Tensor:
+    """Mean log-probability (n), in nats, of tokens start + 1 ... T - 1 of ids (T).
 
-    They are predicted at positions from `start` on, so the states before it matter only through attention.
+    They are predicted at positions from `start` on. left: what the last block leaves (n x T x d).
     """
-    end = specimen.layers
-    with (
-        changed(specimen.anatomy, {("residual", layer): lambda h: states}),
-        watch(specimen.anatomy, ["residual"], [end], keep_graph=True) as seen,
-    ):
-        specimen.model.base_model(input_ids=ids, use_cache=False)
-    logits = wide(specimen.lens(seen.residual[end][:, start:-1]))
-    return logits.log_softmax(-1).gather(-1, ids[:, start + 1 :, None])[..., 0].mean(1)
+    logits = wide(specimen.lens(left[:, start:-1]))
+    wanted = ids[start + 1 :].expand(len(left), -1)
+    return logits.log_softmax(-1).gather(-1, wanted[..., None])[..., 0].mean(1)
 
 
 def legendre(count: int) -> tuple[Tensor, Tensor]:

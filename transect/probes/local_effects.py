@@ -15,20 +15,17 @@ result.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..activations import Seen, Specimen, watch
+from ..activations import Call, Seen, Specimen, block_calls, watch
 from ..anatomy import Anatomy
 from .places import wide
 from .skipping import PARTS, REACHES, REDUCTIONS, SMALLEST, Variant, reduced, variants_of
 from .steps import added_parts
-
-Call = Callable[[Tensor], Any]
 
 
 @torch.no_grad()
@@ -41,7 +38,7 @@ def local_effects(specimen: Specimen, ids: Tensor, cuts: Tensor) -> Tensor:
     layer.
     """
     layers, variants = specimen.layers, variants_of(ids, cuts)
-    with called(specimen.anatomy) as calls, watch(specimen.anatomy, ["residual", "attention", "mlp"]) as clean:
+    with block_calls(specimen.anatomy) as calls, watch(specimen.anatomy, ["residual", "attention", "mlp"]) as clean:
         specimen.model.base_model(input_ids=ids, use_cache=False)
     effects = torch.zeros(len(PARTS), len(REACHES), len(REDUCTIONS), layers, layers)
     for layer in specimen.shown(range(1, layers), "local effects"):
@@ -69,27 +66,6 @@ def by_part(seen: Seen, layer: int) -> Tensor:
     """What a layer, its attention and its MLP add (3 x P x T x d, as in PARTS), float32 or wider."""
     attention, mlp = added_parts(seen, layer, seen.residual[layer])
     return torch.stack([attention + mlp, attention, mlp])
-
-
-@contextmanager
-def called(anatomy: Anatomy) -> Iterator[dict[int, Call]]:
-    """Notes how the model calls its blocks inside the `with`: each block as a function of its input alone."""
-    calls: dict[int, Call] = {}
-
-    def note(layer: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-            calls[layer] = lambda state: module(state, *args[1:], **others)
-
-        return hook
-
-    blocks = enumerate(anatomy.block_list)
-    hooks = [block.register_forward_pre_hook(note(layer), with_kwargs=True) for layer, block in blocks]
-    try:
-        yield calls
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @contextmanager

@@ -9,14 +9,14 @@ layer l adds and y the predicted distribution, and a prime for the run with laye
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..activations import Specimen, changed, watch
+from ..activations import Call, Specimen, block_calls, changed, from_block, watch
 from ..activations.change import Change
 from ..anatomy import Anatomy
 from .places import wide
@@ -40,22 +40,25 @@ def skips(anatomy: Anatomy, layer: int, where: Tensor, units: Sequence[str]) -> 
 
 @dataclass(frozen=True)
 class Run:
-    """A pass over ids (P x T). added: what each layer adds (L x P x T x d). logits: P x T x V. float32 or wider."""
+    """A pass over ids (P x T) from some layer on, float32 or wider.
+
+    added: what each layer from there on adds (n x P x T x d). logits: P x T x V.
+    """
 
     added: Tensor
     logits: Tensor
 
 
 @torch.no_grad()
-def run(specimen: Specimen, ids: Tensor) -> Run:
-    """The model's own pass, with whatever is changed in it at the moment."""
-    with watch(specimen.anatomy, ["attention", "mlp"]) as seen:
-        logits = specimen.model(input_ids=ids, use_cache=False).logits
-    width = specimen.anatomy.config_value("hidden")
-    added = logits.new_zeros(specimen.layers, *ids.shape, width, dtype=wide(logits).dtype)
+def run(specimen: Specimen, calls: Mapping[int, Call], first: int, state: Tensor) -> Run:
+    """The model's pass from the state (P x T x d) that block `first` reads, with whatever is changed at the moment."""
+    layers = range(first, specimen.layers)
+    with watch(specimen.anatomy, ["attention", "mlp"], layers) as seen:
+        logits = specimen.lens(from_block(calls, first, state))
+    added = torch.zeros(len(layers), *state.shape, dtype=wide(state).dtype, device=state.device)
     for part in (seen.attention, seen.mlp):
         for layer, x in part.items():
-            added[layer] += wide(x).reshape(added[layer].shape)
+            added[layer - first] += wide(x).reshape(state.shape)
     return Run(added, wide(logits))
 
 
@@ -85,10 +88,12 @@ def skip_effects(specimen: Specimen, ids: Tensor, cuts: Tensor) -> Effects:
 
     ids: P x T. cuts: P x C positions t. "current" skips everywhere but at the first token and measures there;
     "future" skips from the second token to t - 1 and measures from t on. The first token is never skipped.
-    3 L (1 + C) passes over the prompts; memory: a few times P x T x (V + L d) numbers.
+    3 L (1 + C) passes over the prompts, each from the skipped layer on; memory: a few times P x T x (V + L d) numbers.
     """
     layers, prompts = specimen.layers, len(ids)
-    base, variants = run(specimen, ids), variants_of(ids, cuts)
+    with block_calls(specimen.anatomy) as calls, watch(specimen.anatomy, ["residual"]) as clean:
+        specimen.model.base_model(input_ids=ids, use_cache=False)
+    base, variants = run(specimen, calls, 0, clean.residual[0]), variants_of(ids, cuts)
     probabilities, sizes = base.logits.softmax(-1), base.added.norm(dim=-1).clamp_min(SMALLEST)
     centred = _centred(base.logits)
     size_of_logits = centred.norm(dim=-1).clamp_min(SMALLEST)
@@ -100,10 +105,11 @@ def skip_effects(specimen: Specimen, ids: Tensor, cuts: Tensor) -> Effects:
             found: list[list[Tensor]] = [[] for _ in REACHES]
             for reach, where, measured in variants:
                 with changed(specimen.anatomy, skips(specimen.anatomy, layer, where, units)):
-                    now = run(specimen, ids)
+                    now = run(specimen, calls, layer, clean.residual[layer])
                 moved = (now.logits.softmax(-1) - probabilities).norm(dim=-1)
                 shift = (_centred(now.logits) - centred).norm(dim=-1) / size_of_logits
-                relative = (now.added - base.added).norm(dim=-1) / sizes
+                relative = torch.zeros_like(sizes)  # none on the layers before
+                relative[layer:] = (now.added - base.added[layer:]).norm(dim=-1) / sizes[layer:]
                 found[reach].append(torch.cat([relative, moved[None], shift[None]])[:, measured])
                 if reach == 0:
                     loss[part, layer] = _losses(now.logits, ids).mean()
