@@ -10,9 +10,7 @@ from transect.activations import (
     Lens,
     Specimen,
     answer_log_probabilities,
-    block_calls,
     changed,
-    from_block,
     next_logits,
     recitations,
     watch,
@@ -130,27 +128,6 @@ def test_the_lens_at_the_end_is_the_model(name):
     gain, norm = norm_gain(anatomy.final_norm), anatomy.final_norm
     stored = norm.weight + 1 if name.startswith("gemma") else norm.weight
     torch.testing.assert_close(gain, stored.detach(), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("name", CAUSAL)
-def test_the_last_blocks_alone_leave_what_they_leave_in_the_model(name):
-    """Also several copies of one sequence, and with what is changed in them."""
-    anatomy = Anatomy(tiny(name))
-    ids = inputs(name, batch=1)["input_ids"]
-    with torch.no_grad(), block_calls(anatomy) as calls, watch(anatomy, ["residual"]) as seen:
-        anatomy.model(input_ids=ids, use_cache=False)
-    last = len(anatomy.block_list)
-    with torch.no_grad():
-        for layer in range(last + 1):
-            state = seen.residual[layer]
-            assert torch.equal(from_block(calls, layer, state), seen.residual[last])
-            copies = from_block(calls, layer, state.expand(3, -1, -1))
-            torch.testing.assert_close(copies, seen.residual[last].expand(3, -1, -1), rtol=1e-5, atol=1e-6)
-        with changed(anatomy, {("mlp", 1): torch.zeros_like}), watch(anatomy, ["residual"], [last]) as whole:
-            anatomy.model(input_ids=ids, use_cache=False)
-            found = from_block(calls, 1, seen.residual[1])
-        assert torch.equal(found, whole.residual[last])
-    assert hooks(anatomy.model) == 0
 
 
 def test_no_lens_without_a_head():

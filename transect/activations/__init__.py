@@ -1,7 +1,6 @@
 """Looking into a forward pass of the user's own model, and changing it while it runs."""
 
 from .answers import answer_log_probabilities, next_logits, recitations
-from .blocks import Call, block_calls, from_block
 from .change import changed
 from .lens import Lens
 from .points import POINTS, Point, eager_attention
@@ -9,6 +8,6 @@ from .specimen import Specimen
 from .watch import Seen, watch
 
 __all__ = [
-    "POINTS", "Call", "Lens", "Point", "Seen", "Specimen", "answer_log_probabilities", "block_calls", "changed",
-    "eager_attention", "from_block", "next_logits", "recitations", "watch",
+    "POINTS", "Lens", "Point", "Seen", "Specimen", "answer_log_probabilities", "changed", "eager_attention",
+    "next_logits", "recitations", "watch",
 ]  # fmt: skip

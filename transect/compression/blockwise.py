@@ -102,6 +102,16 @@ def run_block(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
+def run_blocks(anatomy: Anatomy, feed: Feed, first: int, hidden: Tensor) -> Tensor:
+    """The residual stream (B, T, d) after the last block, before the final norm, if block `first` reads `hidden`.
+
+    hidden: of the feed's batch, or of any number of copies if that is one sequence.
+    """
+    for block, call in zip(anatomy.block_list[first:], feed.calls[first:], strict=True):
+        hidden = run_block(block, hidden, call)
+    return hidden
+
+
 def predictions_after(anatomy: Anatomy, batch: Batch, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """Logits and labels, as `statistics.predictions` gives them, if `hidden` (B, T, d) comes out of the last block."""
     with _stand_ins(anatomy, give=hidden):

@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..activations import Specimen, block_calls, from_block, watch
+from ..activations import Specimen, watch
+from ..compression.blockwise import feeds_of, run_blocks
 from .places import wide
 
 
@@ -27,12 +28,13 @@ def erasure_effects(specimen: Specimen, ids: Tensor, means: Tensor, start: int) 
         return wide(specimen.lens(state[:, start:])).softmax(-1)
 
     for row in ids:
-        with block_calls(specimen.anatomy) as calls, watch(specimen.anatomy, ["residual"]) as clean:
-            specimen.model.base_model(input_ids=row[None], use_cache=False)
-        plain = predicted(clean.residual[specimen.layers])
+        (feed,) = feeds_of(specimen.anatomy, [{"input_ids": row[None]}])
+        with watch(specimen.anatomy, ["residual"]) as clean:
+            plain = predicted(run_blocks(specimen.anatomy, feed, 0, feed.hidden))
         for layer in specimen.shown(range(specimen.layers), "erased layers"):
             h = clean.residual[layer]
-            moved = predicted(from_block(calls, layer, torch.where(where, means[layer].to(h), h))) - plain
+            copies = torch.where(where, means[layer].to(h), h)
+            moved = predicted(run_blocks(specimen.anatomy, feed, layer, copies)) - plain
             effects[layer] = torch.maximum(effects[layer], moved.norm(dim=-1).amax(1).cpu().to(effects))
     return effects
 

@@ -22,7 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..activations import Specimen, block_calls, from_block, watch
+from ..activations import Specimen, watch
+from ..compression.blockwise import feeds_of, run_blocks
 from .places import wide
 
 
@@ -51,15 +52,16 @@ def integrated_gradients(specimen: Specimen, ids: Tensor, means: Tensor, start: 
     layers = specimen.layers
     attribution, change, error = torch.zeros(layers, start), torch.zeros(layers), torch.zeros(layers)
     for row in ids:
-        with torch.no_grad(), block_calls(specimen.anatomy) as calls, watch(specimen.anatomy, ["residual"]) as clean:
-            specimen.model.base_model(input_ids=row[None], use_cache=False)
+        (feed,) = feeds_of(specimen.anatomy, [{"input_ids": row[None]}])
+        with torch.no_grad(), watch(specimen.anatomy, ["residual"]) as clean:
+            run_blocks(specimen.anatomy, feed, 0, feed.hidden)
         for layer in specimen.shown(range(layers), "integrated gradients"):
             h = wide(clean.residual[layer])
             away = h - means[layer].to(h)
             away[:, start:] = 0
             states = (h - (1 - points.to(h))[:, None, None] * away).to(clean.residual[layer].dtype).requires_grad_()
             with torch.enable_grad():
-                values = following(specimen, row, from_block(calls, layer, states), start)
+                values = following(specimen, row, run_blocks(specimen.anatomy, feed, layer, states), start)
                 (gradients,) = torch.autograd.grad(values.sum(), states)
             summed = torch.einsum("n,ntd->td", weights.to(h), wide(gradients))
             parts, whole = (summed * away[0]).sum(-1)[:start], values[1].detach() - values[0].detach()

@@ -15,17 +15,19 @@ result.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from ..activations import Call, Seen, Specimen, block_calls, watch
-from ..anatomy import Anatomy
+from ..activations import Seen, Specimen, watch
+from ..compression.blockwise import Feed, feeds_of, run_block, run_blocks
 from .places import wide
 from .skipping import PARTS, REACHES, REDUCTIONS, SMALLEST, Variant, reduced, variants_of
 from .steps import added_parts
+
+Adding = Callable[[Tensor], Tensor]
 
 
 @torch.no_grad()
@@ -38,12 +40,13 @@ def local_effects(specimen: Specimen, ids: Tensor, cuts: Tensor) -> Tensor:
     layer.
     """
     layers, variants = specimen.layers, variants_of(ids, cuts)
-    with block_calls(specimen.anatomy) as calls, watch(specimen.anatomy, ["residual", "attention", "mlp"]) as clean:
-        specimen.model.base_model(input_ids=ids, use_cache=False)
+    (feed,) = feeds_of(specimen.anatomy, [{"input_ids": ids}])
+    with watch(specimen.anatomy, ["residual", "attention", "mlp"]) as clean:
+        run_blocks(specimen.anatomy, feed, 0, feed.hidden)
     effects = torch.zeros(len(PARTS), len(REACHES), len(REDUCTIONS), layers, layers)
     for layer in specimen.shown(range(1, layers), "local effects"):
         h, plain = clean.residual[layer], by_part(clean, layer)[0]
-        with alone(specimen.anatomy, layer, calls[layer]) as added:
+        with alone(specimen, feed, layer) as added:
             for earlier in range(layer):
                 for part, missing in enumerate(by_part(clean, earlier)):
                     effects[part, :, :, earlier, layer] = _moved(added, h, plain, missing, variants)
@@ -51,7 +54,7 @@ def local_effects(specimen: Specimen, ids: Tensor, cuts: Tensor) -> Tensor:
     return effects
 
 
-def _moved(added: Call, h: Tensor, plain: Tensor, missing: Tensor, variants: list[Variant]) -> Tensor:
+def _moved(added: Adding, h: Tensor, plain: Tensor, missing: Tensor, variants: list[Variant]) -> Tensor:
     """Change of what a layer adds without `missing` in its input: by reach and reduction over positions (2 x 3)."""
     found: list[list[Tensor]] = [[] for _ in REACHES]
     sizes = plain.norm(dim=-1).clamp_min(SMALLEST)
@@ -69,12 +72,13 @@ def by_part(seen: Seen, layer: int) -> Tensor:
 
 
 @contextmanager
-def alone(anatomy: Anatomy, layer: int, call: Call) -> Iterator[Call]:
+def alone(specimen: Specimen, feed: Feed, layer: int) -> Iterator[Adding]:
     """Inside the `with`: a function from what the block reads to what it adds (B x T x d), float32 or wider."""
-    with watch(anatomy, ["attention", "mlp"], [layer]) as seen:
+    block, call = specimen.anatomy.block_list[layer], feed.calls[layer]
+    with watch(specimen.anatomy, ["attention", "mlp"], [layer]) as seen:
 
         def added(state: Tensor) -> Tensor:
-            call(state)
+            run_block(block, state, call)
             attention, mlp = added_parts(seen, layer, state)
             return attention + mlp
 

@@ -9,16 +9,17 @@ layer l adds and y the predicted distribution, and a prime for the run with laye
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..activations import Call, Specimen, block_calls, changed, from_block, watch
+from ..activations import Specimen, changed, watch
 from ..activations.change import Change
 from ..anatomy import Anatomy
+from ..compression.blockwise import Feed, feeds_of, run_blocks
 from .places import wide
 
 PARTS = {"layer": ("attention", "mlp"), "attention": ("attention",), "mlp": ("mlp",)}
@@ -50,11 +51,11 @@ class Run:
 
 
 @torch.no_grad()
-def run(specimen: Specimen, calls: Mapping[int, Call], first: int, state: Tensor) -> Run:
+def run(specimen: Specimen, feed: Feed, first: int, state: Tensor) -> Run:
     """The model's pass from the state (P x T x d) that block `first` reads, with whatever is changed at the moment."""
     layers = range(first, specimen.layers)
     with watch(specimen.anatomy, ["attention", "mlp"], layers) as seen:
-        logits = specimen.lens(from_block(calls, first, state))
+        logits = specimen.lens(run_blocks(specimen.anatomy, feed, first, state))
     added = torch.zeros(len(layers), *state.shape, dtype=wide(state).dtype, device=state.device)
     for part in (seen.attention, seen.mlp):
         for layer, x in part.items():
@@ -91,9 +92,9 @@ def skip_effects(specimen: Specimen, ids: Tensor, cuts: Tensor) -> Effects:
     3 L (1 + C) passes over the prompts, each from the skipped layer on; memory: a few times P x T x (V + L d) numbers.
     """
     layers, prompts = specimen.layers, len(ids)
-    with block_calls(specimen.anatomy) as calls, watch(specimen.anatomy, ["residual"]) as clean:
-        specimen.model.base_model(input_ids=ids, use_cache=False)
-    base, variants = run(specimen, calls, 0, clean.residual[0]), variants_of(ids, cuts)
+    (feed,) = feeds_of(specimen.anatomy, [{"input_ids": ids}])
+    with watch(specimen.anatomy, ["residual"]) as clean:
+        base, variants = run(specimen, feed, 0, feed.hidden), variants_of(ids, cuts)
     probabilities, sizes = base.logits.softmax(-1), base.added.norm(dim=-1).clamp_min(SMALLEST)
     centred = _centred(base.logits)
     size_of_logits = centred.norm(dim=-1).clamp_min(SMALLEST)
@@ -105,7 +106,7 @@ def skip_effects(specimen: Specimen, ids: Tensor, cuts: Tensor) -> Effects:
             found: list[list[Tensor]] = [[] for _ in REACHES]
             for reach, where, measured in variants:
                 with changed(specimen.anatomy, skips(specimen.anatomy, layer, where, units)):
-                    now = run(specimen, calls, layer, clean.residual[layer])
+                    now = run(specimen, feed, layer, clean.residual[layer])
                 moved = (now.logits.softmax(-1) - probabilities).norm(dim=-1)
                 shift = (_centred(now.logits) - centred).norm(dim=-1) / size_of_logits
                 relative = torch.zeros_like(sizes)  # none on the layers before
