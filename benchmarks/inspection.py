@@ -3,8 +3,8 @@
 Exponents: every weight matrix of every block, the power law fitted to its squared singular values. weightwatcher runs
 `analyze()` with its defaults on the blocks alone; Transect does the same fit (`singular_values` and `power_law`, a
 matrix to a core), and for comparison the whole probe `spectra`, which also fits windows of each matrix. The weights are
-random, with rows of unequal length, so that the spectra have tails. Single parts are compared, too: the fits alone, on
-the same eigenvalues.
+random, with rows of unequal length, so that the spectra have tails, unless `--model` names a checkpoint. Single parts
+are compared, too: the fits alone, on the same eigenvalues.
 
 Captured activations: the residual stream behind one block, and behind all, in one pass over a batch. transformer_lens
 wraps the same weights in its bridge and caches only these points. The logits of both are compared with those of the
@@ -35,6 +35,7 @@ from torch import Tensor
 
 from transect.activations import Specimen, watch
 from transect.anatomy import Anatomy
+from transect.checkpoint import open_model
 from transect.probes import run_probes
 from transect.spectra import power_law, singular_values
 from transect.threads import side_by_side
@@ -55,7 +56,7 @@ def with_tails(model: Any) -> Any:
 
 def eigenvalues(weight: Tensor) -> Tensor:
     """Squared singular values of a matrix, ascending."""
-    return singular_values([weight])[0].square().flip(0)
+    return singular_values(weight).square().flip(0)
 
 
 def exponent(values: Tensor) -> float:
@@ -89,9 +90,9 @@ def analyzed_by_weightwatcher(anatomy: Anatomy) -> Exponents:
     return {prefix + row.longname: float(row.alpha) for row in details.itertuples()}
 
 
-def compare_exponents(hidden: int, blocks: int, repeats: int) -> dict[str, float]:
+def compare_exponents(model: Any, name: str, repeats: int) -> dict[str, float]:
     """Tail exponents of a whole model: ours beside weightwatcher's; figures by name."""
-    anatomy = Anatomy(with_tails(llama(hidden, blocks)))
+    anatomy = Anatomy(model)
     spectra = {matrix.path: eigenvalues(matrix.weight) for matrix in anatomy.matrices()}
     seconds = alternate(
         {
@@ -116,7 +117,7 @@ def compare_exponents(hidden: int, blocks: int, repeats: int) -> dict[str, float
     ]
     low, high = min(ours.values()), max(ours.values())
     show(
-        f"Tail exponents of {len(ours)} matrices of a Llama of {blocks} blocks, hidden {hidden}",
+        f"Tail exponents of {len(ours)} matrices of {name}",
         ["", "seconds", "faster than weightwatcher", ">= 5"],
         rows,
         [
@@ -205,6 +206,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Print both comparisons."""
     options = parser(__doc__)
     options.add_argument("--hidden", type=int, help="default 512")
+    options.add_argument("--model", help="a checkpoint whose tail exponents are compared, in place of random weights")
     options.add_argument("--blocks", type=int, default=4)
     options.add_argument("--length", type=int, help="tokens in a sequence; default 128")
     options.add_argument("--batch-size", type=int, default=4)
@@ -219,7 +221,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     except ImportError as error:
         raise SystemExit(f"a peer is missing ({error}); `--help` says how to install both") from None
 
-    results = compare_exponents(hidden, chosen.blocks, repeats)
+    if chosen.model is None:
+        model, name = with_tails(llama(hidden, chosen.blocks)), f"a Llama of {chosen.blocks} blocks, hidden {hidden}"
+    else:
+        model, name = open_model(chosen.model, dtype="float32").model, chosen.model
+    results = compare_exponents(model, name, repeats)
     for make, name in ((llama, "Llama"), (gpt2, "GPT-2")):
         found = compare_captures(make, name, hidden, chosen.blocks, chosen.batch_size, length, repeats)
         results |= {f"{name} {key}": value for key, value in found.items()}

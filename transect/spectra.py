@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from .errors import TransectError
-from .threads import side_by_side
 
 FLOOR = 1e-5  # eigenvalues below this share of the largest count as zeros, whose logarithm means nothing
 SMALLEST_SPECTRUM = 20  # eigenvalues; a power law fitted to fewer says nothing
@@ -27,26 +26,22 @@ _ROUGH = 1e-12  # share of the largest eigenvalue below which a Gram matrix's ei
 _LOG_LOW, _LOG_HIGH = torch.tensor([0.95, 1.5], dtype=torch.float64).log().tolist()
 
 
-def singular_values(weights: Sequence[Tensor]) -> list[Tensor]:
-    """The singular values of each W (m x n), falling (min(m, n)), float64; matrices side by side, one to a core.
+def singular_values(weight: Tensor) -> Tensor:
+    """The singular values of W (m x n), falling (min(m, n)), float64.
 
     The square roots of the eigenvalues of the smaller Gram matrix, in float64; so a value of the share s of the largest
     is off by about 1e-15 / s. A matrix that has values below 1e-6 of its largest is decomposed itself instead, at
-    several times the cost.
+    several times the cost. Of many matrices take several at a time, see `side_by_side` and `how_many_together`.
     """
-    return side_by_side(_singular_values, weights, most=how_many_together([weight.shape for weight in weights]))
+    wide = weight.double()
+    gram = wide @ wide.mT if wide.shape[0] <= wide.shape[1] else wide.mT @ wide
+    squares = torch.linalg.eigvalsh(gram).flip(-1)
+    return torch.linalg.svdvals(wide) if squares[-1] < _ROUGH * squares[0] else squares.sqrt()
 
 
 def how_many_together(shapes: Sequence[Sequence[int]]) -> int:
     """How many matrices of these shapes (m, n) may be decomposed at a time without much memory."""
     return max(1, _TOGETHER // max([1, *(shape[0] * shape[1] for shape in shapes)]))
-
-
-def _singular_values(weight: Tensor) -> Tensor:
-    wide = weight.double()
-    gram = wide @ wide.mT if wide.shape[0] <= wide.shape[1] else wide.mT @ wide
-    squares = torch.linalg.eigvalsh(gram).flip(-1)
-    return torch.linalg.svdvals(wide) if squares[-1] < _ROUGH * squares[0] else squares.sqrt()
 
 
 @dataclass(frozen=True)

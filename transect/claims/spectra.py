@@ -60,7 +60,7 @@ def no_shape_bias(context: Context) -> Result:
         for number, matrix in enumerate(shapes):
             weight = _gaussian(matrix, number)
             if kind == "whole":
-                eigenvalues = singular_values([weight])[0].square().flip(0)
+                eigenvalues = singular_values(weight).square().flip(0)
             else:
                 eigenvalues = pooled_eigenvalues(weight, rows, windows=_WINDOWS)
             exponents.append(hill_median(eigenvalues))

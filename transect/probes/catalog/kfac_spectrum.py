@@ -206,6 +206,8 @@ def band_loads(
         mask = counted_positions(specimen.anatomy, batch)
 
         def adding(source: str, mask: Tensor | None = mask) -> Callable[[Tensor], None]:
+            """What adds the inputs of this batch to the sums of their source."""
+
             def add(x: Tensor) -> None:
                 rows = x.detach().flatten(0, -2)
                 rows = rows if mask is None else rows[mask.flatten()]

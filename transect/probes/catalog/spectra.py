@@ -142,7 +142,7 @@ def spectra(
 
 def _measured(weight: Tensor, rows: int, windows: int) -> tuple[Tensor, list[float]]:
     """The singular values of a matrix, and the last figures of `_FIGURES`."""
-    values = singular_values([weight])[0].cpu()
+    values = singular_values(weight).cpu()
     return values, _tail(values) + _window_tail(weight, rows, windows)
 
 
