@@ -26,7 +26,8 @@ from flops import count
 import transect
 from transect.anatomy import Anatomy
 from transect.data import Batches
-from transect.statistics import InputCovariance, OutputGradientCovariance, collect, key_of, predictions, summed_loss
+from transect.forward import predictions, summed_loss
+from transect.statistics import InputCovariance, OutputGradientCovariance, collect, key_of
 
 COVARIANCE = (InputCovariance(),)
 KFAC = (InputCovariance(), OutputGradientCovariance())

@@ -33,9 +33,10 @@ import torch
 from common import alternate, gpt2, llama, parser, ratio, show, verdict
 from torch import Tensor
 
-from transect.activations import Specimen, watch
 from transect.anatomy import Anatomy
 from transect.checkpoint import open_model
+from transect.data import Specimen
+from transect.forward import watch
 from transect.probes import run_probes
 from transect.spectra import power_law, singular_values
 from transect.threads import side_by_side

@@ -3,9 +3,8 @@
 import torch
 
 from tests.models import VOCABULARY, inputs, tiny
-from transect.activations import Specimen
 from transect.anatomy import Anatomy
-from transect.data import Batches
+from transect.data import Batches, Specimen
 
 
 def specimen(name, length=32, sequences=4, dtype=torch.float64, seed=0):

@@ -8,9 +8,8 @@ import torch
 
 from tests.models import VOCABULARY, tiny
 from tests.test_data import word_tokenizer
-from transect.activations import Specimen
 from transect.anatomy import Anatomy
-from transect.data import Fact, Passage, load
+from transect.data import Fact, Passage, Specimen, load
 
 EDITS = ["rome", "memit", "constrained-ft"]
 # the activations of a tiny random model are so small that the decay, which has a unit, would outweigh all else

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from tests.test_causal_trace import specimen_of
-from transect.probes.last_token import states_of, tasks_of
+from transect.probes.catalog.factual_recall.last_token import states_of, tasks_of
 
 FLOAT32_NORMS = ("gemma2", "gemma3", "olmo2", "llama", "mistral", "qwen2", "qwen3", "phi3")
 SUBJECTS = [f"w{number} w{number + 20}" for number in range(8, 20)]

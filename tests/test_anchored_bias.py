@@ -12,14 +12,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from tests.models import CAUSAL, VOCABULARY, inputs, logits, tiny
-from transect.activations import Specimen, changed, watch
 from transect.anatomy import Anatomy
-from transect.data import Choice, load_choices
+from transect.data import Choice, Specimen, load_choices
 from transect.editing import Journal, edit_specimen
-from transect.editing.catalog.anchored_bias import mean_lead, turn
-from transect.editing.told import Told, told_answers, told_change, told_neuron
-from transect.errors import BadData, NotApplicable, TransectError
-from transect.probes.anchors import (
+from transect.editing.catalog.anchored_bias.anchored_bias import mean_lead, turn
+from transect.editing.catalog.anchored_bias.anchors import (
     final_scale,
     leaning,
     letter_direction,
@@ -28,7 +25,7 @@ from transect.probes.anchors import (
     value_logits,
     written_direction,
 )
-from transect.probes.letters import (
+from transect.editing.catalog.anchored_bias.letters import (
     Answers,
     averaged_letter_logits,
     averaged_pattern,
@@ -36,6 +33,9 @@ from transect.probes.letters import (
     letter_logits,
     rotated,
 )
+from transect.editing.catalog.anchored_bias.told import Told, told_answers, told_change, told_neuron
+from transect.errors import BadData, NotApplicable, TransectError
+from transect.forward import changed, watch
 
 LETTERS = ("A", "B", "C")
 

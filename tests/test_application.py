@@ -7,7 +7,7 @@ import torch
 
 from tests.models import CAUSAL
 from tests.recalled import FLOAT32_NORMS, no_hooks, problem
-from transect.probes.application import (
+from transect.probes.catalog.factual_recall.application import (
     ALPHAS,
     DIRECTIONS,
     applied,
@@ -18,8 +18,8 @@ from transect.probes.application import (
     told,
     words,
 )
-from transect.probes.contributions import Attribution, head_outputs
-from transect.probes.recall import recall
+from transect.probes.catalog.factual_recall.contributions import Attribution, head_outputs
+from transect.probes.catalog.factual_recall.recall import recall
 
 
 @pytest.mark.parametrize("name", CAUSAL)
@@ -77,7 +77,7 @@ def test_places_in_the_vocabulary(monkeypatch):
     whole = (attribution.normed(states.mlp[2]) @ specimen.lens.weight.T).argsort(1, descending=True).argsort(1)
     expected = whole.gather(1, task.answers[:, None])[:, 0] + 1
     assert torch.equal(attribution.ranks(states.mlp[2], task.answers), expected)
-    monkeypatch.setattr(import_module("transect.probes.contributions"), "_CHUNK", 7)
+    monkeypatch.setattr(import_module("transect.probes.catalog.factual_recall.contributions"), "_CHUNK", 7)
     assert torch.equal(attribution.ranks(states.mlp[2], task.answers), expected)
 
 
@@ -95,7 +95,7 @@ def test_an_mlp_that_is_a_function_is_found_and_one_that_is_not_is_not(name, mon
     def planted_outputs(specimen, task, states, streams):
         return {2: ((streams[2] - mean) @ keys) @ answers}
 
-    monkeypatch.setattr(import_module("transect.probes.application"), "outputs", planted_outputs)
+    monkeypatch.setattr(import_module("transect.probes.catalog.factual_recall.application"), "outputs", planted_outputs)
     found = applied(specimen, one, path)
     stream, once = DIRECTIONS.index("stream"), ALPHAS.index(1.0)
     assert (found.first[2, stream, once] == 1).all() and (found.other_first[2, stream, once] == 0).all()
@@ -103,7 +103,9 @@ def test_an_mlp_that_is_a_function_is_found_and_one_that_is_not_is_not(name, mon
     assert is_function(found, 2, "stream")
     assert found.first[:2].isnan().all() and not is_function(found, 1, "stream")
     monkeypatch.setattr(
-        import_module("transect.probes.application"), "outputs", lambda *given: {2: answers[:1].expand(12, -1)}
+        import_module("transect.probes.catalog.factual_recall.application"),
+        "outputs",
+        lambda *given: {2: answers[:1].expand(12, -1)},
     )
     constant = applied(specimen, one, path)
     assert not is_function(constant, 2, "stream") and constant.first[2, stream, once].sum() == 1

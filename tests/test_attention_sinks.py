@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from transect.activations import Specimen, changed
 from transect.anatomy import Anatomy
-from transect.data import Batches
+from transect.data import Batches, Specimen
 from transect.errors import TransectError
-from transect.probes import run_probes
+from transect.forward import changed
+from transect.probes import drawings, run_probes
 
 from .models import CAUSAL, CONFIGS, inputs, logits, tiny
 
@@ -28,7 +28,7 @@ def test_every_causal_model_runs_and_is_as_before(name):
     one = specimen(name, dtype=torch.float32)
     before = logits(one.model, inputs(name))
     result = inspected(one)[NAME]
-    assert result.findings and result.caveats and len(result.plots()) == 4
+    assert result.findings and result.caveats and len(drawings(result)) == 4
     assert torch.equal(logits(one.model, inputs(name)), before)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in one.model.modules())
     assert result["first"].shape == (3, 4) and float(result["first"].min()) > 0
@@ -149,4 +149,4 @@ def test_a_dropped_sublayer_is_left_out():
     one.anatomy.blocks[1].attention.drop()
     result = inspected(one)[NAME]
     assert result["first"][1].isnan().all() and result["first"][0].isfinite().all()
-    assert result.plots()
+    assert drawings(result)

@@ -7,13 +7,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tests.models import CAUSAL, VOCABULARY, tiny
-from transect.activations import Specimen, recitations
 from transect.anatomy import Anatomy
 from transect.claims import claims
 from transect.claims.context import Context
-from transect.data import Fact, load, load_facts
+from transect.data import Fact, Specimen, load, load_facts
 from transect.errors import BadData, NotApplicable, TransectError
-from transect.probes import run_probes
+from transect.forward import recitations
+from transect.probes import drawings, run_probes
 from transect.probes.tracing import (
     Runs,
     answered,
@@ -178,7 +178,7 @@ def test_every_architecture(name):
     ]  # fmt: skip
     assert result["effect"].shape == (4, 4, 3) and result["effect"].abs().max() > 1e-6
     torch.testing.assert_close(result["role effect"], result["effect"].mean(0))
-    assert len(result.findings) == 4 and len(result.plots()) == 3
+    assert len(result.findings) == 4 and len(drawings(result)) == 3
     assert torch.equal(before, specimen.model(specimen.encode(PROMPT)[None]).logits)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in specimen.model.modules())
 
@@ -218,7 +218,7 @@ def test_refusals():
 
 
 def test_claims_on_the_bundled_model(organism, monkeypatch):
-    monkeypatch.setattr(import_module("transect.claims.causal_trace"), "_FACTS", 6)
+    monkeypatch.setattr(import_module("transect.claims.catalog.causal_trace"), "_FACTS", 6)
     opened, specimen = organism
     data = load("organism:heldout", opened.model, opened.tokenizer, sequences=4, sequence_length=32)
     context = Context(opened.model, data, data, specimen=specimen)

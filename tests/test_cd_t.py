@@ -7,13 +7,13 @@ import torch
 
 from tests.models import CAUSAL, inputs, tiny
 from transect import Anatomy
-from transect.activations import Seen, Specimen, changed, watch
 from transect.claims import Verdict, copying, run_claims
-from transect.data import Batches, load
+from transect.data import Batches, Specimen, load
 from transect.errors import NotApplicable, TransectError
-from transect.probes import run_probes
-from transect.probes.circuits import alone, mean_heads
-from transect.probes.decomposition import Decomposition, stable
+from transect.forward import Seen, changed, watch
+from transect.probes import drawings, run_probes
+from transect.probes.catalog.cd_t.circuits import alone, mean_heads
+from transect.probes.catalog.cd_t.decomposition import Decomposition, stable
 
 
 class Letters:
@@ -118,7 +118,7 @@ def test_the_probe_runs_on_text_everywhere(name):
     specimen = Specimen(Anatomy(model), data=load(rows, model), tokenizer=Letters())
     result = run_probes(specimen, {"cd-t": {"prompts": 3, "length": 5, "most": 2}})["cd-t"]
     assert result["words"].shape == (3, 5) and result["heads"].shape == (3, 4)
-    assert result.findings and len(result.plots()) == 3
+    assert result.findings and len(drawings(result)) == 3
 
 
 def test_all_heads_are_the_model_and_none_the_mean():

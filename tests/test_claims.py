@@ -15,10 +15,10 @@ from tests.test_data import word_tokenizer, words
 from transect.anatomy import Anatomy
 from transect.checkpoint import save
 from transect.claims import Context, Measured, Verdict, claims, run_claims
+from transect.claims.catalog.kfac_svd import RELEASED, as_released
+from transect.claims.catalog.svd_llm import mean_squared_outputs
 from transect.claims.context import Variant
-from transect.claims.kfac_svd import RELEASED, as_released
 from transect.claims.ordering import Comparison, judge
-from transect.claims.svd_llm import mean_squared_outputs
 from transect.cli import main_group
 from transect.compression import calibrate, method
 from transect.compression.weighted_svd import shrink

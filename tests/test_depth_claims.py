@@ -10,12 +10,12 @@ from tests.depth import silence, specimen
 from tests.models import inputs, logits, tiny
 from transect.anatomy import Anatomy
 from transect.claims import Context, Verdict, claims, run_claims
-from transect.claims.depth_efficiency import share_as_near
-from transect.claims.shallower import text_of, train, untrained
+from transect.claims.catalog.depth_efficiency.depth_efficiency import share_as_near
+from transect.claims.catalog.depth_efficiency.shallower import text_of, train, untrained
 from transect.data import Batches
 from transect.errors import BadData, NotApplicable, TransectError
-from transect.probes.convergence import late_share
-from transect.probes.depth_maps import cross_model_maps, offsets, solve
+from transect.probes.catalog.depth_efficiency.convergence import late_share
+from transect.probes.catalog.depth_efficiency.depth_maps import cross_model_maps, offsets, solve
 
 
 def test_maps_between_models():
@@ -99,8 +99,8 @@ def test_the_claim_on_the_lens_follows_where_the_work_is_done():
 
 
 def test_the_claim_on_two_models_trains_the_shallower_one(monkeypatch):
-    monkeypatch.setattr("transect.claims.shallower.STEPS", 3)
-    monkeypatch.setattr("transect.claims.shallower.TOKENS", 320)
+    monkeypatch.setattr("transect.claims.catalog.depth_efficiency.shallower.STEPS", 3)
+    monkeypatch.setattr("transect.claims.catalog.depth_efficiency.shallower.TOKENS", 320)
     text = Batches([inputs("llama", batch=24, length=40)])
     model = four_layers()
     before, state = logits(model, inputs("llama")), torch.random.get_rng_state()
@@ -117,7 +117,9 @@ def test_the_claim_on_two_models_trains_the_shallower_one(monkeypatch):
 
 def test_what_the_claim_on_two_models_refuses(monkeypatch):
     enough, little = (Batches([inputs("llama", batch=count, length=40)]) for count in (24, 4))
-    monkeypatch.setattr("transect.claims.depth_efficiency.train", None)  # all of this before any training
+    monkeypatch.setattr(
+        "transect.claims.catalog.depth_efficiency.depth_efficiency.train", None
+    )  # all of this before any training
     for model, data, why in (
         (tiny("llama"), (enough, enough), "4 layers"),
         (four_layers(), (little, enough), "at least 640 tokens; there are 160"),
@@ -126,13 +128,13 @@ def test_what_the_claim_on_two_models_refuses(monkeypatch):
         result = checked("depth-efficiency/cross-model", model, *data)
         assert result.verdict == Verdict.NOT_APPLICABLE
         assert why in result.explanation
-    monkeypatch.setattr("transect.claims.shallower.LARGEST", 1000)
+    monkeypatch.setattr("transect.claims.catalog.depth_efficiency.shallower.LARGEST", 1000)
     assert "more than the 1,000" in checked("depth-efficiency/cross-model", four_layers(), enough).explanation
 
 
 def test_training_lowers_the_loss(monkeypatch):
-    monkeypatch.setattr("transect.claims.shallower.STEPS", 30)
-    monkeypatch.setattr("transect.claims.shallower.TOKENS", 160)
+    monkeypatch.setattr("transect.claims.catalog.depth_efficiency.shallower.STEPS", 30)
+    monkeypatch.setattr("transect.claims.catalog.depth_efficiency.shallower.TOKENS", 160)
     text = Batches([inputs("gpt2", batch=24, length=40)])
     context = Context(tiny("gpt2"), text, text)
     model = untrained(context, 1)

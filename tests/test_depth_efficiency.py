@@ -8,14 +8,14 @@ import transformers
 
 from tests.depth import silence, small, specimen, tokens
 from tests.models import CAUSAL, inputs, logits, tiny
-from transect.activations import Specimen, changed, watch
 from transect.anatomy import Anatomy
-from transect.data import Batches
+from transect.data import Batches, Specimen
 from transect.errors import TransectError
-from transect.probes import run_probes
-from transect.probes.integrated import integrated_gradients
-from transect.probes.local_effects import local_effects
-from transect.probes.skipping import PARTS, cut_points, depth_score, skip_effects, skips
+from transect.forward import changed, watch
+from transect.probes import drawings, run_probes
+from transect.probes.catalog.depth_efficiency.integrated import integrated_gradients
+from transect.probes.catalog.depth_efficiency.local_effects import local_effects
+from transect.probes.catalog.depth_efficiency.skipping import PARTS, cut_points, depth_score, skip_effects, skips
 
 FUTURE, MAX, MEAN = 1, 0, 1
 
@@ -30,7 +30,7 @@ def test_it_runs_on_every_architecture_and_leaves_no_trace(name):
     assert [key for key, one in found.quantities.items() if one.values.isnan().any()] == [
         "skip_later", "local_effect",
     ]  # fmt: skip
-    assert name != "gpt2" or len(found.plots()) == 7
+    assert name != "gpt2" or len(drawings(found)) == 7
     assert len(found.findings) == 8
     assert torch.equal(logits(one.model, inputs(name)), before)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in one.model.modules())

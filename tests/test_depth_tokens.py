@@ -5,9 +5,9 @@ import torch
 
 from tests.depth import specimen, tokens
 from tests.models import CAUSAL
-from transect.activations import changed, watch
-from transect.probes.erasure import erasure_effects
-from transect.probes.integrated import integrated_gradients, legendre
+from transect.forward import changed, watch
+from transect.probes.catalog.depth_efficiency.erasure import erasure_effects
+from transect.probes.catalog.depth_efficiency.integrated import integrated_gradients, legendre
 
 
 @torch.no_grad()

@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from transect.activations import Specimen, changed
 from transect.anatomy import Anatomy
 from transect.checkpoint import open_model, save
-from transect.data import Batches, Fact
+from transect.data import Batches, Fact, Specimen
 from transect.editing import Card, Edit, edit, edit_specimen, edits, registry, undo_folder
 from transect.errors import BadCheckpoint, NotApplicable, TransectError
+from transect.forward import changed
 from transect.probes.neurons import held
 
 from .models import CAUSAL, CONFIGS, inputs, logits, tiny

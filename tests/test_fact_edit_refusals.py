@@ -10,9 +10,8 @@ import torch
 
 from tests.facts import EDITS, QUICK, WORDS, assert_same, hooks, specimen_of, state
 from tests.models import tiny
-from transect.activations import Specimen
 from transect.anatomy import Anatomy
-from transect.data import load
+from transect.data import Specimen, load
 from transect.editing import edit_specimen
 from transect.editing.catalog import rome as rome_file
 from transect.editing.closed_form import rank_one

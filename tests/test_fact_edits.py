@@ -9,7 +9,6 @@ import torch
 
 from tests.facts import EDITS, QUICK, assert_same, hooks, specimen_of, state
 from tests.models import CAUSAL
-from transect.activations import changed
 from transect.editing import edit_specimen
 from transect.editing.catalog import memit as memit_file
 from transect.editing.catalog import rome as rome_file
@@ -18,6 +17,7 @@ from transect.editing.contexts import prefixes_of, rows_of
 from transect.editing.problems import requests
 from transect.editing.values import Search, values
 from transect.errors import TransectError
+from transect.forward import changed
 from transect.probes.tracing import subject_span
 
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from tests.facts import specimen_of
-from transect.activations import watch
 from transect.editing.contexts import ESSENCE, prefixes_of, rows_of
 from transect.editing.problems import requests
 from transect.editing.values import Search, values
+from transect.forward import watch
 from transect.probes.tracing import subject_span
 
 

@@ -9,23 +9,29 @@ import torch
 from tests.models import CAUSAL, tiny
 from tests.recalled import SUBJECTS, known, no_hooks, problem
 from tests.test_causal_trace import PROMPT, specimen_of, tokenizer
-from transect.activations import Specimen, changed, watch
 from transect.anatomy import Anatomy
 from transect.claims import claims
 from transect.claims.context import Context
-from transect.data import Batches, Fact, load, load_facts
+from transect.data import Batches, Fact, Specimen, load, load_facts
 from transect.errors import BadData, NotApplicable, TransectError
-from transect.probes import run_probes
-from transect.probes.application import (
+from transect.forward import changed, watch
+from transect.probes import drawings, run_probes
+from transect.probes.catalog.factual_recall.application import (
     ALPHAS,
     DIRECTIONS,
 )
-from transect.probes.contributions import Attribution, head_outputs
-from transect.probes.last_layer import answer_probabilities, fixes, frequent_direction
-from transect.probes.last_token import states_of, tasks_of
-from transect.probes.mlp_split import TRUSTED, split
-from transect.probes.path_patching import answer_metric, at_the_end, path_patched, percent, senders_of
-from transect.probes.recall import correlation, recall
+from transect.probes.catalog.factual_recall.contributions import Attribution, head_outputs
+from transect.probes.catalog.factual_recall.last_layer import answer_probabilities, fixes, frequent_direction
+from transect.probes.catalog.factual_recall.last_token import states_of, tasks_of
+from transect.probes.catalog.factual_recall.mlp_split import TRUSTED, split
+from transect.probes.catalog.factual_recall.path_patching import (
+    answer_metric,
+    at_the_end,
+    path_patched,
+    percent,
+    senders_of,
+)
+from transect.probes.catalog.factual_recall.recall import correlation, recall
 
 
 @pytest.mark.parametrize("name", CAUSAL)
@@ -119,7 +125,7 @@ def test_path_patching_limits(name, monkeypatch):
     assert percent(heads, original).abs().max() < 1e-8 and percent(mlps, original).abs().max() < 1e-8
     new = senders_of(states, task.other, "example")
     whole = path_patched(specimen, task, states, new, metric)
-    monkeypatch.setattr(import_module("transect.probes.path_patching"), "_TOKENS", 1)
+    monkeypatch.setattr(import_module("transect.probes.catalog.factual_recall.path_patching"), "_TOKENS", 1)
     for a, b in zip(whole, path_patched(specimen, task, states, new, metric), strict=True):
         torch.testing.assert_close(a, b)
     o = specimen.anatomy.blocks[1].matrix("o")
@@ -303,7 +309,7 @@ def test_every_architecture(name):
     result = run_probes(specimen, {"factual-recall": {"facts": 10}})["factual-recall"]
     assert result["path"].shape == (1, 3, 4) and result["path"].isfinite().all()
     assert result["probability"].shape == (2, 6) and result["direct"].isfinite().all()
-    assert len(result.findings) == 5 and len(result.plots()) == 4
+    assert len(result.findings) == 5 and len(drawings(result)) == 4
     assert result["applied first"].shape == (1, 3, 3, 5) and result["control rank"].shape == (1, 3, 3, 5)
     assert result["applied first"][:, :, DIRECTIONS.index("stream")].isfinite().all()
     said = " ".join(result.findings)
@@ -359,8 +365,8 @@ def test_refusals():
 def test_claims_on_the_bundled_model(monkeypatch):
     from transect.checkpoint import open_model
 
-    monkeypatch.setattr(import_module("transect.claims.factual_recall"), "_TASKS", 1)
-    monkeypatch.setattr(import_module("transect.claims.factual_recall"), "_FACTS", 10)
+    monkeypatch.setattr(import_module("transect.claims.catalog.factual_recall"), "_TASKS", 1)
+    monkeypatch.setattr(import_module("transect.claims.catalog.factual_recall"), "_FACTS", 10)
     opened = open_model("organism", dtype="float32")
     data = load("organism:heldout", opened.model, opened.tokenizer, sequences=4, sequence_length=32)
     specimen = Specimen(Anatomy(opened.model), opened.tokenizer, data, known_facts=load_facts("organism:facts"))

@@ -5,16 +5,16 @@ import math
 import pytest
 import torch
 
-from transect.activations import Specimen, changed, watch
-from transect.activations.lens import norm_gain
 from transect.anatomy import Anatomy
 from transect.claims import Verdict, run_claims
-from transect.data import Batches
+from transect.data import Batches, Specimen
 from transect.errors import NotApplicable, TransectError
-from transect.probes import neurons, run_probes
-from transect.probes.clamping import Chosen, clamp_effects
-from transect.probes.decoded import decode, random_z
-from transect.probes.stability import stability
+from transect.forward import changed, watch
+from transect.forward.lens import norm_gain
+from transect.probes import drawings, neurons, run_probes
+from transect.probes.catalog.feature_neurons.clamping import Chosen, clamp_effects
+from transect.probes.catalog.feature_neurons.decoded import decode, random_z
+from transect.probes.catalog.feature_neurons.stability import stability
 
 from .models import CAUSAL, CONFIGS, inputs, logits, tiny
 from .test_checkpoint import tokenizer
@@ -36,7 +36,7 @@ def test_every_causal_model_runs_and_is_as_before(name):
     one = specimen(name, torch.float32)
     before = logits(one.model, inputs(name))
     result = inspected(one)[NAME]
-    assert len(result.plots()) == 3 and result["own"].shape == (2,) and result["own"].isfinite().all()
+    assert len(drawings(result)) == 3 and result["own"].shape == (2,) and result["own"].isfinite().all()
     assert ("gate" in result.label("vector", 0)) == (name not in ("gpt2", "opt", "gpt_neox"))
     assert torch.equal(logits(one.model, inputs(name)), before)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in one.model.modules())
@@ -147,7 +147,7 @@ def test_search_finds_the_planted_neuron():
     block.mlp.up.write(weight)
     result = inspected(one, search=word)[NAME]
     assert result.label("found", 0)[0] == "2:11 up" and result["search z"][0] < 0
-    assert len(result.plots()) == 4
+    assert len(drawings(result)) == 4
     with pytest.raises(TransectError, match="not a single token"):
         inspected(one, search="nowhere to be found")
     assert "needs the model's tokenizer" in inspected(specimen(), search="dog").refused[NAME]
@@ -300,8 +300,8 @@ def test_bad_settings_are_refused(settings):
 
 
 def test_the_claim_runs_and_needs_text(monkeypatch):
-    monkeypatch.setattr("transect.claims.feature_neurons.NEURONS", 3)
-    monkeypatch.setattr("transect.claims.feature_neurons.CONTROLS", 2)
+    monkeypatch.setattr("transect.claims.catalog.feature_neurons.NEURONS", 3)
+    monkeypatch.setattr("transect.claims.catalog.feature_neurons.CONTROLS", 2)
     model, data = tiny("llama"), Batches([inputs("llama")])
     (outcome,) = run_claims(model, data, data, ["feature-neurons/own-token"])
     assert outcome.result.verdict is not Verdict.NOT_APPLICABLE
@@ -311,7 +311,7 @@ def test_the_claim_runs_and_needs_text(monkeypatch):
 
 
 def test_the_claim_of_stability_tunes_a_copy(monkeypatch):
-    monkeypatch.setattr("transect.claims.feature_neurons.STEPS", 5)
+    monkeypatch.setattr("transect.claims.catalog.feature_neurons.STEPS", 5)
     model, data = tiny("llama"), Batches([inputs("llama", batch=6)])
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     (outcome,) = run_claims(model, data, data, ["feature-neurons/stability"])

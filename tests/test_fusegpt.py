@@ -10,10 +10,18 @@ from transformers import AutoModelForCausalLM
 
 import transect
 from transect.anatomy import Anatomy
-from transect.compression.blockwise import feeds_of
-from transect.compression.fusion import FusedGroup, FusedMatrix, FusedVector, distance, lessons_of, train, window
-from transect.compression.macro_influence import macro_influence
+from transect.compression.catalog.fusegpt.fusion import (
+    FusedGroup,
+    FusedMatrix,
+    FusedVector,
+    distance,
+    lessons_of,
+    train,
+    window,
+)
+from transect.compression.catalog.fusegpt.macro_influence import macro_influence
 from transect.errors import OutOfReach, TransectError
+from transect.forward.blocks import feeds_of
 
 from .models import CAUSAL, CONFIGS, VOCABULARY, inputs, logits, tiny
 

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from tests.models import CAUSAL, inputs, logits, tiny
-from transect.activations import Specimen
 from transect.anatomy import Anatomy
 from transect.checkpoint import open_model
-from transect.data import Batches, load, load_passages
+from transect.data import Batches, Specimen, load, load_passages
 from transect.editing import edit_specimen
-from transect.editing.catalog.kfac_edit import keep_share, papers_layers
-from transect.editing.recitation import levenshtein, recitation
+from transect.editing.catalog.kfac_edit.kfac_edit import keep_share, papers_layers
+from transect.editing.catalog.kfac_edit.recitation import levenshtein, recitation
 from transect.errors import NotApplicable, TransectError
 from transect.probes.curvature import Curvature, eigenpairs, kept_pairs
 

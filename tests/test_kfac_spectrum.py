@@ -5,12 +5,11 @@ import math
 import pytest
 import torch
 
-from transect.activations import Specimen
 from transect.anatomy import Anatomy
 from transect.claims import Verdict, run_claims
-from transect.data import Batches
+from transect.data import Batches, Specimen
 from transect.errors import NotApplicable, TransectError
-from transect.probes import run_probes
+from transect.probes import drawings, run_probes
 from transect.probes.catalog.kfac_spectrum import band_loads
 from transect.probes.curvature import counted_positions, curvature, eigenpairs, kept_pairs
 
@@ -75,7 +74,7 @@ def test_every_causal_architecture(name):
         d_out, d_in = matrix.shape
         assert int(result["values_in"][number].isfinite().sum()) == d_in
         assert int(result["values_out"][number].isfinite().sum()) == d_out
-    assert "activation_ratio" not in result.quantities and len(result.plots()) == 3
+    assert "activation_ratio" not in result.quantities and len(drawings(result)) == 3
 
 
 def test_padding_and_the_last_position_do_not_count():
@@ -187,7 +186,7 @@ def test_passages_are_compared_with_sequences_that_the_bases_have_not_seen():
     result = run_probes(specimen, {"kfac-spectrum": {}})["kfac-spectrum"]
     assert result["activation_ratio"].shape == (8, 4) and (result["activation_ratio"] > 0).all()
     torch.testing.assert_close(result["load_text"].sum(1), torch.ones(8, dtype=torch.float64))
-    assert result.labels["input"][0] == "blocks.0.mlp.input" and len(result.plots()) == 4
+    assert result.labels["input"][0] == "blocks.0.mlp.input" and len(drawings(result)) == 4
     assert any("bottom 50 %" in finding for finding in result.findings)
     # The bases come from the even sequences alone.
     even = [{"input_ids": ids[None]} for batch in text for ids in batch["input_ids"]][::2]

@@ -4,15 +4,15 @@ import pytest
 import torch
 
 from tests.models import CAUSAL, VOCABULARY, inputs, logits, tiny
-from transect.activations import Specimen, changed, watch
 from transect.anatomy import Anatomy
 from transect.claims import Context, Verdict, claims
-from transect.data import Batches
+from transect.data import Batches, Specimen
 from transect.errors import TransectError
-from transect.probes import run_probes
-from transect.probes.phases import ended, generated, halves_difference
-from transect.probes.void_losses import as_many
-from transect.probes.voids import Skipping, activity, last_active, norms_of, threshold
+from transect.forward import changed, watch
+from transect.probes import drawings, run_probes
+from transect.probes.catalog.lac.phases import ended, generated, halves_difference
+from transect.probes.catalog.lac.void_losses import as_many
+from transect.probes.catalog.lac.voids import Skipping, activity, last_active, norms_of, threshold
 
 SMALL = {"lac": {"prompts": 6, "length": 12, "generate": 6}}
 
@@ -54,7 +54,7 @@ def test_it_runs_on_every_architecture_and_leaves_no_trace(name):
     inspection = run_probes(one, SMALL)
     assert not inspection.refused
     found = inspection["lac"]
-    assert len(found.plots()) == 4
+    assert len(drawings(found)) == 4
     assert found.findings
     assert found["activity"].shape == (3, 3)
     assert bool(((found["agreement"] >= 0) & (found["agreement"] <= 1)).all())

@@ -8,18 +8,18 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from transect.activations import Specimen, answer_log_probabilities, changed
 from transect.anatomy import Anatomy
 from transect.claims import Context, Verdict, claims, run_claims
-from transect.claims import bilingual as toy
-from transect.claims import latent_language as about
-from transect.data import Batches, load
+from transect.claims.catalog.latent_language import bilingual as toy
+from transect.claims.catalog.latent_language import latent_language as about
+from transect.data import Batches, Specimen, load
 from transect.data.concepts import Concept, load_concepts
 from transect.errors import BadData, TransectError
-from transect.probes import run_probes
-from transect.probes.language_dimensions import sets_of, variances
-from transect.probes.languages import Asked, lens_log_probabilities
-from transect.probes.scripts import kind_of_text, kinds_of_tokens
+from transect.forward import answer_log_probabilities, changed
+from transect.probes import drawings, run_probes
+from transect.probes.catalog.latent_language.language_dimensions import sets_of, variances
+from transect.probes.catalog.latent_language.languages import Asked, lens_log_probabilities
+from transect.probes.catalog.latent_language.scripts import kind_of_text, kinds_of_tokens
 
 from .models import CAUSAL, CONFIGS, VOCABULARY, inputs, logits, tiny
 
@@ -65,7 +65,7 @@ def test_every_causal_model_runs_and_ends_with_its_own_predictions(name, tmp_pat
     assert float(result["divergence"][-1]) == pytest.approx(0, abs=1e-9)
     assert float(result["rank"][-1]) == 0 and float(result["agreement"][-1]) == 1
     torch.testing.assert_close(result["kinds"].sum(1), torch.ones(4, dtype=torch.float64), rtol=1e-5, atol=1e-5)
-    assert len(result.plots()) == 4
+    assert len(drawings(result)) == 4
     assert torch.equal(logits(one.model, inputs(name)), before)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in one.model.modules())
 
@@ -173,7 +173,7 @@ def test_concepts_that_are_no_file_need_one_and_a_tokenizer(tmp_path):
         inspected(specimen(words=tokenizer()), str(tmp_path / "nowhere.json"))
     assert "tokenizer" in inspected(specimen(), written(tmp_path, CONCEPTS)).refused[NAME]
     result = inspected(specimen())[NAME]
-    assert "kinds" not in result.quantities and result.plots()
+    assert "kinds" not in result.quantities and drawings(result)
 
 
 def test_concepts_of_the_bundled_model():
@@ -268,7 +268,7 @@ def test_a_planted_dimension_changes_the_language_and_random_ones_do_nothing(tmp
     for swapped in (top, every):
         assert float(swapped[:, 1].min()) > 0.99 and float(swapped[:, 2].min()) > 0.99
     torch.testing.assert_close(random, nothing)  # the other dimensions are the same in both prompts
-    assert "1 dimensions of 32" in result.findings[-1] and len(result.plots()) == 5
+    assert "1 dimensions of 32" in result.findings[-1] and len(drawings(result)) == 5
 
 
 @pytest.mark.parametrize("name", CAUSAL)
@@ -374,7 +374,7 @@ def test_the_claim_about_dimensions_on_the_bundled_model(monkeypatch):
     from transect.checkpoint import open_model
 
     monkeypatch.setattr(about, "SHARES", (0.05,))
-    monkeypatch.setattr("transect.probes.language_dimensions.SWAPPED", 4)
+    monkeypatch.setattr("transect.probes.catalog.latent_language.language_dimensions.SWAPPED", 4)
     opened = open_model("organism", dtype="float32")
     data = load("organism:heldout", opened.model, opened.tokenizer, sequences=2, sequence_length=16)
     one = Specimen(Anatomy(opened.model), opened.tokenizer, data)

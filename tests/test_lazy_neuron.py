@@ -2,17 +2,17 @@ import pytest
 import torch
 
 from tests.models import CAUSAL, CONFIGS, inputs, logits, tiny
-from transect.activations import Specimen, changed, watch
 from transect.anatomy import Anatomy
 from transect.claims import Context, Verdict, claims, run_claims
-from transect.claims import lazy_training as study
-from transect.claims import relu_classifier as own
-from transect.data import Batches
+from transect.claims.catalog.lazy_neuron import lazy_training as study
+from transect.claims.catalog.lazy_neuron import relu_classifier as own
+from transect.data import Batches, Specimen
 from transect.errors import TransectError
 from transect.evaluation import evaluate_loss
-from transect.probes import run_probes
-from transect.probes.activity import mass_counts, rectifies
-from transect.probes.topk import gathered, largest, top_k
+from transect.forward import changed, watch
+from transect.probes import drawings, run_probes
+from transect.probes.catalog.lazy_neuron.activity import mass_counts, rectifies
+from transect.probes.catalog.lazy_neuron.topk import gathered, largest, top_k
 
 WANTED = {"lazy-neuron": {}}
 
@@ -39,7 +39,7 @@ def test_it_runs_on_every_architecture_and_leaves_no_trace(name):
     inspection = run_probes(one, WANTED)
     assert not inspection.refused
     found = inspection["lazy-neuron"]
-    assert len(found.plots()) == 4
+    assert len(drawings(found)) == 4
     assert len(found.findings) == (3 if name == "opt" else 4)
     assert bool(found["sharp"]) == (name == "opt")
     assert found["loss"][0].item() == pytest.approx(evaluate_loss(one.model, one.data).loss, rel=1e-6)

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from tests.facts import EDITS, QUICK, assert_same, specimen_of, state
+from transect.claims.catalog.localization import correlation, explained
 from transect.claims.context import Context
 from transect.claims.fact_editing import Bench
-from transect.claims.localization import correlation, explained
 from transect.editing import edit_specimen
 from transect.errors import NotApplicable
 

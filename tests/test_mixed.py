@@ -9,8 +9,7 @@ from transformers import AutoModelForCausalLM
 import transect
 from transect.anatomy import Anatomy
 from transect.compression import method
-from transect.compression.copying import working_copy
-from transect.compression.options import (
+from transect.compression.catalog.mixed.options import (
     Metric,
     Option,
     choose,
@@ -22,6 +21,7 @@ from transect.compression.options import (
     narrow_query_key_options,
     narrow_value_options,
 )
+from transect.compression.copying import working_copy
 from transect.compression.refit import refit_to_dense
 from transect.compression.weighted_svd import shrink
 from transect.errors import OutOfReach

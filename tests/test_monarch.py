@@ -316,7 +316,7 @@ def test_what_is_out_of_reach_is_refused_before_any_work():
 
 
 def test_the_trained_mlps_are_of_one_size_and_repeatable(monkeypatch):
-    monkeypatch.setattr("transect.claims.monarch.STEPS", 3)
+    monkeypatch.setattr("transect.claims.catalog.monarch.STEPS", 3)
     for name in ("llama", "gpt2"):  # what is trained is small and new, whichever model is asked about
         model = tiny(name)
         once, again = (run_claims(model, *random_data(model), ["monarch/trained-mlp"])[0].result for _ in range(2))

@@ -5,12 +5,11 @@ import math
 import pytest
 import torch
 
-from transect.activations import Specimen
 from transect.anatomy import Anatomy
 from transect.claims import Verdict, run_claims
-from transect.data import Batches
+from transect.data import Batches, Specimen
 from transect.errors import TransectError
-from transect.probes import run_probes
+from transect.probes import drawings, run_probes
 from transect.probes.catalog.nuclear_norm import figures, matrix_nuclear_norm, normalised
 
 from .models import CONFIGS, inputs, tiny
@@ -119,7 +118,7 @@ def test_every_architecture(name):
     with torch.no_grad():
         last = model.base_model(**{key: value for key, value in batch.items() if key != "labels"}).last_hidden_state
     assert result["mnn"].tolist() == pytest.approx([reference(rows) for rows in last], rel=1e-9)
-    assert len(result.plots()) == 2 and result.findings
+    assert len(drawings(result)) == 2 and result.findings
 
 
 def test_padding_batches_and_how_many_texts():

@@ -10,8 +10,7 @@ from safetensors.numpy import load_file
 import transect
 from tests.models import inputs, logits, tiny
 from transect import Anatomy
-from transect.activations import Specimen
-from transect.data import load
+from transect.data import Specimen, load
 from transect.errors import BadCheckpoint, NotApplicable, TransectError
 from transect.probes import Quantity, Result, probes, probing, run_probes
 from transect.probes import registry as registered

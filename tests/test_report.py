@@ -9,7 +9,7 @@ import torch
 
 from tests.models import tiny
 from transect import Anatomy
-from transect.activations import Specimen
+from transect.data import Specimen
 from transect.probes import Inspection, Quantity, Result, Table, probing
 from transect.probes import registry as registered
 from transect.probes.draw import bars, heatmap, lines, scatter

@@ -5,12 +5,11 @@ import math
 import pytest
 import torch
 
-from transect.activations import Specimen
 from transect.anatomy import Anatomy
 from transect.claims import Verdict, run_claims
-from transect.data import Batches
+from transect.data import Batches, Specimen
 from transect.errors import TransectError
-from transect.probes import Table, run_probes
+from transect.probes import Table, drawings, run_probes
 from transect.spectra import hill_median, power_law, singular_values
 
 from .models import CONFIGS, inputs, tiny
@@ -104,7 +103,7 @@ def test_every_architecture(name):
             float(expected.sum()) / float(matrix.weight.double().norm()) / math.sqrt(len(expected))
         )
         assert math.isnan(figures["alpha"]) == (len(expected) < 20)
-    for drawing in result.plots():
+    for drawing in drawings(result):
         assert isinstance(drawing, Table) or len(drawing.figure.data)
     assert result.findings and result.caveats
 

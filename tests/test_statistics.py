@@ -8,6 +8,7 @@ import torch
 
 from transect.anatomy import Anatomy
 from transect.errors import BadData, TransectError
+from transect.forward import predictions, summed_loss
 from transect.statistics import (
     BlockSimilarity,
     FeatureNorm,
@@ -18,8 +19,6 @@ from transect.statistics import (
     Statistics,
     collect,
     key_of,
-    predictions,
-    summed_loss,
 )
 from transect.statistics.gram import add_gram_, symmetric_from_upper
 

@@ -8,11 +8,12 @@ import torch
 
 from tests.models import CAUSAL, inputs, logits, tiny
 from transect import Anatomy
-from transect.activations import Specimen, changed
-from transect.activations.lens import norm_gain
+from transect.data import Specimen
 from transect.errors import NotApplicable
-from transect.probes import run_probes
-from transect.probes.channels import composition, heads_of, scaled_component, set_component
+from transect.forward import changed
+from transect.forward.lens import norm_gain
+from transect.probes import drawings, run_probes
+from transect.probes.catalog.talking_heads.channels import composition, heads_of, scaled_component, set_component
 
 
 def dense(anatomy, block, head):
@@ -189,7 +190,7 @@ def test_removing_scaling_and_setting_a_component(name):
 def test_it_runs_everywhere(name):
     model = tiny(name)
     result = run_probes(Specimen(Anatomy(model)), {"talking-heads": {"tested": 2, "channels": 5}})["talking-heads"]
-    assert len(result.labels["channel"]) == 5 and result.plots()
+    assert len(result.labels["channel"]) == 5 and drawings(result)
     assert ("removed" in result.quantities) == (name in CAUSAL)
 
 
@@ -200,6 +201,6 @@ def test_post_norm_and_single_layers_are_refused():
     anatomy.drop_block(0)
     anatomy.drop_block(0)
     with pytest.raises(NotApplicable, match="only one"):
-        from transect.probes.catalog.talking_heads import talking_heads
+        from transect.probes.catalog.talking_heads.talking_heads import talking_heads
 
         talking_heads(Specimen(anatomy))

@@ -3,25 +3,38 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import TransectError
 from .architecture import FusedMatrix
+from .banks import hand_over_banks
 from .record import record_of
 from .storage import Stacked, dense, describe, is_dense, read_weight, shape_of
-from .surgery import hand_over_banks
-
-if TYPE_CHECKING:
-    from .view import Block
 
 # Which point of a block feeds each role: matrices with one source see the same input.
 SOURCE = {
     "q": "attention.input", "k": "attention.input", "v": "attention.input", "o": "attention.heads",
     "gate": "mlp.input", "up": "mlp.input", "down": "mlp.neurons",
 }  # fmt: skip
+
+
+class Home(Protocol):
+    """What a matrix knows of the block that it stands in: see `view.Block`, which is the one there is."""
+
+    index: int
+    anatomy: Any
+    model: Any
+
+    @property
+    def head_size(self) -> int: ...
+
+    @property
+    def attention(self) -> Any: ...
+
+    def find(self, role: str) -> Matrix: ...
 
 
 @dataclass(frozen=True)
@@ -33,7 +46,7 @@ class Matrix:
     fused: set where that module stores several matrices; this one is the part `role`.
     """
 
-    block: Block
+    block: Home
     role: str
     path: str
     fused: FusedMatrix | None = None

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .matrix import Home
 from .record import record_of
 from .storage import Stacked, dense, describe, is_dense, read_weight, select
-
-if TYPE_CHECKING:
-    from .view import Block
 
 
 class SkipAttention(nn.Module):
@@ -47,7 +45,7 @@ class SkipAttention(nn.Module):
         return {"kind": "skip_attention", "layer_idx": self.layer_idx, "stand_in": self.stand_in}
 
 
-def keep_rows_and_columns(block: Block, rows: dict[str, Tensor], columns: dict[str, Tensor]) -> None:
+def keep_rows_and_columns(block: Home, rows: dict[str, Tensor], columns: dict[str, Tensor]) -> None:
     """Restrict a block's matrices to some rows and columns, by role; fused ones are cut as a whole and stay fused."""
     record = record_of(block.model)
     done: set[str] = set()
@@ -70,7 +68,7 @@ def keep_rows_and_columns(block: Block, rows: dict[str, Tensor], columns: dict[s
         record.set_module(matrix.path, describe(new))
 
 
-def _select_fused(block: Block, path: str, fused: Any, rows: dict[str, Tensor]) -> nn.Module:
+def _select_fused(block: Home, path: str, fused: Any, rows: dict[str, Tensor]) -> nn.Module:
     host = block.model.get_submodule(path)
     assert is_dense(host)
     positions = torch.arange(read_weight(host).shape[0])
@@ -97,27 +95,3 @@ def set_attribute(model: nn.Module, path: str, attribute: str, value: Any) -> No
         return
     setattr(owner, name, value)
     record_of(model).attributes.setdefault(path, {})[attribute] = value
-
-
-def link_banks(model: nn.Module) -> None:
-    """Let every operator that shares a bank with others use the one of the operator that owns it."""
-    sharing = [module for module in model.modules() if hasattr(module, "bank_group")]
-    owned: dict[str, Any] = {module.bank_group: module.bank for module in sharing if module.owns_bank}  # type: ignore
-    for module in sharing:
-        if not module.owns_bank and module.bank_group in owned:
-            module.use_bank(owned[module.bank_group])  # type: ignore[operator]
-
-
-def hand_over_banks(model: nn.Module, doomed: nn.Module) -> None:
-    """Before `doomed` is removed, give the banks that its operators own to operators that stay."""
-    leaving = {id(module): module for module in doomed.modules() if hasattr(module, "bank_group")}
-    for owner in leaving.values():
-        if not owner.owns_bank:
-            continue
-        for path, module in model.named_modules():
-            if id(module) not in leaving and getattr(module, "bank", None) is owner.bank:
-                module.adopt_bank(owner.bank)  # type: ignore[operator]
-                parent, _, _ = path.rpartition(".parts.")
-                host = parent if parent and isinstance(model.get_submodule(parent), Stacked) else path
-                record_of(model).set_module(host, describe(model.get_submodule(host)))
-                break

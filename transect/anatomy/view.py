@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from ..errors import TransectError
 from .architecture import MATRIX_ROLES, Architecture, architecture_of
+from .banks import hand_over_banks
 from .matrix import Matrix
 from .record import StructureRecord, record_of
 from .storage import describe, weight_tensors
-from .surgery import SkipAttention, hand_over_banks, keep_rows_and_columns, set_attribute
+from .surgery import SkipAttention, keep_rows_and_columns, set_attribute
 
 
 class Anatomy:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..anatomy.banks import link_banks
 from ..anatomy.record import StructureRecord
-from ..anatomy.surgery import link_banks
 from ..errors import BadCheckpoint
 from ..operators.build import build
 

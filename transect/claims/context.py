@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..activations import Specimen
 from ..anatomy import Anatomy, Matrix
 from ..compression import Factorization, Method, Recipe, allocation_named, compress_anatomy
 from ..compression import method as registered
@@ -22,10 +21,11 @@ from ..compression.compressors import RankCompressor
 from ..compression.copying import working_copy
 from ..compression.factorized import Factorized, ranks_of_shares
 from ..compression.frame import factorize, temporarily
-from ..data import Batches
+from ..data import Batches, Specimen
 from ..errors import BadData, NotApplicable, OutOfReach
 from ..evaluation import evaluate_loss
-from ..statistics import Progress, Statistic, Statistics, task_of
+from ..forward import task_of
+from ..statistics import Progress, Statistic, Statistics
 
 
 @dataclass(frozen=True)

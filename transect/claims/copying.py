@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..activations import Specimen, watch
+from ..data import Specimen
 from ..errors import NotApplicable
+from ..forward import watch
 
 LENGTH = 12  # tokens that are said twice
 SHARE = 0.3  # of its attention that makes a head one of the two kinds; our choice

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..activations import answer_log_probabilities
 from ..data import Fact
 from ..editing import Journal
 from ..editing import edit as registered
@@ -22,6 +21,7 @@ from ..editing.places import down_of, usual_layer
 from ..editing.problems import requests
 from ..editing.scores import measure, probabilities, scores
 from ..editing.values import Search
+from ..forward import answer_log_probabilities
 from ..probes.tracing import answered
 from .context import Context
 from .registry import NotApplicable, Result, Verdict, claim

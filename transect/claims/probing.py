@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..activations import Specimen
+from ..data import Specimen
 from ..probes import Result as Found
 from ..probes import run_probes
 from .registry import NotApplicable

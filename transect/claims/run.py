@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..activations import Specimen
-from ..data import Batches
+from ..data import Batches, Specimen
 from ..errors import TransectError
 from ..statistics import Progress
 from .context import Context

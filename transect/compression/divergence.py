@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..anatomy import Anatomy, Matrix
-from ..statistics import Batch, predictions
+from ..forward import Batch, predictions
 from .frame import apply_ranks, temporarily
 from .weighted_svd import Factorization
 

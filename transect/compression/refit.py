@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from ..anatomy import Anatomy, Matrix
+from ..forward import Batch
+from ..forward.blocks import feeds_of, run_block
 from ..operators import Operator
-from ..statistics import Batch, Progress
-from .blockwise import feeds_of, run_block
+from ..statistics import Progress
 
 
 @torch.no_grad()

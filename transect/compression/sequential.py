@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from ..anatomy import Anatomy, Block, Matrix
+from ..forward import Batch, task_of
+from ..forward.blocks import Feed, feeds_of, run_block
 from ..operators import Operator
-from ..statistics import Batch, InputCovariance, Progress, Recorder, Statistic, Statistics, key_of, task_of
-from .blockwise import Feed, feeds_of, run_block
+from ..statistics import InputCovariance, Progress, Recorder, Statistic, Statistics, key_of
 from .compressors import Compressor
 
 

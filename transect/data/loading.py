@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BadData
-from ..statistics.objective import task_of
+from ..forward.objective import task_of
 from .batches import Batches, evenly_spaced, stacked
 from .labelled import image_batches, text_batches
 from .masking import masked

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BadData
-from ..statistics.objective import IGNORED
+from ..forward.objective import IGNORED
 
 CHOSEN = 0.15  # of the tokens that are not special
 MASKED, RANDOM = 0.8, 0.1  # of the chosen ones; the rest stays as it is

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..activations import Specimen
 from ..anatomy import Matrix
+from ..data import Specimen
 from ..errors import BadData, TransectError
 from ..statistics import InputCovariance, collect
 

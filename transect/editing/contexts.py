@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..activations import Point, Specimen, changed, watch
-from ..data import Fact
+from ..data import Fact, Specimen
 from ..errors import TransectError
+from ..forward import Point, changed, watch
 from ..probes.tracing import subject_span
 from .problems import Request
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ..activations import Specimen
 from ..anatomy import Matrix
 from ..anatomy.storage import is_dense
+from ..data import Specimen
 from ..errors import NotApplicable, TransectError
 
 

@@ -12,9 +12,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..activations import Specimen, changed, recitations
-from ..data import Fact
+from ..data import Fact, Specimen
 from ..errors import BadData, TransectError
+from ..forward import changed, recitations
 from ..probes.tracing import corrupting, embedding_deviation, subject_noise, subject_span
 
 Problem = Literal["injection", "reversal", "erasure", "amplification", "forcing"]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..activations import Specimen
+from ..data import Specimen
 from ..errors import TransectError
 from ..parameters import Parameter, parameters_of, settings_of, summary_of
 

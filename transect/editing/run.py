@@ -10,10 +10,9 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from ..activations import Specimen
 from ..checkpoint import check_output, open_model, save
 from ..compression.fingerprint import model_fingerprint
-from ..data import Batches
+from ..data import Batches, Specimen
 from ..errors import BadCheckpoint
 from ..evaluation import evaluate_loss
 from .card import Card

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..activations import Specimen, answer_log_probabilities, next_logits
+from ..data import Specimen
+from ..forward import answer_log_probabilities, next_logits
 from .contexts import Rows, rows_of
 from .problems import Request
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..activations import Point, Specimen
+from ..data import Specimen
+from ..forward import Point
 from .contexts import ESSENCE, Rows, wide
 
 _ENOUGH = 0.05  # the loss at which a value is good enough

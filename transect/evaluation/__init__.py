@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from ..statistics.objective import Batch
+from ..forward.objective import Batch
 from .harness import run_lm_eval
 from .loss import LossResult, evaluate_loss
 from .memory import peak_memory

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..errors import BadData, TransectError
+from ..forward.objective import Batch, predictions, summed_loss, to_device
 from ..statistics import Progress
-from ..statistics.objective import Batch, predictions, summed_loss, to_device
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..statistics.objective import task_of
+from ..forward.objective import task_of
 
 BUDGET = 1.0  # seconds that a measurement takes, about
 

@@ -1,15 +1,15 @@
 """Probes: what a trained model's weights, layers, heads and neurons are doing, as arrays, sentences and plots.
 
-One file a probe in `catalog`; a file put there registers its probe.
+One file (or folder) a probe in `catalog`; a file put there registers its probe.
 """
 
 from . import catalog  # noqa: F401 - importing a probe registers it
 from .draw import Drawing, Plot, Table
-from .registry import Looking, Probe, probe, probes, probing
+from .registry import Looking, Probe, drawings, probe, probes, probing
 from .result import Quantity, Result
 from .run import Inspection, run_probes
 
 __all__ = [
-    "Drawing", "Inspection", "Looking", "Plot", "Probe", "Quantity", "Result", "Table", "probe", "probes", "probing",
-    "run_probes",
+    "Drawing", "Inspection", "Looking", "Plot", "Probe", "Quantity", "Result", "Table", "drawings", "probe", "probes",
+    "probing", "run_probes",
 ]  # fmt: skip

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..activations import Specimen
 from ..anatomy import Anatomy, Matrix
+from ..data import Specimen
 from ..errors import BadData, NotApplicable, TransectError
-from ..statistics import Batch, InputCovariance, OutputGradientCovariance, Recorder, Statistics, key_of
+from ..forward import Batch
+from ..forward.objective import predictions, task_of
+from ..statistics import InputCovariance, OutputGradientCovariance, Recorder, Statistics, key_of
 from ..statistics.collect import activation_gradients, loss_for_gradients
-from ..statistics.objective import predictions, task_of
 
 _INPUT, _OUTPUT = InputCovariance(), OutputGradientCovariance()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..activations import Specimen
+from ..data import Specimen
 from ..errors import NotApplicable
 
 

@@ -12,11 +12,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..activations import Lens
-from ..activations.change import Change
-from ..activations.lens import norm_gain
 from ..anatomy import Block
 from ..errors import TransectError
+from ..forward import Lens
+from ..forward.change import Change
+from ..forward.lens import norm_gain
 
 Vector = Literal["up", "gate", "down"]
 KINDS: tuple[Vector, ...] = ("up", "gate", "down")

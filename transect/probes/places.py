@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..activations import Seen
+from ..forward import Seen
 
 
 def places(seen: Seen, stream: Tensor) -> Tensor:

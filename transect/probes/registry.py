@@ -21,8 +21,8 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..activations import Point, Seen
 from ..errors import TransectError
+from ..forward import Point, Seen
 from ..parameters import Parameter, parameters_of, settings_of, summary_of
 from .draw import Drawing
 from .result import Result
@@ -34,7 +34,7 @@ Looking = Generator[None, Seen | None, Result]
 class Probe:
     """A registered probe.
 
-    watches: points of the forward pass that it is sent, see `transect.activations.points`; "logits" for those.
+    watches: points of the forward pass that it is sent, see `transect.forward.points`; "logits" for those.
     draw: its plots, from its Result alone. title: heading of its section in the report.
     """
 
@@ -98,3 +98,9 @@ def probe(name: str) -> Probe:
 def probes() -> list[Probe]:
     """All registered probes, by name."""
     return [_probes[name] for name in sorted(_probes)]
+
+
+def drawings(result: Result) -> list[Drawing]:
+    """How its probe draws a result."""
+    draw = probe(result.probe).draw
+    return [] if draw is None else draw(result)

@@ -59,13 +59,6 @@ class Result:
         """Names of an axis's entries: its labels, or 0, 1, 2 ..."""
         return list(self.labels.get(axis, map(str, range(count))))
 
-    def plots(self) -> list[Any]:
-        """How the probe draws it: see `transect.probes.draw`."""
-        from .registry import probe
-
-        draw = probe(self.probe).draw
-        return [] if draw is None else draw(self)
-
     def save(self, folder: Path, key: str = "") -> None:
         """Write <probe>.safetensors and <probe>.json. key: by which `load` is to recognise it."""
         described = {

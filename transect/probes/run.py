@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from ..activations import Seen, Specimen, watch
+from ..data import Specimen
 from ..errors import NotApplicable
-from ..statistics.objective import task_of, to_device
+from ..forward import Seen, watch
+from ..forward.objective import task_of, to_device
 from .registry import Probe, probe
 from .result import Result
 

@@ -11,9 +11,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..activations import Specimen, changed, recitations, watch
-from ..data import Fact
+from ..data import Fact, Specimen
 from ..errors import BadData, NotApplicable
+from ..forward import changed, recitations, watch
 
 Kind = Literal["mlp", "attention", "block"]
 _TOKENS = 2048  # in one forward pass

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..anatomy import Anatomy
-from ..compression.blockwise import Feed, feeds_of, run_block
-from ..statistics import Batch
+from ..forward import Batch
+from ..forward.blocks import Feed, feeds_of, run_block
 from .loop import Course, Job, Problem, train
 from .trained import Parameters, trainable, training_mode
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..errors import TransectError
-from ..statistics import Batch, Progress
+from ..forward import Batch
+from ..statistics import Progress
 from .machine import Machine
 from .optimizer import Optimizer
 from .settings import Settings

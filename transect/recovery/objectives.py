@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..statistics import Batch, predictions, summed_loss
+from ..forward import Batch, predictions, summed_loss
 from .machine import Machine
 
 

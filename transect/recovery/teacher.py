@@ -6,7 +6,7 @@ from typing import Any
 
 from ..anatomy import Anatomy
 from ..errors import TransectError
-from ..statistics import task_of
+from ..forward import task_of
 from .settings import Settings
 
 

@@ -10,9 +10,9 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, select_autoescape
 from markupsafe import Markup
 
-from ..activations import Specimen
+from ..data import Specimen
 from ..files import replacing
-from ..probes import Drawing, Inspection, Plot, Result, probe
+from ..probes import Drawing, Inspection, Plot, Result, drawings, probe
 
 
 def write_report(folder: Path, found: Inspection, specimen: Specimen) -> Path:
@@ -71,7 +71,7 @@ def _section(name: str, result: Result) -> dict[str, Any]:
         "papers": [{"name": paper, "link": _link(paper)} for paper in one.paper.split(", ")],
         "findings": list(result.findings), "caveats": list(result.caveats),
         "settings": ", ".join(f"{key}={value}" for key, value in result.settings.items()),
-        "drawings": [_drawing(f"{name}-{number}", drawing) for number, drawing in enumerate(result.plots())],
+        "drawings": [_drawing(f"{name}-{number}", drawing) for number, drawing in enumerate(drawings(result))],
     }  # fmt: skip
 
 

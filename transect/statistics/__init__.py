@@ -13,11 +13,10 @@ from .kinds import (
     SublayerSimilarity,
     Trace,
 )
-from .objective import Batch, predictions, summed_loss, task_of
 from .store import Statistics
 
 __all__ = [
-    "Batch", "BlockSimilarity", "FeatureNorm", "Fisher", "FisherDiagonal", "HeadContribution", "InputCovariance",
-    "InputMean", "OutputGradientCovariance", "Progress", "Recorder", "Statistic", "Statistics", "SublayerSimilarity",
-    "Trace", "collect", "key_of", "predictions", "summed_loss", "task_of",
+    "BlockSimilarity", "FeatureNorm", "Fisher", "FisherDiagonal", "HeadContribution", "InputCovariance", "InputMean",
+    "OutputGradientCovariance", "Progress", "Recorder", "Statistic", "Statistics", "SublayerSimilarity", "Trace",
+    "collect", "key_of",
 ]  # fmt: skip

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ..anatomy import Anatomy, Block, Matrix
 from ..errors import BadData
+from ..forward.objective import Batch, Task, predictions, summed_loss, task_of
 from .kinds import Statistic, Trace
-from .objective import Batch, Task, predictions, summed_loss, task_of
 from .store import Statistics
 
 Fisher = Literal["empirical", "sampled"]

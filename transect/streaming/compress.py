@@ -17,12 +17,12 @@ from ..checkpoint import check_output, placed, replay, write_description
 from ..compression import Factorization, Recipe
 from ..compression.allocation import allocate_ranks, allocation_named, is_ranking, needs_measure, share_out
 from ..compression.allocation.registry import scores_of
-from ..compression.blockwise import Feed, feeds_of, run_block
 from ..compression.compress import note_in_record, outcome_of
 from ..compression.compressors import Compressor, RankCompressor, compressor_of
 from ..compression.frame import factorize_matrix, rank_table
 from ..compression.sequential import block_statistics
 from ..errors import TransectError
+from ..forward.blocks import Feed, feeds_of, run_block
 from ..statistics import Fisher, Progress, Statistics
 from .passes import Workspace, backward_pass, forward_pass
 from .source import StreamedModel

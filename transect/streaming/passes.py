@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..compression.blockwise import Feed, predictions_after, run_block
 from ..files import replacing
-from ..statistics import Fisher, Progress, Recorder, Statistic, Statistics, task_of
+from ..forward import task_of
+from ..forward.blocks import Feed, predictions_after, run_block
+from ..statistics import Fisher, Progress, Recorder, Statistic, Statistics
 from ..statistics.collect import loss_for_gradients
 from .source import StreamedModel
 

@@ -7,11 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..activations import Specimen
 from ..anatomy import Anatomy
 from ..checkpoint import Opened, open_model, tokenizer_of
 from ..compression import Recipe
-from ..data import Batches, load, load_choices, load_facts, load_passages
+from ..data import Batches, Specimen, load, load_choices, load_facts, load_passages
 from ..statistics import Progress
 
 CALIBRATION_SEQUENCES = 256

@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..activations import Specimen
 from ..compression.fingerprint import model_fingerprint
+from ..data import Specimen
 from ..probes import Inspection, probe, run_probes
 from ..probes import probes as all_probes
 from ..report import write_report

@@ -16,8 +16,8 @@ from torch import Tensor
 from ...anatomy import Anatomy
 from ...anatomy.storage import weight_tensors
 from ...errors import OutOfReach, TransectError
+from ...forward.blocks import feeds_of, run_block
 from ...statistics import BlockSimilarity, Statistics, SublayerSimilarity, collect
-from ..blockwise import feeds_of, run_block
 from ..registry import Calibration, Range, restructuring
 
 _SUBLAYERS, _BLOCKS = SublayerSimilarity(), BlockSimilarity()

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import torch
 
-from ...activations import Specimen
+from ...data import Specimen
 from ...parameters import Range
 from ..contexts import rows_of
 from ..journal import Journal

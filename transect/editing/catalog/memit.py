@@ -8,9 +8,9 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from ...activations import Specimen
-from ...activations.lens import norm_gain
 from ...anatomy import Block
+from ...data import Specimen
+from ...forward.lens import norm_gain
 from ...parameters import Range
 from ..closed_form import refuse_short_text, ridge, second_moments
 from ..contexts import prefixes_of, rows_of

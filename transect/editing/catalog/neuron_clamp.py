@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from ...activations import Specimen, answer_log_probabilities
 from ...anatomy.storage import is_dense
 from ...checkpoint.plain import skeleton
+from ...data import Specimen
 from ...errors import NotApplicable, TransectError
+from ...forward import answer_log_probabilities
 from ...probes.neurons import readable, scores, unembedding, vectors
 from ..journal import Journal
 from ..registry import editing

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from ...activations import Specimen
+from ...data import Specimen
 from ...parameters import Range
 from ..closed_form import rank_one, refuse_short_text, second_moments
 from ..contexts import prefixes_of, rows_of

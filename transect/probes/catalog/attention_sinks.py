@@ -8,9 +8,9 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from ...activations import Seen, Specimen
+from ...data import Specimen
+from ...forward import Seen, task_of
 from ...parameters import Range
-from ...statistics import task_of
 from ..draw import Drawing, Table, heatmap, lines
 from ..registry import Looking, probing
 from ..result import Quantity, Result

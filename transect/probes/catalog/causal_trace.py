@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from ...activations import Specimen
+from ...data import Specimen
 from ...parameters import Range
 from ..draw import Drawing, heatmap, lines
 from ..registry import probing

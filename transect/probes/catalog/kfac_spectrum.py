@@ -10,10 +10,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ...activations import Specimen
-from ...activations.points import Place, Reader
 from ...anatomy import Matrix
-from ...statistics import Batch
+from ...data import Specimen
+from ...forward import Batch
+from ...forward.points import Place, Reader
 from ...statistics.collect import run_forward
 from ..curvature import Curvature, counted_positions, curvature
 from ..draw import Drawing, heatmap, lines

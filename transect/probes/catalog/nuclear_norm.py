@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from ...activations import Specimen
+from ...data import Specimen
 from ...errors import NotApplicable, TransectError
 from ...parameters import Range
 from ..draw import Drawing, Table, scatter

@@ -7,7 +7,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from ...activations import Specimen
+from ...data import Specimen
 from ...errors import TransectError
 from ...parameters import Range
 from ...spectra import (

@@ -1,0 +1,135 @@
+"""Claims of contextual decomposition (Hsu et al. 2024, arXiv:2407.00886)."""
+
+from __future__ import annotations
+
+import torch
+
+from ...forward import changed
+from ...probes.catalog.cd_t.cd_t import prompts_of
+from ...probes.catalog.cd_t.circuits import direction_to, mean_heads, scores_on_logits
+from ...probes.catalog.cd_t.decomposition import Decomposition
+from ..context import Context
+from ..copying import copying_heads, heads_that, repeated
+from ..probing import probed
+from ..registry import NotApplicable, Result, Verdict, claim
+
+_PAPER = "arXiv:2407.00886"
+
+
+@claim(
+    "cd-t/circuit",
+    method="cd-t",
+    paper=_PAPER,
+    statement="The heads that contextual decomposition selects do the task alone better than random sets of as many.",
+)
+def circuit(context: Context) -> Result:
+    """Share of the answer's logit that is left with all other heads at their mean, on prompts not used to select."""
+    found = probed(context.specimen, "cd-t", prompts=16)
+    recovered, random, sizes = found["faithfulness"], found["random"], found["sizes"]
+    if not len(recovered):
+        raise NotApplicable("there is a single prompt")
+    rows = [
+        {"heads, by position": int(size), "circuit": float(ours), "random": float(other)}
+        for size, ours, other in zip(sizes, recovered, random, strict=True)
+    ]
+    holds = bool((recovered > random).all())
+    return Result(
+        Verdict.HOLDS if holds else Verdict.DOES_NOT_HOLD,
+        f"{int(sizes[-1])} heads recover {float(recovered[-1]):.0%} of the answer's logit, random sets of as many "
+        f"{float(random[-1]):.0%}; the circuit is better at {int((recovered > random).sum())} of {len(rows)} sizes.",
+        rows,
+    )
+
+
+@claim(
+    "cd-t/ablation",
+    method="cd-t",
+    paper=_PAPER,
+    statement="A head's score agrees with what setting it to its mean does to the answer.",
+)
+def ablation(context: Context) -> Result:
+    """Rank correlation over all heads and positions, on one prompt after the other; it should be above 0.5 (ours)."""
+    specimen = context.specimen
+    specimen.require_contributions()
+    ids, answers = prompts_of(specimen, 8, 12)
+    if len(ids) < 2:
+        raise NotApplicable("there is a single prompt, and so no mean")
+    means = mean_heads(specimen, ids)
+    rows = []
+    for row, answer in zip(ids[:4], answers, strict=False):
+        made = Decomposition(specimen, row)
+        scores = scores_on_logits(made, made.nodes, direction_to(answer, len(made.logits)), means)
+        size = specimen.anatomy.head_size
+        effects = []
+        for layer, position, head in made.nodes:
+            mine = slice(head * size, (head + 1) * size)
+
+            def without(
+                x: torch.Tensor, position: int = position, mine: slice = mine, layer: int = layer
+            ) -> torch.Tensor:
+                new = x.clone()
+                new[:, position, mine] = means[layer][position, mine]
+                return new
+
+            with torch.no_grad(), changed(specimen.anatomy, {("heads", layer): without}):
+                logits = specimen.model(input_ids=row[None].to(specimen.model.device), use_cache=False).logits[0, -1]
+            effects.append(float(made.logits[answer] - logits[answer]))
+        rows.append(
+            {"prompt": specimen.decode(row), "rank correlation": _rank_correlation(scores, torch.tensor(effects))}
+        )
+    mean = sum(row["rank correlation"] for row in rows) / len(rows)
+    return Result(
+        Verdict.HOLDS if mean > 0.5 else Verdict.DOES_NOT_HOLD,
+        f"Over {len(made.nodes)} heads by position the rank correlation of score and effect is {mean:.2f}, the "
+        f"mean of {len(rows)} prompts.",
+        rows,
+    )
+
+
+@claim(
+    "cd-t/copying-heads",
+    method="cd-t",
+    paper=_PAPER,
+    statement="Where a model copies what was said before, the heads that are known to copy are among the first by "
+    "their score.",
+)
+def copying(context: Context) -> Result:
+    """On random tokens that are said twice; the answer is the last of them.
+
+    Known are the heads that attend to what came behind a token's earlier occurrence. A head's score is its largest part
+    of the answer over positions, in absolute value, the mean of four prompts. One of them should be among the first
+    three (ours).
+    """
+    specimen = context.specimen
+    specimen.require_causal()
+    specimen.require_contributions()
+    known = heads_that(copying_heads(specimen)[1], "attends to what came behind a token's earlier occurrence")
+    ids = repeated(specimen, 16)
+    prompts, answers = ids[:, :-1], ids[:, -1].tolist()
+    means, scores = mean_heads(specimen, prompts), {}
+    for row, answer in zip(prompts[:4], answers, strict=False):
+        made = Decomposition(specimen, row)
+        found = scores_on_logits(made, made.nodes, direction_to(answer, len(made.logits)), means).abs().tolist()
+        best: dict[tuple[int, int], float] = {}
+        for (layer, _, head), score in zip(made.nodes, found, strict=True):
+            best[layer, head] = max(score, best.get((layer, head), 0.0))
+        for place, score in best.items():
+            scores[place] = scores.get(place, 0.0) + score / 4
+    order = sorted(scores, key=lambda place: -scores[place])
+    rows = [
+        {"head": f"{layer}.{head}", "score, logits": scores[layer, head], "copies": (layer, head) in known}
+        for layer, head in order
+    ]
+    places = [1 + order.index(place) for place in known]
+    return Result(
+        Verdict.HOLDS if min(places) <= 3 else Verdict.DOES_NOT_HOLD,
+        f"Of {len(order)} heads, those that copy are at place "
+        + ", ".join(f"{place} ({layer}.{head})" for place, (layer, head) in zip(places, known, strict=True))
+        + " by score.",
+        rows,
+    )
+
+
+def _rank_correlation(a: torch.Tensor, b: torch.Tensor) -> float:
+    ranks = torch.stack([a.float().cpu().argsort().argsort(), b.argsort().argsort()]).double()
+    return float(torch.corrcoef(ranks)[0, 1])

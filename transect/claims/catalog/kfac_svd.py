@@ -1,0 +1,81 @@
+"""Claims of KFAC-SVD and LEMS (Thoma et al., ICML 2026, OpenReview IjIgNPFuCt)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...compression import Factorization, Method, weighted_svd
+from ...compression import method as registered
+from ...compression.weighted_svd import shrink
+from ..context import Context, Variant
+from ..ordering import ordered
+from ..registry import Result, claim
+
+SVD, SVD_LLM, KFAC_SVD = registered("svd"), registered("svd-llm"), registered("kfac-svd")
+PAPER = KFAC_SVD.paper
+
+
+@claim(
+    "kfac-svd/below-svd-llm",
+    method="kfac-svd",
+    paper=PAPER,
+    statement="At the same size, KFAC-SVD loses less than SVD-LLM, and that less than plain SVD.",
+    uses=["svd", "svd-llm", "kfac-svd"],
+)
+def below_svd_llm(context: Context) -> Result:
+    """The paper's headline for its factorization, with uniform ranks."""
+    context.require_language_model()
+    return ordered(context, (Variant(KFAC_SVD), Variant(SVD_LLM)), (Variant(SVD_LLM), Variant(SVD)))
+
+
+@claim(
+    "kfac-svd/searched-ranks",
+    method="kfac-svd",
+    paper=PAPER,
+    statement="Ranks found by LEMS's search (`ilp`) lose no more than uniform ones of the same budget.",
+    uses=["kfac-svd"],
+)
+def searched_ranks(context: Context) -> Result:
+    """The paper's headline for its allocation."""
+    context.require_language_model()
+    return ordered(context, (Variant(KFAC_SVD, "ilp"), Variant(KFAC_SVD)), or_equal=True)
+
+
+@claim(
+    "kfac-svd/ranked-components",
+    method="kfac-svd",
+    paper="Transect's own",
+    statement="Ranks from one ranking of all matrices' components (`global`) lose no more than uniform ones.",
+    uses=["kfac-svd"],
+)
+def ranked_components(context: Context) -> Result:
+    """KFAC-SVD's singular values are all in units of the loss, so they can be compared across matrices."""
+    context.require_language_model()
+    return ordered(context, (Variant(KFAC_SVD, "global"), Variant(KFAC_SVD)), or_equal=True)
+
+
+def as_released(weight: Tensor, covariance: Tensor, gradient_covariance: Tensor) -> Factorization:
+    """KFAC-SVD as the authors' code computes it: the SVD of L_Γ W L_A, where the objective has L_Γᵀ.
+
+    That minimises tr(Γ' (W - Ŵ) A (W - Ŵ)ᵀ) with Γ' = L_Γᵀ L_Γ instead of Γ = L_Γ L_Γᵀ.
+    """
+    defaults = KFAC_SVD.settings({})
+    root = torch.linalg.cholesky(shrink(gradient_covariance, defaults["gradient_shrinkage"]))
+    return weighted_svd(weight, root.T @ root, shrink(covariance, defaults["input_shrinkage"]))
+
+
+RELEASED = Method("kfac-svd released", "factorization", PAPER, as_released, KFAC_SVD.needs)
+
+
+@claim(
+    "kfac-svd/orientation",
+    method="kfac-svd",
+    paper="Transect's own",
+    statement="The objective's orientation, L_Γᵀ W L_A, loses less than the released code's L_Γ W L_A.",
+    uses=["kfac-svd"],
+)
+def orientation(context: Context) -> Result:
+    """Whether the orientation bug in the authors' code matters on a whole model."""
+    context.require_language_model()
+    return ordered(context, (Variant(KFAC_SVD), Variant(RELEASED)))

@@ -1,0 +1,257 @@
+"""Layer fusion: a removed block's weights become learned, masked additions to its neighbours' (arXiv:2411.14507).
+
+Every stored matrix W of a receiving block becomes W + B A + (P Q) o W', with W' the removed block's and o elementwise;
+a bias b becomes b + c o b'. B, P and c start at zero, so the group starts as the plain removal. The terms are of
+the same form however a matrix is stored (transposed in GPT-2, several in one); matrices stored as one count as one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional
+
+from ....anatomy import Block
+from ....anatomy.storage import is_dense
+from ....errors import TransectError
+from ....forward.blocks import Call, Feed, run_block
+
+Distance = Literal["kl", "mse"]
+_BETAS = (0.9, 0.95)
+
+
+class FusedMatrix:
+    """W + B A + (P Q) o W' (m x n), for one stored matrix; factors of rank r, at most min(m, n), in float32 or wider.
+
+    removed: W' of the removed block's matrix; None leaves that term out. The authors fix the rank of B A at 128, where
+    P Q follows the setting; here both follow it.
+    """
+
+    def __init__(self, weight: Tensor, removed: Tensor | None, rank: int, generator: torch.Generator) -> None:
+        self.weight = weight.detach()
+        self.removed = None if removed is None else removed.detach()
+        self.dtype = _wide(weight).dtype
+        rank = min(rank, *weight.shape)
+        self.b, self.a = self._factors(rank, generator)
+        self.p, self.q = self._factors(rank, generator)
+
+    def _factors(self, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Zeros (m x r), and Kaiming-uniform numbers with a = √5 (r x n): uniform up to 1 / √n."""
+        m, n = self.weight.shape
+        random = torch.empty(rank, n, dtype=self.dtype).uniform_(-(n**-0.5), n**-0.5, generator=generator)
+        return _learnable(self.weight.new_zeros(m, rank, dtype=self.dtype)), _learnable(random.to(self.weight.device))
+
+    @property
+    def coefficients(self) -> list[Tensor]:
+        """What learns at the rate of the injection: the mask P Q."""
+        return [] if self.removed is None else [self.p, self.q]
+
+    @property
+    def repairs(self) -> list[Tensor]:
+        """What learns at the small rate: the low-rank change B A."""
+        return [self.b, self.a]
+
+    def effective(self) -> Tensor:
+        """W + B A + (P Q) o W' (d_out x d_in), the last where a matrix is injected."""
+        weight = self.weight + self.b @ self.a
+        return weight if self.removed is None else weight.addcmul(self.p @ self.q, self.removed.to(self.dtype))
+
+
+class FusedVector:
+    """b + c o b' for a bias; norms, and biases where nothing is injected, are themselves learned.
+
+    As in the authors' code, b itself is learned too, at the small rate.
+    """
+
+    def __init__(self, own: Tensor, removed: Tensor | None) -> None:
+        self.own = _learnable(_wide(own.detach()).clone())
+        self.removed = None if removed is None else _wide(removed.detach())
+        self.c = _learnable(torch.zeros_like(self.own))
+
+    @property
+    def coefficients(self) -> list[Tensor]:
+        """What learns at the rate of the injection: c."""
+        return [] if self.removed is None else [self.c]
+
+    @property
+    def repairs(self) -> list[Tensor]:
+        """What learns at the small rate: b."""
+        return [self.own]
+
+    def effective(self) -> Tensor:
+        """b + c o b', the last where a bias is injected."""
+        return self.own if self.removed is None else self.own.addcmul(self.c, self.removed)
+
+
+class FusedGroup:
+    """The blocks that receive the removed block's weights: run with what is learned, then written as plain weights.
+
+    receivers: the group without the removed block, in order; untouched until `collapse`.
+    inject: False leaves the removed block's weights out, so that only low-rank changes, norms and biases are learned.
+    """
+
+    def __init__(
+        self, receivers: Sequence[Block], removed: Block, rank: int, generator: torch.Generator, inject: bool = True
+    ) -> None:
+        self.modules = [block.module for block in receivers]
+        given = dict(removed.module.named_parameters()) if inject else {}
+        self.parts = [self._parts(block, given, rank, generator) for block in receivers]
+
+    @staticmethod
+    def _parts(
+        block: Block, given: Mapping[str, Tensor], rank: int, generator: torch.Generator
+    ) -> dict[str, FusedMatrix | FusedVector]:
+        """By parameter name within the block."""
+        hosts = [matrix.module for matrix in block.matrices()]
+        weights, biases = {id(host.weight) for host in hosts}, {id(host.bias) for host in hosts}
+        return {
+            name: FusedMatrix(tensor, given.get(name), rank, generator)
+            if id(tensor) in weights
+            else FusedVector(tensor, given.get(name) if id(tensor) in biases else None)
+            for name, tensor in block.module.named_parameters()
+        }
+
+    @property
+    def coefficients(self) -> list[Tensor]:
+        """P, Q and c of all receivers."""
+        return [tensor for parts in self.parts for part in parts.values() for tensor in part.coefficients]
+
+    @property
+    def repairs(self) -> list[Tensor]:
+        """A, B, norms and biases of all receivers."""
+        return [tensor for parts in self.parts for part in parts.values() for tensor in part.repairs]
+
+    def run(self, hidden: Tensor, calls: Sequence[Call]) -> Tensor:
+        """The residual stream (B, T, d) after the group. calls: the receivers' other arguments."""
+        for module, parts, (args, kwargs) in zip(self.modules, self.parts, calls, strict=True):
+            weights = {name: part.effective().to(hidden.dtype) for name, part in parts.items()}
+            output = functional_call(module, weights, (hidden, *args), kwargs)
+            hidden = output[0] if isinstance(output, tuple) else output
+        return hidden
+
+    @torch.no_grad()
+    def collapse(self) -> None:
+        """Write every W + B A + (P Q) o W', every bias and every norm into the receivers."""
+        for module, parts in zip(self.modules, self.parts, strict=True):
+            stored = dict(module.named_parameters())
+            for name, part in parts.items():
+                stored[name].copy_(part.effective())
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """One batch for a group: what enters it (B, T, d), the receivers' other arguments, what it shall put out (B, T, d).
+
+    mask: (B, T), True where a position counts; None: all do.
+    """
+
+    hidden: Tensor
+    calls: list[Call]
+    target: Tensor
+    mask: Tensor | None
+
+
+@torch.no_grad()
+def lessons_of(feeds: Iterable[Feed], blocks: Sequence[Block], first: int, removed: int, size: int) -> list[Lesson]:
+    """What a group of blocks first ... first + size - 1 does now, to be learned by it without block `removed`.
+
+    feeds: what enters block 0. The blocks before the group and the group run once.
+    """
+    window = range(first, first + size)
+    lessons = []
+    for feed in feeds:
+        hidden = feed.hidden
+        for index in range(first):
+            hidden = run_block(blocks[index].module, hidden, feed.calls[index])
+        target = hidden
+        for index in window:
+            target = run_block(blocks[index].module, target, feed.calls[index])
+        calls = [feed.calls[index] for index in window if index != removed]
+        lessons.append(Lesson(hidden, calls, target, None if feed.mask is None else feed.mask.bool()))
+    return lessons
+
+
+def train(
+    group: FusedGroup, lessons: Sequence[Lesson], epochs: int, loss: Distance, fusion_rate: float, repair_rate: float
+) -> Iterator[float]:
+    """Train a group to put out the lessons' targets; yields every epoch's mean loss.
+
+    Adam, a step a batch, in order, with both rates on a cosine down to 0. fusion_rate: of P, Q and c. repair_rate: of
+    A, B, norms and biases. Raises TransectError if the loss becomes NaN or infinite.
+    """
+    rates = ((group.coefficients, fusion_rate), (group.repairs, repair_rate))
+    optimizer = torch.optim.Adam([{"params": found, "lr": rate} for found, rate in rates if found], betas=_BETAS)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs * len(lessons))
+    for _ in range(epochs):
+        total = 0.0
+        for lesson in lessons:
+            with torch.enable_grad():
+                value = distance(group.run(lesson.hidden, lesson.calls), lesson.target, lesson.mask, loss)
+                optimizer.zero_grad()
+                value.backward()
+            total += value.item()
+            optimizer.step()
+            schedule.step()
+        if not total < float("inf"):
+            raise TransectError(
+                f"training the fused group diverged: its loss is {total:g}; choose rates below fusion_rate="
+                f"{fusion_rate:g} and repair_rate={repair_rate:g}"
+            )
+        yield total / len(lessons)
+
+
+def distance(student: Tensor, target: Tensor, mask: Tensor | None, loss: Distance) -> Tensor:
+    """How far the group's output (B, T, d) is from its target, averaged over the positions that count.
+
+    "kl": KL(softmax(target) || softmax(student)) over the d features of a position. The authors' code takes the softmax
+    over the sequences of a batch instead, so that its loss depends on how sequences are batched and is 0 for a batch of
+    one. "mse": mean squared difference.
+    """
+    if mask is not None:
+        student, target = student[mask], target[mask]
+    student, target = _wide(student), _wide(target)
+    if loss == "mse":
+        return functional.mse_loss(student, target)
+    d = target.shape[-1]
+    student, target = student.reshape(-1, d).log_softmax(-1), target.reshape(-1, d).log_softmax(-1)
+    return functional.kl_div(student, target, reduction="batchmean", log_target=True)
+
+
+def window(removed: int, blocks: int, size: int) -> tuple[int, int]:
+    """First block and number of blocks of the group: half of them before the removed one, clamped at the ends."""
+    size = min(size, blocks)
+    return min(max(removed - size // 2, 0), blocks - size), size
+
+
+def check_alike(blocks: Sequence[Block]) -> None:
+    """Refuse blocks that cannot receive one another's weights: structured ones, and ones of different shapes."""
+    first = {name: tuple(tensor.shape) for name, tensor in blocks[0].module.named_parameters()}
+    for block in blocks:
+        for matrix in block.matrices():
+            if not is_dense(matrix.module):
+                raise TransectError(
+                    f"{matrix.name} is stored as {type(matrix.module).__name__}, and fusion needs dense matrices; "
+                    "remove blocks first and compress matrices afterwards"
+                )
+        shapes = {name: tuple(tensor.shape) for name, tensor in block.module.named_parameters()}
+        for name in sorted(shapes.keys() | first.keys()):
+            if shapes.get(name) != first.get(name):
+                raise TransectError(
+                    f"fusion needs blocks of one shape, but {name} is {shapes.get(name, 'absent')} in block "
+                    f"{block.index} and {first.get(name, 'absent')} in block {blocks[0].index}; epochs=0 removes "
+                    "blocks without fusing them"
+                )
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """The same in float32 or wider."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _learnable(tensor: Tensor) -> Tensor:
+    return nn.Parameter(tensor)

@@ -1,0 +1,179 @@
+"""Mixed: for each matrix the structure that loses least by the byte. Transect's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Annotated, Literal
+
+import torch
+
+from ....anatomy import Anatomy, Block, Matrix
+from ....errors import OutOfReach
+from ....statistics import InputCovariance, InputMean, OutputGradientCovariance, Statistics, key_of
+from ...allocation import rank_of_share
+from ...copying import working_copy
+from ...dictionary_learning import dictionary_size
+from ...divergence import Divergence
+from ...factorized import SEARCH_SEQUENCES
+from ...refit import refit_to_dense
+from ...registry import Calibration, Range, restructuring
+from ...weighted_svd import shrink
+from .options import (
+    RATIO,
+    Metric,
+    Option,
+    choose,
+    dense,
+    dense_bytes,
+    dictionary_options,
+    least_narrow_bytes,
+    low_rank_options,
+    narrow_mlp_options,
+    narrow_query_key_options,
+    narrow_value_options,
+)
+
+_INPUTS, _MEAN = InputCovariance(), InputMean()
+_GRADIENTS = OutputGradientCovariance(trim=0.125, clip=(0.1, 10.0))
+_LOW_RANK_SHARES = tuple(i / 20 for i in range(2, 20))
+_DICTIONARY_SHARES = (0.3, 0.45, 0.6, 0.75)
+_WIDTH_SHARES = tuple(i / 16 for i in range(4, 16))  # of a head
+_NEURON_SHARES = tuple(i / 20 for i in range(6, 20))
+_NEAR = 0.15  # dictionaries are tried at sizes that differ so much from the size chosen without them, in shares
+_PRICING_ROUNDS = 4  # of dictionary learning: all later ones lower the price by a tenth or two
+_CANDIDATES = (("low-rank", "dictionary", "narrow"), ("low-rank", "dictionary"), ("low-rank", "narrow"), ("low-rank",))
+
+
+def check(anatomy: Anatomy, keep: float, *, structures: str, **settings: object) -> None:
+    """Refuse budgets that the smallest options do not fit."""
+    for matrix in anatomy.matrices():
+        if structures == "dictionary":
+            dictionary_size(matrix.shape, matrix.module.weight.element_size(), keep, RATIO)
+        else:
+            rank_of_share(matrix.name, matrix.shape, keep)
+    if structures == "narrow":
+        whole = anatomy.matrix_bytes()
+        least = sum(least_narrow_bytes(block, _WIDTH_SHARES, _NEURON_SHARES) for block in anatomy.blocks)
+        if least > keep * whole:
+            raise OutOfReach(
+                f"keep={keep:g} is too little for narrower layers alone, which take {least / whole:.3f} of the "
+                "bytes; raise keep, or allow all structures"
+            )
+
+
+@restructuring("mixed", paper="Transect's own", needs=[_INPUTS, _GRADIENTS, _MEAN], check=check)
+def mixed(
+    anatomy: Anatomy,
+    calibration: Calibration,
+    keep: float,
+    *,
+    structures: Literal["all", "low-rank", "dictionary", "narrow"] = "all",
+    refit_outputs: bool = True,
+    iterations: Annotated[int, Range(1, 1000)] = 20,
+    input_shrinkage: Annotated[float, Range(0, 1)] = 0.1,
+    gradient_shrinkage: Annotated[float, Range(0, 1)] = 0.3,
+) -> None:
+    """Choose a structure and a size for every matrix by the loss increase that its bytes are predicted to save.
+
+    Each matrix may stay dense, become low-rank (KFAC-SVD) or a sparse dictionary (CoSpaDi). Instead, each MLP, each
+    pair of queries and keys, and each pair of values and outputs may become narrower (MoDeGPT). Every option is priced
+    by the two-sided K-FAC metric tr(Γ ΔW A ΔWᵀ), and one integer program over the whole model picks the cheapest choice
+    within the budget. With `all`, it is solved for all structures, without dictionaries, without narrower layers, and
+    for low rank alone; the assembled models are measured against the dense one on 32 calibration sequences, and the
+    closest wins. Then the operators are refitted, block by block, to the dense model's outputs.
+
+    Dictionaries take long to learn. So they are priced after a few rounds, with `all` only near the size that a matrix
+    gets without them, and those that are chosen are learned to the end.
+
+    structures: which may be used; matrices may always stay dense.
+    refit_outputs: whether to refit to the dense outputs afterwards.
+    iterations: most rounds of dictionary learning.
+    input_shrinkage: A becomes (1 - a) A + a mean(diag A) I, as in kfac-svd.
+    gradient_shrinkage: likewise for Γ.
+    """
+    if keep == 1:
+        return
+    budget = keep * anatomy.matrix_bytes()
+    matrices = {matrix.name: matrix for matrix in anatomy.matrices()}
+
+    def metric(matrix: Matrix) -> Metric:
+        return Metric(
+            matrix,
+            shrink(_value(calibration.statistics, matrix, _INPUTS), input_shrinkage),
+            shrink(_value(calibration.statistics, matrix, _GRADIENTS), gradient_shrinkage),
+            _value(calibration.statistics, matrix, _MEAN),
+        )
+
+    def dictionaries(name: str, shares: Sequence[float], rounds: int) -> list[Option]:
+        return list(dictionary_options(metric(matrices[name]), shares, min(rounds, iterations), calibration.seed))
+
+    options = [
+        option
+        for block in calibration.shown(anatomy.blocks, "options")
+        for option in _quick_options(block, metric, structures, keep)
+    ]
+    if structures in ("all", "dictionary"):
+        grid = _DICTIONARY_SHARES if keep >= _DICTIONARY_SHARES[0] else (keep, *_DICTIONARY_SHARES)
+        tried = _near(grid, choose(options, budget), matrices) if structures == "all" else dict.fromkeys(matrices, grid)
+        for name, shares in calibration.shown(list(tried.items()), "dictionaries"):
+            options += dictionaries(name, shares, _PRICING_ROUNDS)
+    chosen = _best(anatomy, calibration, options, budget) if structures == "all" else choose(options, budget)
+    reference = working_copy(anatomy) if refit_outputs else None
+    for option in calibration.shown(chosen, "structures"):
+        if option.structure == "dictionary":
+            (option,) = dictionaries(option.covers[0], (option.share,), iterations)
+        _put(anatomy, [option])
+    if reference is not None:
+        refit_to_dense(anatomy, reference, list(calibration.batches), calibration.progress)
+
+
+def _value(statistics: Statistics, matrix: Matrix, statistic: object) -> torch.Tensor:
+    return statistics.value(key_of(matrix, statistic), statistic).double()  # type: ignore[arg-type]
+
+
+def _quick_options(block: Block, metric: Callable[[Matrix], Metric], structures: str, keep: float) -> list[Option]:
+    """All options of one block's matrices but dictionaries."""
+    metrics = [metric(matrix) for matrix in block.matrices()]
+    found = [dense(one) for one in metrics]
+    if structures in ("all", "low-rank"):
+        for one in metrics:
+            found += low_rank_options(one, sorted({*_LOW_RANK_SHARES, keep}))
+    if structures in ("all", "narrow"):
+        found += narrow_mlp_options(metrics, _NEURON_SHARES, ridge=1e-2)
+        found += narrow_query_key_options(metrics, _WIDTH_SHARES)
+        found += narrow_value_options(metrics, _WIDTH_SHARES)
+    return found
+
+
+def _near(grid: Sequence[float], chosen: Sequence[Option], matrices: dict[str, Matrix]) -> dict[str, tuple[float, ...]]:
+    """For each matrix the shares of the grid that are near the one it has in a choice, at least the nearest."""
+    found = {}
+    for option in chosen:
+        covered = [matrices[name] for name in option.covers]
+        has = option.bytes / sum(dense_bytes(matrix) for matrix in covered)
+        nearest = min(grid, key=lambda share: abs(share - has))
+        for name in option.covers:
+            found[name] = tuple(share for share in grid if share == nearest or abs(share - has) <= _NEAR)
+    return found
+
+
+def _best(anatomy: Anatomy, calibration: Calibration, options: list[Option], budget: float) -> list[Option]:
+    """The choice whose model is closest to the dense one, of all structures together and of fewer."""
+    measure = Divergence(anatomy, [], {}, list(calibration.batches.take(SEARCH_SEQUENCES)))
+    choices: list[list[Option]] = []
+    for structures in _CANDIDATES:
+        chosen = choose([option for option in options if option.structure in ("dense", *structures)], budget)
+        if chosen not in choices:
+            choices.append(chosen)
+    distances = []
+    for chosen in choices:
+        copy = working_copy(anatomy)
+        _put(copy, chosen)
+        distances.append(measure.of(copy.model))
+    return choices[distances.index(min(distances))]
+
+
+def _put(anatomy: Anatomy, chosen: Sequence[Option]) -> None:
+    blocks = anatomy.blocks
+    for option in chosen:
+        option.put(blocks[int(option.covers[0].split(".")[1])])

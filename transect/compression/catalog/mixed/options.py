@@ -1,0 +1,317 @@
+"""Ways to store a block's matrices, each with its bytes and the loss increase that K-FAC predicts for it.
+
+The price of putting Ŵ in the place of W is tr(Γ (W - Ŵ) A (W - Ŵ)ᵀ), A = E[x xᵀ] and Γ = E[g gᵀ]: the second-order
+increase of the loss under Kronecker-factored curvature, in one unit for every matrix and every structure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
+from torch import Tensor
+
+from ....anatomy import Attention, Block, Matrix
+from ....errors import OutOfReach
+from ....operators import LowRank
+from ....operators.dictionary import SparseDictionary
+from ...dictionary_learning import dictionary_size, learn
+from ...frame import put
+from ...head_width import narrower_values, strongest_channels
+from ...narrow_heads import (
+    are_normalised,
+    has_regular_heads,
+    keep_channels,
+    put_values,
+    queries_are_keys,
+    query_key_bytes,
+    rotary_width,
+    value_bytes,
+)
+from ...nystrom import leverage_scores, nystrom_update
+from ...weighted_svd import weighted_svd
+
+MLP_ROLES = ("gate", "up", "down")
+RATIO = 2.0  # atoms over non-zeros, CoSpaDi's default
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to store the matrices that it covers.
+
+    structure: `dense`, `low-rank`, `dictionary` or `narrow`. covers: the matrices' names. loss: its price, above.
+    put: changes a block, of the model itself or of a copy, accordingly. share: of the dense bytes that it was made for;
+    `bytes` may be a little less.
+    """
+
+    structure: str
+    covers: tuple[str, ...]
+    bytes: int
+    loss: float
+    put: Callable[[Block], None]
+    share: float = 1.0
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One matrix with its A (d_in x d_in) and Γ (d_out x d_out), positive definite, and E[x] (d_in); all float64."""
+
+    matrix: Matrix
+    inputs: Tensor
+    gradients: Tensor
+    mean: Tensor
+
+    @property
+    def dense_bytes(self) -> int:
+        return dense_bytes(self.matrix)
+
+    @property
+    def itemsize(self) -> int:
+        return self.matrix.module.weight.element_size()
+
+    def price(self, change: Tensor) -> float:
+        """tr(Γ Δ A Δᵀ) of Δ = W - Ŵ (d_out x d_in)."""
+        return float(((self.gradients @ change) @ self.inputs * change).sum().clamp_min(0))
+
+
+def dense_bytes(matrix: Matrix) -> int:
+    m, n = matrix.shape
+    return m * n * matrix.module.weight.element_size()
+
+
+def dense(metric: Metric) -> Option:
+    return Option("dense", (metric.matrix.name,), metric.dense_bytes, 0.0, lambda block: None)
+
+
+def low_rank_options(metric: Metric, shares: Sequence[float]) -> Iterator[Option]:
+    """KFAC-SVD at ranks that cost these shares of the dense bytes."""
+    matrix, (m, n) = metric.matrix, metric.matrix.shape
+    made = weighted_svd(matrix.weight.double(), metric.gradients, metric.inputs)
+    losses, role = made.losses(), matrix.role
+    left, right = (factor.float() for factor in made.truncate(max(1, int(max(shares) * m * n / (m + n)))))
+    for rank in sorted({int(share * m * n / (m + n)) for share in shares} - {0}):
+
+        def put_low_rank(block: Block, rank: int = rank) -> None:
+            put(block.matrix(role), LowRank.from_factors(left[:, :rank], right[:rank]))
+
+        size = rank * (m + n) * metric.itemsize
+        yield Option("low-rank", (matrix.name,), size, float(losses[rank]), put_low_rank)
+
+
+def dictionary_options(metric: Metric, shares: Sequence[float], iterations: int, seed: int) -> Iterator[Option]:
+    """Sparse dictionaries (CoSpaDi) of at most these shares of the dense bytes; none where they pay for no atom.
+
+    They are learned under A for the rows of W times (Γ_ii)^½, so that outputs count as much as they matter. The rest of
+    Γ would mix the rows, whose coefficients would then not be sparse; the price has all of it.
+    """
+    matrix, role = metric.matrix, metric.matrix.role
+    weight = matrix.weight.double()
+    scale = metric.gradients.diagonal().sqrt()[:, None]
+    for share in shares:
+        try:
+            size = dictionary_size(matrix.shape, metric.itemsize, share, RATIO)
+        except OutOfReach:
+            continue
+        learned = learn(weight * scale, metric.inputs, **size.chosen, iterations=iterations, shrinkage=0.0, seed=seed)
+        learned = learned._replace(values=learned.values / scale)
+        operator = SparseDictionary.from_factors(learned.dictionary.float(), learned.values.float(), learned.indices)
+
+        def put_dictionary(block: Block, operator: SparseDictionary = operator) -> None:
+            put(block.matrix(role), operator.select(None, None))  # a copy: it may be put in several models
+
+        price = metric.price(weight - learned.to_dense())
+        yield Option("dictionary", (matrix.name,), size.bytes, price, put_dictionary, share)
+
+
+def narrow_mlp_options(metrics: Sequence[Metric], shares: Sequence[float], ridge: float) -> Iterator[Option]:
+    """The neurons that the others predict worst, the down matrix making up for the rest (MoDeGPT's type I).
+
+    metrics: of one block's matrices; nothing is offered where it has no MLP. The price is that of the down matrix's
+    error: on its inputs the kept neurons are exact.
+    """
+    by_role = {metric.matrix.role: metric for metric in metrics if metric.matrix.role in MLP_ROLES}
+    if not by_role:
+        return
+    metrics, down = list(by_role.values()), by_role["down"]
+    weight = down.matrix.weight.double()  # d x d_ff
+    order = leverage_scores(down.inputs, ridge).argsort(descending=True)
+    per_neuron = sum(metric.dense_bytes for metric in metrics) // len(order)
+    for share in shares:
+        count = int(share * len(order))
+        if count < 1:
+            continue
+        kept = order[:count].sort().values
+        update = nystrom_update(weight, down.inputs, kept)
+        replaced = torch.zeros_like(weight)
+        replaced[:, kept] = update
+
+        def put_narrow(block: Block, kept: Tensor = kept, update: Tensor = update) -> None:
+            mlp = block.mlp
+            assert mlp is not None
+            mlp.keep(kept.tolist())
+            block.matrix("down").write(update)
+
+        names = tuple(metric.matrix.name for metric in metrics)
+        yield Option("narrow", names, count * per_neuron, down.price(weight - replaced), put_narrow)
+
+
+def can_narrow_queries(attention: Attention | None) -> bool:
+    """Whether channels of queries and keys can be left out."""
+    return (
+        attention is not None
+        and has_regular_heads(attention)
+        and not (queries_are_keys(attention) or are_normalised(attention))
+    )
+
+
+def narrow_query_key_options(metrics: Sequence[Metric], shares: Sequence[float]) -> Iterator[Option]:
+    """The channels of queries and keys that matter most, the same number for each head (MoDeGPT's type II).
+
+    metrics: of one block's matrices; nothing is offered where the shapes, or norms on queries and keys, forbid it.
+    A channel that is gone takes its products q_i k_i with it. Setting q_i alone to 0 does the same, and so does k_i
+    alone; so K-FAC at q and K-FAC at k each predict the whole price. We take the mean of the two, for the price of an
+    option and, channel by channel and summed over the query heads of a group, to rank the channels.
+    """
+    by_role = {metric.matrix.role: metric for metric in metrics}
+    attention = metrics[0].matrix.block.attention
+    if attention is None or not can_narrow_queries(attention):
+        return
+    size, key_heads, rotary = attention.head_size, attention.key_value_heads, rotary_width(attention.block)
+    query, key = by_role["q"], by_role["k"]
+    prices = [metric.gradients * _output_moments(metric) for metric in (query, key)]  # of zeroing rows i and j: Σ_ij
+    power = sum(price.diagonal().view(key_heads, -1, size).sum(1) for price in prices)
+    names = (query.matrix.name, key.matrix.name)
+    for count in channel_counts(attention, shares):
+        channels = strongest_channels(torch.as_tensor(power).clamp_min(0), rotary, count)
+        loss = 0.0
+        for price in prices:
+            heads = len(price) // size
+            gone = torch.ones(heads, size, dtype=torch.bool, device=price.device)
+            gone.scatter_(1, channels.repeat_interleave(heads // key_heads, dim=0), False)
+            loss += float(price[gone.flatten()][:, gone.flatten()].sum()) / 2
+
+        def put_channels(block: Block, channels: Tensor = channels) -> None:
+            assert block.attention is not None
+            keep_channels(block.attention, channels)
+
+        yield Option("narrow", names, query_key_bytes(attention, count), max(loss, 0.0), put_channels)
+
+
+def channel_counts(attention: Attention, shares: Sequence[float]) -> list[int]:
+    """Channels of a query/key head at these shares of its width, even where there are only rotary pairs."""
+    size = attention.head_size
+    step = 2 if rotary_width(attention.block) == size else 1
+    return sorted({int(share * size) // step * step for share in shares} - {0})
+
+
+def _output_moments(metric: Metric) -> Tensor:
+    """E[y yᵀ] (d_out x d_out) of y = Wx + b."""
+    weight, bias = metric.matrix.weight.double(), metric.matrix.bias
+    moments = weight @ metric.inputs @ weight.T
+    if bias is not None:
+        cross = torch.outer(bias.double(), weight @ metric.mean)
+        moments = moments + cross + cross.T + torch.outer(bias.double(), bias.double())
+    return moments
+
+
+def narrow_value_options(metrics: Sequence[Metric], shares: Sequence[float]) -> Iterator[Option]:
+    """Fewer values a head, in the best basis of each, the output matrix making up for the rest (MoDeGPT's type III).
+
+    metrics: of one block's matrices; nothing is offered where the shapes forbid it. The values z of all heads are what
+    o reads, so the problem is put in o's metric: for each key/value head, the basis of the SVD of Γ^½ O A^½, of its
+    query heads together, A their mean covariance; then O', over all heads, is what reproduces O z best from the values
+    that stay (Nyström, as for neurons), and the price is that of the error. MoDeGPT uses the covariance of the block's
+    input and neither Γ nor the correlations between heads.
+    """
+    by_role = {metric.matrix.role: metric for metric in metrics}
+    attention = metrics[0].matrix.block.attention
+    if attention is None or not has_regular_heads(attention):
+        return
+    size, heads, key_heads = attention.head_size, attention.heads, attention.key_value_heads
+    group, out, value = heads // key_heads, by_role["o"], by_role["v"]
+    weight = out.matrix.weight.double()
+    d = len(weight)
+    within = out.inputs.view(heads, size, heads, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # A of each head
+    within = within.unflatten(0, (key_heads, group)).mean(1)
+    weighed = torch.linalg.cholesky(out.gradients).T @ weight
+    weighed = weighed.view(d, key_heads, group, size).permute(1, 2, 0, 3).flatten(1, 2)  # key heads, group · d, size
+    identity = torch.eye(size).to(weight).expand(key_heads, -1, -1)
+    basis, _ = narrower_values(identity, weighed, within, size)  # T: the most important values of a head first
+    all_heads = torch.block_diag(*basis.repeat_interleave(group, dim=0))
+    inputs = all_heads @ out.inputs @ all_heads.T
+    turned = torch.linalg.solve(all_heads, weight, left=False)  # O T⁻¹
+    value_weight, value_bias = value.matrix.weight.double().view(key_heads, size, -1), value.matrix.bias
+    starts = torch.arange(heads, device=weight.device)[:, None] * size
+    for count in sorted({int(share * size) for share in shares} - {0}):
+        kept = (starts + torch.arange(count, device=weight.device)).flatten()
+        columns = nystrom_update(turned, inputs, kept)
+        replaced = torch.zeros_like(turned)
+        replaced[:, kept] = columns
+        loss = out.price(weight - replaced @ all_heads)
+        rows = (basis[:, :count] @ value_weight).flatten(0, 1)
+        bias = None
+        if value_bias is not None:
+            bias = value_bias.new_zeros(key_heads, size)
+            bias[:, :count] = (basis[:, :count] @ value_bias.double().view(key_heads, size, 1))[..., 0].to(bias)
+            bias = bias.flatten()
+
+        def put_narrow_values(
+            block: Block, rows: Tensor = rows.float(), columns: Tensor = columns.float(), bias: Tensor | None = bias
+        ) -> None:
+            assert block.attention is not None
+            put_values(block.attention, rows, columns, bias, block.attention.o.bias)
+
+        names = (value.matrix.name, out.matrix.name)
+        yield Option("narrow", names, value_bytes(attention, count), loss, put_narrow_values)
+
+
+def least_narrow_bytes(block: Block, widths: Sequence[float], neurons: Sequence[float]) -> int:
+    """What a block's matrices take when it is as narrow as the smallest of these shares make it, in bytes."""
+    sizes = {matrix.role: dense_bytes(matrix) for matrix in block.matrices()}
+    attention, mlp = block.attention, block.mlp
+    total = 0
+    if attention is not None:
+        total = sizes["q"] + sizes["k"] + sizes["v"] + sizes["o"]
+        if can_narrow_queries(attention):
+            total += (
+                min(query_key_bytes(attention, n) for n in channel_counts(attention, widths)) - sizes["q"] - sizes["k"]
+            )
+        if has_regular_heads(attention):
+            count = max(1, int(min(widths) * attention.head_size))
+            total += value_bytes(attention, count) - sizes["v"] - sizes["o"]
+    if mlp is not None:
+        whole = sum(sizes.get(role, 0) for role in MLP_ROLES)
+        total += whole // mlp.neurons * max(1, int(min(neurons) * mlp.neurons))
+    return total
+
+
+def choose(options: Sequence[Option], budget: float) -> list[Option]:
+    """The options of least total price that cover every matrix once, in at most `budget` bytes: an integer program.
+
+    Raises OutOfReach where no choice is that small.
+    """
+    names = sorted({name for option in options for name in option.covers})
+    row = {name: index for index, name in enumerate(names)}
+    entries = [(row[name], column) for column, option in enumerate(options) for name in option.covers]
+    rows, columns = np.array(entries).T
+    covering = csr_array((np.ones(len(entries)), (rows, columns)), shape=(len(names), len(options)))
+    sizes = np.array([option.bytes for option in options], dtype=float)
+    prices = np.array([option.loss for option in options])
+    result = milp(
+        prices / max(prices.max(), 1e-300),
+        integrality=np.ones(len(options)),
+        bounds=Bounds(0, 1),
+        constraints=[
+            LinearConstraint(covering, np.ones(len(names)), np.ones(len(names))),  # type: ignore[arg-type]
+            LinearConstraint(sizes[None] / budget, 0, 1),
+        ],
+        options={"time_limit": 60, "mip_rel_gap": 1e-4},
+    )
+    if result.x is None:
+        smallest = sum(min(o.bytes for o in options if o.covers == (name,)) for name in names)
+        raise OutOfReach(f"no choice of structures fits {budget:.0f} bytes; the smallest takes about {smallest}")
+    return [option for option, taken in zip(options, result.x, strict=True) if taken > 0.5]

@@ -1,0 +1,118 @@
+"""Running a model block by block: what enters each block, one block at a time, and what follows the last one.
+
+The model's own forward pass prepares the blocks' arguments (masks, rotary embeddings); stand-ins in place of the
+blocks catch them. So this works for every architecture without knowing any.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..anatomy import Anatomy
+from .objective import Batch, predictions, task_of
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass
+class Feed:
+    """One batch on its way through the blocks: the residual stream (B, T, d) and each block's other arguments."""
+
+    batch: Batch
+    hidden: Tensor
+    calls: list[Call]
+
+    @property
+    def mask(self) -> Tensor | None:
+        """Which positions are no padding (B, T), or None for all."""
+        return self.batch.get("attention_mask")
+
+
+class _StandIn(nn.Module):
+    """Passes the residual stream on unchanged and remembers how the block was called."""
+
+    def __init__(self, block: nn.Module, give: Tensor | None = None) -> None:
+        super().__init__()
+        self.__dict__["block"] = block  # not a submodule: its weights may be absent
+        self.give = give
+        self.hidden: Tensor | None = None
+        self.call: Call | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:  # a model may read an attribute of its blocks, such as the attention type
+            return getattr(self.__dict__["block"], name)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.hidden, self.call = hidden_states, (args, kwargs)
+        return hidden_states if self.give is None else self.give
+
+
+@contextmanager
+def _stand_ins(anatomy: Anatomy, give: Tensor | None = None) -> Iterator[list[_StandIn]]:
+    """Replace all blocks by stand-ins; the last one puts out `give` if that is not None."""
+    blocks = anatomy.block_list
+    originals = list(blocks)
+    stand_ins = [_StandIn(block, give if i == len(originals) - 1 else None) for i, block in enumerate(originals)]
+    try:
+        for index, stand_in in enumerate(stand_ins):
+            blocks[index] = stand_in
+        yield stand_ins
+    finally:
+        for index, block in enumerate(originals):
+            blocks[index] = block
+
+
+@torch.no_grad()
+def feeds_of(anatomy: Anatomy, batches: Iterable[Batch]) -> list[Feed]:
+    """What enters the first block, for each batch. Runs the embedding, but no block.
+
+    Without padding a block's other arguments depend on the batch's shape alone, so batches of one shape share them.
+    """
+    model = anatomy.model
+    known: dict[Any, list[Call]] = {}
+    feeds = []
+    for batch in batches:
+        inputs = {key: value.to(model.device) for key, value in batch.items()}
+        arguments: dict[str, Any] = {key: value for key, value in inputs.items() if key != "labels"}
+        shapes = None if "attention_mask" in inputs else tuple((key, tensor.shape) for key, tensor in inputs.items())
+        if task_of(model) == "causal":
+            arguments["use_cache"] = False
+        with _stand_ins(anatomy) as stand_ins:
+            model.base_model(**arguments)
+        calls = [stand_in.call for stand_in in stand_ins if stand_in.call is not None]
+        if shapes is not None:
+            calls = known.setdefault(shapes, calls)
+        assert stand_ins[0].hidden is not None
+        feeds.append(Feed(inputs, stand_ins[0].hidden, calls))
+    return feeds
+
+
+def run_block(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
+    """The residual stream (B, T, d) after the block."""
+    args, kwargs = call
+    output = block(hidden, *args, **kwargs)
+    return output[0] if isinstance(output, tuple) else output
+
+
+def run_blocks(anatomy: Anatomy, feed: Feed, first: int, hidden: Tensor) -> Tensor:
+    """The residual stream (B, T, d) after the last block, before the final norm, if block `first` reads `hidden`.
+
+    hidden: of the feed's batch, or of any number of copies if that is one sequence.
+    """
+    for block, call in zip(anatomy.block_list[first:], feed.calls[first:], strict=True):
+        hidden = run_block(block, hidden, call)
+    return hidden
+
+
+def predictions_after(anatomy: Anatomy, batch: Batch, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits and labels, as `statistics.predictions` gives them, if `hidden` (B, T, d) comes out of the last block."""
+    with _stand_ins(anatomy, give=hidden):
+        return predictions(anatomy.model, batch)
