@@ -41,7 +41,7 @@ def test_other_models_run_or_are_refused(name):
     found = inspected(specimen(name, batch, dtype=torch.float32))
     if name in ("vit", "deit"):
         assert found[NAME]["first"].shape == (3, 4)
-        assert found[NAME].plots()
+        assert drawings(found[NAME])
     else:
         assert "normalises after the residual sum" in found.refused[NAME]
 

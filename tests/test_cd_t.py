@@ -174,7 +174,7 @@ def test_claims_about_heads_that_copy(monkeypatch):
     shares = torch.zeros(2, 3, 4)
     shares[0, 0, 1], shares[1, 2, 2] = 0.8, 0.6
     for name in ("cd_t", "talking_heads"):
-        monkeypatch.setattr(f"transect.claims.{name}.copying_heads", lambda specimen: (shares[0], shares[1]))
+        monkeypatch.setattr(f"transect.claims.catalog.{name}.copying_heads", lambda specimen: (shares[0], shares[1]))
     heads, pairs = (outcome.result for outcome in run_claims(
         model, text, text, ["cd-t/copying-heads", "talking-heads/induction"]
     ))  # fmt: skip

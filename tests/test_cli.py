@@ -22,6 +22,7 @@ from transect import cli
 from transect.anatomy import Anatomy, architecture
 from transect.checkpoint import check_folder, open_model
 from transect.cli import main_group
+from transect.cli.commands.methods import PURPOSES
 from transect.compression import allocations, methods
 from transect.editing import edits
 from transect.errors import BadData, TransectError, UnknownArchitecture
@@ -162,8 +163,13 @@ def test_methods_are_listed_with_all_that_there_is_to_know():
     listed = run("methods").stdout
     described = {entry["name"]: entry for entry in json.loads(run("methods --json").stdout)}
     assert set(described) == {entry.name for entry in every}
+    lines = [line.split()[0] for line in listed.splitlines() if line.startswith("  ")]
+    assert sorted(lines) == sorted(described)  # a line each, under a heading that says what for
+    assert {entry.family for entry in every} == set(PURPOSES) and all(
+        heading in listed for heading in PURPOSES.values()
+    )
     for entry in every:
-        assert entry.name in listed and described[entry.name]["paper"] == entry.paper
+        assert f"{entry.summary} [{entry.paper}]" in listed and described[entry.name]["paper"] == entry.paper
         page = run("methods", entry.name).stdout
         assert entry.paper in page and entry.summary in page and "…" not in page
         for parameter in entry.parameters:

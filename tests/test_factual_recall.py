@@ -338,7 +338,7 @@ def test_dropped_sublayers_are_gaps():
     assert result["factual-recall"]["mlp path"][0, 2].isnan() and result["factual-recall"]["explained"][0, 1].isnan()
     assert "layer 1" in result["factual-recall"].findings[-1]  # the last MLP that is left
     assert result["causal-trace"]["fraction"][:, 2].abs().max() == 0
-    assert len(result["factual-recall"].plots()) == 4
+    assert len(drawings(result["factual-recall"])) == 4
 
 
 def test_hooks_go_after_an_error():

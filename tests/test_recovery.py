@@ -341,7 +341,7 @@ def test_a_step_is_the_mean_over_all_its_predictions_however_it_is_shared_out():
     model = tiny("llama", dtype=torch.float64)
     name = "model.layers.0.mlp.down_proj.weight"
     uneven = Batches([{"input_ids": DATA[:5]}, {"input_ids": DATA[5:7]}, {"input_ids": DATA[7:8, :6]}])
-    logits_, labels = zip(*(transect.statistics.predictions(model, batch) for batch in uneven), strict=True)
+    logits_, labels = zip(*(transect.forward.predictions(model, batch) for batch in uneven), strict=True)
     mean = functional.cross_entropy(torch.cat(logits_), torch.cat(labels))  # over predictions, not over batches
     (expected,) = torch.autograd.grad(mean, model.get_parameter(name))
 

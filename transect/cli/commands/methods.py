@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import textwrap
+from collections.abc import Sequence
+from typing import Any
 
 import click
 from rich.table import Table
@@ -10,6 +13,34 @@ from rich.table import Table
 from ..group import main_group
 from ..options import shared_options
 from ..printing import print_whole, stdout
+
+# What a user wants to do, by the family that does it; a family that is not here stands under its own name.
+PURPOSES = {
+    "factorization": "Make it smaller: low rank, matrix by matrix (compress, compare)",
+    "replacement": "Make it smaller: another structure, matrix by matrix (compress, compare)",
+    "slicing": "Make it smaller: narrower blocks (compress, compare)",
+    "restructuring": "Make it smaller: the model as a whole (compress, compare)",
+    "sharing": "Share out the bytes that are kept, before the method runs (--allocation)",
+    "ranking": "Choose the ranks of low-rank methods by the loss that they cost (--allocation)",
+    "probe": "Look inside (inspect)",
+    "edit": "Change what it knows or does (edit)",
+}
+
+
+def _print_by_purpose(entries: Sequence[Any]) -> None:
+    """A line an entry, whole where the output is not a terminal; a narrow terminal gets more lines, indented."""
+    groups: dict[str, list[Any]] = {purpose: [] for purpose in PURPOSES.values()}
+    for entry in entries:
+        groups.setdefault(PURPOSES.get(entry.family, entry.family), []).append(entry)
+    left = max(len(entry.name) for entry in entries) + 4
+    right = max(stdout.width - left, 30) if stdout.is_terminal else None
+    for purpose, members in groups.items():
+        print_whole(purpose)
+        for entry in members:
+            said = f"{entry.summary} [{entry.paper}]"
+            first, *rest = [said] if right is None else textwrap.wrap(said, right)
+            print_whole("\n".join([f"  {entry.name}".ljust(left) + first, *(" " * left + more for more in rest)]))
+        print_whole("")
 
 
 @main_group.command()
@@ -41,10 +72,7 @@ def methods(name: str | None, as_json: bool) -> None:
         click.echo(json.dumps(described, indent=2))
         return
     if name is None:
-        grid = Table("name", "family", "paper", "what it does")
-        for entry in entries:
-            grid.add_row(entry.name, entry.family, entry.paper, entry.summary)
-        stdout.print(grid)
+        _print_by_purpose(entries)
         return
     import inspect
 
