@@ -7,8 +7,8 @@ import torch
 
 from transect.anatomy import Anatomy
 from transect.errors import TransectError
+from transect.forward import run_body
 from transect.statistics import BlockSimilarity, HeadContribution, SublayerSimilarity, collect, key_of
-from transect.statistics.collect import run_forward
 
 from .models import CONFIGS, VOCABULARY, inputs, tiny
 
@@ -33,7 +33,7 @@ def stream(model, index, data):
     handle = Anatomy(model).blocks[index].module.register_forward_hook(listen, with_kwargs=True)
     with torch.no_grad():
         for batch in data:
-            run_forward(model, batch)
+            run_body(model, batch)
     handle.remove()
     return tuple(torch.cat([pair[i].flatten(0, 1) for pair in seen]) for i in (0, 1))
 
@@ -93,7 +93,7 @@ def test_head_contributions_equal_the_output_matrix_run_on_one_head_at_a_time(na
         handle = o.host.register_forward_hook(lambda m, args, out, seen=seen: seen.append((args[0], out)))
         with torch.no_grad():
             for batch in data:
-                run_forward(model, batch)
+                run_body(model, batch)
             handle.remove()
             for x, whole in seen:
                 x, whole = x.reshape(2, -1, x.shape[-1]), whole.reshape(2, -1, whole.shape[-1])

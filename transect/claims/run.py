@@ -8,6 +8,7 @@ from typing import Any
 
 from ..data import Batches, Specimen
 from ..errors import TransectError
+from ..forward import at_rest
 from ..statistics import Progress
 from .context import Context
 from .registry import Claim, NotApplicable, Result, Verdict, claims
@@ -43,7 +44,11 @@ def run_claims(
     chosen = claims(names)
     uses = dict.fromkeys(method for one in chosen for method in one.uses)
     context = Context(model, calibration, evaluation, uses, progress, specimen)
-    return [Outcome(one, _check(one, context)) for one in (progress(chosen, "claims") if progress else chosen)]
+    outcomes = []
+    for one in progress(chosen, "claims") if progress else chosen:
+        with at_rest(model):
+            outcomes.append(Outcome(one, _check(one, context)))
+    return outcomes
 
 
 def _check(one: Claim, context: Context) -> Result:

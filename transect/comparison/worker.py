@@ -23,6 +23,7 @@ from ..compression.factorized import Factorized
 from ..compression.frame import temporarily
 from ..errors import OutOfReach
 from ..evaluation import evaluate
+from ..forward import at_rest
 from ..statistics import Statistics
 from .factors import Factors
 from .plan import Plan, Row, finished, row_path, write_json
@@ -51,14 +52,15 @@ class Worker:
     def compute(self, row: Row) -> dict[str, Any]:
         """One row of the table; a budget that is out of the method's reach has a note instead of numbers."""
         described = {"method": row.method or "dense", "allocation": row.allocation, "keep": row.keep}
-        try:
-            if row.method is None:
-                return described | self._evaluated(self.anatomy, 1.0, 0.0)
-            if factors_path(self.folder, row.method).is_file():
-                return described | self._truncated(row)
-            return described | self._compressed(row)
-        except OutOfReach as reason:
-            return described | {"note": str(reason)}
+        with at_rest(self.anatomy.model):
+            try:
+                if row.method is None:
+                    return described | self._evaluated(self.anatomy, 1.0, 0.0)
+                if factors_path(self.folder, row.method).is_file():
+                    return described | self._truncated(row)
+                return described | self._compressed(row)
+            except OutOfReach as reason:
+                return described | {"note": str(reason)}
 
     def _evaluated(self, anatomy: Anatomy, kept: float, seconds: float) -> dict[str, Any]:
         measured = evaluate(anatomy.model, self.evaluation)

@@ -10,6 +10,7 @@ import torch
 
 from ..anatomy import Anatomy, Matrix
 from ..errors import TransectError
+from ..forward import at_rest
 from ..statistics import Fisher, Progress, Statistics
 from ..version import __version__
 from .allocation import is_ranking
@@ -53,17 +54,18 @@ def compress_anatomy(
     # Block by block with uniform shares, only the gradients come from the dense model.
     deferred = recipe.sequential and recipe.allocation == "uniform"
     wanted = [one for one in recipe.needs if not deferred or one.needs in ("gradient", "both")]
-    if statistics is None and wanted:
-        statistics = calibrate(
-            anatomy, matrices, wanted, batches,
-            fisher=fisher, accumulate=accumulate, seed=seed, cache=cache, progress=progress,
-        )  # fmt: skip
-    chosen = recipe.registered
-    if chosen.family == "restructuring":
-        chosen.function(anatomy, Calibration(statistics, batches, seed, progress), recipe.keep, **recipe.settings)
-    elif recipe.keep < 1:
-        compressor = make_compressor(anatomy, matrices, recipe, statistics, batches, progress, scores)
-        run_compressor(anatomy, matrices, recipe, compressor, statistics, batches, accumulate, progress)
+    with at_rest(anatomy.model):
+        if statistics is None and wanted:
+            statistics = calibrate(
+                anatomy, matrices, wanted, batches,
+                fisher=fisher, accumulate=accumulate, seed=seed, cache=cache, progress=progress,
+            )  # fmt: skip
+        chosen = recipe.registered
+        if chosen.family == "restructuring":
+            chosen.function(anatomy, Calibration(statistics, batches, seed, progress), recipe.keep, **recipe.settings)
+        elif recipe.keep < 1:
+            compressor = make_compressor(anatomy, matrices, recipe, statistics, batches, progress, scores)
+            run_compressor(anatomy, matrices, recipe, compressor, statistics, batches, accumulate, progress)
     outcome = outcome_of(anatomy, roles, dense_bytes)
     note_in_record(anatomy, recipe, outcome)
     return outcome

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from ..anatomy import Anatomy, Matrix
-from ..forward import Batch, predictions
+from ..forward import Batch, logits_at, to_device
+from ..forward.objective import IGNORED, targets_of
 from .frame import apply_ranks, temporarily
 from .weighted_svd import Factorization
 
 _TEMPERATURE = 0.6
-_BURN_IN = 256  # positions with little context say little about the model; half a sequence at most
+_BURN_IN = 256  # predictions with little context say little about the model; half of a sequence's at most
 _POSITIONS = 4096  # bounds the memory: this many rows of logits are kept
 
 
@@ -41,17 +42,20 @@ class Divergence:
     def _log_probabilities(self, model: Any) -> list[Tensor]:
         found = []
         for batch in self.batches:
-            logits, _ = predictions(model, batch)
-            found.append(self._select(logits, batch).float().div(_TEMPERATURE).log_softmax(-1))
+            parts = logits_at(model, batch, self._chosen(model, batch))
+            found += [part.float().div(_TEMPERATURE).log_softmax(-1) for part in parts]
         return found
 
-    def _select(self, logits: Tensor, batch: Batch) -> Tensor:
-        ids = batch.get("input_ids")
-        if ids is None or "labels" in batch or "attention_mask" in batch:
-            return logits[:: max(1, len(logits) * len(self.batches) // _POSITIONS)]
-        length = ids.shape[1] - 1
-        late = logits.view(len(ids), length, -1)[:, min(_BURN_IN, length // 2) :].flatten(0, 1)
-        return late[:: max(1, -(-len(late) * len(self.batches) // _POSITIONS))]
+    def _chosen(self, model: Any, batch: Batch) -> Tensor:
+        """At which positions (B x T) a batch's predictions are compared, or which examples (B)."""
+        counted = targets_of(model, to_device(batch, model.device)) != IGNORED
+        if counted.dim() == 2 and "labels" not in batch:
+            number, length = counted.long().cumsum(1) - 1, counted.sum(1, keepdim=True)
+            counted = counted & (number >= (length // 2).clamp_max(_BURN_IN))
+        places = counted.flatten().nonzero()[:, 0]
+        chosen = torch.zeros_like(counted).flatten()
+        chosen[places[:: max(1, -(-len(places) * len(self.batches) // _POSITIONS))]] = True
+        return chosen.view_as(counted)
 
     @torch.no_grad()
     def __call__(self, ranks: Mapping[str, int | None]) -> float:

@@ -50,6 +50,13 @@ class Batches:
             if "input_ids" in batch
         )
 
+    def texts(self) -> Iterator[Tensor]:
+        """The token ids (T) of every sequence, padding left out; nothing for images."""
+        for batch in self.batches:
+            ids = batch.get("input_ids", ())
+            mask = batch.get("attention_mask")
+            yield from ids if mask is None else (row[real.bool()] for row, real in zip(ids, mask, strict=True))
+
     @cached_property
     def fingerprint(self) -> str:
         """Hash (32 hexadecimal digits) of every tensor, its name, type and shape; the same in every process."""

@@ -147,7 +147,7 @@ class Specimen:
 
         Fewer where there are fewer; NotApplicable where there is none.
         """
-        rows = [row[:length] for batch in self.text for row in batch.get("input_ids", ()) if len(row) >= length]
+        rows = [row[:length] for row in self.text.texts() if len(row) >= length]
         if not rows:
             raise NotApplicable(f"it needs a text of at least {length} tokens in one sequence")
         return torch.stack(rows[:count]).cpu()

@@ -15,6 +15,7 @@ from ..compression.fingerprint import model_fingerprint
 from ..data import Batches, Specimen
 from ..errors import BadCheckpoint
 from ..evaluation import evaluate_loss
+from ..forward import at_rest
 from .card import Card
 from .journal import Journal, restore
 from .registry import edit
@@ -62,21 +63,15 @@ def edit_specimen(
         chosen.check(specimen, **complete)
     model = specimen.model
     journal = Journal(model)
-    training, gradients = model.training, {p: p.requires_grad for p in model.parameters()}
-    model.eval()
-    model.requires_grad_(False)
-    try:
-        before = _measured(specimen, chosen.measure, evaluation)
-        notes = chosen.function(specimen, journal, **complete) or {}
-        specimen.anatomy.check_finite()
-        after = _measured(specimen, chosen.measure, evaluation)
-    except BaseException:
-        journal.undo()
-        raise
-    finally:
-        model.train(training)
-        for parameter, flag in gradients.items():
-            parameter.requires_grad_(flag)
+    with at_rest(model, frozen=True):
+        try:
+            before = _measured(specimen, chosen.measure, evaluation)
+            notes = chosen.function(specimen, journal, **complete) or {}
+            specimen.anatomy.check_finite()
+            after = _measured(specimen, chosen.measure, evaluation)
+        except BaseException:
+            journal.undo()
+            raise
     measured = [(key, before[key], after.get(key, float("nan"))) for key in before]
     return Edited(model, Card(name, complete, measured, journal.changes(), dict(notes)), journal)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import TransectError
+from ..forward.mode import at_rest
 
 
 def run_lm_eval(
@@ -42,16 +43,13 @@ def run_lm_eval(
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown:
         raise TransectError(f"lm_eval knows no task {', '.join(map(repr, unknown))}")
-    training = model.training
     wrapper: Any = HFLM  # its decorator, and the one of simple_evaluate, hide their parameters
     evaluator: Any = simple_evaluate
-    try:
+    with at_rest(model):
         results = evaluator(
             wrapper(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
             tasks=list(tasks),
             limit=limit,
             task_manager=manager,
         )
-    finally:
-        model.train(training)
     return results["results"]

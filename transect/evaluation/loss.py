@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from ..errors import BadData, TransectError
-from ..forward.objective import Batch, predictions, summed_loss, to_device
+from ..forward.head import scored
+from ..forward.mode import at_rest
+from ..forward.objective import Batch, inputs_of, summed_loss
 from ..statistics import Progress
 
 
@@ -32,30 +34,26 @@ class LossResult:
 def evaluate_loss(model: Any, batches: Iterable[Batch], progress: Progress | None = None) -> LossResult:
     """Score every prediction that the batches ask for: next tokens, masked tokens, or classes.
 
-    model: runs in evaluation mode, on the device it is on. batches: see `transect.data.load`; the logits of one batch
-    are in memory at a time. progress: shows the batches as they are scored.
+    model: runs in evaluation mode, on the device it is on. batches: see `transect.data.load`; of one batch, the logits
+    of some positions are in memory at a time. progress: shows the batches as they are scored.
     Raises TransectError naming the first module whose output is not finite, and BadData if nothing is to be scored.
     """
-    training = model.training
-    model.eval()
     started = time.perf_counter()
-    loss, correct, scored = 0.0, 0, 0
-    try:
+    loss, correct, count = 0.0, 0, 0
+    with at_rest(model):
         for batch in progress(batches, "evaluation") if progress else batches:
-            logits, labels = predictions(model, batch)
-            nats = float(summed_loss(logits, labels))
-            if not math.isfinite(nats):
-                raise TransectError(_first_non_finite(model, batch))
-            loss += nats
-            correct += int((logits.argmax(-1) == labels).sum())
-            scored += labels.numel()
-    finally:
-        model.train(training)
-    if scored == 0:
+            for logits, labels in scored(model, batch):
+                nats = float(summed_loss(logits, labels))
+                if not math.isfinite(nats):
+                    raise TransectError(_first_non_finite(model, batch))
+                loss += nats
+                correct += int((logits.argmax(-1) == labels).sum())
+                count += labels.numel()
+    if count == 0:
         raise BadData("the batches hold nothing to be predicted")
-    loss /= scored
+    loss /= count
     perplexity = math.exp(loss) if loss < 700 else math.inf
-    return LossResult(loss, perplexity, scored, correct / scored, time.perf_counter() - started)
+    return LossResult(loss, perplexity, count, correct / count, time.perf_counter() - started)
 
 
 def _first_non_finite(model: Any, batch: Batch) -> str:
@@ -71,7 +69,7 @@ def _first_non_finite(model: Any, batch: Batch) -> str:
 
     handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules()]
     try:
-        model(**{key: value for key, value in to_device(batch, model.device).items() if key != "labels"})
+        model(**inputs_of(model, batch))
     finally:
         for handle in handles:
             handle.remove()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..forward.mode import at_rest
 from ..forward.objective import task_of
 
 BUDGET = 1.0  # seconds that a measurement takes, about
@@ -36,9 +37,7 @@ def measure_speed(
     A run that has taken about a second stops writing, and no further one begins after a second in all; on a model so
     slow that the warm-up alone takes that long, the warm-up is the measurement.
     """
-    training = model.training
-    model.eval()
-    try:
+    with at_rest(model):
         inputs = _inputs(model, batch_size, prompt_tokens)
         started = time.perf_counter()
         runs = [_run(model, inputs, min(new_tokens, 2))]
@@ -46,8 +45,6 @@ def measure_speed(
             runs = []
             while len(runs) < repeats and (not runs or time.perf_counter() - started < BUDGET):
                 runs.append(_run(model, inputs, new_tokens))
-    finally:
-        model.train(training)
     decode = [run.decode_tokens_per_second for run in runs if run.decode_tokens_per_second is not None]
     prefill = statistics.median(run.prefill_tokens_per_second for run in runs)
     return Speed(prefill, statistics.median(decode) if decode else None)

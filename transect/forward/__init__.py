@@ -1,15 +1,18 @@
 """Running the user's own model: what it predicts, what can be watched and changed meanwhile, and single blocks."""
 
 from .answers import answer_log_probabilities, next_logits, recitations
-from .blocks import Call, Feed, feeds_of, predictions_after, run_block, run_blocks
+from .blocks import Call, Feed, feeds_of, put_out, run_block, run_blocks
 from .change import changed
+from .head import backpropagate, logits_at, scored
 from .lens import Lens
-from .objective import Batch, predictions, summed_loss, task_of, to_device
+from .mode import at_rest
+from .objective import Batch, inputs_of, predictions, real_positions, run_body, summed_loss, task_of, to_device
 from .points import POINTS, Point, eager_attention
 from .watch import Seen, watch
 
 __all__ = [
-    "POINTS", "Batch", "Call", "Feed", "Lens", "Point", "Seen", "answer_log_probabilities", "changed",
-    "eager_attention", "feeds_of", "next_logits", "predictions", "predictions_after", "recitations", "run_block",
-    "run_blocks", "summed_loss", "task_of", "to_device", "watch",
+    "POINTS", "Batch", "Call", "Feed", "Lens", "Point", "Seen", "answer_log_probabilities", "at_rest", "backpropagate",
+    "changed", "eager_attention", "feeds_of", "inputs_of", "logits_at", "next_logits", "predictions", "put_out",
+    "real_positions", "recitations", "run_block", "run_blocks", "run_body", "scored", "summed_loss", "task_of",
+    "to_device", "watch",
 ]  # fmt: skip

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..anatomy import Anatomy
-from .objective import Batch, predictions, task_of
+from .objective import Batch, inputs_of, to_device
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -74,25 +74,33 @@ def _stand_ins(anatomy: Anatomy, give: Tensor | None = None) -> Iterator[list[_S
 def feeds_of(anatomy: Anatomy, batches: Iterable[Batch]) -> list[Feed]:
     """What enters the first block, for each batch. Runs the embedding, but no block.
 
-    Without padding a block's other arguments depend on the batch's shape alone, so batches of one shape share them.
+    A block's other arguments depend on the batch's values (padding, positions), so they are those of each batch;
+    tensors that turn out equal are kept once.
     """
     model = anatomy.model
-    known: dict[Any, list[Call]] = {}
+    known: dict[Any, list[Tensor]] = {}
     feeds = []
     for batch in batches:
-        inputs = {key: value.to(model.device) for key, value in batch.items()}
-        arguments: dict[str, Any] = {key: value for key, value in inputs.items() if key != "labels"}
-        shapes = None if "attention_mask" in inputs else tuple((key, tensor.shape) for key, tensor in inputs.items())
-        if task_of(model) == "causal":
-            arguments["use_cache"] = False
         with _stand_ins(anatomy) as stand_ins:
-            model.base_model(**arguments)
+            model.base_model(**inputs_of(model, batch, body=True))
         calls = [stand_in.call for stand_in in stand_ins if stand_in.call is not None]
-        if shapes is not None:
-            calls = known.setdefault(shapes, calls)
-        assert stand_ins[0].hidden is not None
-        feeds.append(Feed(inputs, stand_ins[0].hidden, calls))
+        hidden = stand_ins[0].hidden
+        assert hidden is not None
+        feeds.append(Feed(to_device(batch, model.device), hidden, _kept_once(calls, known)))
     return feeds
+
+
+def _kept_once(value: Any, known: dict[Any, list[Tensor]]) -> Any:
+    """The value with each tensor in it replaced by an equal one that is known, if there is one."""
+    if isinstance(value, Tensor):
+        same_sum = known.setdefault((value.shape, value.dtype, float(value.sum().abs())), [])
+        equal = next((tensor for tensor in same_sum if tensor is value or torch.equal(tensor, value)), None)
+        if equal is None:
+            same_sum.append(value)
+        return value if equal is None else equal
+    if type(value) in (list, tuple):
+        return type(value)(_kept_once(part, known) for part in value)
+    return {key: _kept_once(part, known) for key, part in value.items()} if type(value) is dict else value
 
 
 def run_block(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
@@ -112,7 +120,8 @@ def run_blocks(anatomy: Anatomy, feed: Feed, first: int, hidden: Tensor) -> Tens
     return hidden
 
 
-def predictions_after(anatomy: Anatomy, batch: Batch, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits and labels, as `statistics.predictions` gives them, if `hidden` (B, T, d) comes out of the last block."""
+@contextmanager
+def put_out(anatomy: Anatomy, hidden: Tensor) -> Iterator[None]:
+    """Inside the `with`, `hidden` (B, T, d) comes out of the model's last block, and no block runs."""
     with _stand_ins(anatomy, give=hidden):
-        return predictions(anatomy.model, batch)
+        yield

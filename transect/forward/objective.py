@@ -1,28 +1,35 @@
-"""What a model is trained to predict, and its loss: one place for statistics, allocation and evaluation.
+"""What a model is given and what it is trained to predict: one place for every forward pass and every loss.
 
 A batch is a dict of tensors as the model's forward takes them. `labels` is optional for causal language models (the
 input itself, shifted by one) and required otherwise: -100 where nothing is to be predicted (masked language models),
 or one class per example (classification of texts or images).
+
+Text may be padded on either side (`attention_mask`), and rows may hold several sequences (`position_ids` that begin
+anew): neither changes what a model does with the tokens that are there.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from ..errors import TransectError
 
 Batch = Mapping[str, Tensor]
-Task = Literal["causal", "masked", "classification"]
+Task = Literal["causal", "masked", "classification", "unknown"]
 IGNORED = -100
 
 
 def task_of(model: Any) -> Task:
-    """What the model's head predicts, by its class: the next token, masked tokens, or one class per example."""
+    """What the model's head predicts, by its class: the next token, masked tokens, or one class per example.
+
+    "unknown" where it has no head, or one whose loss is not known here: then only its inner activations are of use.
+    """
     name = type(model).__name__
     if name.endswith(("ForCausalLM", "LMHeadModel")):
         return "causal"
@@ -30,10 +37,7 @@ def task_of(model: Any) -> Task:
         return "masked"
     if name.endswith("Classification") and "Token" not in name:
         return "classification"
-    raise TransectError(
-        f"{name} has no head whose loss is known here; load it with a language-model, masked-language-model or "
-        "classification head (AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelFor...Classification)"
-    )
+    return "unknown"
 
 
 def to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
@@ -41,31 +45,88 @@ def to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
     return {key: value.to(device) for key, value in batch.items()}
 
 
+def inputs_of(model: Any, batch: Batch, body: bool = False) -> dict[str, Any]:
+    """What the model's forward is called with: the batch without its labels, and no key/value cache.
+
+    Where there is padding, a model that takes `position_ids` and is given none gets them from the mask, so that every
+    sequence is counted from its own first token, on whichever side the padding is. (Most models count from the left
+    end of the row otherwise, and learned positions of a sequence padded on the left are then those of another place.)
+    body: for `model.base_model`, which takes other arguments.
+    """
+    inputs: dict[str, Any] = to_device({k: v for k, v in batch.items() if k != "labels"}, model.device)
+    taken = inspect.signature((model.base_model if body else model).forward).parameters
+    if "use_cache" in taken or task_of(model) == "causal":
+        inputs["use_cache"] = False
+    mask = real_positions(inputs)
+    if mask is not None and "position_ids" in taken and "position_ids" not in inputs:
+        inputs["position_ids"] = (mask.long().cumsum(1) - 1).clamp_min(0) + _first_position(model)
+    return inputs
+
+
+def _first_position(model: Any) -> int:
+    """The number of a sequence's first position: 0, but behind the padding index in RoBERTa and its kin."""
+    for name, module in model.base_model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return module.padding_idx + 1
+    return 0
+
+
+def real_positions(batch: Batch) -> Tensor | None:
+    """Which positions (B x T) are no padding, as booleans; None where all are."""
+    mask = batch.get("attention_mask")
+    return None if mask is None or mask.dim() != 2 or bool(mask.all()) else mask.bool()
+
+
+def run_body(model: Any, batch: Batch) -> None:
+    """One pass of the user's own model without its head: no logits, no loss."""
+    model.base_model(**inputs_of(model, batch, body=True))
+
+
+def targets_of(model: Any, batch: Batch) -> Tensor:
+    """What each position predicts (B x T), or the class of each example (B); IGNORED where nothing is predicted.
+
+    A causal model's position predicts the token behind it, if both are real, and of one sequence where several are
+    packed in a row. The last position of a sequence predicts nothing.
+    Raises TransectError for a model whose loss is not known, and for missing labels.
+    """
+    task, labels = task_of(model), batch.get("labels")
+    if task == "unknown":
+        raise TransectError(
+            f"{type(model).__name__} has no head whose loss is known here, and a loss is needed; load it with a "
+            "language-model, masked-language-model or classification head (AutoModelForCausalLM, "
+            "AutoModelForMaskedLM, AutoModelFor...Classification)"
+        )
+    if task == "causal" and labels is None:
+        labels = batch["input_ids"]
+    if labels is None:
+        raise TransectError(f"batches for {type(model).__name__} need `labels`, got {sorted(batch)}")
+    if task == "classification":
+        return labels
+    real = real_positions(batch)
+    if real is not None:
+        labels = labels.masked_fill(~real, IGNORED)
+    if task == "masked":
+        return labels
+    following = labels[:, 1:]
+    if real is not None:
+        following = following.masked_fill(~real[:, :-1], IGNORED)
+    positions = batch.get("position_ids")
+    if positions is not None and positions.dim() == 2:
+        following = following.masked_fill(positions[:, 1:] <= positions[:, :-1], IGNORED)
+    return functional.pad(following, (0, 1), value=IGNORED)
+
+
 def predictions(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Logits (n x classes) and labels (n) of the positions that the loss counts, padding left out.
+    """Logits (n x classes) and labels (n) of the positions that the loss counts, see `targets_of`.
 
     One forward pass of the user's own module, without a key/value cache. n depends on the batch: for a causal model
-    without padding it is B (T - 1), since the first token of a sequence has no prediction.
+    without padding it is B (T - 1). Where not all logits are needed at once, `scored` takes less memory.
     """
-    task = task_of(model)
     batch = to_device(batch, model.device)
-    labels = batch.pop("labels", None)
-    if task == "causal":
-        logits = model(**batch, use_cache=False).logits
-        if labels is None:
-            labels = batch["input_ids"]
-            if "attention_mask" in batch:
-                labels = labels.masked_fill(batch["attention_mask"] == 0, IGNORED)
-        logits, labels = logits[:, :-1], labels[:, 1:]
-    elif labels is None:
-        raise TransectError(f"batches for {type(model).__name__} need `labels`, got {sorted(batch)}")
-    else:
-        logits = model(**batch).logits
-    logits, labels = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
-    if bool((labels == IGNORED).any()):
-        counted = labels != IGNORED
-        logits, labels = logits[counted], labels[counted]
-    return logits, labels
+    targets = targets_of(model, batch).flatten()
+    logits = model(**inputs_of(model, batch)).logits
+    where = (targets != IGNORED).nonzero()[:, 0]
+    return logits.reshape(-1, logits.shape[-1]).index_select(0, where), targets[where]
 
 
 def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:

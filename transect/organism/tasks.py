@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from transect.forward import at_rest
 from transect.organism.documents import Example, difference_of, list_recall, multiple_choice, open_book, sum_of
 from transect.organism.world import HELD_BACK, World
 
@@ -103,13 +104,11 @@ def evaluate(
     batch_size: int = 64,
 ) -> dict[str, float]:
     """The share of examples whose whole answer greedy decoding gives, full stop included, by skill."""
-    training = model.training
-    model.eval()
     result = {}
-    for skill in SKILLS if skills is None else skills:
-        asked = examples(skill, n)
-        result[skill] = sum(_hits(model, tokenizer, asked, batch_size)) / len(asked)
-    model.train(training)
+    with at_rest(model):
+        for skill in SKILLS if skills is None else skills:
+            asked = examples(skill, n)
+            result[skill] = sum(_hits(model, tokenizer, asked, batch_size)) / len(asked)
     return result
 
 

@@ -16,10 +16,10 @@ from torch import Tensor
 from ..anatomy import Anatomy, Matrix
 from ..data import Specimen
 from ..errors import BadData, NotApplicable, TransectError
-from ..forward import Batch
-from ..forward.objective import predictions, task_of
+from ..forward import Batch, at_rest, backpropagate, real_positions, task_of
+from ..forward.objective import IGNORED, targets_of, to_device
 from ..statistics import InputCovariance, OutputGradientCovariance, Recorder, Statistics, key_of
-from ..statistics.collect import activation_gradients, loss_for_gradients
+from ..statistics.collect import gradients_from, loss_for_gradients
 
 _INPUT, _OUTPUT = InputCovariance(), OutputGradientCovariance()
 
@@ -87,22 +87,20 @@ def factors(specimen: Specimen, matrices: Sequence[Matrix], batches: Sequence[Ba
         raise NotApplicable(f"{type(model).__name__} has no loss without labels: pass batches that have them")
     store = Statistics(torch.float64)
     generator = torch.Generator().manual_seed(specimen.seed)
-    training = model.training
-    model.eval()
-    try:
-        with Recorder(matrices, [_INPUT, _OUTPUT], store, task) as recorder:
-            for batch in specimen.shown(batches, "curvature"):
-                mask = counted_positions(anatomy, batch)
-                if mask is not None and not mask.any():
-                    continue  # sequences of one token predict nothing
-                recorder.begin_batch(len(next(iter(batch.values()))), mask)
-                with activation_gradients(model, anatomy.embedding), torch.enable_grad():
-                    logits, labels = predictions(model, batch)
-                    if not torch.isfinite(logits).all():
-                        raise TransectError("the model's logits are not finite: repair its weights, or use float32")
-                    loss_for_gradients(logits, labels, "sampled", generator).backward()
-    finally:
-        model.train(training)
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        if not torch.isfinite(logits).all():
+            raise TransectError("the model's logits are not finite: repair its weights, or use float32")
+        return loss_for_gradients(logits, labels, "sampled", generator)
+
+    with at_rest(model, frozen=True), Recorder(matrices, [_INPUT, _OUTPUT], store, task) as recorder:
+        for batch in specimen.shown(batches, "curvature"):
+            mask = counted_positions(anatomy, batch)
+            if mask is not None and not mask.any():
+                continue  # sequences of one token predict nothing
+            recorder.begin_batch(len(next(iter(batch.values()))), mask)
+            with gradients_from(anatomy.embedding):
+                backpropagate(model, batch, loss)
     if matrices and _positions(store, matrices[0]) == 0:
         raise BadData("no sequence of the text predicts anything: each needs at least two tokens")
     store.check_finite()
@@ -115,14 +113,9 @@ def _positions(store: Statistics, matrix: Matrix) -> int:
 
 def counted_positions(anatomy: Anatomy, batch: Batch) -> Tensor | None:
     """Which positions (B x T) are neither padding nor, in a causal model, without a next token. None: all."""
-    device = anatomy.model.device
-    mask = batch.get("attention_mask")
-    if task_of(anatomy.model) != "causal":
-        return None if mask is None else mask.to(device).bool()
-    counted = torch.ones_like(batch["input_ids"]) if mask is None else mask
-    follows = torch.zeros_like(counted)
-    follows[:, :-1] = counted[:, 1:]
-    return (counted * follows).to(device).bool()
+    model = anatomy.model
+    batch = to_device({name: tensor for name, tensor in batch.items() if name != "labels"}, model.device)
+    return targets_of(model, batch) != IGNORED if task_of(model) == "causal" else real_positions(batch)
 
 
 def eigenpairs(factor: Tensor, what: str = "the factor") -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ def excerpt(specimen: Specimen, count: int, length: int, least: int) -> Tensor:
 
     least: raises NotApplicable where fewer tokens than this can be had. On the model's device.
     """
-    lengths = [batch["input_ids"].shape[1] for batch in specimen.text if "input_ids" in batch]
+    lengths = map(len, specimen.text.texts())
     context = getattr(specimen.anatomy.config, "max_position_embeddings", None) or length
     available = min(length, context, max(lengths, default=0))
     if available < least:

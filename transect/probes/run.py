@@ -13,8 +13,7 @@ import torch
 
 from ..data import Specimen
 from ..errors import NotApplicable
-from ..forward import Seen, watch
-from ..forward.objective import task_of, to_device
+from ..forward import Seen, at_rest, inputs_of, run_body, to_device, watch
 from .registry import Probe, probe
 from .result import Result
 
@@ -52,10 +51,6 @@ def run_probes(
     """
     chosen = {name: (probe(name), probe(name).settings(settings)) for name, settings in wanted.items()}
     inspection = Inspection({})
-    model = specimen.model
-    training, gradients = model.training, {p: p.requires_grad for p in model.parameters()}
-    model.eval()
-    model.requires_grad_(False)
 
     def done(name: str, result: Result) -> None:
         result.probe, result.settings = name, chosen[name][1]
@@ -64,7 +59,7 @@ def run_probes(
             result.save(folder, _key(key, result.settings))
         on_result(name)
 
-    try:
+    with at_rest(specimen.model, frozen=True):
         looking: dict[str, tuple[Probe, Generator[None, Seen | None, Result]]] = {}
         for name, (one, settings) in chosen.items():
             found = None if folder is None else Result.load(folder, name, _key(key, settings))
@@ -91,10 +86,6 @@ def run_probes(
                     done(name, one.function(specimen, **settings))
             except NotApplicable as reason:
                 inspection.refused[name] = str(reason)
-    finally:
-        model.train(training)
-        for parameter, flag in gradients.items():
-            parameter.requires_grad_(flag)
     inspection.results = {name: inspection.results[name] for name in wanted if name in inspection.results}
     return inspection
 
@@ -121,15 +112,13 @@ def _show_text(specimen: Specimen, looking: dict[str, Any], inspection: Inspecti
 def _forward(specimen: Specimen, batch: Mapping[str, Any], seen: Seen, logits: bool) -> None:
     """One pass of the user's own model; without the head where nobody asks for logits."""
     model = specimen.model
-    inputs: dict[str, Any] = {k: v for k, v in to_device(batch, model.device).items() if k != "labels"}
-    seen.ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    batch = to_device(batch, model.device)
+    seen.ids, mask = batch.get("input_ids"), batch.get("attention_mask")
     seen.mask = None if mask is None else mask.bool()
-    if task_of(model) == "causal":
-        inputs["use_cache"] = False
     if logits:
-        seen.logits = model(**inputs).logits
+        seen.logits = model(**inputs_of(model, batch)).logits
     else:
-        model.base_model(**inputs)
+        run_body(model, batch)
 
 
 def _finished(looker: Generator[None, Seen | None, Result]) -> Result:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..anatomy import Anatomy
-from ..forward import Batch
+from ..forward import Batch, at_rest
 from ..forward.blocks import Feed, feeds_of, run_block
 from .loop import Course, Job, Problem, train
 from .trained import Parameters, trainable, training_mode
@@ -64,8 +64,8 @@ def _pairs(anatomy: Anatomy, teacher: Anatomy, batches: Sequence[Batch | None]) 
 @torch.no_grad()
 def _advance(block: nn.Module, index: int, feeds: Sequence[Feed | None]) -> list[Tensor | None]:
     """The stream after the block for every batch."""
-    block.eval()
-    return [None if feed is None else run_block(block, feed.hidden, feed.calls[index]) for feed in feeds]
+    with at_rest(block):
+        return [None if feed is None else run_block(block, feed.hidden, feed.calls[index]) for feed in feeds]
 
 
 def _repair(index: int, block: nn.Module, mine: Parameters, learning: Task, judging: Task, job: Job) -> Course:
@@ -87,8 +87,8 @@ def _repair(index: int, block: nn.Module, mine: Parameters, learning: Task, judg
         return error / max(scale, 1e-12), count
 
     def measure() -> float:
-        block.eval()
-        return _mean(lambda *item: loss(item), judging, job)
+        with at_rest(block):
+            return _mean(lambda *item: loss(item), judging, job)
 
     items = [None if pair is None else (pair, target) for pair, target in zip(*learning, strict=True)]
     with trainable(block, mine, job.settings) as parameters:
@@ -102,7 +102,7 @@ def _error(output: Tensor, target: Tensor, mask: Tensor | None) -> tuple[Tensor,
     """||output - target||² / d, summed over the positions that are not padding, and their number."""
     wide = torch.float64 if output.dtype == torch.float64 else torch.float32
     error = (output.to(wide) - target.to(device=output.device, dtype=wide)).square().mean(-1)  # (B, T)
-    return (error.sum(), error.numel()) if mask is None else ((error * mask).sum(), int(mask.sum()))
+    return (error.sum(), error.numel()) if mask is None else (error[mask.bool()].sum(), int(mask.sum()))
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..forward import Batch, predictions, summed_loss
+from ..forward import Batch, at_rest, predictions, scored, summed_loss
 from .machine import Machine
 
 
@@ -36,11 +36,10 @@ def distance_from(teacher: Any, model: Any, batch: Batch, temperature: float) ->
 @torch.no_grad()
 def held_out_loss(model: Any, batches: Iterable[Batch | None], machine: Machine) -> float:
     """Mean loss of a prediction in nats, over all processes' shares; NaN or infinite if the model puts that out."""
-    model.eval()
     summed = torch.zeros(2, dtype=torch.float64)
-    for batch in batches:
-        if batch is not None:
-            loss, count = own_loss(model, batch)
-            summed += torch.tensor([loss.item(), count], dtype=torch.float64)
+    with at_rest(model):
+        for batch in batches:
+            for logits, labels in () if batch is None else scored(model, batch):
+                summed += torch.tensor([summed_loss(logits, labels).item(), labels.numel()], dtype=torch.float64)
     loss, count = machine.total(summed).tolist()
     return loss / count if count else float("nan")

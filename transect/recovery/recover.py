@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ from ..anatomy import Anatomy
 from ..compression.fingerprint import model_fingerprint
 from ..data import Batches
 from ..errors import TransectError
+from ..forward import at_rest
 from ..statistics import Progress
 from ..version import __version__
 from .blocks import distill_blocks
@@ -23,7 +24,7 @@ from .settings import Settings
 from .split import share, split
 from .state import State
 from .teacher import check_teacher
-from .trained import Parameters, as_it_was, changed_parameters, check_peft, trainable, training_mode
+from .trained import Parameters, changed_parameters, check_peft, trainable, training_mode
 
 
 def recover_anatomy(
@@ -71,7 +72,8 @@ def recover_anatomy(
         share(held_out, machine.index, machine.count), [Batches([batch]).tokens for batch in training], progress,
         on_check,
     )  # fmt: skip
-    with _on_device(machine, model, teacher), as_it_was(model):
+    models = [one for one in (model, teacher) if one is not None]
+    with _on_device(machine, models), at_rest(*models, frozen=True):
         before = held_out_loss(model, job.held_out, machine)
         if not math.isfinite(before):
             raise TransectError(f"the model's loss on the held-out data is {before} before any repair; mend that first")
@@ -120,17 +122,13 @@ def _train_whole(anatomy: Anatomy, teacher: Any, changed: Parameters, job: Job) 
 
 
 @contextmanager
-def _on_device(machine: Machine, *models: Any) -> Iterator[None]:
-    """Inside the `with` the models are on the machine's device; a teacher is in evaluation mode."""
-    moved = [(model, model.device, model.training) for model in models if model is not None]
+def _on_device(machine: Machine, models: Sequence[Any]) -> Iterator[None]:
+    """Inside the `with` the models are on the machine's device."""
+    moved = [(model, model.device) for model in models if model.device != machine.device]
     try:
-        for model, device, _ in moved:
-            model.eval()
-            if device != machine.device:
-                model.to(machine.device)
+        for model, _ in moved:
+            model.to(machine.device)
         yield
     finally:
-        for model, device, training in moved:
-            model.train(training)
-            if model.device != device:
-                model.to(device)
+        for model, device in moved:
+            model.to(device)

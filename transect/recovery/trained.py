@@ -129,22 +129,6 @@ def merge_adapters(host: nn.Module) -> None:
     host.__dict__.pop("peft_config", None)
 
 
-@contextmanager
-def as_it_was(model: Any) -> Iterator[None]:
-    """Afterwards every parameter asks for gradients as before, has none, and the modules are in their former mode."""
-    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
-    model.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter, flag in required:
-            parameter.grad = None
-            parameter.requires_grad_(flag)
-        for module, training in modes:
-            module.training = training
-
-
 def training_mode(host: nn.Module) -> None:
     """LoRA's dropout on, the model's own off: a short repair needs no noise that distillation could not explain."""
     host.eval()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 
 from ..anatomy import Anatomy, Block, Matrix
 from ..errors import BadData
-from ..forward.objective import Batch, Task, predictions, summed_loss, task_of
+from ..forward.head import backpropagate
+from ..forward.mode import at_rest
+from ..forward.objective import Batch, Task, run_body, summed_loss, task_of
 from .kinds import Statistic, Trace
 from .store import Statistics
 
@@ -110,12 +113,10 @@ class Recorder:
 
             def on_gradient(gradient: Tensor) -> None:
                 g = self._sequences(gradient)
-                if mask is not None:
-                    g = g * mask[..., None]
                 for statistic, sums, rows in gradients:
                     part = g if rows is None else g[..., rows]
                     if statistic.needs == "both":
-                        statistic.update(sums, x, part)
+                        statistic.update(sums, x, part, mask)
                     else:
                         statistic.update(sums, part, mask, self.trims)
 
@@ -151,17 +152,17 @@ class Recorder:
 
 
 @contextmanager
-def activation_gradients(model: Any, start: nn.Module) -> Iterator[None]:
-    """Let gradients flow from the output of `start` on, to activations only: no weight gradient is computed."""
-    required = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    model.requires_grad_(False)
+def gradients_from(start: nn.Module) -> Iterator[None]:
+    """Inside the `with`, gradients flow back as far as the output of `start`, in a model whose parameters ask for none.
+
+    So no weight gradient is computed.
+    """
     handle = start.register_forward_hook(lambda module, args, output: output.requires_grad_(True))
     try:
-        yield
+        with torch.enable_grad():
+            yield
     finally:
         handle.remove()
-        for parameter, flag in required.items():
-            parameter.requires_grad_(flag)
 
 
 def loss_for_gradients(logits: Tensor, labels: Tensor, fisher: Fisher, generator: torch.Generator) -> Tensor:
@@ -199,38 +200,25 @@ def collect(
     wanted = list(wanted)
     gradients = any(statistic.needs in ("gradient", "both") for statistic in wanted)
     store = Statistics(accumulate)
-    generator = torch.Generator().manual_seed(seed)
+    loss = partial(loss_for_gradients, fisher=fisher, generator=torch.Generator().manual_seed(seed))
     batches = list(batches)
     if not batches:
         raise BadData("no calibration data: the statistics need at least one sequence")
     mine = batches
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         mine = batches[torch.distributed.get_rank() :: torch.distributed.get_world_size()]
-    training = model.training
-    model.eval()
-    try:
-        with Recorder(matrices, wanted, store, task_of(model), anatomy.blocks) as recorder:
-            for batch in progress(mine, "statistics") if progress else mine:
-                first = next(iter(batch.values()))
-                mask = batch.get("attention_mask")
-                recorder.begin_batch(len(first), None if mask is None else mask.to(model.device))
-                if not gradients:
-                    with torch.no_grad():
-                        run_forward(model, batch)
-                    continue
-                with activation_gradients(model, anatomy.embedding), torch.enable_grad():
-                    loss_for_gradients(*predictions(model, batch), fisher, generator).backward()
-    finally:
-        model.train(training)
+
+    with at_rest(model, frozen=True), Recorder(matrices, wanted, store, task_of(model), anatomy.blocks) as recorder:
+        for batch in progress(mine, "statistics") if progress else mine:
+            mask = batch.get("attention_mask")
+            recorder.begin_batch(len(next(iter(batch.values()))), None if mask is None else mask.to(model.device))
+            if gradients:
+                with gradients_from(anatomy.embedding):
+                    backpropagate(model, batch, loss)
+            else:
+                with torch.no_grad():
+                    run_body(model, batch)
     if mine is not batches:
         store.all_reduce()
     store.check_finite()
     return store
-
-
-def run_forward(model: Any, batch: Batch) -> None:
-    """One pass through the model's body alone: no logits, no loss."""
-    inputs: dict[str, Any] = {key: value.to(model.device) for key, value in batch.items() if key != "labels"}
-    if task_of(model) == "causal":
-        inputs["use_cache"] = False
-    model.base_model(**inputs)

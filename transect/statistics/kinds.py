@@ -65,8 +65,14 @@ class Statistic:
         raise NotImplementedError
 
 
+def _wide(x: Tensor) -> Tensor:
+    """In float32, or float64 if it is that already: float16 cannot hold the square of 256, nor bfloat16 a sum."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def _rows(x: Tensor, mask: Tensor | None) -> Tensor:
-    return x.flatten(0, 1) if mask is None else x[mask]
+    """The positions (n x d) that count, in float32 or wider."""
+    return _wide(x.flatten(0, 1) if mask is None else x[mask])
 
 
 @dataclass(frozen=True)
@@ -138,9 +144,10 @@ class OutputGradientCovariance(Statistic):
     """E[g gᵀ] (d_out x d_out) over positions; K-FAC's second factor Γ (also B or G).
 
     g is one position's gradient of the loss summed over the sequence, so no averaging hides in it.
-    trim: share of positions to leave out at either end of every sequence of a language model (LEMS: 1/8).
+    trim: share of positions to leave out at either end of every sequence of a language model (LEMS: 1/8), padding not
+        counted. A row in which several sequences are packed is trimmed as one.
     clip: clamp each position's gradient norm to [clip[0], clip[1]] x the mean norm of its sequence (after trimming);
-        norms below 1e-10 stay as they are. None: no clamping.
+        norms below 1e-10 stay as they are, and do not count in the mean. None: no clamping.
     """
 
     trim: float = 0.0
@@ -155,10 +162,8 @@ class OutputGradientCovariance(Statistic):
 
     def update(self, sums: Sums, g: Tensor, mask: Tensor | None, trims: bool) -> None:
         """Add g gᵀ of every position that counts and is not trimmed. trims: whether positions are trimmed at all."""
-        cut = int(self.trim * g.shape[1]) if trims else 0
-        if cut:
-            g = g[:, cut:-cut]
-            mask = None if mask is None else mask[:, cut:-cut]
+        if self.trim and trims:
+            mask = _without_ends(torch.ones_like(g[..., 0], dtype=torch.bool) if mask is None else mask, self.trim)
         if self.clip is not None:
             g = clip_norms(g, mask, *self.clip)
         rows = _rows(g, mask)
@@ -169,16 +174,26 @@ class OutputGradientCovariance(Statistic):
         return symmetric_from_upper(sums["gram"]) / sums["count"].item()
 
 
+def _without_ends(mask: Tensor, share: float) -> Tensor:
+    """The mask (B, T) without ⌊share n⌋ positions at either end of each sequence, n being how many it has."""
+    number, length = mask.long().cumsum(1) - 1, mask.sum(1, keepdim=True)
+    cut = (share * length.double()).long()
+    return mask & (number >= cut) & (number < length - cut)
+
+
 def clip_norms(g: Tensor, mask: Tensor | None, low: float, high: float) -> Tensor:
-    """Scale each position of g (B, T, d) so that its norm lies in [low, high] x its sequence's mean norm."""
-    norms = torch.linalg.vector_norm(g.float(), dim=-1)  # (B, T)
-    if mask is None:
-        mean = norms.mean(1, keepdim=True)
-    else:
-        mean = (norms * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp_min(1)
+    """Scale each position of g (B, T, d) so that its norm lies in [low, high] x its sequence's mean norm.
+
+    Positions without a gradient (a norm below 1e-10) stay as they are and do not count in the mean. In float32 or
+    wider, whatever g is in.
+    """
+    g = _wide(g)
+    norms = torch.linalg.vector_norm(g, dim=-1)  # (B, T)
+    counted = norms >= 1e-10 if mask is None else mask & (norms >= 1e-10)
+    mean = norms.where(counted, 0).sum(1, keepdim=True) / counted.sum(1, keepdim=True).clamp_min(1)
     clamped = torch.minimum(torch.maximum(norms, low * mean), high * mean)
     scale = torch.where(norms < 1e-10, torch.ones_like(norms), clamped / norms.clamp_min(1e-10))
-    return g * scale.to(g.dtype)[..., None]
+    return g * scale[..., None]
 
 
 @dataclass(frozen=True)
@@ -193,11 +208,12 @@ class FisherDiagonal(Statistic):
             "count": torch.zeros((), dtype=torch.float64),
         }
 
-    def update(self, sums: Sums, x: Tensor, g: Tensor) -> None:
+    def update(self, sums: Sums, x: Tensor, g: Tensor, mask: Tensor | None) -> None:
         """Add each example's squared gradient (gᵀ x)², without ever holding those of a batch."""
-        # padding has no gradient of its own, but attention may send one to a padded key; the caller zeroes those.
-        for one_x, one_g in zip(x, g, strict=True):  # one example at a time: its d_out x d_in gradient is the peak
-            sums["sum"] += (one_g.T @ one_x).square_()
+        for number in range(len(x)):  # one example at a time: its d_out x d_in gradient is the peak
+            own = slice(number, number + 1)
+            rows, gradients = (_rows(one[own], None if mask is None else mask[own]) for one in (x, g))
+            sums["sum"] += (gradients.T @ rows).square_()
         sums["count"] += len(x)
 
     def value(self, sums: Sums) -> Tensor:
@@ -237,9 +253,9 @@ class SublayerSimilarity(Statistic):
 
     def update(self, sums: Sums, trace: Trace, mask: Tensor | None) -> None:
         """Add both sublayers' cosines of every position that counts."""
-        between = trace.before if trace.attention is None else trace.before + trace.attention
-        start = trace.before if trace.parallel else between
-        for unit, (x, added) in enumerate(((trace.before, trace.attention), (start, trace.mlp))):
+        before = _wide(trace.before)
+        start = before if trace.parallel or trace.attention is None else before + trace.attention
+        for unit, (x, added) in enumerate(((before, trace.attention), (start, trace.mlp))):
             total, count = _cosines(x, x if added is None else x + added, mask)
             sums["sum"][unit] += total
         sums["count"] += count
@@ -250,8 +266,7 @@ class SublayerSimilarity(Statistic):
 
 def _cosines(x: Tensor, y: Tensor, mask: Tensor | None) -> tuple[Tensor, int]:
     """Sum of cos(x, y) over positions, in float32 or wider, and their number."""
-    x, y = (rows if rows.dtype == torch.float64 else rows.float() for rows in (_rows(x, mask), _rows(y, mask)))
-    cosine = torch.nn.functional.cosine_similarity(x, y, dim=-1).clamp(-1, 1)
+    cosine = torch.nn.functional.cosine_similarity(_rows(x, mask), _rows(y, mask), dim=-1).clamp(-1, 1)
     return cosine.sum(dtype=torch.float64).cpu(), cosine.numel()
 
 
@@ -274,15 +289,14 @@ class HeadContribution(Statistic):
     def update(self, sums: Sums, x: Tensor, mask: Tensor | None, weight: Tensor, head_size: int) -> None:
         """Add each sequence's mean contributions. weight: W of o (d x d_in)."""
         heads = x.shape[-1] // head_size
-        wide = torch.promote_types(x.dtype, torch.float32)  # a sum of many magnitudes is more than float16 can hold
-        totals = x.new_zeros(*x.shape[:2], heads, dtype=wide)
+        totals = _wide(x.new_zeros(*x.shape[:2], heads))
         for head in range(heads):  # one at a time: all heads' contributions would be heads times the residual stream
             part = slice(head * head_size, (head + 1) * head_size)
-            totals[..., head] = (x[..., part] @ weight[:, part].T.to(x.dtype)).to(wide).abs().sum(-1)
+            totals[..., head] = (_wide(x[..., part]) @ weight[:, part].T.to(totals)).abs().sum(-1)
         if mask is None:
             means = totals.mean(1)
         else:
-            means = (totals * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp_min(1)
+            means = totals.masked_fill(~mask[..., None], 0).sum(1) / mask.sum(1, keepdim=True).clamp_min(1)
         sums["sum"] += means.sum(0).to(sums["sum"]).repeat_interleave(head_size)
         sums["count"] += len(x)
 

@@ -7,6 +7,7 @@ run goes on at that block. In memory are one block, its statistics, and the resi
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..files import replacing
-from ..forward import task_of
-from ..forward.blocks import Feed, predictions_after, run_block
+from ..forward import backpropagate, task_of
+from ..forward.blocks import Feed, put_out, run_block
 from ..statistics import Fisher, Progress, Recorder, Statistic, Statistics
 from ..statistics.collect import loss_for_gradients
 from .source import StreamedModel
@@ -96,13 +97,13 @@ def backward_pass(
     """Gradient statistics of every block, from the last to the first; each block is run again from its kept input."""
     anatomy = source.anatomy
     last = len(anatomy.blocks)
-    generator = torch.Generator().manual_seed(seed)
+    loss = partial(loss_for_gradients, fisher=fisher, generator=torch.Generator().manual_seed(seed))
     if not work.path("gradient", last).is_file():
         gradients = []
         for item, hidden in zip(feeds, work.read("hidden", last), strict=True):
             hidden = hidden.to(source.device).requires_grad_(True)
-            with torch.enable_grad():
-                loss_for_gradients(*predictions_after(anatomy, item.batch, hidden), fisher, generator).backward()
+            with torch.enable_grad(), put_out(anatomy, hidden):
+                backpropagate(source.model, item.batch, loss)
             assert hidden.grad is not None
             gradients.append(hidden.grad)
         work.write("gradient", last, gradients)

@@ -11,6 +11,7 @@ import torch
 from ..anatomy import Anatomy
 from ..checkpoint import Opened, tokenizer_of
 from ..compression import compress_anatomy
+from ..forward import at_rest
 from ..statistics import Fisher, Progress
 from ..streaming import StreamedModel, compress_streamed, folder_of
 from .common import CALIBRATION_SEQUENCES, calibration_of, opened_of, recipe_of
@@ -107,7 +108,8 @@ def compress_stream(
     batches = None
     if recipe.needs_data and data is not None:
         batches = calibration_of(data, opened, sequence_length, sequences, batch_size, seed)
-    return compress_streamed(
-        source, recipe, batches, Path(out), tokenizer,
-        overwrite=overwrite, fisher=fisher, accumulate=accumulate, seed=seed, progress=progress,
-    )  # fmt: skip
+    with at_rest(source.model):
+        return compress_streamed(
+            source, recipe, batches, Path(out), tokenizer,
+            overwrite=overwrite, fisher=fisher, accumulate=accumulate, seed=seed, progress=progress,
+        )  # fmt: skip

@@ -96,7 +96,7 @@ def stable(context: Context) -> Result:
     holds where the share is above 75 % at that rate. The other rates show how it depends on how far a model is tuned.
     """
     context.require_language_model()
-    rows = [row for batch in context.calibration for row in batch["input_ids"]]
+    rows = list(context.calibration.texts())
     base, before = context.fresh(), context.evaluate(context.fresh().model, 1.0)
     numbers = []
     for rate in RATES:

@@ -82,7 +82,7 @@ def low_rank_layer(d_in: int, d_out: int) -> nn.Module:
 
 def trained(context: Context, make: Callable[[int, int], nn.Module], seed: int) -> Measured:
     """The held-out loss of a small model whose MLP matrices `make` makes, trained for STEPS steps (see `descend`)."""
-    rows = [row for batch in context.calibration for row in batch["input_ids"]]
+    rows = list(context.calibration.texts())
     device, vocabulary = context.model.device, context.anatomy.config.vocab_size
     config = LlamaConfig(
         vocab_size=vocabulary, hidden_size=WIDTH, intermediate_size=NEURONS, num_hidden_layers=2, num_attention_heads=4,

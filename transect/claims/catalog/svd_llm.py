@@ -10,7 +10,7 @@ from torch import Tensor
 from ...anatomy import Matrix
 from ...compression import method as registered
 from ...compression.allocation.table import uniform_rank
-from ...statistics.collect import run_forward
+from ...forward import run_body
 from ..context import Context, Variant
 from ..ordering import ordered
 from ..registry import Result, Verdict, claim
@@ -104,7 +104,7 @@ def mean_squared_outputs(context: Context, maps: dict[str, Tensor]) -> dict[str,
         for batch in context.calibration:
             counted = batch.get("attention_mask")
             mask = None if counted is None else counted.flatten().bool().to(context.model.device)
-            run_forward(context.model, batch)
+            run_body(context.model, batch)
     finally:
         for handle in handles:
             handle.remove()

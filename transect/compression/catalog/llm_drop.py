@@ -170,24 +170,19 @@ def span_similarities(anatomy: Anatomy, calibration: Calibration, length: int) -
     blocks = anatomy.blocks
     sums = torch.zeros(len(blocks) - length + 1, dtype=torch.float64)
     positions = 0
-    training = anatomy.model.training
-    anatomy.model.eval()
-    try:
-        for batch in calibration.shown(calibration.batches, "similarity of spans"):
-            feed = feeds_of(anatomy, [batch])[0]
-            mask = feed.mask
-            hidden = feed.hidden
-            entered = deque([hidden], maxlen=length + 1)  # the streams that a span ending here may have begun with
-            for block in blocks:
-                hidden = run_block(block.module, hidden, feed.calls[block.index])
-                entered.append(hidden)
-                if len(entered) > length:
-                    cosine = torch.nn.functional.cosine_similarity(entered[0].float(), hidden.float(), dim=-1)
-                    counted = cosine if mask is None else cosine[mask.bool()]
-                    sums[block.index + 1 - length] += counted.sum(dtype=torch.float64).cpu()
-            positions += hidden.shape[:2].numel() if mask is None else int(mask.sum())
-    finally:
-        anatomy.model.train(training)
+    for batch in calibration.shown(calibration.batches, "similarity of spans"):
+        feed = feeds_of(anatomy, [batch])[0]
+        mask = feed.mask
+        hidden = feed.hidden
+        entered = deque([hidden], maxlen=length + 1)  # the streams that a span ending here may have begun with
+        for block in blocks:
+            hidden = run_block(block.module, hidden, feed.calls[block.index])
+            entered.append(hidden)
+            if len(entered) > length:
+                cosine = torch.nn.functional.cosine_similarity(entered[0].float(), hidden.float(), dim=-1)
+                counted = cosine if mask is None else cosine[mask.bool()]
+                sums[block.index + 1 - length] += counted.sum(dtype=torch.float64).cpu()
+        positions += hidden.shape[:2].numel() if mask is None else int(mask.sum())
     return sums / positions
 
 

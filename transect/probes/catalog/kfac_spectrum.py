@@ -12,9 +12,8 @@ from torch import Tensor
 
 from ...anatomy import Matrix
 from ...data import Specimen
-from ...forward import Batch
+from ...forward import Batch, run_body
 from ...forward.points import Place, Reader
-from ...statistics.collect import run_forward
 from ..curvature import Curvature, counted_positions, curvature
 from ..draw import Drawing, heatmap, lines
 from ..registry import probing
@@ -222,7 +221,7 @@ def band_loads(
         with ExitStack() as stack, torch.no_grad():
             for source, matrix in inputs.items():
                 stack.callback(Reader(Place(matrix.module, before=True), adding(source)).remove)
-            run_forward(specimen.model, batch)
+            run_body(specimen.model, batch)
     means = torch.stack([lengths[source] / counts[source] for source in inputs])
     total = torch.stack(list(squares.values()))
     return means, total / total.sum(1, keepdim=True)

@@ -51,12 +51,9 @@ def text_of(context: Context) -> tuple[list[Tensor], str]:
     """
     batches, source = context.calibration, "the calibration text"
     if context.specimen.name == "organism":
-        length = max(batch["input_ids"].shape[1] for batch in batches)
+        length = max(map(len, batches.texts()))
         batches, source = _more(context, STEPS * max(1, TOKENS // length)), "text of the bundled model's world"
-    rows: list[Tensor] = []
-    for batch in batches:
-        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
-        rows += [row[kept] for row, kept in zip(batch["input_ids"], mask, strict=True)]
+    rows = list(batches.texts())
     tokens, needed = sum(map(len, rows)), LEAST * context.anatomy.config_value("hidden")
     if tokens < needed:
         raise NotApplicable(

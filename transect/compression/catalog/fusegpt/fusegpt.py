@@ -84,30 +84,25 @@ def fusegpt(
     left = list(range(len(anatomy.blocks)))  # numbers in the dense model
     target = len(left) - drop
     scores: dict[int, float] = {}
-    training = anatomy.model.training
-    anatomy.model.eval()
-    try:
-        while len(left) > target if drop else anatomy.matrix_bytes() > limit:
-            if not scores or choice == "iterative":
-                measured = _scores(anatomy, calibration, choice, influence_sequences)
-                scores = dict(zip(left, measured, strict=True))
-            number = min(left, key=lambda block: scores[block])
-            removed, fused = left.index(number), None
-            if epochs:
-                blocks, (first, size) = anatomy.blocks, window(removed, len(left), group)
-                feeds = feeds_of(anatomy, calibration.batches.take(training_sequences))
-                lessons = lessons_of(feeds, blocks, first, removed, size)
-                receivers = [block for block in blocks[first : first + size] if block.index != removed]
-                fused = FusedGroup(receivers, blocks[removed], rank, generator, inject)
-                steps = train(fused, lessons, epochs, loss, fusion_rate, repair_rate)
-                for _ in calibration.shown(range(epochs), f"fusegpt: fusing block {number}"):
-                    next(steps)
-            anatomy.drop_block(removed)
-            if fused is not None:
-                fused.collapse()
-            left.remove(number)
-    finally:
-        anatomy.model.train(training)
+    while len(left) > target if drop else anatomy.matrix_bytes() > limit:
+        if not scores or choice == "iterative":
+            measured = _scores(anatomy, calibration, choice, influence_sequences)
+            scores = dict(zip(left, measured, strict=True))
+        number = min(left, key=lambda block: scores[block])
+        removed, fused = left.index(number), None
+        if epochs:
+            blocks, (first, size) = anatomy.blocks, window(removed, len(left), group)
+            feeds = feeds_of(anatomy, calibration.batches.take(training_sequences))
+            lessons = lessons_of(feeds, blocks, first, removed, size)
+            receivers = [block for block in blocks[first : first + size] if block.index != removed]
+            fused = FusedGroup(receivers, blocks[removed], rank, generator, inject)
+            steps = train(fused, lessons, epochs, loss, fusion_rate, repair_rate)
+            for _ in calibration.shown(range(epochs), f"fusegpt: fusing block {number}"):
+                next(steps)
+        anatomy.drop_block(removed)
+        if fused is not None:
+            fused.collapse()
+        left.remove(number)
 
 
 def _scores(anatomy: Anatomy, calibration: Calibration, choice: str, sequences: int) -> list[float]:

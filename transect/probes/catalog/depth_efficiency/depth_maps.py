@@ -13,15 +13,13 @@ rotation of the deep one. Other changes of the deep basis change what a relative
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ....data import Specimen
 from ....errors import BadData, NotApplicable, TransectError
-from ....forward import watch
-from ....forward.objective import to_device
+from ....forward import at_rest, run_body, to_device, watch
 from ...places import places, wide
 from ...result import Quantity, Result
 
@@ -149,17 +147,12 @@ def _states(
 
 
 def _read(specimen: Specimen, batch: dict[str, Tensor], layers: Sequence[int]) -> list[Tensor]:
-    inputs: dict[str, Any] = to_device(batch, specimen.model.device)
+    inputs = to_device(batch, specimen.model.device)
     vocabulary = specimen.model.get_input_embeddings().weight.shape[0]
     if int(inputs["input_ids"].max()) >= vocabulary:
         raise NotApplicable(f"the text has token ids beyond the {vocabulary} of {type(specimen.model).__name__}")
-    training = specimen.model.training
-    specimen.model.eval()
-    try:
-        with watch(specimen.anatomy, ["residual"], layers) as seen:
-            specimen.model.base_model(**inputs, use_cache=False)
-    finally:
-        specimen.model.train(training)
+    with at_rest(specimen.model), watch(specimen.anatomy, ["residual"], layers) as seen:
+        run_body(specimen.model, inputs)
     mask = inputs.get("attention_mask")
     seen.mask = None if mask is None else mask.bool()
     counted = places(seen, seen.residual[layers[0]]) > 0

@@ -34,10 +34,8 @@ def frequent_direction(specimen: Specimen, lens: Lens) -> Tensor | None:
     if specimen.data is None:
         return None
     counts = torch.zeros(len(lens.weight), dtype=torch.float64)
-    for batch in specimen.data:
-        ids = batch["input_ids"].cpu()
-        kept = ids[batch["attention_mask"].cpu().bool()] if "attention_mask" in batch else ids.flatten()
-        counts += kept.bincount(minlength=len(counts))[: len(counts)]
+    for ids in specimen.data.texts():
+        counts += ids.cpu().bincount(minlength=len(counts))[: len(counts)]
     weight = lens.weight.cpu()
     mean = weight.mean(0, dtype=torch.float64)
     direction = sum(

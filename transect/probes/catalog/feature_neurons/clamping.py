@@ -52,7 +52,7 @@ class Effects:
 
 def short_text(specimen: Specimen) -> Tensor:
     """Up to 8 sequences of up to 64 tokens (n x T); NotApplicable where there is no text."""
-    longest = max((batch["input_ids"].shape[1] for batch in specimen.text if "input_ids" in batch), default=0)
+    longest = max(map(len, specimen.text.texts()), default=0)
     if longest < 2:
         raise NotApplicable("it needs text with sequences of at least two tokens: pass data (--data)")
     return specimen.sequences(SEQUENCES, min(LENGTH, longest))

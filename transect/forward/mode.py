@@ -1,0 +1,48 @@
+"""A model at rest: nothing random in a forward pass, and everything as it was afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def at_rest(*models: Any, frozen: bool = False) -> Iterator[None]:
+    """Inside the `with` the models are in evaluation mode: no dropout. Whatever measures or calibrates runs in it.
+
+    frozen: no parameter asks for gradients either.
+    Afterwards, also after an error, every module is in the mode in which it was, one by one, and every parameter asks
+    for gradients as before. A module that was put in meanwhile takes the mode of the module around it. torch's own
+    random numbers go on as if nothing had been drawn. May be nested.
+    """
+    # Weak references: a matrix that is replaced meanwhile must not be kept in memory.
+    modes = [WeakKeyDictionary((module, module.training) for module in model.modules()) for model in models]
+    gradients = [(p, p.requires_grad) for model in models for p in model.parameters()] if frozen else []
+    devices = {p.device for model in models for p in model.parameters() if p.device.type not in ("cpu", "meta")}
+    kind = next((device.type for device in devices), "cuda")
+    with torch.random.fork_rng([d for d in devices if d.type == kind], device_type=kind):
+        try:
+            for model in models:
+                model.eval()
+                if frozen:
+                    model.requires_grad_(False)
+            yield
+        finally:
+            for model, mode in zip(models, modes, strict=True):
+                _restore(model, mode, model.training)
+            for parameter, flag in gradients:
+                parameter.requires_grad_(flag)
+
+
+def _restore(module: nn.Module, modes: WeakKeyDictionary[nn.Module, bool], around: bool) -> None:
+    """Put a module and those inside it back in their modes. around: that of the module around it."""
+    mode = modes.get(module, around)
+    if module.training != mode:
+        module.train(mode)  # not the flag alone: an operator may keep something that goes with it
+    for child in module.children():
+        _restore(child, modes, mode)
