@@ -12,7 +12,7 @@ from ..errors import TransectError
 from .architecture import FusedMatrix
 from .banks import hand_over_banks
 from .record import record_of
-from .storage import Stacked, dense, describe, is_dense, read_weight, shape_of
+from .storage import Stacked, dense, describe, is_dense, laid_out, read_weight, shape_of
 
 # Which point of a block feeds each role: matrices with one source see the same input.
 SOURCE = {
@@ -130,7 +130,7 @@ class Matrix:
         """Let a map of the same shape stand for this matrix (and its bias); the structure record notes it."""
         if shape_of(operator) != self.shape:
             raise TransectError(f"{self.name} has shape {self.shape}, but the replacement has {shape_of(operator)}")
-        operator.train(self.module.training)
+        operator = laid_out(operator).train(self.module.training)
         hand_over_banks(self.block.model, self.module)
         if self.fused is None:
             self.block.model.set_submodule(self.path, operator)

@@ -82,6 +82,24 @@ def read_weight(module: Any) -> Tensor:
     return module.to_dense().detach()
 
 
+def parameter_of(tensor: Tensor) -> nn.Parameter:
+    """A parameter that holds a copy of the tensor, row after row in memory: as it would come out of a checkpoint."""
+    return nn.Parameter(tensor.detach().clone(memory_format=torch.contiguous_format))
+
+
+def laid_out(module: nn.Module) -> nn.Module:
+    """The module, every parameter and buffer of it laid out in memory as loading would: row after row. In place.
+
+    Products round differently for different layouts of the same numbers. So whatever is put into a model goes through
+    here, and the model in memory is the same program as the one that will be loaded.
+    """
+    with torch.no_grad():
+        for tensor in [*module.parameters(), *module.buffers()]:
+            if tensor.stride() != torch.empty(tensor.shape, device="meta").stride():  # also where a size is 1
+                tensor.data = tensor.detach().clone(memory_format=torch.contiguous_format)
+    return module
+
+
 def dense(weight: Tensor, bias: Tensor | None, conv1d: bool = False) -> nn.Module:
     """A dense module that holds copies of W (d_out x d_in) and b (d_out): `nn.Linear`, or GPT-2's `Conv1D`."""
     d_out, d_in = weight.shape
@@ -91,16 +109,15 @@ def dense(weight: Tensor, bias: Tensor | None, conv1d: bool = False) -> nn.Modul
         module: Any = Conv1D(d_out, d_in) if conv1d else nn.Linear(d_in, d_out)
     if bias is None and conv1d:  # it always adds a bias
         bias = torch.zeros(d_out, dtype=weight.dtype, device=weight.device)
-    stored = weight.T if conv1d else weight
-    module.weight = nn.Parameter(stored.detach().clone(memory_format=torch.contiguous_format))
-    module.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+    module.weight = parameter_of(weight.T if conv1d else weight)
+    module.bias = None if bias is None else parameter_of(bias)
     return module
 
 
 def select(module: Any, rows: Tensor | None = None, columns: Tensor | None = None) -> nn.Module:
     """The same map restricted to some outputs (rows) and inputs (columns), in the order given."""
     if not is_dense(module):
-        return module.select(rows, columns)
+        return laid_out(module.select(rows, columns))
     weight, bias = read_weight(module), module.bias
     if rows is not None:
         weight, bias = weight[rows], None if bias is None else bias[rows]

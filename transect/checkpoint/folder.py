@@ -35,7 +35,7 @@ def check_folder(folder: str | Path) -> None:
         raise BadCheckpoint(f"there is no folder {folder}{hint}")
     config = read_json(folder / "config.json")
     shapes: Shapes = {}
-    for file in _weight_files(folder):
+    for file in weight_files(folder):
         shapes.update(read_header(file))
     description = config.get("quantization_config") or {}
     if description.get("quant_method") == METHOD:
@@ -86,7 +86,8 @@ def read_header(file: Path) -> Shapes:
     return shapes
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that transformers would read; BadCheckpoint unless all of them are there."""
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").exists():
         return [folder / "model.safetensors"]

@@ -12,6 +12,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from ..errors import TransectError
+from ..files import link
 from .modeling_file import MODULE
 
 # Files of an earlier model in the same folder that must not outlive it. Everything else in the folder is kept.
@@ -63,16 +64,9 @@ def _take_along(old: Path, new: Path) -> None:
         if _MODEL_FILES.fullmatch(entry.name) or (new / entry.name).exists():
             continue
         if entry.is_dir() and not entry.is_symlink():
-            shutil.copytree(entry, new / entry.name, symlinks=True, copy_function=_link)
+            shutil.copytree(entry, new / entry.name, symlinks=True, copy_function=link)
         else:
-            _link(entry, new / entry.name)
-
-
-def _link(source: str | Path, destination: str | Path) -> None:
-    try:
-        os.link(source, destination, follow_symlinks=False)
-    except OSError:
-        shutil.copy2(source, destination, follow_symlinks=False)
+            link(entry, new / entry.name)
 
 
 def _join(new: Path, target: Path) -> None:

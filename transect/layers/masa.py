@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ..anatomy import Anatomy, Matrix
+from ..anatomy.storage import parameter_of
 from ..errors import TransectError
 from ..operators.atoms import Atoms, CoefficientBank, EmbeddedAtoms
 from ..operators.shared import Bank
@@ -94,7 +95,7 @@ def _share(
         with torch.device("meta"):
             operator = EmbeddedAtoms(d_in, d_out, atoms, embedding, hidden, False, group, bank, number == 0)
         operator.weight = like.new_empty(0)
-        operator.embedding = nn.Parameter(start.to(like))
+        operator.embedding = parameter_of(start.to(like))
         operator.set_bias(bias)
         matrix.replace(operator)
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..anatomy.storage import dense
 from ..operators.monarch import Monarch, project_to_monarch
 
 
@@ -71,9 +72,5 @@ class MonarchLinear(Monarch):
 
     def to_linear(self) -> nn.Linear:
         """The dense layer that computes the same, to go on training."""
-        with torch.device("meta"):
-            linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
-        linear.weight = nn.Parameter(self.to_dense().detach())
-        if self.bias is not None:
-            linear.bias = nn.Parameter(self.bias.detach().clone())
+        linear: Any = dense(self.to_dense(), self.bias)
         return linear

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..anatomy.storage import parameter_of
 from .shared import Bank, Shared
 
 
@@ -52,10 +53,9 @@ class Atoms(Shared):
         with torch.device("meta"):
             operator = cls(d_in, d_out, atoms, 0, False, group, bank, owns_bank)
         operator.weight = coefficients.new_empty(0)
-        operator.coefficients = nn.Parameter(coefficients.detach().clone())
+        operator.coefficients = parameter_of(coefficients)
         if correction is not None:
-            left, right = (factor.detach().clone(memory_format=torch.contiguous_format) for factor in correction)
-            operator.left, operator.right = nn.Parameter(left), nn.Parameter(right)
+            operator.left, operator.right = map(parameter_of, correction)
         operator.set_bias(bias)
         return operator
 

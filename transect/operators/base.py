@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..anatomy.storage import parameter_of
 from ..errors import TransectError
 
 
@@ -15,7 +16,8 @@ class Operator(nn.Module):
 
     A subclass sets `kind`, calls `super().__init__(d_in, d_out)`, holds its numbers in parameters or in submodules and
     its indices in buffers, has an attribute `bias` (a parameter or None), and defines `forward`, `to_dense`, `flops`,
-    `describe`, `from_description`, and `select` where that makes sense.
+    `describe`, `from_description`, and `select` where that makes sense. Numbers that are given to it become
+    parameters by `parameter_of`.
 
     The buffer `weight` is empty on purpose. In a checkpoint it stands under the name of the dense matrix that is
     gone, so that transformers without Transect stops at a shape mismatch; with the name missing it would only warn,
@@ -34,7 +36,7 @@ class Operator(nn.Module):
 
     def set_bias(self, bias: Tensor | None) -> None:
         """Give the map the bias b (d_out), or none."""
-        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        self.bias = None if bias is None else parameter_of(bias)
 
     def to_dense(self) -> Tensor:
         """Ŵ (d_out x d_in)."""

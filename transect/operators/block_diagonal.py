@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..anatomy.storage import parameter_of
 from .base import Operator
 from .semi_structured import SemiStructured, semi_structured_bytes
 
@@ -44,8 +45,8 @@ class WrappedSparse(Operator):
     def from_parts(cls, left: Tensor, core: Tensor, mask: Tensor, right: Tensor, d_in: int) -> WrappedSparse:
         """From the blocks of A and B, each (n, block, block), C (d_out x padded d_in) and the mask of its entries."""
         operator = cls(d_in, len(core), left.shape[-1], right.shape[-1], False).to(core)
-        operator.left.blocks = nn.Parameter(left.detach().clone(memory_format=torch.contiguous_format))
-        operator.right.blocks = nn.Parameter(right.detach().clone(memory_format=torch.contiguous_format))
+        operator.left.blocks = parameter_of(left)
+        operator.right.blocks = parameter_of(right)
         operator.core = SemiStructured.from_dense(core, mask)
         return operator
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..anatomy.storage import parameter_of
 from .base import Operator
 from .shared import Bank, Shared
 
@@ -45,7 +46,7 @@ class SparseRows(nn.Module):
         indices, order = indices.sort(1)
         with torch.device("meta"):
             rows = cls(atoms, d_out, nonzeros, False)
-        rows.values = nn.Parameter(values.detach().gather(1, order))
+        rows.values = parameter_of(values.gather(1, order))
         rows.support = pack_support(indices, atoms)
         return rows
 
@@ -78,7 +79,7 @@ class SparseRows(nn.Module):
 
     def select(self, rows: Tensor) -> SparseRows:
         """The same map restricted to some outputs."""
-        bias = None if self.bias is None else nn.Parameter(self.bias.detach()[rows])
+        bias = None if self.bias is None else parameter_of(self.bias[rows])
         chosen = SparseRows.from_entries(self.values[rows], self.indices()[rows], self.atoms)
         chosen.bias = bias
         return chosen
@@ -114,7 +115,7 @@ class Combining(Operator):
         return self.coefficients.bias
 
     def set_bias(self, bias: Tensor | None) -> None:
-        self.coefficients.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        self.coefficients.bias = None if bias is None else parameter_of(bias)
 
     @property
     def flops(self) -> int:
@@ -152,7 +153,7 @@ class SparseDictionary(Combining):
         with torch.device("meta"):
             operator = cls(d_in, d_out, atoms, nonzeros, False)
         operator.weight = torch.empty(0, dtype=values.dtype, device=values.device)
-        operator.dictionary.weight = nn.Parameter(dictionary.detach().clone(memory_format=torch.contiguous_format))
+        operator.dictionary.weight = parameter_of(dictionary)
         operator.coefficients = SparseRows.from_entries(values, indices, atoms)
         return operator
 

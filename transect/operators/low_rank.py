@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..anatomy.storage import parameter_of
 from .base import Operator
 
 
@@ -30,10 +31,10 @@ class LowRank(Operator):
         with torch.device("meta"):
             operator = cls(right.shape[1], left.shape[0], right.shape[0], bias is not None)
         operator.weight = torch.empty(0, dtype=left.dtype, device=left.device)
-        operator.left.weight = nn.Parameter(left.detach().clone(memory_format=torch.contiguous_format))
-        operator.right.weight = nn.Parameter(right.detach().clone(memory_format=torch.contiguous_format))
+        operator.left.weight = parameter_of(left)
+        operator.right.weight = parameter_of(right)
         if bias is not None:
-            operator.left.bias = nn.Parameter(bias.detach().clone())
+            operator.left.bias = parameter_of(bias)
         return operator
 
     @property
@@ -41,7 +42,7 @@ class LowRank(Operator):
         return self.left.bias
 
     def set_bias(self, bias: Tensor | None) -> None:
-        self.left.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().clone()))
+        self.left.register_parameter("bias", None if bias is None else parameter_of(bias))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.left(self.right(x))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..anatomy.storage import parameter_of
 from ..errors import TransectError
 from .base import Operator
 
@@ -105,7 +106,7 @@ class Monarch(Operator):
         with torch.device("meta"):
             operator = Monarch(d_in, d_out, in_blocks, out_blocks, channels, False)
         operator.weight = torch.empty(0, dtype=weight.dtype, device=weight.device)
-        operator.first, operator.second = nn.Parameter(first), nn.Parameter(second)
+        operator.first, operator.second = parameter_of(first), parameter_of(second)
         operator.set_bias(bias)
         return operator
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..anatomy.storage import parameter_of
 from ..errors import TransectError
 from .base import Operator
 
@@ -42,7 +43,7 @@ class ScatteredRows(Operator):
         with torch.device("meta"):
             operator = cls(rows.shape[1], d_out, len(rows), bias is not None)
         operator.weight = rows.new_empty(0)
-        operator.inner.weight = nn.Parameter(rows.detach().clone(memory_format=torch.contiguous_format))
+        operator.inner.weight = parameter_of(rows)
         operator.positions = positions.to(device=rows.device, dtype=position_dtype(d_out))
         operator.set_bias(bias)
         return operator
@@ -129,7 +130,7 @@ class LeadingRows(Leading):
         with torch.device("meta"):
             operator = cls(rows.shape[1], d_out, len(rows), groups, bias is not None)
         operator.weight = rows.new_empty(0)
-        operator.inner.weight = nn.Parameter(rows.detach().clone(memory_format=torch.contiguous_format))
+        operator.inner.weight = parameter_of(rows)
         operator.set_bias(bias)
         return operator
 
@@ -162,7 +163,7 @@ class LeadingColumns(Leading):
         with torch.device("meta"):
             operator = cls(d_in, columns.shape[0], columns.shape[1], groups, bias is not None)
         operator.weight = columns.new_empty(0)
-        operator.inner.weight = nn.Parameter(columns.detach().clone(memory_format=torch.contiguous_format))
+        operator.inner.weight = parameter_of(columns)
         operator.set_bias(bias)
         return operator
 
@@ -171,7 +172,7 @@ class LeadingColumns(Leading):
         return self.inner.bias
 
     def set_bias(self, bias: Tensor | None) -> None:
-        self.inner.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().clone()))
+        self.inner.register_parameter("bias", None if bias is None else parameter_of(bias))
 
     def forward(self, x: Tensor) -> Tensor:
         read = self.inner.in_features // self.groups

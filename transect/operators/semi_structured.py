@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..anatomy.storage import parameter_of
 from .base import Operator
 
 
@@ -40,7 +41,7 @@ class SemiStructured(Operator):
         operator = cls(d_in, d_out, False).to(weight)
         padded = nn.functional.pad(weight.detach(), (0, mask.shape[1] - d_in))
         operator.positions = pack_positions(mask)
-        operator.values = nn.Parameter(padded[mask].view(d_out, -1))
+        operator.values = parameter_of(padded[mask].view(d_out, -1))
         return operator
 
     @property

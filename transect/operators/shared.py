@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from ..anatomy.storage import parameter_of
 from .base import Operator
 
 
@@ -14,7 +15,7 @@ class Bank(nn.Module):
 
     def __init__(self, weight: Any) -> None:
         super().__init__()
-        self.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight)
+        self.weight = weight if isinstance(weight, nn.Parameter) else parameter_of(weight)
 
 
 class Shared(Operator):

@@ -22,6 +22,7 @@ from ..compression.compressors import Compressor, RankCompressor, compressor_of
 from ..compression.frame import factorize_matrix, rank_table
 from ..compression.sequential import block_statistics
 from ..errors import TransectError
+from ..files import link
 from ..forward.blocks import Feed, feeds_of, run_block
 from ..statistics import Fisher, Progress, Statistics
 from .passes import Workspace, backward_pass, forward_pass
@@ -209,17 +210,18 @@ def _finish(source: StreamedModel, work: Workspace, out: Path, tokenizer: Any) -
     model = source.model
     count = len(source.anatomy.blocks) + 1
     weight_map, total = {}, 0
-    outside = {name: model.get_parameter(name).contiguous().cpu() for name in source.outside}
+    state = model.state_dict()
+    outside = {name: state[name].contiguous().cpu() for name in source.outside}
     work.write_named("shard", count - 1, outside)
     with placed(out) as folder:
-        write_description(model, folder, model.state_dict())
+        write_description(model, folder, state)
         for index in range(count):
             shard = work.path("shard", index)
             name = f"model-{index + 1:05d}-of-{count:05d}.safetensors"
             sizes = _sizes(shard)
             weight_map |= dict.fromkeys(sizes, name)
             total += sum(sizes.values())
-            (folder / name).hardlink_to(shard)
+            link(shard, folder / name)
         index_file = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index_file, indent=2) + "\n")
         if tokenizer is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -17,11 +16,14 @@ from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig
+from transformers import initialization as init
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.core_model_loading import WeightRenaming, build_glob_alternation, rename_source_key
+from transformers.modeling_utils import local_torch_dtype
 
 from ..anatomy import Anatomy
 from ..checkpoint import check_folder, local_folder
+from ..checkpoint.folder import read_header, weight_files
 from ..errors import BadCheckpoint, TransectError
 
 
@@ -40,7 +42,8 @@ class StreamedModel:
     """The skeleton of a model folder: everything outside the blocks is loaded, the blocks are empty (on `meta`).
 
     folder: safetensors, whole or sharded.
-    dtype: of the weights in memory and in the result. Default: as stored.
+    dtype: of the weights in memory and in the result. Default: that of transformers, the config's, or else that of the
+        first tensor. So a folder of mixed dtypes comes out, and runs, as it would after `from_pretrained`.
     """
 
     def __init__(
@@ -54,7 +57,6 @@ class StreamedModel:
         check_folder(folder)
         self.folder = folder
         self.device = torch.device(device or "cpu")
-        self.dtype: torch.dtype | None = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         config = AutoConfig.from_pretrained(folder)
         if getattr(config, "quantization_config", None) is not None:
             raise TransectError(f"{folder} is compressed or quantized already; --stream takes an ordinary checkpoint")
@@ -62,30 +64,32 @@ class StreamedModel:
         cls: Any = next((getattr(transformers, name) for name in names if hasattr(transformers, name)), None)
         if cls is None:
             raise TransectError(f"{folder}: config.json names no model class that transformers has, but {names}")
-        with init_empty_weights(include_buffers=False):
-            self.model: Any = cls(config).eval()
-        self.model.requires_grad_(False)
+        self._files = weight_files(folder)
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        self.dtype = config.dtype = dtype or config.dtype or _first_dtype(self._files[0])
+        self.model: Any = _skeleton(cls, config, self.dtype)
         self.anatomy = Anatomy(self.model, architecture)
-        self._files = _tensor_files(folder)
-        self._stored = _stored_names(self.model, self._files)
-        blocks = tuple(block.path + "." for block in self.anatomy.blocks)
-        self._load(name for name, _ in self.model.named_parameters() if not name.startswith(blocks))
-        self.model.tie_weights()
-        self.outside = [name for name, _ in self.model.named_parameters() if not name.startswith(blocks)]
-        for name, buffer in self.model.named_buffers():
-            if not name.startswith(blocks):
-                _assign(self.model, name, buffer.to(self.device))
+        headers = {path: read_header(path) for path in self._files}
+        self._shapes = {name: shape for header in headers.values() for name, shape in header.items()}
+        self._where = {name: path for path, header in headers.items() for name in header}
+        self._stored = _stored_names(self.model, self._shapes)
         # Names as they are in the dense checkpoint; a compressed block has others.
         self._block_names = [
-            [f"{block.path}.{name}" for name, _ in block.module.named_parameters()] for block in self.anatomy.blocks
+            [f"{block.path}.{name}" for name in _names_of(block.module)] for block in self.anatomy.blocks
         ]
-        self._check_names()
+        self._check_tensors()
+        blocks = tuple(block.path + "." for block in self.anatomy.blocks)
+        for name, buffer in self.model.named_buffers():
+            _assign(self.model, name, buffer.to(self.device))
+        self._load(name for name in _names_of(self.model) if not name.startswith(blocks))
+        self.model.tie_weights()
+        self.outside = [name for name in _names_of(self.model) if not name.startswith(blocks)]
 
     @property
     def fingerprint(self) -> str:
-        """Names, sizes and times of the weight files: enough to notice that a resumed run's model changed."""
-        files = sorted(set(self._files.values()))
-        return " ".join(f"{path.name}:{path.stat().st_size}:{path.stat().st_mtime_ns}" for path in files)
+        """The dtype, and names, sizes and times of the weight files: whether a resumed run's model has changed."""
+        files = (f"{path.name}:{path.stat().st_size}:{path.stat().st_mtime_ns}" for path in self._files)
+        return " ".join([str(self.dtype), *files])
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
@@ -95,44 +99,80 @@ class StreamedModel:
         try:
             yield module
         finally:
-            module.to("meta")
+            _empty(module)
             _give_back_memory()
 
     def _load(self, names: Iterable[str]) -> None:
         by_file: dict[Path, list[str]] = {}
         for name in names:
             if name in self._stored:
-                by_file.setdefault(self._files[self._stored[name]], []).append(name)
+                by_file.setdefault(self._where[self._stored[name]], []).append(name)
         for path, wanted in by_file.items():
             with safe_open(path, "pt") as file:  # closed again, so that its mapped pages are given back
                 for name in wanted:
-                    tensor = file.get_tensor(self._stored[name]).to(self.device, self.dtype, copy=True)
-                    if not torch.isfinite(tensor).all():
+                    empty = _get(self.model, name)
+                    tensor = file.get_tensor(self._stored[name]).to(self.device, empty.dtype, copy=True)
+                    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                         raise TransectError(f"the weight {name} holds NaN or infinite values; repair the model first")
-                    _assign(self.model, name, nn.Parameter(tensor, requires_grad=False))
+                    if isinstance(empty, nn.Parameter):
+                        tensor = nn.Parameter(tensor, requires_grad=False)
+                    _assign(self.model, name, tensor)
 
-    def _check_names(self) -> None:
+    def _check_tensors(self) -> None:
         tied = set(getattr(self.model, "all_tied_weights_keys", None) or ())
-        missing = [
-            name
-            for names in [self.outside, *self._block_names]
-            for name in names
-            if name not in self._stored and name not in tied
-        ]
+        names = _names_of(self.model)
+        missing = [name for name in names if name not in self._stored and name not in tied]
         if missing:
             raise BadCheckpoint(
                 f"the checkpoint has no tensor {missing[0]} ({len(missing)} missing); if transformers "
                 "loads it by merging tensors, load it once and save it again, or do not stream"
             )
+        for name in names:
+            stored, expected = self._shapes.get(self._stored.get(name, "")), tuple(_get(self.model, name).shape)
+            if stored not in (None, expected):
+                raise BadCheckpoint(
+                    f"the weights in {self.folder} do not fit its config.json: {name} has shape {list(stored)}, and "
+                    f"the model that the config describes needs {list(expected)}"
+                )
 
 
-def _tensor_files(folder: Path) -> dict[str, Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-    path = folder / "model.safetensors"
-    with safe_open(path, "pt") as file:
-        return dict.fromkeys(file.keys(), path)
+def _first_dtype(file: Path) -> torch.dtype:
+    """Of the first floating-point tensor in the file."""
+    with safe_open(file, "pt") as tensors:
+        dtypes = (tensors.get_tensor(name).dtype for name in tensors.keys())  # noqa: SIM118
+        return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
+
+
+def _skeleton(cls: Any, config: Any, dtype: torch.dtype) -> Any:
+    """The model without weights, each tensor of the dtype in which `from_pretrained` would load it, on `meta`.
+
+    That is `dtype`, but for those that the architecture keeps in float32. Buffers that no checkpoint holds are there:
+    computed in float32 and then rounded, as `from_pretrained` does.
+    """
+    with init_empty_weights(include_buffers=False):
+        model = cls(config).eval()
+    with torch.device("meta"), init.no_init_weights(), local_torch_dtype(dtype):
+        typed = cls(config)
+    wide = build_glob_alternation(list(typed._get_dtype_plan(dtype)))[0]  # an empty pattern if there are none
+    for name, like in [*typed.named_parameters(remove_duplicate=False), *typed.named_buffers(remove_duplicate=False)]:
+        tensor = _get(model, name)
+        tensor.data = tensor.data.to(torch.float32 if wide.pattern and wide.search(name) else like.dtype)
+    return model.requires_grad_(False)
+
+
+def _names_of(module: nn.Module) -> list[str]:
+    """Of what a checkpoint holds of a module: its parameters, tied ones once, and its persistent buffers."""
+    state = module.state_dict()
+    return [name for name, _ in [*module.named_parameters(), *module.named_buffers()] if name in state]
+
+
+def _empty(module: nn.Module) -> None:
+    """Let go of all that a checkpoint holds of the module; buffers that it computed itself stay."""
+    held = set(_names_of(module))
+    own = {name: buffer for name, buffer in module.named_buffers() if name not in held}
+    module.to("meta")
+    for name, buffer in own.items():
+        _assign(module, name, buffer)
 
 
 def _stored_names(model: Any, stored: Iterable[str]) -> dict[str, str]:
@@ -148,6 +188,11 @@ def _give_back_memory() -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries do not have it
         if trim is not None:
             trim(0)
+
+
+def _get(model: nn.Module, name: str) -> torch.Tensor:
+    parent, _, leaf = name.rpartition(".")
+    return getattr(model.get_submodule(parent), leaf)
 
 
 def _assign(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
