@@ -14,7 +14,7 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedTo
 
 from tests.models import VOCABULARY, tiny
 from transect.data import Batches, load
-from transect.data.text import cut, special_tokens, token_stream
+from transect.data.text import cut, specials_of, token_stream
 from transect.errors import BadData, TransectError
 
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>", "<mask>", "<cls>", "<sep>"]
@@ -227,8 +227,8 @@ def test_masking(bert):
 
 
 def test_special_tokens_of_a_tokenizer():
-    assert special_tokens(word_tokenizer(wrap=True)) == ([5], [6])
-    assert special_tokens(word_tokenizer()) == ([], [])
+    assert specials_of(word_tokenizer(wrap=True)) == ([5], [6])
+    assert specials_of(word_tokenizer()) == ([], [])
 
 
 # Classification
@@ -311,10 +311,10 @@ def _file(name: str, content: bytes) -> Any:
         (lambda _: torch.tensor([[1, 64]]), {}, "go from 1 to 64, but the model's embedding has 64 rows"),
         (lambda _: [[-1, 3]], {}, "go from -1 to 3"),
         (lambda _: torch.zeros(2, 70, dtype=torch.long), {"sequence_length": None}, "70 tokens, more than 64"),
-        (lambda _: torch.zeros(3, dtype=torch.long), {}, r"shape is \(3,\)"),
+        (lambda _: torch.zeros(3, dtype=torch.long), {}, r"shape of the data is \(3,\)"),
         (lambda _: [[0.5, 1.0]], {}, "integer token ids"),
-        (lambda _: [object()], {}, "not a list of object"),
-        (lambda _: [{"input_ids": [1, 2]}], {}, "dict of tensors; 'input_ids' is not"),
+        (lambda _: [object()], {}, "item 0 of the data is a object"),
+        (lambda _: [{"input_ids": torch.ones(1, 2, dtype=torch.long), "text": ["a"]}], {}, "of batch 0 'text' is not"),
         (lambda _: "organism:train", {}, "there are organism:calibration and organism:heldout"),
     ],
 )  # fmt: skip

@@ -13,22 +13,30 @@ from .sources import Row
 from .text import documents
 
 
-def text_batches(rows: list[Row], model: Any, tokenizer: Any, length: int, batch_size: int) -> list[dict[str, Tensor]]:
-    """Tokenised texts, padded to the longest of their batch and cut off after `length` tokens, and their labels (B)."""
+def text_batches(
+    rows: list[Row], model: Any, tokenizer: Any, length: int, batch_size: int, special: bool
+) -> list[dict[str, Tensor]]:
+    """Tokenised texts, padded to the longest of their batch and cut off after `length` tokens, and their labels (B).
+
+    special: with the tokenizer's special tokens.
+    """
     if tokenizer.pad_token_id is None:
         raise BadData("batches of texts need padding: set tokenizer.pad_token (and model.config.pad_token_id)")
-    texts, labels = list(documents(rows)), _labels(rows, model)
+    texts, labels = list(documents(rows)), labels_of(rows, model)
     batches = []
     for start in range(0, len(rows), batch_size):
         part = slice(start, start + batch_size)
-        encoded = tokenizer(texts[part], padding=True, truncation=True, max_length=length, return_tensors="pt")
+        encoded = tokenizer(
+            texts[part], padding=True, truncation=True, max_length=length, add_special_tokens=special,
+            return_tensors="pt",
+        )  # fmt: skip
         batches.append({**encoded, "labels": labels[part]})
     return batches
 
 
 def image_batches(rows: list[Row], model: Any, processor: Any, batch_size: int) -> list[dict[str, Tensor]]:
     """`pixel_values` (B x C x H x W, in the model's dtype), as stored or by the image processor, and `labels` (B)."""
-    labels, batches = _labels(rows, model), []
+    labels, batches = labels_of(rows, model), []
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
         if "pixel_values" in part[0]:
@@ -44,7 +52,7 @@ def image_batches(rows: list[Row], model: Any, processor: Any, batch_size: int) 
     return batches
 
 
-def _labels(rows: list[Row], model: Any) -> Tensor:
+def labels_of(rows: list[Row], model: Any) -> Tensor:
     """Class numbers (B). A class may be given by its number or by its name in the model's config."""
     names, labels = model.config.label2id, []
     for row in rows:
@@ -59,9 +67,16 @@ def _labels(rows: list[Row], model: Any) -> Tensor:
 
 
 def _picture(image: Any) -> Any:
-    """A picture from an encoded file's bytes, or from the struct of `bytes` and `path` in which data sets store it."""
+    """A picture from an encoded file's bytes, or from the struct of `bytes` and `path` in which data sets store it.
+
+    Pictures and arrays of their pixels are as the processor takes them.
+    """
     from PIL import Image, UnidentifiedImageError
 
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    if not isinstance(image, (bytes, dict)):
+        return image
     stored = {"bytes": image, "path": None} if isinstance(image, bytes) else image
     try:
         file = stored["path"] if stored["bytes"] is None else io.BytesIO(stored["bytes"])

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +15,18 @@ from torch import Tensor, nn
 from ..errors import BadData
 from ..forward.objective import task_of
 from .batches import Batches, evenly_spaced, stacked
-from .labelled import image_batches, text_batches
+from .chat import chat_stream, is_chat
+from .containers import entries_of, is_batch
+from .labelled import image_batches, labels_of, text_batches
 from .masking import masked
-from .sources import rows_of
-from .text import cut, documents, special_tokens, token_stream
+from .sources import Row, rows_of
+from .text import begins_with, cut, documents, specials_of, token_stream
+from .tokenised import embedded, fitting, ready_batches, tokenised_rows
 
 LONGEST = 2048  # tokens a sequence, where the user does not say
 ORGANISM_TOKENS = 100_000
+SpecialTokens = Literal["auto", "none"]
+_logger = logging.getLogger(__name__)  # says what sequences begin with; the command line prints it
 
 
 def load(
@@ -32,18 +40,26 @@ def load(
     sequences: int | None = None,
     full_only: bool = False,
     seed: int = 0,
+    special_tokens: SpecialTokens = "auto",
 ) -> Batches:
     """Batches for the model, from text, token ids, labelled examples or ready batches.
 
     data: one of
-        a list of texts;
+        texts: a list, a generator, a column of a data frame or of a data set, a numpy array of them;
         a path: .txt (one document, exactly as it stands), .jsonl or .parquet (one document or example a row; the text
             is the column `text` or the only column of strings), .safetensors (`pixel_values` N x C x H x W and `labels`
-            N), or a folder of these, read in the order of their names;
+            N), or a folder of these, read in the order of their names; or a list of `Path`s;
         a hub data set, "name", "name:config" or "name:config:split" (the split is "train" unless named);
         "organism:calibration" or "organism:heldout": text of the bundled model's world;
-        token ids: an integer tensor (N x T), or a list of lists or 1-D tensors, one sequence each, used as they are;
-        ready batches: `Batches` or an iterable of dicts of tensors. Nothing below applies to them.
+        rows: a `datasets.Dataset` (also iterable; it is read to its end), a torch data set or a list of dicts, a dict of
+            columns, a pandas data frame, an Arrow table. As in files, a row has a text, or a conversation (`messages`
+            of `role` and `content`, or `conversations` of `from` and `value`, written by the tokenizer's chat
+            template), or `input_ids` with `attention_mask` and `labels` and what else the model takes;
+        token ids: integers (N x T) in a tensor or an array, or a list of lists or tensors, one sequence each, or what a
+            tokenizer returns; used as they are;
+        ready batches: `Batches`, a dict of tensors as a tokenizer returns with return_tensors="pt", a DataLoader or
+            another iterable of such dicts. Nothing below applies to them, but a masked language model's batches without
+            labels get them.
     model: decides by its head what is made. Causal language models get sequences of text; masked ones get such
         sequences between the tokenizer's special tokens, with 15 % of the other tokens to be predicted; text and image
         classifiers get examples and their column `label` (number or name of the class).
@@ -56,8 +72,13 @@ def load(
     full_only: leave out the last sequence of a text if it is shorter than the others. Otherwise it is a batch of its
         own, so that no token is lost and none is padded.
     seed: of the choice of masked tokens.
+    special_tokens: "auto" puts before every sequence of text what the tokenizer by itself puts before a text, such as
+        <s>, since the model was trained with it; a tokenizer with a <s> that it does not add gets none. "none" adds
+        nothing, to the texts of masked language models and classifiers neither.
 
     Documents are joined by the end-of-sequence token (if the tokenizer has one) into one stream, which is then cut.
+    What a sequence begins with marks where a context begins, so that it does not stand between two documents, unless the
+    tokenizer has no end-of-sequence token. Conversations follow one another as the template writes them.
     Documents are read and tokenised a million characters at a time, but each in one call, so that none of its tokens
     changes: a .txt file takes about 160 bytes of memory a character meanwhile.
     Raises BadData, saying what came and what was expected.
@@ -69,42 +90,97 @@ def load(
     ):
         if value is not None and value < least:
             raise BadData(f"{name} must be at least {least}, got {value}")
+    if special_tokens not in ("auto", "none"):
+        raise BadData(f"special_tokens is `auto` or `none`, got {special_tokens!r}")
     if isinstance(data, Batches):
         return data
-    data = _not_empty(data)
-    named = isinstance(data, (str, Path))
-    if not named and isinstance(data[0], Mapping):
-        return _checked(_ready(data), model)
+    first, source = _peeked(_rows(data, model, tokenizer, sequence_length, sequences))
+    if is_batch(first):
+        return fitting(_ready(source, model, tokenizer, seed), model)
     task = task_of(model)
-    if not named and not isinstance(data[0], str):
-        if task == "classification":
-            raise BadData("token ids have no labels: give a classifier batches with `labels`, or a file with them")
-        rows = evenly_spaced(_sequences(data, sequence_length or _context(model)), sequences)
-        return _checked(_language(rows, task, tokenizer, seed, batch_size), model)
-
+    if "input_ids" in first:
+        rows = evenly_spaced(list(source), sequences)
+        return fitting(_ids(rows, task, model, tokenizer, sequence_length, seed, batch_size), model)
     length = _length(sequence_length, model, tokenizer)
-    if named:
-        needed = ORGANISM_TOKENS if sequences is None else sequences * length + 1
-        source = rows_of(data, organism_tokens=needed)
-    else:
-        source = ({"text": text} for text in data)
     if tokenizer is None and not _sees_images(model):
         raise BadData(f"texts for {type(model).__name__} need its tokenizer: pass tokenizer=AutoTokenizer...")
     if task == "classification":
         examples = evenly_spaced(list(source), sequences)
-        return _labelled(examples, model, tokenizer, processor, length, batch_size)
+        return _labelled(examples, model, tokenizer, processor, length, batch_size, special_tokens == "auto")
     at_most = sequence_length is None and not full_only
-    rows = _cut_text(source, task, tokenizer, length, sequences, full_only, at_most)
-    return _checked(_language(rows, task, tokenizer, seed, batch_size), model)
+    special = specials_of(tokenizer) if special_tokens == "auto" else ([], [])
+    special = special if task == "masked" else (special[0], [])  # a cut is no end
+    if is_chat(first):
+        stream = chat_stream(source, tokenizer)
+    else:
+        stream = token_stream(documents(source), tokenizer, special[0])
+    texts = _cut_text(stream, special, length, sequences, full_only, at_most)
+    said = " ".join(map(str, tokenizer.convert_ids_to_tokens(special[0]))) or "no special token"
+    why = "as this tokenizer's texts do" if special_tokens == "auto" else "special_tokens is none"
+    _logger.info("sequences begin with %s (%s)", said, why)
+    rows = ({"input_ids": row.long()} for row in texts)
+    return fitting(stacked(_with_labels(rows, task, model, tokenizer, seed), batch_size), model)
 
 
-def _not_empty(data: Any) -> Any:
-    """A name or a tensor as it is, anything else as a list; an error if there is nothing in it."""
-    if not isinstance(data, (str, Path, Tensor)):
-        data = list(data)
-    if (isinstance(data, Tensor) and data.numel() == 0) or (isinstance(data, list) and not data):
+def _rows(
+    data: Any, model: Any, tokenizer: Any, sequence_length: int | None, sequences: int | None
+) -> Iterator[dict[str, Any]]:
+    """Rows or ready batches, from a name or from a container."""
+    if not isinstance(data, (str, os.PathLike)):
+        return entries_of(data)
+    needed = ORGANISM_TOKENS if sequences is None else sequences * _length(sequence_length, model, tokenizer) + 1
+    return rows_of(data if isinstance(data, str) else Path(data), organism_tokens=needed)
+
+
+def _peeked(rows: Iterator[Row]) -> tuple[Row, Iterator[Row]]:
+    """The first row, and all of them; an error if there is none."""
+    first = next(rows, None)
+    if first is None:
         raise BadData("the data is empty")
-    return data
+    return first, chain([first], rows)
+
+
+def _ready(batches: Iterable[Row], model: Any, tokenizer: Any, seed: int) -> list[dict[str, Tensor]]:
+    ready = ready_batches(batches, model)
+    if not type(model).__name__.endswith("ForMaskedLM"):  # not `task_of`, which refuses a model without a head
+        return ready
+    return [batch if "labels" in batch else _hidden(batch, model, tokenizer, seed + n) for n, batch in enumerate(ready)]
+
+
+def _hidden(batch: dict[str, Tensor], model: Any, tokenizer: Any, seed: int) -> dict[str, Tensor]:
+    """A batch for a masked language model with tokens to be predicted."""
+    rows = [{name: tensor[i] for name, tensor in batch.items()} for i in range(len(batch["input_ids"]))]
+    (made,) = stacked(masked(rows, tokenizer, seed, embedded(model)), len(rows))
+    return made
+
+
+def _ids(
+    rows: list[Row], task: str, model: Any, tokenizer: Any, sequence_length: int | None, seed: int, batch_size: int
+) -> list[dict[str, Tensor]]:
+    """Tokenised rows as batches: labels that they have are kept."""
+    made = tokenised_rows(rows, model, sequence_length or _context(model))
+    if task == "classification":
+        if "label" not in rows[0] and "labels" not in rows[0]:
+            raise BadData("token ids have no labels: give a classifier rows or batches with `labels`")
+        labels = labels_of(rows, model)
+        made = [{**row, "labels": label} for row, label in zip(made, labels, strict=True)]
+    else:
+        for number, row in enumerate(made):
+            if "labels" in row and row["labels"].shape != row["input_ids"].shape:
+                raise BadData(
+                    f"item {number} of the data has labels of shape {tuple(row['labels'].shape)} and "
+                    f"{len(row['input_ids'])} token ids: {type(model).__name__} has one label a token"
+                )
+        if "labels" not in made[0]:
+            return stacked(_with_labels(made, task, model, tokenizer, seed), batch_size)
+    return stacked(made, batch_size)
+
+
+def _with_labels(
+    rows: Iterable[dict[str, Tensor]], task: str, model: Any, tokenizer: Any, seed: int
+) -> Iterable[dict[str, Tensor]]:
+    """What is to be predicted: for a masked language model some hidden tokens, for a causal one the rows themselves."""
+    return masked(rows, tokenizer, seed, embedded(model)) if task == "masked" else rows
 
 
 def _sees_images(model: Any) -> bool:
@@ -112,77 +188,37 @@ def _sees_images(model: Any) -> bool:
 
 
 def _labelled(
-    examples: list[dict[str, Any]], model: Any, tokenizer: Any, processor: Any, length: int, batch_size: int
+    examples: list[dict[str, Any]],
+    model: Any,
+    tokenizer: Any,
+    processor: Any,
+    length: int,
+    batch_size: int,
+    special: bool,
 ) -> Batches:
     """Batches for a classifier of images or texts."""
-    if not examples:
-        raise BadData("the data is empty")
     if _sees_images(model):
         return Batches(image_batches(examples, model, processor, batch_size))
-    return _checked(text_batches(examples, model, tokenizer, length, batch_size), model)
+    return fitting(ready_batches(text_batches(examples, model, tokenizer, length, batch_size, special), model), model)
 
 
 def _cut_text(
-    source: Iterable[dict[str, Any]],
-    task: str,
-    tokenizer: Any,
+    stream: Tensor,
+    special: tuple[list[int], list[int]],
     length: int,
     sequences: int | None,
     full_only: bool,
     at_most: bool,
 ) -> list[Tensor]:
-    """The documents as sequences of `length` tokens, each between special ones if tokens are to be masked.
-
-    at_most: a shorter text is one sequence.
-    """
-    before, after = special_tokens(tokenizer) if task == "masked" else ([], [])
-    room = length - len(before) - len(after)
-    if room < 1:
+    """The stream as sequences of `length` tokens, each between the special ones. at_most: a shorter text is one."""
+    before, after = special
+    if length - len(before) - len(after) < 1:
         raise BadData(f"sequence_length {length} leaves no room beside {len(before) + len(after)} special tokens")
-    stream = token_stream(documents(source), tokenizer)
     if at_most:
-        room = min(room, max(2, len(stream)))
-    rows = cut(stream, room, sequences, full_only)
-    if task == "masked":
-        rows = [torch.cat([torch.tensor(before), row, torch.tensor(after)]) for row in rows]
-    return rows
-
-
-def _language(rows: list[Tensor], task: str, tokenizer: Any, seed: int, batch_size: int) -> list[dict[str, Tensor]]:
-    if task == "masked":
-        return stacked(masked(rows, tokenizer, seed), batch_size)
-    return stacked(({"input_ids": row.long()} for row in rows), batch_size)
-
-
-def _ready(batches: Iterable[Any]) -> list[dict[str, Tensor]]:
-    ready = [dict(batch) for batch in batches]
-    for batch in ready:
-        wrong = [name for name, value in batch.items() if not isinstance(value, Tensor)]
-        if wrong or not batch:
-            raise BadData(
-                f"a batch is a dict of tensors; {', '.join(map(repr, wrong)) or 'this one'} is not or is empty"
-            )
-    return ready
-
-
-def _sequences(data: Any, limit: int | None) -> list[Tensor]:
-    """Token ids as 1-D tensors, one a sequence."""
-    if isinstance(data, Tensor) and data.dim() != 2:
-        raise BadData(f"token ids should be a tensor (sequences x tokens), but its shape is {tuple(data.shape)}")
-    rows = []
-    for row in data:
-        try:
-            ids = torch.as_tensor(row)
-        except (TypeError, ValueError, RuntimeError):
-            raise BadData(f"data should be texts, token ids or batches, not a list of {type(row).__name__}") from None
-        if ids.dim() != 1 or ids.is_floating_point() or len(ids) == 0:
-            raise BadData(f"a sequence should be a list of integer token ids, got {ids.dtype} {tuple(ids.shape)}")
-        if limit is not None and len(ids) > limit:
-            raise BadData(
-                f"sequence {len(rows)} has {len(ids)} tokens, more than {limit}, which is the longest allowed"
-            )
-        rows.append(ids)
-    return rows
+        added = 0 if begins_with(stream, torch.tensor(before, dtype=stream.dtype)) else len(before)
+        length = min(length, max(2, added + len(stream) + len(after)))
+    rows = cut(stream, length - len(after), sequences, full_only, before)
+    return [torch.cat([row, torch.tensor(after, dtype=row.dtype)]) for row in rows] if after else rows
 
 
 def _length(sequence_length: int | None, model: Any, tokenizer: Any) -> int:
@@ -201,17 +237,3 @@ def _context(model: Any) -> int | None:
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
             context = module.num_embeddings - module.padding_idx - 1
     return context
-
-
-def _checked(batches: list[dict[str, Tensor]], model: Any) -> Batches:
-    """Batches whose ids all have a row in the embedding."""
-    for batch in batches:
-        if "input_ids" in batch:
-            rows = model.get_input_embeddings().weight.shape[0]
-            smallest, largest = (int(bound) for bound in batch["input_ids"].aminmax())
-            if smallest < 0 or largest >= rows:
-                raise BadData(
-                    f"tokenizer and model disagree: the token ids go from {smallest} to {largest}, but the model's "
-                    f"embedding has {rows} rows"
-                )
-    return Batches(batches)

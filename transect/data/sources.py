@@ -21,17 +21,18 @@ def rows_of(data: str | Path, organism_tokens: int) -> Iterator[Row]:
     if str(data).startswith(ORGANISM):
         return _organism(str(data).removeprefix(ORGANISM), organism_tokens)
     path = Path(data).expanduser()
-    if _exists(path):
+    if exists(path):
         return _read(path)
     if isinstance(data, Path) or path.suffix in READERS or data.startswith((".", "/", "~")) or len(data.split()) != 1:
         raise BadData(f"there is no file or folder {str(data)[:200]!r} (a text itself is given in a list: [text])")
     return _hub(data)
 
 
-def _exists(path: Path) -> bool:
+def exists(path: Path) -> bool:
+    """Whether there is a file or folder of that name; a text may be too long for one."""
     try:
         return path.exists()
-    except OSError:  # longer than a file name can be
+    except (OSError, ValueError):  # longer than a file name can be, or with a NUL in it
         return False
 
 

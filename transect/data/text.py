@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,17 +36,19 @@ def text_column(row: Row) -> str:
     return strings[0]
 
 
-def token_stream(texts: Iterable[str], tokenizer: Any) -> Tensor:
+def token_stream(texts: Iterable[str], tokenizer: Any, before: Sequence[int] = ()) -> Tensor:
     """Ids (n, int32) of all texts one after another, with the end-of-sequence token between two texts if there is one.
 
-    A text is tokenised in one call, whatever its length: cutting it could change the tokens at the cut.
+    before: what stands between two texts where there is none; see `specials_of`. A text is tokenised in one call,
+    whatever its length: cutting it could change the tokens at the cut.
     """
-    stream, separator = array("i"), tokenizer.eos_token_id
+    separator = before if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+    stream = array("i")
     for group in _groups(texts):
         encoded = tokenizer(group, add_special_tokens=False, return_attention_mask=False, verbose=False)
         for ids in encoded["input_ids"]:
-            if stream and separator is not None:
-                stream.append(separator)
+            if stream:
+                stream.extend(separator)
             stream.extend(ids)
     return torch.from_numpy(np.array(stream, dtype=np.int32))
 
@@ -65,25 +67,51 @@ def _groups(texts: Iterable[str]) -> Iterator[list[str]]:
         yield group
 
 
-def cut(stream: Tensor, length: int, sequences: int | None, full_only: bool) -> list[Tensor]:
+def cut(
+    stream: Tensor, length: int, sequences: int | None, full_only: bool, before: Sequence[int] = ()
+) -> list[Tensor]:
     """The stream as sequences of `length` tokens, and what remains as a last, shorter one unless `full_only`.
 
-    `sequences`: only so many of the full ones, evenly spaced over the stream. Raises BadData if there is no full one.
+    sequences: only so many of the full ones, evenly spaced over the stream. before: the tokens that every sequence
+    begins with, counted in its length; where the stream has them already, they are not doubled. Raises BadData if there
+    is no full sequence.
     """
-    full = len(stream) // length
+    head, pieces, at = torch.tensor(before, dtype=stream.dtype), [], 0
+    while at < len(stream):
+        added = head[:0] if begins_with(stream[at:], head) else head
+        room = length - len(added)
+        piece = stream[at : at + room]
+        pieces.append(torch.cat([added, piece]) if len(added) else piece)
+        at += room
+    full = sum(len(piece) == length for piece in pieces)
     if full == 0:
         raise BadData(
-            f"the text has {len(stream)} tokens, but one sequence needs {length}: give more text or a smaller "
-            "sequence_length"
+            f"the text has {len(stream)} tokens, but one sequence needs {length - len(head)}: give more text or a "
+            "smaller sequence_length"
         )
-    pieces = list(stream.split(length))
     if full_only or (sequences is not None and sequences <= full):
         pieces = pieces[:full]
     return evenly_spaced(pieces, sequences)
 
 
-def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The ids that the tokenizer puts before and after a text, such as ([CLS], [SEP])."""
-    bare, wrapped = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
-    start = next(i for i in range(len(wrapped)) if wrapped[i : i + len(bare)] == bare)
-    return wrapped[:start], wrapped[start + len(bare) :]
+def begins_with(stream: Tensor, head: Tensor) -> bool:
+    """Whether the first tokens are those of `head`."""
+    return len(head) > 0 and torch.equal(stream[: len(head)], head)
+
+
+def specials_of(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The ids that the tokenizer by itself puts before and after a text, such as ([CLS], [SEP]), ([<s>], []), ([], []).
+
+    Raises BadData for a tokenizer in whose texts they cannot be told from the text.
+    """
+    for probe in ("a", "1", "."):  # a vocabulary may lack one of them
+        bare, wrapped = (tokenizer(probe, add_special_tokens=special)["input_ids"] for special in (False, True))
+        starts = [i for i in range(len(wrapped)) if bare and wrapped[i : i + len(bare)] == bare]
+        if starts:
+            return wrapped[: starts[0]], wrapped[starts[0] + len(bare) :]
+    if not wrapped:
+        return [], []
+    raise BadData(
+        f"what {type(tokenizer).__name__} puts before and after a text cannot be told: it does not know the texts a, 1 "
+        "and . (special_tokens=none adds nothing)"
+    )
