@@ -65,7 +65,7 @@ class StreamedModel:
         with init_empty_weights(include_buffers=False):
             self.model: Any = cls(config).eval()
         self.model.requires_grad_(False)
-        self.anatomy = Anatomy(self.model, architecture)
+        self.anatomy = Anatomy(self.model, architecture, weights=False)
         self._files = _tensor_files(folder)
         self._stored = _stored_names(self.model, self._files)
         blocks = tuple(block.path + "." for block in self.anatomy.blocks)
