@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import transect
-from transect.anatomy import Anatomy
+from transect.anatomy import Anatomy, record_of
 from transect.errors import TransectError
 from transect.streaming import passes
 from transect.verbs import compress_stream
@@ -41,7 +41,7 @@ def test_streaming_gives_what_compressing_in_memory_gives(folder, tmp_path, name
     streamed = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
     with torch.no_grad():
         torch.testing.assert_close(streamed(DATA).logits, whole(DATA).logits, rtol=1e-3, atol=1e-3)
-    history = whole.__dict__["_structure_record"].history[-1]
+    history = record_of(whole).history[-1]
     assert outcome["matrix_bytes"] == history["matrix_bytes"] <= 0.6 * outcome["dense_matrix_bytes"]
     names = {p.name for p in (tmp_path / "small").iterdir()}
     assert "model-00001-of-00004.safetensors" in names and not list(tmp_path.glob(".small*"))

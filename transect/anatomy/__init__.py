@@ -1,6 +1,7 @@
 """One view of any transformer: blocks, attention and MLP units, and every weight matrix as d_out x d_in."""
 
 from .architecture import Architecture, FusedMatrix, architecture_of, known_model_types, register_architecture
+from .body import model_in, refuse_encoder_decoder
 from .matrix import Matrix
 from .record import StructureRecord, record_of
 from .storage import Stacked
@@ -9,6 +10,6 @@ from .view import MLP, Anatomy, Attention, Block
 
 __all__ = [
     "MLP", "Anatomy", "Architecture", "Attention", "Block", "FusedMatrix", "Matrix", "SkipAttention", "Stacked",
-    "StructureRecord", "architecture_of", "known_model_types", "record_of",
+    "StructureRecord", "architecture_of", "known_model_types", "model_in", "record_of", "refuse_encoder_decoder",
     "register_architecture", "set_attribute",
 ]  # fmt: skip

@@ -5,14 +5,21 @@ It describes the state, not the steps, so that replaying it twice does nothing m
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+import copy
+from collections.abc import Iterator, MutableMapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..errors import BadCheckpoint
+from .body import body_of, path_of, unwrapped
 
 FORMAT = 1
+TABLES = ("modules", "attributes", "parameters")
+_AROUND = ("_orig_mod", "base_layer", "original_module")
+_KEPT = "_structure_record"  # under which a body keeps its record, whose paths begin at the body
 
 
 @dataclass
@@ -25,9 +32,9 @@ class StructureRecord:
     history: what was done, newest last: method, settings, version. Informative; nothing is rebuilt from it.
     """
 
-    modules: dict[str, dict[str, Any]] = field(default_factory=dict)
-    attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
-    parameters: dict[str, list[int]] = field(default_factory=dict)
+    modules: MutableMapping[str, dict[str, Any]] = field(default_factory=dict)
+    attributes: MutableMapping[str, dict[str, Any]] = field(default_factory=dict)
+    parameters: MutableMapping[str, list[int]] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
 
     def __bool__(self) -> bool:
@@ -42,7 +49,7 @@ class StructureRecord:
     def remove_block(self, blocks: str, index: int) -> None:
         """Forget block `index` of the module list at path `blocks`, and renumber the later ones."""
 
-        def renumber(table: dict[str, Any]) -> dict[str, Any]:
+        def renumber(table: MutableMapping[str, Any]) -> dict[str, Any]:
             """The table without that block, and with the numbers of the later ones one lower."""
             kept = {}
             for path, value in table.items():
@@ -58,21 +65,103 @@ class StructureRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON, with the number of the format."""
-        return {"format": FORMAT, **asdict(self)}
+        tables = {name: copy.deepcopy(dict(getattr(self, name))) for name in TABLES}
+        return {"format": FORMAT, **tables, "history": copy.deepcopy(self.history)}
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> StructureRecord:
         """From what `to_dict` gave; BadCheckpoint for another format."""
         if data.get("format") != FORMAT:
             raise BadCheckpoint(f"structure record of format {data.get('format')!r}; this version reads {FORMAT}")
-        return StructureRecord(
-            **{key: data.get(key, type(value)()) for key, value in asdict(StructureRecord()).items()}
-        )
+        return StructureRecord(**{part.name: data[part.name] for part in fields(StructureRecord) if part.name in data})
 
 
-def record_of(model: nn.Module) -> StructureRecord:
-    """The model's structure record; an unchanged model gets an empty one."""
-    record = model.__dict__.get("_structure_record")
-    if record is None:
-        record = model.__dict__["_structure_record"] = StructureRecord()
-    return record
+class _Below(MutableMapping[str, Any]):
+    """A table of the body's record under the paths that a model around the body has for them."""
+
+    def __init__(self, table: MutableMapping[str, Any], prefix: str) -> None:
+        self.table, self.prefix = table, prefix
+
+    def _inside(self, path: str) -> str:
+        if not path.startswith(self.prefix):
+            raise KeyError(f"{path!r} is not in the part of the model that holds the blocks, {self.prefix!r}")
+        return path.removeprefix(self.prefix)
+
+    def __getitem__(self, path: str) -> Any:
+        return self.table[self._inside(path)]
+
+    def __setitem__(self, path: str, entry: Any) -> None:
+        self.table[self._inside(path)] = entry
+
+    def __delitem__(self, path: str) -> None:
+        del self.table[self._inside(path)]
+
+    def __iter__(self) -> Iterator[str]:
+        return (self.prefix + path for path in self.table)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+
+class _Seen(StructureRecord):
+    """The body's own record, under the paths that a model around the body has; changing one changes the other."""
+
+    def __init__(self, record: StructureRecord, prefix: str) -> None:
+        for name in TABLES:
+            self.__dict__[name] = _Below(getattr(record, name), prefix)
+        self.__dict__["history"] = record.history
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        there, value = getattr(self, name), copy.copy(value)
+        there.clear()
+        (there.extend if name == "history" else there.update)(value)
+
+
+def record_of(model: Any) -> StructureRecord:
+    """The model's structure record, with the model's own paths; an unchanged model gets an empty one.
+
+    It is kept by the part of the model that holds the blocks, so that whatever is saved later finds it: the model that
+    was given, one around it (a task head, a vision-language model, `torch.compile`), or the body alone.
+    """
+    model = unwrapped(model)
+    body = body_of(model)
+    record = body.__dict__.setdefault(_KEPT, StructureRecord())
+    return record if body is model else _Seen(record, path_of(model, body))
+
+
+def has_record(model: nn.Module) -> bool:
+    """Whether anything inside the model keeps a structure record."""
+    return any(_KEPT in module.__dict__ for module in model.modules())
+
+
+def set_record(model: nn.Module, record: StructureRecord) -> None:
+    """Give a model that was just built the record that it was built from, each entry to the body that it is about."""
+    inside = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    bodies: dict[str, Any] = {path_of(model, body): body for body in map(body_of, inside)}
+    bodies.setdefault("", model)
+    for name in TABLES:
+        for path, entry in getattr(record, name).items():
+            prefix = next(prefix for prefix in bodies if path.startswith(prefix))
+            kept = bodies[prefix].__dict__.setdefault(_KEPT, StructureRecord())
+            getattr(kept, name)[path.removeprefix(prefix)] = entry
+    record_of(model).history = record.history
+
+
+def gathered_record(model: nn.Module) -> StructureRecord:
+    """A copy of all that is recorded anywhere inside the model, with the model's own paths."""
+    found = StructureRecord()
+    for path, module in model.named_modules():
+        record = module.__dict__.get(_KEPT)
+        if record is None:
+            continue
+        prefix = plain_path(path + "." if path else "")
+        copied = StructureRecord.from_dict(record.to_dict())
+        for name in TABLES:
+            getattr(found, name).update({prefix + inner: entry for inner, entry in getattr(copied, name).items()})
+        found.history += copied.history
+    return found
+
+
+def plain_path(path: str) -> str:
+    """The path of a module or tensor without what compiled blocks and adapters put into it."""
+    return ".".join(part for part in path.split(".") if part not in _AROUND)

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from ..errors import TransectError
 from .architecture import MATRIX_ROLES, Architecture, architecture_of
 from .banks import hand_over_banks
+from .body import body_of, model_in, path_of, text_config_of
+from .guard import refuse_other_than_plain_weights
 from .matrix import Matrix
 from .record import StructureRecord, record_of
 from .storage import describe, weight_tensors
@@ -22,30 +24,44 @@ class Anatomy:
     """A transformer laid open. Works on the user's own Hugging Face module, in place; holds no weights.
 
     model: a `PreTrainedModel` (with or without its task head).
+        `torch.compile`, DataParallel and their like are looked through; of a vision-language model, the blocks are
+        those of its language model.
     architecture: a description for it, where none is built in or registered: an `Architecture`, a dict of its
-        fields, or a JSON file. Default: looked up by `model.config.model_type`.
+        fields, or a JSON file. Default: looked up by the `model_type` of the model's (text) config.
+    weights: False for a skeleton, of which only the structure is wanted.
+
+    Raises TransectError for encoder-decoders, and where a weight is not stored as the ordinary matrix that it seems to
+    be (see `guard`).
     """
 
-    def __init__(self, model: Any, architecture: Architecture | Mapping[str, Any] | str | Path | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        architecture: Architecture | Mapping[str, Any] | str | Path | None = None,
+        *,
+        weights: bool = True,
+    ) -> None:
+        model = model_in(model)
+        self.config = text_config_of(model)
         if architecture is None:
-            architecture = architecture_of(model.config.model_type)
+            architecture = architecture_of(self.config.model_type)
         elif not isinstance(architecture, Architecture):
             from .architecture import register_architecture
 
             architecture = register_architecture(architecture)
         self.model = model
         self.architecture = architecture
-        self.config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-        base = model.base_model
-        prefix = next(name for name, module in model.named_modules() if module is base)
-        self._prefix = prefix + "." if prefix else ""
+        self.body = body_of(model)
+        self._prefix = path_of(model, self.body)
         try:
-            self.block_list = base.get_submodule(architecture.blocks)
+            self.block_list: Any = self.body.get_submodule(architecture.blocks)
         except AttributeError as error:
             raise TransectError(
                 f"{type(model).__name__} has no blocks at {self._prefix}{architecture.blocks!r}, where the "
                 f"architecture description {architecture.name!r} puts them: {error}"
             ) from None
+        if weights:
+            refuse_other_than_plain_weights(model, self.block_list, architecture)
 
     @property
     def blocks(self) -> list[Block]:
@@ -77,7 +93,7 @@ class Anatomy:
     def final_norm(self) -> nn.Module | None:
         """The norm after the last block, or None."""
         path = self.architecture.final_norm
-        return None if path is None else self.model.base_model.get_submodule(path)
+        return None if path is None else self.body.get_submodule(path)
 
     def matrices(self, roles: Iterable[str] | None = None) -> list[Matrix]:
         """Every weight matrix of every block, block by block; `roles` (q, k, v, o, gate, up, down) restricts them."""

@@ -67,7 +67,7 @@ def stops(plain: Any, state: dict[str, Tensor]) -> bool:
 def sizes_in_config(model: Any, plain: Any) -> dict[str, Any]:
     """What to change in config.json: sizes that all layers share as usual, the others in `per_layer_config`."""
     try:
-        anatomy, now, was = Anatomy(model), _sizes(model), _sizes(plain)
+        anatomy, now, was = Anatomy(model, weights=False), _sizes(model), _sizes(plain)
     except UnknownArchitecture:  # it was described in another process, and its record replayed in this one
         return {}
     shared: dict[str, Any] = {}
@@ -99,7 +99,7 @@ def _without(sizes: dict[str, Any], keys: set[Any]) -> dict[str, Any]:
 
 def _sizes(model: Any) -> list[dict[str, Any]]:
     """Per layer, config key -> size; `skip` lists the sublayers that were dropped."""
-    anatomy = Anatomy(model)
+    anatomy = Anatomy(model, weights=False)
     keys = anatomy.architecture.config
     table = []
     for block in anatomy.blocks:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import warnings
 from collections.abc import Callable, Mapping
@@ -14,13 +13,18 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..anatomy import StructureRecord, record_of
+from ..anatomy import SkipAttention, Stacked, StructureRecord, model_in
+from ..anatomy.body import ADAPTED
+from ..anatomy.record import gathered_record, plain_path
 from ..errors import TransectError
+from ..operators import Operator
+from .base import note_base, without_adapters
 from .modeling_file import MODULE, auto_map, concrete_class, modeling_source
 from .place import placed
 from .plain import STRUCTURE_KEYS, fits, sizes_in_config, skeleton, stops, store_as_conv1d
 from .processors import load_processors
 from .quantizer import METHOD, STOP
+from .replay import replay
 
 hugging_face_save = PreTrainedModel.save_pretrained  # before `attach` puts Transect's in its place
 HISTORY = "transect"  # the key of config.json under which a plain checkpoint keeps what was done to it
@@ -48,17 +52,43 @@ def save(
     beside: writes more files that belong to the model into the folder that it is given, before that is put in place.
     kwargs: passed to transformers' `save_pretrained`.
 
-    Raises TransectError if the folder exists, or cannot be written (disk full); nothing that was there is lost.
+    Raises TransectError if the folder exists, or cannot be written (disk full), or if what it would hold would not load
+    as this model; nothing that was there is lost.
     """
-    target = check_output(folder, overwrite)
+    model = model_in(model)
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise TransectError(f"a {type(model).__name__} cannot be saved as a whole: {ADAPTED}")
+    return _saved(model, check_output(folder, overwrite), tokenizer, beside, max_shard_size=max_shard_size, **kwargs)
+
+
+def save_base(model: Any, folder: Path) -> Path:
+    """Write the model without the adapters that it carries."""
+    had = model.__dict__.pop("_hf_peft_config_loaded", None)  # with it transformers writes the adapter alone
+    try:
+        return _saved(model, folder, None, None)
+    finally:
+        if had is not None:
+            model._hf_peft_config_loaded = had
+
+
+def _saved(
+    model: Any, target: Path, tokenizer: Any, beside: Callable[[Path], None] | None, **kwargs: Any
+) -> Path:
     with placed(target) as partial:
-        _write(model, partial, max_shard_size=max_shard_size, **kwargs)
+        _write(model, partial, **kwargs)
         tokenizer = tokenizer if tokenizer is not None else tokenizer_of(model)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         if beside is not None:
             beside(partial)
+    note_base(model, target)
     return target
+
+
+def is_changed(model: Any) -> bool:
+    """Whether Transect has changed anything in the model that it must save itself, or did anything worth recording."""
+    record = gathered_record(model)
+    return bool(record or record.history) or any(isinstance(module, _CHANGED) for module in model.modules())
 
 
 def check_output(folder: str | Path, overwrite: bool) -> Path:
@@ -84,13 +114,13 @@ def write_description(model: Any, folder: Path, state: Mapping[str, Tensor]) -> 
 
 
 def _write(model: Any, folder: Path, **kwargs: Any) -> None:
-    state = kwargs["state_dict"] = dict(kwargs.get("state_dict") or model.state_dict())
-    structure = _Structure.of(model, state)
+    given = kwargs.get("state_dict")
+    state = kwargs["state_dict"] = without_adapters(model, dict(given or model.state_dict()))
+    structure = _Structure.of(model, state, whole=not given)
     # A record names the modules as they are now; only plain folders follow the names of older transformers versions.
     kwargs.setdefault("save_original_format", structure.ordinary)
     hugging_face_save(model, folder, **kwargs)
-    if (folder / "config.json").exists():  # otherwise only an adapter was written
-        _add_structure(model, folder, structure)
+    _add_structure(model, folder, structure)
 
 
 @dataclass
@@ -106,16 +136,53 @@ class _Structure:
     stopped: bool
 
     @staticmethod
-    def of(model: Any, state: dict[str, Tensor]) -> _Structure:
-        """Of a model and its weights by name; `state` may be rewritten, see `store_as_conv1d`."""
-        record = copy.deepcopy(record_of(model))
+    def of(model: Any, state: dict[str, Tensor], whole: bool = True) -> _Structure:
+        """Of a model and its weights by name; `state` may be rewritten, see `store_as_conv1d`.
+
+        whole: whether `state` is all of it. Raises TransectError where the record does not describe the weights.
+        """
+        record = gathered_record(model)
+        _check_recorded(model, record)
         if not record:
             return _Structure(record, {}, True, False)
         plain = skeleton(model, {})
         store_as_conv1d(record, plain, state)
         edits = sizes_in_config(model, plain)
         plain = skeleton(model, edits)
-        return _Structure(record, edits, fits(plain, record, state), stops(plain, state))
+        structure = _Structure(record, edits, fits(plain, record, state), stops(plain, state))
+        if not structure.ordinary:
+            _check_loads(model, plain, record, state, whole)
+        return structure
+
+
+_CHANGED = (Operator, Stacked, SkipAttention)
+_UNKNOWN = (
+    "so the folder would not load. Something changed the model's modules without Transect's knowing: put operators in "
+    "place with Matrix.replace, and heads, neurons and sublayers away with the units' keep and drop"
+)
+
+
+def _check_recorded(model: Any, record: StructureRecord) -> None:
+    """Refuse a module of Transect's that no record tells of."""
+    for path, module in model.named_modules():
+        if isinstance(module, _CHANGED):
+            parts = plain_path(path + ".").split(".")[:-1]
+            if not any(".".join(parts[:length]) in record.modules for length in range(1, len(parts) + 1)):
+                raise TransectError(f"{path} holds a {type(module).__name__} that no structure record names, {_UNKNOWN}")
+
+
+def _check_loads(model: Any, plain: Any, record: StructureRecord, state: Mapping[str, Tensor], whole: bool) -> None:
+    """Refuse weights that the model built from config and record does not have. `plain`: its skeleton, which changes."""
+    replay(plain, record)
+    expected = {name: tuple(tensor.shape) for name, tensor in plain.state_dict().items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    for name in [*shapes, *(expected if whole else ())]:
+        if shapes.get(name) != expected.get(name):
+            raise TransectError(
+                f"{name} is {list(shapes[name]) if name in shapes else 'not there'}, and by {type(model).__name__}'s "
+                f"config and structure record it would be {list(expected[name]) if name in expected else 'not there'}, "
+                f"{_UNKNOWN}"
+            )
 
 
 def _add_structure(model: Any, folder: Path, structure: _Structure) -> None:

@@ -109,4 +109,5 @@ def temporarily(anatomy: Anatomy, matrices: Sequence[Matrix]) -> Iterator[None]:
         for module in anatomy.model.modules():
             if getattr(module, "owns_bank", False) and not any(module is owner for owner in owners):
                 module.disown_bank()
-        record.modules = before
+        record.modules.clear()
+        record.modules.update(before)

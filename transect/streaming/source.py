@@ -68,7 +68,7 @@ class StreamedModel:
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         self.dtype = config.dtype = dtype or config.dtype or _first_dtype(self._files[0])
         self.model: Any = _skeleton(cls, config, self.dtype)
-        self.anatomy = Anatomy(self.model, architecture)
+        self.anatomy = Anatomy(self.model, architecture, weights=False)
         headers = {path: read_header(path) for path in self._files}
         self._shapes = {name: shape for header in headers.values() for name, shape in header.items()}
         self._where = {name: path for path, header in headers.items() for name in header}

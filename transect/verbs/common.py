@@ -7,7 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..anatomy import Anatomy
+from transformers import Pipeline
+
+from ..anatomy import Anatomy, model_in
 from ..checkpoint import Opened, open_model, tokenizer_of
 from ..compression import Recipe
 from ..data import Batches, Specimen, load, load_choices, load_facts, load_passages
@@ -18,12 +20,17 @@ OF_ALLOCATION = "allocation_"
 
 
 def opened_of(model: Any, tokenizer: Any) -> Opened:
-    """The model, opened if only its name is given, with the tokenizer that was passed or lies beside it."""
+    """The model, opened if only its name is given, with the tokenizer that was passed or lies beside it.
+
+    A pipeline stands for its model and tokenizer. Raises TransectError for what is no model that can be opened up.
+    """
     if isinstance(model, (str, Path)):
         model = open_model(model)
     if not isinstance(model, Opened):
-        found = tokenizer_of(model)
-        model = Opened(model, found, found, "", None)
+        inside = model_in(model)
+        beside = (model.tokenizer or model.image_processor) if isinstance(model, Pipeline) else None
+        found = tokenizer_of(inside) if beside is None else beside
+        model = Opened(inside, found, found, "", None)
     return model if tokenizer is None else replace(model, tokenizer=tokenizer, processor=tokenizer)
 
 

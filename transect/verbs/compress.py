@@ -65,7 +65,7 @@ def compress(
         anatomy, recipe, batches, matrices=matrices, fisher=fisher, accumulate=accumulate, seed=seed,
         cache=None if cache is None else Path(cache), progress=progress,
     )  # fmt: skip
-    return opened.model
+    return opened.model if isinstance(model, (str, Path, Opened)) else model
 
 
 def compress_stream(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..anatomy import Anatomy
-from ..checkpoint import check_output, save
+from ..checkpoint import Opened, check_output, save
 from ..recovery import Check, How, Machine, Settings, State, Train, check_same_tokens, recover_anatomy
 from ..statistics import Progress
 from .common import calibration_of, opened_of
@@ -85,4 +85,4 @@ def recover(
         save(opened.model, target, opened.tokenizer or opened.processor, overwrite=overwrite)
     machine.wait()
     state.remove()
-    return opened.model
+    return opened.model if isinstance(model, (str, Path, Opened)) else model

@@ -30,6 +30,7 @@ def compress(context: click.Context, model: str, out: Path, stream: bool, as_jso
     """Compress MODEL by one method and write it as a checkpoint."""
     import torch
 
+    from ...anatomy import record_of
     from ...checkpoint import check_output, open_model, save
     from ...compression import allocation_named, method
     from ...verbs import compress as compress_model
@@ -58,7 +59,7 @@ def compress(context: click.Context, model: str, out: Path, stream: bool, as_jso
             tokenizer = opened.tokenizer or opened.processor
             compressed = compress_model(opened.model, **options, tokenizer=tokenizer, progress=show, **own)
             save(compressed, out, tokenizer, overwrite=overwrite)
-            outcome = compressed.__dict__["_structure_record"].history[-1]
+            outcome = record_of(compressed).history[-1]
     outcome = {"out": str(out), **{key: outcome[key] for key in ("kept", "matrix_bytes", "dense_matrix_bytes")}}
     if as_json:
         click.echo(json.dumps(outcome))

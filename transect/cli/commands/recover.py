@@ -43,6 +43,7 @@ def recover(model: str, data: str, out: Path, teacher: str | None, as_json: bool
 
     The same command goes on from what an interrupted one has left. It also runs under `accelerate launch`.
     """
+    from ...anatomy import record_of
     from ...checkpoint import check_output, open_model
     from ...recovery import Check, Machine
     from ...verbs import recover as recover_model
@@ -67,7 +68,7 @@ def recover(model: str, data: str, out: Path, teacher: str | None, as_json: bool
         )  # fmt: skip
     if not main:
         return
-    outcome = recovered.__dict__["_structure_record"].history[-1]
+    outcome = record_of(recovered).history[-1]
     if as_json:
         click.echo(json.dumps({"out": str(out), **outcome}))
         return

@@ -1,0 +1,108 @@
+"""The door: a weight that is not the ordinary matrix that it seems to be is named before anything reads or writes it.
+
+Everything behind it takes a module's `weight` for W (d_out x d_in) in y = Wx + b. Of quantised, offloaded, adapted and
+reparametrised modules that is not true, though many of them are `nn.Linear` by `isinstance`. They are told by what they
+hold and do, not by their names, so that the next library is refused as well.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import TransectError
+from .architecture import Architecture
+from .body import ADAPTED
+from .storage import is_dense, shape_of
+
+_NUMBERS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_COMPUTED = {"parametrizations", "weight_g", "weight_v", "weight_orig", "weight_u", "weight_mask"}  # of torch.nn.utils
+_QUANTIZED = (
+    "the model is quantised, or held in some other form than its plain numbers. Load it without the quantization (or "
+    "call model.dequantize() where it has that, save it, and open what was saved), change it, and quantise the result"
+)
+_REPARAMETRISED = (
+    "its weight is computed from other numbers before each use. Make it an ordinary one first: "
+    'torch.nn.utils.parametrize.remove_parametrizations(module, "weight"), torch.nn.utils.prune.remove(module, '
+    '"weight"), or what the library that did it offers'
+)
+_ELSEWHERE = (
+    "the weight is not in memory (it is on the meta device): the model is offloaded to disk or CPU memory, or has no "
+    "weights yet. Load it without device_map, or compress its folder with compress_stream (--stream), which holds one "
+    "block in memory at a time"
+)
+
+
+def refuse_other_than_plain_weights(model: nn.Module, blocks: nn.Module, architecture: Architecture) -> None:
+    """Raise TransectError, naming the module and what to do, unless every weight is what it seems to be."""
+    for path, module in model.named_modules():
+        if "base_layer" in module._modules:
+            raise _error(path, module, ADAPTED)
+    for path, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is None or type(parameter) is nn.Parameter and parameter.device.type != "meta":
+                continue
+            if parameter.device.type == "meta":
+                raise _error(path, module, _ELSEWHERE)
+            raise _error(path, module, f"it holds a {type(parameter).__name__}: {_QUANTIZED}")
+    paths = {id(module): path for path, module in model.named_modules()}
+    for module in blocks.modules():
+        if is_dense(module):
+            _check_dense(paths[id(module)], module)
+    for path in (*architecture.matrices.values(), *architecture.fused):
+        for block in blocks.children():
+            module = _found(block, path)
+            if module is not None:
+                _check_matrix(paths[id(module)], module)
+    _check_untied(blocks)
+
+
+def _check_dense(path: str, module: Any) -> None:
+    more = [*module._parameters, *module._buffers, *module._modules]
+    more = [name for name in more if name not in ("weight", "bias")]
+    if _COMPUTED & set(more):
+        raise _error(path, module, _REPARAMETRISED)
+    if more:
+        raise _error(path, module, f"beside weight and bias it holds {', '.join(more)}: {_QUANTIZED}")
+    weight = module.weight
+    expected = shape_of(module) if isinstance(module, nn.Linear) else shape_of(module)[::-1]
+    if weight.dtype not in _NUMBERS or tuple(weight.shape) != expected:
+        held = f"{str(weight.dtype).removeprefix('torch.')} {list(weight.shape)}"
+        raise _error(path, module, f"its weight is {held}, where {list(expected)} is expected: {_QUANTIZED}")
+    if type(module).forward not in (nn.Linear.forward, Conv1D.forward):
+        raise _error(path, module, f"it computes something of its own, not only Wx + b; {_QUANTIZED}")
+
+
+def _check_matrix(path: str, module: Any) -> None:
+    """What stands where the architecture has a matrix is dense, an operator, or the stand-in of what was dropped."""
+    if is_dense(module) or hasattr(module, "describe"):
+        return
+    if any(tensor.numel() for tensor in [*module.parameters(), *module.buffers()]):
+        raise _error(path, module, f"it is no matrix that can be read: {_QUANTIZED}")
+
+
+def _check_untied(blocks: nn.Module) -> None:
+    users: dict[int, str] = {}
+    for name, module in blocks.named_modules(remove_duplicate=False):
+        if is_dense(module) and module.weight.numel():
+            first = users.setdefault(id(module.weight), name)
+            if first != name:
+                raise TransectError(
+                    f"the blocks' {first} and {name} share one weight, so that one cannot be changed without the "
+                    f"other. Give each its own: module.weight = torch.nn.Parameter(module.weight.detach().clone()) "
+                    f"(copy.deepcopy(block) where whole blocks are shared)"
+                )
+
+
+def _found(block: nn.Module, path: str) -> Any:
+    try:
+        return block.get_submodule(path)
+    except AttributeError:  # of a dropped sublayer, or missing, which is said where it is asked for
+        return None
+
+
+def _error(path: str, module: nn.Module, why: str) -> TransectError:
+    return TransectError(f"{path or 'the model'} ({type(module).__name__}) cannot be opened: {why}")
