@@ -12,12 +12,13 @@ from ..anatomy import Anatomy, Matrix
 from ..errors import TransectError
 from ..statistics import Fisher, Progress, Statistics
 from ..version import __version__
+from .all_or_nothing import all_or_nothing
 from .allocation import is_ranking
 from .allocation.registry import Scores, share_out
 from .calibrate import calibrate
 from .compressors import Compressor, RankCompressor, compressor_of
 from .factorized import Factorized
-from .frame import factorize
+from .frame import check_finite, factorize
 from .recipe import Recipe
 from .registry import Calibration
 from .sequential import compress_in_order
@@ -41,7 +42,7 @@ def compress_anatomy(
 
     batches: calibration data, `transect.data.Batches`; may be None for a recipe that needs none.
     statistics, scores: of the dense model, where they have been collected already, or are shared with other calls.
-    The model is untouched if anything is refused.
+    The model is untouched if anything is refused or fails; until the end, what it was stays in memory.
     """
     matrices = anatomy.matrices() if matrices is None else list(matrices)
     recipe = recipe.resolved(anatomy, matrices)
@@ -59,11 +60,13 @@ def compress_anatomy(
             fisher=fisher, accumulate=accumulate, seed=seed, cache=cache, progress=progress,
         )  # fmt: skip
     chosen = recipe.registered
-    if chosen.family == "restructuring":
-        chosen.function(anatomy, Calibration(statistics, batches, seed, progress), recipe.keep, **recipe.settings)
-    elif recipe.keep < 1:
-        compressor = make_compressor(anatomy, matrices, recipe, statistics, batches, progress, scores)
-        run_compressor(anatomy, matrices, recipe, compressor, statistics, batches, accumulate, progress)
+    with all_or_nothing(anatomy.model):
+        if chosen.family == "restructuring":
+            chosen.function(anatomy, Calibration(statistics, batches, seed, progress), recipe.keep, **recipe.settings)
+            check_finite(anatomy.matrices(), chosen)
+        elif recipe.keep < 1:
+            compressor = make_compressor(anatomy, matrices, recipe, statistics, batches, progress, scores)
+            run_compressor(anatomy, matrices, recipe, compressor, statistics, batches, accumulate, progress)
     outcome = outcome_of(anatomy, roles, dense_bytes)
     note_in_record(anatomy, recipe, outcome)
     return outcome
