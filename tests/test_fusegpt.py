@@ -195,12 +195,13 @@ def test_the_injected_path_is_exact():
     with torch.no_grad():
         for name, part in group.parts[0].items():
             if isinstance(part, FusedMatrix):
+                p, q, _ = part.terms[0]
                 part.weight.zero_()
-                part.p.fill_(1 / part.p.shape[1])
-                part.q.fill_(1)
-            elif part.removed is not None:
+                p.fill_(1 / p.shape[1])
+                q.fill_(1)
+            elif part.terms:
                 part.own.zero_()
-                part.c.fill_(1)
+                part.terms[0][0].fill_(1)
             else:
                 part.own.copy_(dict(removed.module.named_parameters())[name])  # norms are not injected
     output = group.run(feed.hidden, feed.calls[:1])
@@ -209,17 +210,24 @@ def test_the_injected_path_is_exact():
 
 def test_effective_weights_by_definition():
     draw = generator()
-    weight, removed = (torch.randn(7, 5, generator=draw).double() for _ in range(2))
-    matrix, vector = FusedMatrix(weight, removed, 3, draw), FusedVector(weight[:, 0], removed[:, 0])
-    assert matrix.p.shape == (7, 3) and matrix.q.shape == (3, 5) and (matrix.p == 0).all() and (matrix.b == 0).all()
-    assert FusedMatrix(weight, removed, 100, draw).p.shape == (7, 5)
-    assert matrix.q.abs().max() <= 5**-0.5 and matrix.a.abs().max() <= 5**-0.5 and not torch.equal(matrix.q, matrix.a)
-    for tensor in (matrix.b, matrix.p, vector.c):
+    weight, *removed = (torch.randn(7, 5, generator=draw).double() for _ in range(3))
+    matrix, vector = FusedMatrix(weight, 3, draw), FusedVector(weight[:, 0])
+    assert matrix.coefficients == [] and vector.coefficients == []
+    for one in removed:
+        matrix.receive(one)
+        vector.receive(one[:, 0])
+    torch.testing.assert_close(matrix.effective(), weight)
+    (p1, q1, _), (p2, q2, _) = matrix.terms
+    (c1, _), (c2, _) = vector.terms
+    assert p1.shape == (7, 3) and q1.shape == (3, 5)
+    assert q1.abs().max() <= 5**-0.5 and matrix.a.abs().max() <= 5**-0.5 and not torch.equal(q1, matrix.a)
+    assert FusedMatrix(weight, 100, draw).a.shape == (5, 5)
+    for tensor in (matrix.b, p1, p2, c1, c2):
         tensor.data += torch.randn(tensor.shape, generator=draw, dtype=torch.float64)
-    expected = weight + matrix.b @ matrix.a + (matrix.p @ matrix.q) * removed
+    expected = weight + matrix.b @ matrix.a + (p1 @ q1) * removed[0] + (p2 @ q2) * removed[1]
     torch.testing.assert_close(matrix.effective(), expected)
-    torch.testing.assert_close(vector.effective(), weight[:, 0] + vector.c * removed[:, 0])
-    assert len(matrix.coefficients) == 2 and len(FusedMatrix(weight, None, 3, draw).coefficients) == 0
+    torch.testing.assert_close(vector.effective(), weight[:, 0] + c1 * removed[0][:, 0] + c2 * removed[1][:, 0])
+    assert len(matrix.coefficients) == 4 and len(vector.coefficients) == 2
 
 
 # Training
@@ -365,23 +373,58 @@ def test_blocks_far_from_the_removed_one_are_untouched():
     assert all(torch.equal(p, dict(model.named_parameters())[n]) for n, p in outside)
 
 
-def test_a_receiver_passes_on_what_it_received():
-    """The second removal starts from plain weights that hold the first one's."""
-    donors = []
-    make = FusedGroup.__init__
+def removals(dense, **settings):
+    """Every removal: its donor's weights then, and what its group learns before and after; and the model that is left."""
+    found, make = [], FusedGroup.__init__
 
     def noting(self, receivers, removed, *more):
-        donors.append((removed.module, copy.deepcopy(removed.module.state_dict())))
         make(self, receivers, removed, *more)
+        learned = [*self.coefficients, *self.repairs]
+        start = [tensor.detach().clone() for tensor in learned]
+        found.append((copy.deepcopy(removed.module.state_dict()), self, learned, start))
 
-    dense = deep(4)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FusedGroup, "__init__", noting)
-        model = transect.compress(copy.deepcopy(dense), "fusegpt", 0.5, DATA, epochs=1)
-    assert len(donors) == 2 and len(Anatomy(model).blocks) == 2
+        model = transect.compress(copy.deepcopy(dense), "fusegpt", 0.5, DATA, epochs=1, fusion_rate=1e-2, **settings)
+    assert len(found) == 2 and len(Anatomy(model).blocks) == 2
+    return found, model
+
+
+@pytest.mark.parametrize("collapse", ["last", "every"])
+def test_a_receiver_passes_on_what_it_received(collapse):
+    """The second removed block's weights hold what it had learned from the first."""
+    dense = deep(4)
+    found, _ = removals(dense, collapse=collapse)
+    donor = found[1][0]
     untouched = [block.module.state_dict() for block in Anatomy(dense).blocks]
-    kept = donors[1][1]
-    assert not any(all(torch.equal(kept[key], old[key]) for key in kept) for old in untouched)
+    assert not any(all(torch.equal(donor[key], old[key]) for key in donor) for old in untouched)
+
+
+def test_earlier_terms_go_on_learning_and_are_collapsed_in_the_end():
+    dense = deep(4)
+    found, model = removals(dense)
+    (first_donor, _, first, _), (second_donor, group, second, start) = found
+    survivors = {id(tensor) for tensor in second}
+    earlier = [index for index, tensor in enumerate(second) if any(tensor is old for old in first)]
+    # Two of the three receivers are left; what they learned is learned on, from where it was.
+    assert len(earlier) == len([tensor for tensor in first if id(tensor) in survivors]) > 0
+    assert all(not torch.equal(second[index], start[index]) for index in earlier)
+    dense_state = [block.module.state_dict() for block in Anatomy(dense).blocks]
+    for block, parts in zip(Anatomy(model).blocks, group.parts, strict=True):
+        name, part = next((name, part) for name, part in parts.items() if isinstance(part, FusedMatrix))
+        assert any(torch.equal(part.weight, state[name]) for state in dense_state)  # the base is the dense model's own
+        pairs = zip(part.terms, (first_donor, second_donor), strict=True)
+        assert all(torch.equal(term[2], donor[name]) for term, donor in pairs)
+        expected = part.weight + part.b @ part.a + sum((p @ q) * removed for p, q, removed in part.terms)
+        torch.testing.assert_close(block.module.get_parameter(name), expected)
+
+
+def test_collapsing_after_every_removal_starts_anew():
+    dense = deep(4)
+    (first, second), model = removals(dense, collapse="every")
+    assert not any(tensor is old for tensor in second[2] for old in first[2])
+    assert all(len(part.terms) == 1 for part in second[1].parts[0].values() if isinstance(part, FusedMatrix))
+    assert not torch.equal(logits(model, ONE[0]), logits(removals(dense)[1], ONE[0]))
 
 
 def test_keeping_all_changes_nothing_and_settings_change_something():

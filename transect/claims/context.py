@@ -32,13 +32,16 @@ from ..statistics import Progress, Statistic, Statistics
 class Variant:
     """A way to compress: a method (registered, or one that a claim defines for itself), its allocation, its refit.
 
-    settings: (name, value) of each parameter that is not at its default.
+    allocation: empty for the method's own default. settings: (name, value) of each parameter that is not at its default.
     """
 
     method: Method
-    allocation: str = "uniform"
+    allocation: str = ""
     refit: bool = False
     settings: tuple[tuple[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "allocation", self.allocation or self.method.allocation)
 
     @property
     def name(self) -> str:
@@ -175,12 +178,12 @@ class Context:
         )  # fmt: skip
         try:
             recipe.resolved(anatomy, anatomy.matrices())
-        except OutOfReach as reason:
+            statistics = self._statistics_for(variant)
+            outcome = compress_anatomy(
+                anatomy, recipe, self._calibration, statistics=statistics, scores=self._scores, progress=self.progress
+            )
+        except OutOfReach as reason:  # by its shares, or by those that the scores give
             raise NotApplicable(str(reason)) from None
-        statistics = self._statistics_for(variant)
-        outcome = compress_anatomy(
-            anatomy, recipe, self._calibration, statistics=statistics, scores=self._scores, progress=self.progress
-        )
         return self.evaluate(anatomy.model, outcome["kept"])
 
     def _statistics_for(self, variant: Variant) -> Statistics | None:

@@ -64,7 +64,7 @@ def compare_anatomy(
 def check_plan(anatomy: Anatomy, plan: Plan) -> None:
     """Raise an error, before any work, if a row cannot be computed, or a budget is out of every method's reach."""
     matrices = anatomy.matrices(plan.roles)
-    known = {*plan.methods, *plan.allocations}
+    known = {*plan.methods, *(row.allocation for row in plan.rows)}
     for name in set(plan.settings) - known:
         raise TransectError(f"parameters are given for {name!r}, which is not compared")
     reached: dict[float, OutOfReach | None] = {}  # why a budget is out of reach, or None

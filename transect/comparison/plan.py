@@ -37,6 +37,7 @@ class Plan:
 
     model: folder or hub name, from which every process loads the same weights; `weights` is their fingerprint.
     dtype, device, architecture: how another process opens it. settings: per method or allocation, its parameters.
+    allocations: none for the own default of each method.
     """
 
     model: str
@@ -76,6 +77,8 @@ class Plan:
         """The plan's allocations that a method goes with."""
         if method(name).family == "restructuring":
             return ["uniform"]
+        if not self.allocations:
+            return [method(name).allocation]
         found = [allocation for allocation in self.allocations if goes_with(method(name), allocation)]
         if not found:
             raise TransectError(f"{name} goes with none of the allocations {', '.join(self.allocations)}; add uniform")

@@ -13,12 +13,13 @@ from ..errors import TransectError
 from ..forward import at_rest
 from ..statistics import Fisher, Progress, Statistics
 from ..version import __version__
+from .all_or_nothing import all_or_nothing
 from .allocation import is_ranking
 from .allocation.registry import Scores, share_out
 from .calibrate import calibrate
 from .compressors import Compressor, RankCompressor, compressor_of
 from .factorized import Factorized
-from .frame import factorize
+from .frame import check_finite, factorize
 from .recipe import Recipe
 from .registry import Calibration
 from .sequential import compress_in_order
@@ -42,7 +43,7 @@ def compress_anatomy(
 
     batches: calibration data, `transect.data.Batches`; may be None for a recipe that needs none.
     statistics, scores: of the dense model, where they have been collected already, or are shared with other calls.
-    The model is untouched if anything is refused.
+    The model is untouched if anything is refused or fails; until the end, what it was stays in memory.
     """
     matrices = anatomy.matrices() if matrices is None else list(matrices)
     recipe = recipe.resolved(anatomy, matrices)
@@ -54,15 +55,16 @@ def compress_anatomy(
     # Block by block with uniform shares, only the gradients come from the dense model.
     deferred = recipe.sequential and recipe.allocation == "uniform"
     wanted = [one for one in recipe.needs if not deferred or one.needs in ("gradient", "both")]
-    with at_rest(anatomy.model):
+    chosen = recipe.registered
+    with at_rest(anatomy.model), all_or_nothing(anatomy.model):
         if statistics is None and wanted:
             statistics = calibrate(
                 anatomy, matrices, wanted, batches,
                 fisher=fisher, accumulate=accumulate, seed=seed, cache=cache, progress=progress,
             )  # fmt: skip
-        chosen = recipe.registered
         if chosen.family == "restructuring":
             chosen.function(anatomy, Calibration(statistics, batches, seed, progress), recipe.keep, **recipe.settings)
+            check_finite(anatomy.matrices(), chosen)
         elif recipe.keep < 1:
             compressor = make_compressor(anatomy, matrices, recipe, statistics, batches, progress, scores)
             run_compressor(anatomy, matrices, recipe, compressor, statistics, batches, accumulate, progress)

@@ -15,7 +15,7 @@ from ..errors import OutOfReach
 from ..statistics import Statistics
 from .allocation import Ranks, Shares, Unit
 from .factorized import ranks_of_shares
-from .frame import apply_ranks, factorize_matrix, replace_matrix
+from .frame import apply_ranks, check_finite, factorize_matrix, replace_matrix
 from .registry import Method, Size
 from .weighted_svd import Factorization
 
@@ -24,7 +24,10 @@ class Compressor(Protocol):
     """What a recipe comes down to for one block."""
 
     def __call__(self, block: Block, matrices: Sequence[Matrix], statistics: Statistics | None) -> None:
-        """Compress these matrices of a block, in place. statistics: what the method needs of them."""
+        """Compress these matrices of a block, in place. statistics: what the method needs of them.
+
+        Raises TransectError where NaN or infinite numbers come out.
+        """
         ...
 
 
@@ -46,6 +49,7 @@ class RankCompressor:
                 if self.ranks[matrix.name] is not None
             }
         apply_ranks(matrices, made, self.ranks)
+        check_finite(matrices, self.method)
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ class SizeCompressor:
             size = self.sizes[matrix.name]
             if size is not None:
                 replace_matrix(matrix, self.method, self.settings, size, statistics)
+        check_finite(matrices, self.method)
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,7 @@ class SliceCompressor:
         share = self.shares.get(block.index, 1.0)  # a block whose sublayers are all gone has none
         if share < 1:
             self.method.function(block, statistics, share, **self.settings)
+            check_finite(matrices, self.method)
 
 
 def compressor_of(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..errors import OutOfReach
 from ..operators.dictionary import fit_on_support, sparse_dictionary_bytes
+from .cholesky import raised_cholesky
 from .registry import Size
 from .weighted_svd import shrink
 
@@ -116,17 +117,14 @@ def nominal_kept(shape: tuple[int, int], atoms: int, nonzeros: int) -> float:
 
 
 def covariance_root(covariance: Tensor, shrinkage: float) -> Tensor:
-    """R (lower triangular) with R Rᵀ = the shrunk covariance; shrunk further, tenfold each time, while it is singular.
+    """R (lower triangular) with R Rᵀ = the shrunk covariance, raised by the least that makes it definite.
 
     How the paper stabilises its root is not known to us; this is our choice. Inputs that are always 0 give R = I.
     """
-    if not covariance.diagonal().any():
+    if not covariance.any():
         return torch.eye(len(covariance)).to(covariance)
-    while True:
-        root, failed = torch.linalg.cholesky_ex(shrink(covariance, shrinkage))
-        if not failed:
-            return root
-        shrinkage = min(1.0, max(10 * shrinkage, 1e-10))
+    root, _ = raised_cholesky(shrink(covariance, shrinkage))
+    return root
 
 
 def drawn_atoms(signals: Tensor, atoms: int, seed: int) -> Tensor:

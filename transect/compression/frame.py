@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,6 +30,30 @@ def _arguments(matrix: Matrix, method: Method, statistics: Statistics | None) ->
     return [weight, *values]
 
 
+def _run(matrix: Matrix, method: Method, settings: Mapping[str, Any], statistics: Statistics | None) -> Any:
+    """What a method of one matrix makes of it; an error names the matrix."""
+    try:
+        return method.function(*_arguments(matrix, method, statistics), **settings)
+    except torch.linalg.LinAlgError as error:
+        raise TransectError(f"{method.name} cannot decompose {matrix.name}: {error}") from None
+
+
+def check_finite(matrices: Iterable[Matrix], method: Method) -> None:
+    """Raise an error where what a method has made of the matrices holds NaN or infinite numbers."""
+    for matrix in matrices:
+        module = matrix.module
+        _refuse_not_finite([*module.parameters(), *module.buffers()], matrix, method)
+
+
+def _refuse_not_finite(tensors: Iterable[Tensor], matrix: Matrix, method: Method) -> None:
+    if not all(torch.isfinite(tensor).all() for tensor in tensors):
+        raise TransectError(
+            f"{method.name} makes NaN or infinite numbers of {matrix.name}, so nothing was changed: its numbers may be "
+            "too large for the model's dtype, or its statistics too extreme; try a wider dtype, other settings of the "
+            "method, or other calibration data"
+        )
+
+
 def factorize_matrix(
     matrix: Matrix, method: Method, settings: Mapping[str, Any], statistics: Statistics | None
 ) -> Factorization:
@@ -37,10 +61,12 @@ def factorize_matrix(
 
     All singular values are kept, but factors only up to the rank at which they are as large as the matrix.
     """
-    made = method.function(*_arguments(matrix, method, statistics), **settings)
+    made = _run(matrix, method, settings, statistics)
     m, n = matrix.shape
     left, right = made.truncate((m * n - 1) // (m + n))  # beyond that rank the dense matrix is smaller
-    return Factorization(left.float().contiguous(), made.singular_values, right.float().contiguous())
+    made = Factorization(left.float().contiguous(), made.singular_values, right.float().contiguous())
+    _refuse_not_finite((made.left, made.singular_values, made.right), matrix, method)
+    return made
 
 
 def factorize(
@@ -82,8 +108,7 @@ def replace_matrix(
     matrix: Matrix, method: Method, settings: Mapping[str, Any], size: Size, statistics: Statistics | None
 ) -> None:
     """Put a replacement method's operator of that size in the matrix's place."""
-    operator = method.function(*_arguments(matrix, method, statistics), **size.chosen, **settings)
-    put(matrix, operator)
+    put(matrix, _run(matrix, method, {**size.chosen, **settings}, statistics))
 
 
 def put(matrix: Matrix, operator: Operator) -> None:

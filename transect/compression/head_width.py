@@ -49,8 +49,10 @@ def narrower_values(values: Tensor, outputs: Tensor, covariance: Tensor, count: 
     V' = R_kᵀ Λ^-½ Eᵀ V and O' = O E Λ^½ R_k. So C^½ itself (d_in x d_in) is never needed.
     """
     energy, basis = torch.linalg.eigh(values @ covariance @ values.mT)  # (heads, head_size), Λ and E
-    # A direction that is never excited gets a tiny energy instead of none: all channels kept is then the identity.
-    energy = energy.clamp_min(1e-14 * energy[:, -1:].clamp_min(1e-280))
+    # Relative energies give the same problem. A direction that is never excited gets a tiny one instead of none, so that
+    # all channels kept is the identity; a head of which none is has them all alike.
+    largest = energy[:, -1:]
+    energy = torch.where(largest > 0, energy / largest, 1).clamp_min(1e-14)
     root = energy.sqrt()
     scaled = outputs @ (basis * root[:, None, :])  # O E Λ^½: heads x d x head_size
     right = torch.linalg.eigh(scaled.mT @ scaled).eigenvectors.flip(-1)[..., :count]  # R_k

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import TransectError
+from .cholesky import raised_cholesky
 
 UPDATE_RIDGE = 1e-6  # relative to the mean diagonal of C; our choice, the sources use 1e-6 to 1e-4 for inverse roots
 
@@ -18,7 +18,7 @@ def leverage_scores(covariance: Tensor, ridge: float) -> Tensor:
     """
     if not covariance.any():
         return torch.zeros_like(covariance.diagonal())
-    factor, strength = _cholesky(covariance, ridge * covariance.diagonal().mean())
+    factor, strength = raised_cholesky(covariance, ridge * covariance.diagonal().mean())
     return (1 - strength * torch.cholesky_inverse(factor).diagonal()).clamp(0, 1)
 
 
@@ -34,20 +34,6 @@ def nystrom_update(weight: Tensor, covariance: Tensor, kept: Tensor, ridge: floa
         return own.clone()
     gone = torch.ones(len(covariance), dtype=torch.bool, device=covariance.device)
     gone[kept] = False
-    factor, _ = _cholesky(covariance[kept][:, kept], ridge * covariance.diagonal().mean())
+    factor, _ = raised_cholesky(covariance[kept][:, kept], ridge * covariance.diagonal().mean())
     target = weight[:, gone] @ covariance[gone][:, kept]  # d_out x k
     return own + torch.cholesky_solve(target.T, factor).T
-
-
-def _cholesky(gram: Tensor, strength: Tensor) -> tuple[Tensor, Tensor]:
-    """L with L Lᵀ = G + εI, and ε: `strength`, or ten, a hundred ... times that.
-
-    A Gram matrix of fewer samples than units that was summed in float32 has slightly negative eigenvalues.
-    """
-    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    for _ in range(8):
-        factor, failed = torch.linalg.cholesky_ex(gram + strength * identity)
-        if not failed:
-            return factor, strength
-        strength = 10 * strength
-    raise TransectError("a covariance of hidden units is far from positive definite: is the calibration data valid?")

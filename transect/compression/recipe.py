@@ -18,7 +18,7 @@ from .registry import Method, method
 class Recipe:
     """A compression: which method, how many bytes to keep, and how they are shared out.
 
-    keep: share of the targeted matrices' bytes to keep, in (0, 1].
+    keep: share of the targeted matrices' bytes to keep, in (0, 1]. allocation: empty for the method's own default.
     settings, allocation_settings: of the method and of the allocation; see `transect methods NAME`.
     sequential: calibrate each block on the outputs of the blocks already compressed, instead of on the dense model's.
     refit: refit the operators' last factors on the compressed model's activations (methods that have it).
@@ -26,11 +26,15 @@ class Recipe:
 
     method: str
     keep: float
-    allocation: str = "uniform"
+    allocation: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
     allocation_settings: Mapping[str, Any] = field(default_factory=dict)
     sequential: bool = False
     refit: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.allocation:
+            object.__setattr__(self, "allocation", self.registered.allocation)
 
     def resolved(self, anatomy: Anatomy, matrices: Sequence[Matrix]) -> Recipe:
         """The same with all defaults filled in; an error if anything in it cannot be done to these matrices.

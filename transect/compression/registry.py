@@ -27,6 +27,7 @@ class Method:
     needs: the statistics that it is given. data: it runs the model on the calibration data themselves, so it must be
         given some even where it needs no statistic. refit: its result can be refitted by least squares afterwards.
     plan: what finds out, before any work, how large the result may be; see the decorators.
+    allocation: how its budget is shared out where the user names no allocation.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Method:
     refit: bool = False
     data: bool = False
     plan: Callable[..., Any] | None = None
+    allocation: str = "uniform"
 
     @property
     def summary(self) -> str:
@@ -81,17 +83,26 @@ def _register(family: str, name: str, paper: str, needs: Sequence[Statistic], **
     return register
 
 
-def factorization(name: str, *, paper: str, needs: Sequence[Statistic] = (), refit: bool = False) -> Register:
+def factorization(
+    name: str, *, paper: str, needs: Sequence[Statistic] = (), refit: bool = False, allocation: str = "uniform"
+) -> Register:
     """Register `function(weight, *statistics, **settings) -> Factorization` as a low-rank method.
 
     weight: W (d_out x d_in), float64. The statistics come as their `value`s, float64, on the weight's device. One
     factorization serves every budget: its leading ranks are kept.
+    allocation: the default for this method, where its paper has one of its own; so it is for the next two as well.
     """
-    return _register("factorization", name, paper, needs, refit=refit)
+    return _register("factorization", name, paper, needs, refit=refit, allocation=allocation)
 
 
 def replacement(
-    name: str, *, paper: str, size: Callable[..., Size], needs: Sequence[Statistic] = (), refit: bool = False
+    name: str,
+    *,
+    paper: str,
+    size: Callable[..., Size],
+    needs: Sequence[Statistic] = (),
+    refit: bool = False,
+    allocation: str = "uniform",
 ) -> Register:
     """Register `function(weight, *statistics, **size.chosen, **settings) -> Operator`: one matrix, one operator.
 
@@ -101,10 +112,17 @@ def replacement(
         of that shape; it raises OutOfReach where there is none. A method of one size only (2:4) returns that where it
         fits; the frame then leaves as many matrices dense as the budget allows.
     """
-    return _register("replacement", name, paper, needs, plan=size, refit=refit)
+    return _register("replacement", name, paper, needs, plan=size, refit=refit, allocation=allocation)
 
 
-def slicing(name: str, *, paper: str, check: Callable[..., None], needs: Sequence[Statistic] = ()) -> Register:
+def slicing(
+    name: str,
+    *,
+    paper: str,
+    check: Callable[..., None],
+    needs: Sequence[Statistic] = (),
+    allocation: str = "uniform",
+) -> Register:
     """Register `function(block, statistics, keep, **settings) -> None`: it shrinks one block, in place.
 
     The function uses the anatomy's units (`block.attention.keep`, `block.mlp.keep`, `matrix.replace`). statistics:
@@ -112,7 +130,7 @@ def slicing(name: str, *, paper: str, check: Callable[..., None], needs: Sequenc
     keep: share of the bytes of this block's matrices that may remain.
     check: `check(block, keep, **settings)`, called for every block before any work; raises OutOfReach or TransectError.
     """
-    return _register("slicing", name, paper, needs, plan=check)
+    return _register("slicing", name, paper, needs, plan=check, allocation=allocation)
 
 
 def restructuring(

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .cholesky import raised_cholesky
+
 # A metric that weighs a direction less than this, relative to its mean, would be inverted into noise.
 _FLOOR = 1e-12
 
@@ -40,6 +42,8 @@ def weighted_svd(
 
     weight: W (m x n). output_metric: Γ (m x m), positive definite, or its diagonal (m), or None for the identity.
     input_metric: A (n x n), or its diagonal (n), or None; it may be singular where m <= n.
+    Where a metric is 0 everywhere (a norm without weights, outputs that no gradient reaches), nothing can be lost: all
+    singular values are 0. The factors are then those of the identity in its place, so that what they drop is small.
 
     With Γ = L Lᵀ and A = S Sᵀ this is the SVD of LᵀWS (K-FAC SVD; SVD-LLM with Γ = I; FWSVD with diagonal Γ). It needs
     neither that SVD nor, on the longer side, a root: if U holds the leading eigenvectors of (LᵀWS)(LᵀWS)ᵀ = LᵀWAWᵀL,
@@ -48,6 +52,8 @@ def weighted_svd(
     """
     m, n = weight.shape
     weight = weight.double()
+    output_metric, output_scale = _normalised(output_metric, weight)
+    input_metric, input_scale = _normalised(input_metric, weight)
     if m <= n:
         root, inverse = _root(output_metric, m, weight)
         rotated = _times(root, weight, transpose=True)  # Lᵀ W
@@ -66,7 +72,7 @@ def weighted_svd(
         left, right = left * balance, right / balance[:, None]
     else:
         left, right = left / balance, right * balance[:, None]
-    return Factorization(left, values, right)
+    return Factorization(left, values * (output_scale * input_scale) ** 0.5, right)
 
 
 def shrink(covariance: Tensor, alpha: float) -> Tensor:
@@ -84,22 +90,27 @@ def _times(metric: Tensor | None, x: Tensor, transpose: bool = False) -> Tensor:
     return (metric.T if transpose else metric) @ x
 
 
+def _normalised(metric: Tensor | None, like: Tensor) -> tuple[Tensor | None, float]:
+    """The metric over the mean of its diagonal, and that mean; the identity (None), and 0, for one that is 0."""
+    if metric is None:
+        return None, 1.0
+    metric = metric.to(like)
+    scale = float((metric if metric.ndim == 1 else metric.diagonal()).mean())
+    if abs(scale) < torch.finfo(torch.float64).tiny:  # 0, or so small that nothing can be divided by it
+        return None, 0.0
+    return metric / scale, scale
+
+
 def _root(metric: Tensor | None, size: int, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """S with S Sᵀ = metric, and S⁻¹. A singular metric is raised by the least amount that makes it definite."""
     if metric is None:
         return None, None
-    metric = metric.to(like)
     if metric.ndim == 1:
-        root = metric.clamp_min(_FLOOR * metric.mean()).sqrt()
+        root = metric.clamp_min(_FLOOR).sqrt()
         return root, 1 / root
     identity = torch.eye(size, dtype=like.dtype, device=like.device)
-    scale = metric.diagonal().mean()
-    raised = 0.0
-    while True:
-        root, failed = torch.linalg.cholesky_ex(metric + identity * (raised * scale))
-        if not failed:
-            return root, torch.linalg.solve_triangular(root, identity, upper=False)
-        raised = max(10 * raised, 1e-10)
+    root, _ = raised_cholesky(metric)
+    return root, torch.linalg.solve_triangular(root, identity, upper=False)
 
 
 def _eigh_descending(gram: Tensor) -> tuple[Tensor, Tensor]:

@@ -35,12 +35,12 @@ def opened_of(model: Any, tokenizer: Any) -> Opened:
 
 
 def recipe_of(
-    method: str, keep: float, allocation: str, sequential: bool, refit: bool, settings: Mapping[str, Any]
+    method: str, keep: float, allocation: str | None, sequential: bool, refit: bool, settings: Mapping[str, Any]
 ) -> Recipe:
     """The recipe of these arguments; settings of the allocation begin with its prefix."""
     of_allocation = {k.removeprefix(OF_ALLOCATION): v for k, v in settings.items() if k.startswith(OF_ALLOCATION)}
     of_method = {key: value for key, value in settings.items() if not key.startswith(OF_ALLOCATION)}
-    return Recipe(method, float(keep), allocation, of_method, of_allocation, sequential, refit)
+    return Recipe(method, float(keep), allocation or "", of_method, of_allocation, sequential, refit)
 
 
 def calibration_of(

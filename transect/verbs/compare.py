@@ -28,7 +28,7 @@ def compare(
     out: str | Path,
     *,
     tokenizer: Any = None,
-    allocations: Sequence[str] = ("uniform",),
+    allocations: Sequence[str] | None = None,
     settings: Mapping[str, Mapping[str, Any]] | None = None,
     sequential: bool = False,
     refit: bool = False,
@@ -52,6 +52,7 @@ def compare(
     eval_sequences of it, evenly spaced (default all).
     out: the run folder. Rows are written as they finish; a run that was interrupted goes on where it stopped, and
     methods and budgets can be added to it. It ends with table.csv, table.md and pareto.png in it.
+    allocations: each is combined with every method that it goes with. Default: each method's own, uniform for most.
     settings: method or allocation -> its parameters.
     workers: processes (their measured speeds disturb one another). engine: `local` or `ray`.
 
@@ -69,7 +70,7 @@ def compare(
         model="" if opened.source == "" else str(opened.path or opened.source),
         dtype=str(opened.model.dtype).removeprefix("torch."), device=str(opened.model.device),
         architecture=asdict(anatomy.architecture),
-        weights=model_fingerprint(opened.model), methods=tuple(methods), allocations=tuple(allocations),
+        weights=model_fingerprint(opened.model), methods=tuple(methods), allocations=tuple(allocations or ()),
         keeps=tuple(float(share) for share in keep),
         settings={name: dict(values) for name, values in (settings or {}).items()},
         calibration=calibration.fingerprint, evaluation=held_out.fingerprint,

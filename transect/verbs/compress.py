@@ -24,7 +24,7 @@ def compress(
     data: Any = None,
     *,
     tokenizer: Any = None,
-    allocation: str = "uniform",
+    allocation: str | None = None,
     sequential: bool = False,
     refit: bool = False,
     roles: Iterable[str] | None = None,
@@ -44,7 +44,8 @@ def compress(
     method: see `transect.methods()`. keep: share of the block matrices' bytes to keep, in (0, 1].
     data: calibration data: texts, a path, a hub data set, token ids or batches; see `transect.data.load`.
     tokenizer: tokenizer or image processor. Default: found beside the model.
-    allocation: how the bytes are shared among the matrices; see `transect.allocations()`.
+    allocation: how the bytes are shared among the matrices; see `transect.allocations()`. Default: the method's own,
+        `Method.allocation`: uniform shares for most.
     sequential: calibrate each block on the compressed blocks before it. refit: refit the left factors afterwards.
     roles: only these matrices (q, k, v, o, gate, up, down). Default: all.
     sequence_length, sequences, batch_size: of the calibration data; sequences are spread evenly over it.
@@ -76,7 +77,7 @@ def compress_stream(
     data: Any = None,
     *,
     tokenizer: Any = None,
-    allocation: str = "uniform",
+    allocation: str | None = None,
     sequential: bool = False,
     sequence_length: int | None = None,
     sequences: int = CALIBRATION_SEQUENCES,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ...compression import Factorization, Method, weighted_svd
 from ...compression import method as registered
+from ...compression.cholesky import raised_cholesky
 from ...compression.weighted_svd import shrink
 from ..context import Context, Variant
 from ..ordering import ordered
@@ -61,7 +61,7 @@ def as_released(weight: Tensor, covariance: Tensor, gradient_covariance: Tensor)
     That minimises tr(Γ' (W - Ŵ) A (W - Ŵ)ᵀ) with Γ' = L_Γᵀ L_Γ instead of Γ = L_Γ L_Γᵀ.
     """
     defaults = KFAC_SVD.settings({})
-    root = torch.linalg.cholesky(shrink(gradient_covariance, defaults["gradient_shrinkage"]))
+    root, _ = raised_cholesky(shrink(gradient_covariance, defaults["gradient_shrinkage"]))
     return weighted_svd(weight, root.T @ root, shrink(covariance, defaults["input_shrinkage"]))
 
 

@@ -20,8 +20,8 @@ from ..printing import print_whole, progress_bar
 @click.option("--data", help="Calibration data.", required=True)
 @click.option("--eval", "eval_data", help="Held-out data.", required=True)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Run folder; a run in it is continued.")
-@click.option("--allocation", "allocations", default="uniform", show_default=True, callback=split,
-              help="Comma-separated.")  # fmt: skip
+@click.option("--allocation", "allocations", callback=split,
+              help="Comma-separated. Default: each method's own, mostly uniform.")  # fmt: skip
 @click.option("--eval-sequences", type=int, help="Use so many held-out sequences, evenly spaced. Default: all.")
 @click.option("--workers", type=int, default=1, show_default=True, help="Processes that compute rows.")
 @click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True)
@@ -42,11 +42,12 @@ def compare(context: click.Context, model: str, out: Path, as_json: bool, **opti
         method(name)
     for name in options["allocations"]:
         allocation_named(name)
-    refuse_unused(settings, [*options["methods"], *options["allocations"]])
+    allocations = options["allocations"] or [method(name).allocation for name in options["methods"]]
+    refuse_unused(settings, [*options["methods"], *allocations])
     opened = open_model(model, dtype=options.pop("dtype"), device=options.pop("device"),
                       architecture=options.pop("architecture"))  # fmt: skip
     options["accumulate"] = getattr(torch, options["accumulate"])
-    rows = 1 + len(options["methods"]) * len(options["allocations"]) * len(options["keep"])
+    rows = 1 + len(options["methods"]) * len(options["allocations"] or [""]) * len(options["keep"])
     with progress_bar(as_json) as (bar, show):
         task = bar.add_task("rows", total=rows)
         frame = compare_models(

@@ -20,7 +20,7 @@ from ..printing import print_whole, progress_bar
 @click.option("--keep", type=float, required=True, help="Share of the matrices' bytes to keep, in (0, 1].")
 @click.option("--data", help="Calibration data.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write the model to.")
-@click.option("--allocation", default="uniform", show_default=True, help="How bytes are shared among the matrices.")
+@click.option("--allocation", help="How bytes are shared among the matrices. Default: the method's own, mostly uniform.")
 @click.option("--stream", is_flag=True, help="One block in memory at a time, straight from and to safetensors.")
 @click.option("--cache", type=click.Path(path_type=Path), help="File to keep the statistics in.")
 @shared_options("sequential", "refit", "roles", "sequence_length", "sequences", "batch_size", "fisher", "accumulate",
@@ -38,6 +38,7 @@ def compress(context: click.Context, model: str, out: Path, stream: bool, as_jso
 
     settings = method_settings(context.obj, options["method"])
     own = method(options["method"]).settings(settings.pop(options["method"], {}))
+    options["allocation"] = options["allocation"] or method(options["method"]).allocation
     sharing = allocation_named(options["allocation"]).settings(settings.pop(options["allocation"], {}))
     own |= {f"allocation_{name}": value for name, value in sharing.items()}
     refuse_unused(settings, (options["method"], options["allocation"]))

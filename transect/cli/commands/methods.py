@@ -60,7 +60,7 @@ def methods(name: str | None, as_json: bool) -> None:
         described = [
             {
                 "name": entry.name, "family": entry.family, "paper": entry.paper, "summary": entry.summary,
-                "needs": getattr(entry, "wants", None),
+                "needs": getattr(entry, "wants", None), "allocation": _allocation_of(entry),
                 "parameters": [
                     {"name": p.name, "default": p.default, "type": p.kind.__name__, "choices": p.choices,
                      "range": p.range and [p.range.low, p.range.high], "help": p.help}
@@ -80,6 +80,8 @@ def methods(name: str | None, as_json: bool) -> None:
     print_whole(f"{entry.name} ({entry.family}), {entry.paper}")
     if hasattr(entry, "wants"):  # of probes and edits the docstring says it
         print_whole(f"needs: {', '.join(entry.wants) or 'no data'}")
+    if _allocation_of(entry) is not None:
+        print_whole(f"allocation, unless you name another: {entry.allocation}")
     print_whole("")
     print_whole(inspect.getdoc(entry.function) or "")
     grid = Table("parameter", "type", "default", "accepts")
@@ -90,3 +92,8 @@ def methods(name: str | None, as_json: bool) -> None:
         grid.add_row(p.name, p.kind.__name__, str(p.default), accepts)
     if entry.parameters:
         stdout.print(grid)
+
+
+def _allocation_of(entry: Any) -> str | None:
+    """How a method's budget is shared out by default; None for what takes no allocation."""
+    return entry.allocation if getattr(entry, "family", None) in ("factorization", "replacement", "slicing") else None

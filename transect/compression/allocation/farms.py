@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
@@ -26,9 +27,14 @@ def score(
     windows: int,
     estimator: str,
 ) -> float:
-    """The tail exponent α of a matrix's spectrum, by square windows of one size over the whole model."""
+    """The tail exponent α of a matrix's spectrum, by square windows of one size over the whole model.
+
+    NaN for a matrix of zeros, such as a depth-expanded model's new blocks have: it has no spectrum.
+    """
     rows = window or min(_LARGEST_WINDOW, *(min(other.shape) for other in matrix.block.anatomy.matrices()))
     weight = matrix.weight.double()
+    if not weight.any():
+        return math.nan
     try:
         return ESTIMATORS[estimator](pooled_eigenvalues(weight, rows, windows=windows))
     except TransectError as error:
@@ -48,7 +54,8 @@ def farms(
 ) -> Shares:
     """Remove more from blocks whose weights have a light-tailed spectrum, which reads as less trained.
 
-    With a_b the mean tail exponent over the matrices of block b, scaled to t_b in [1 - ε, 1 + ε], and p_b its bytes,
+    With a_b the mean tail exponent over the matrices of block b (but those of zeros; a block of zeros alone counts like
+    the mean of the others), scaled to t_b in [1 - ε, 1 + ε], and p_b its bytes,
     block b loses the share S t_b Σp / Σ(p t) of its bytes, where S = 1 - keep; all its matrices lose the same. A block
     never loses more than 0.998, and what that leaves over is taken from the others in proportion to t (the paper leaves
     it untaken). The exponents come from windows of one shape, since a spectrum's depends on the matrix's. They use the
@@ -65,11 +72,19 @@ def farms(
     blocks: dict[int, list[Unit]] = {}
     for unit in units:
         blocks.setdefault(unit.block, []).append(unit)
-    alphas = {block: sum(scores[unit.name] for unit in mine) / len(mine) for block, mine in blocks.items()}
+    alphas = mean_exponents({block: [scores[unit.name] for unit in mine] for block, mine in blocks.items()})
     sizes = {block: sum(unit.bytes for unit in mine) for block, mine in blocks.items()}
     removed = removals(sizes, stretched(alphas, epsilon), 1 - keep)
     # Rounding must not carry the total above the budget.
     return {unit.name: (1 - removed[unit.block]) * (1 - 1e-12) for unit in units}
+
+
+def mean_exponents(exponents: Mapping[int, Sequence[float]]) -> dict[int, float]:
+    """The mean of each block's exponents that are there; where there is none, that of the other blocks' means."""
+    known = {block: [alpha for alpha in mine if not math.isnan(alpha)] for block, mine in exponents.items()}
+    means = {block: sum(mine) / len(mine) for block, mine in known.items() if mine}
+    middle = sum(means.values()) / len(means) if means else 1.0
+    return {block: means.get(block, middle) for block in exponents}
 
 
 def stretched(alphas: Mapping[int, float], epsilon: float) -> dict[int, float]:
@@ -88,7 +103,7 @@ def removals(sizes: Mapping[int, int], weights: Mapping[int, float], total: floa
     limit = max(_LARGEST_REMOVAL, total)
     removed: dict[int, float] = {}
     free = set(sizes)
-    while free:
+    while free:  # each round holds a block at the limit, or is the last
         left = total * sum(sizes.values()) - sum(sizes[block] * removed[block] for block in removed)
         factor = left / sum(sizes[block] * weights[block] for block in free)
         over = {block for block in free if factor * weights[block] > limit}

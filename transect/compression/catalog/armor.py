@@ -79,7 +79,8 @@ class Wrapping:
         (d_out, d_in), p, q = target.shape, output_block, max(input_block, 4)
         self.m, self.n, self.p, self.q = d_out // p, d_in // q, p, q
         self.target, self.importance = target, importance
-        self.total = (target.square() * importance).sum().clamp_min(torch.finfo(target.dtype).tiny)
+        total = (target.square() * importance).sum()
+        self.total = torch.where(total > 0, total, 1)  # a matrix of zeros is met exactly
         mask = best_two_of_four(target.square() * importance)
         self.mask = self._by_column_block(mask).contiguous()  # (n, d_out, q)
         self.a = torch.eye(p).to(target).repeat(self.m, 1, 1)

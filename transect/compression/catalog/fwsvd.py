@@ -23,7 +23,6 @@ def fwsvd(weight: Tensor, fisher: Tensor, *, axis: Literal["out", "in"] = "out")
     importance = fisher.sum(1) if axis == "out" else fisher.mean(0)
     if not importance.any():
         warnings.warn("the Fisher information of a matrix is all zero: plain SVD is used for it", stacklevel=2)
-        return weighted_svd(weight)
     # A row that no gradient reached (a dead unit) is floored relative to the mean, so that D⁻¹ stays finite.
     importance = importance.clamp_min(1e-6 * importance.mean())
     if axis == "out":

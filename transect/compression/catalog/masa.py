@@ -161,7 +161,9 @@ def best_split(
 ) -> tuple[int, int]:
     """The S and r of `splits` with the least relative output error."""
     metrics = torch.stack(list(covariances))  # L x d_in x d_in
-    whole = ((weights @ metrics) * weights).sum((1, 2)).clamp_min(1e-300)  # L: E||Wx||²
+    whole = ((weights @ metrics) * weights).sum((1, 2))  # L: E||Wx||²
+    whole = whole.clamp_min(1e-12 * whole.mean())  # a layer without any output must not decide alone
+    whole = torch.where(whole > 0, whole, 1)
     missing, taken = weights.clone(), 0
     found = []
     layers, d_out, d_in = weights.shape

@@ -115,7 +115,13 @@ def _too_little(block: Block, keep: float) -> str:
     )
 
 
-@slicing("modegpt", paper="arXiv:2408.09632", check=check, needs=[InputCovariance(), InputMean()])
+@slicing(
+    "modegpt",
+    paper="arXiv:2408.09632",
+    check=check,
+    needs=[InputCovariance(), InputMean()],
+    allocation="similarity",
+)
 def modegpt(
     block: Block,
     statistics: Statistics,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ...operators.semi_structured import SemiStructured
 from ...statistics import InputCovariance
+from ..cholesky import raised_cholesky
 from ..registry import Range, replacement
 from ..two_four import best_two_of_four, two_four_size
 
@@ -32,10 +33,10 @@ def sparsegpt(
     dead = hessian.diagonal() == 0
     mean = hessian.diagonal()[~dead].mean() if not dead.all() else hessian.new_ones(())
     hessian.diagonal()[dead] = mean  # it is uncorrelated with the others, so any number will do
-    hessian.diagonal().add_(damping * mean)
     weight[:, dead] = 0
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    upper = torch.linalg.cholesky(inverse, upper=True)
+    # The upper root R of H = R Rᵀ is the lower one of H in reversed order, and U = R⁻¹.
+    root, _ = raised_cholesky(hessian.flip(0, 1), damping * mean)
+    upper = torch.linalg.solve_triangular(root.flip(0, 1), torch.eye(len(root)).to(root), upper=True)
     scale = upper.diagonal()
 
     mask = torch.zeros_like(weight, dtype=torch.bool)

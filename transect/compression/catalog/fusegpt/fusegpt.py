@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 import torch
+from torch import nn
 
 from ....anatomy import Anatomy, Block
 from ....anatomy.storage import weight_tensors
@@ -12,7 +13,7 @@ from ....errors import OutOfReach, TransectError
 from ....forward.blocks import feeds_of
 from ....statistics import BlockSimilarity
 from ...registry import Calibration, Range, restructuring
-from .fusion import FusedGroup, check_alike, lessons_of, train, window
+from .fusion import FusedGroup, Parts, check_alike, lessons_of, train, window
 from .macro_influence import macro_influence
 
 _SIMILARITY = BlockSimilarity()
@@ -52,6 +53,7 @@ def fusegpt(
     group: Annotated[int, Range(2, 1_000)] = 8,
     rank: Annotated[int, Range(1, 100_000)] = 128,
     inject: bool = True,
+    collapse: Literal["last", "every"] = "last",
     epochs: Annotated[int, Range(0, 10_000)] = 5,
     loss: Literal["kl", "mse"] = "kl",
     fusion_rate: Annotated[float, Range(0, 1)] = 1e-3,
@@ -62,8 +64,9 @@ def fusegpt(
     """Remove the blocks that matter least, each recycled as a learned addition to its neighbours' weights.
 
     One block after another: the one without which the last hidden state turns least is removed; the blocks around it
-    receive its weights under a learned mask, and are trained to put out what the group did with it. Then everything is
-    written into plain weights: the result is an ordinary model with fewer blocks.
+    receive its weights under a learned mask, and are trained to put out what the group did with it. What a block has
+    learned from earlier removals goes on learning whenever it is in a group. In the end everything is written into
+    plain weights: the result is an ordinary model with fewer blocks.
 
     drop: number of blocks to remove; 0 removes as few as bring the matrices to `keep`.
     choice: how blocks are chosen: by Macro Influence measured anew after every removal, by that of the dense model
@@ -71,6 +74,8 @@ def fusegpt(
     group: blocks of a group, the removed one included.
     rank: of the mask on the removed weights, and of the low-rank change beside it.
     inject: whether the removed block's weights are injected; without, neighbours learn the low-rank change only.
+    collapse: when masks and low-rank changes become plain weights: after the last removal, as in the authors' code, or
+        after every one, our addition, which takes less memory; learning then starts anew from there.
     epochs: passes over the training sequences for every removed block; 0 removes blocks without any fusion. The authors
         take 20; 5 is our choice, a quarter of the time on a processor.
     loss: distance to the group's former output: KL divergence between the softmax over the features, or squared error.
@@ -84,6 +89,7 @@ def fusegpt(
     left = list(range(len(anatomy.blocks)))  # numbers in the dense model
     target = len(left) - drop
     scores: dict[int, float] = {}
+    learned: dict[nn.Module, Parts] = {}
     while len(left) > target if drop else anatomy.matrix_bytes() > limit:
         if not scores or choice == "iterative":
             measured = _scores(anatomy, calibration, choice, influence_sequences)
@@ -95,7 +101,9 @@ def fusegpt(
             feeds = feeds_of(anatomy, calibration.batches.take(training_sequences))
             lessons = lessons_of(feeds, blocks, first, removed, size)
             receivers = [block for block in blocks[first : first + size] if block.index != removed]
-            fused = FusedGroup(receivers, blocks[removed], rank, generator, inject)
+            if collapse == "every":
+                learned = {}
+            fused = FusedGroup(receivers, blocks[removed], rank, generator, inject, learned)
             steps = train(fused, lessons, epochs, loss, fusion_rate, repair_rate)
             for _ in calibration.shown(range(epochs), f"fusegpt: fusing block {number}"):
                 next(steps)

@@ -1,8 +1,9 @@
 """Layer fusion: a removed block's weights become learned, masked additions to its neighbours' (arXiv:2411.14507).
 
-Every stored matrix W of a receiving block becomes W + B A + (P Q) o W', with W' the removed block's and o elementwise;
-a bias b becomes b + c o b'. B, P and c start at zero, so the group starts as the plain removal. The terms are of
-the same form however a matrix is stored (transposed in GPT-2, several in one); matrices stored as one count as one.
+Every stored matrix W of a receiving block becomes W + B A + Σ_k (P_k Q_k) o W_k, with W_k that of the k-th removed block
+that it receives and o elementwise; a bias b becomes b + Σ_k c_k o b_k. B, P and c start at zero, so the group starts as
+the plain removal. The terms are of the same form however a matrix is stored (transposed in GPT-2, several in one);
+matrices stored as one count as one.
 """
 
 from __future__ import annotations
@@ -26,30 +27,34 @@ _BETAS = (0.9, 0.95)
 
 
 class FusedMatrix:
-    """W + B A + (P Q) o W' (m x n), for one stored matrix; factors of rank r, at most min(m, n), in float32 or wider.
+    """W + B A + Σ_k (P_k Q_k) o W_k (m x n), for one stored matrix; factors of rank r, at most min(m, n), in float32 or
+    wider. k counts the removed blocks that it has received; see `receive`.
 
-    removed: W' of the removed block's matrix; None leaves that term out. The authors fix the rank of B A at 128, where
-    P Q follows the setting; here both follow it.
+    The authors fix the rank of B A at 128, where P Q follows the setting; here both follow it.
     """
 
-    def __init__(self, weight: Tensor, removed: Tensor | None, rank: int, generator: torch.Generator) -> None:
+    def __init__(self, weight: Tensor, rank: int, generator: torch.Generator) -> None:
         self.weight = weight.detach()
-        self.removed = None if removed is None else removed.detach()
         self.dtype = _wide(weight).dtype
-        rank = min(rank, *weight.shape)
-        self.b, self.a = self._factors(rank, generator)
-        self.p, self.q = self._factors(rank, generator)
+        self.rank, self.generator = min(rank, *weight.shape), generator
+        self.b, self.a = self._factors()
+        self.terms: list[tuple[Tensor, Tensor, Tensor]] = []  # P_k, Q_k and W_k
 
-    def _factors(self, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def receive(self, removed: Tensor) -> None:
+        """Add the term of a removed block's matrix W_k, with P_k = 0."""
+        self.terms.append((*self._factors(), removed.detach()))
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
         """Zeros (m x r), and Kaiming-uniform numbers with a = √5 (r x n): uniform up to 1 / √n."""
         m, n = self.weight.shape
-        random = torch.empty(rank, n, dtype=self.dtype).uniform_(-(n**-0.5), n**-0.5, generator=generator)
-        return _learnable(self.weight.new_zeros(m, rank, dtype=self.dtype)), _learnable(random.to(self.weight.device))
+        random = torch.empty(self.rank, n, dtype=self.dtype).uniform_(-(n**-0.5), n**-0.5, generator=self.generator)
+        zeros = self.weight.new_zeros(m, self.rank, dtype=self.dtype)
+        return _learnable(zeros), _learnable(random.to(self.weight.device))
 
     @property
     def coefficients(self) -> list[Tensor]:
-        """What learns at the rate of the injection: the mask P Q."""
-        return [] if self.removed is None else [self.p, self.q]
+        """What learns at the rate of the injection: the masks P_k Q_k."""
+        return [factor for p, q, _ in self.terms for factor in (p, q)]
 
     @property
     def repairs(self) -> list[Tensor]:
@@ -57,26 +62,32 @@ class FusedMatrix:
         return [self.b, self.a]
 
     def effective(self) -> Tensor:
-        """W + B A + (P Q) o W' (d_out x d_in), the last where a matrix is injected."""
+        """W + B A + Σ_k (P_k Q_k) o W_k (d_out x d_in)."""
         weight = self.weight + self.b @ self.a
-        return weight if self.removed is None else weight.addcmul(self.p @ self.q, self.removed.to(self.dtype))
+        for p, q, removed in self.terms:
+            weight = weight.addcmul(p @ q, removed.to(self.dtype))
+        return weight
 
 
 class FusedVector:
-    """b + c o b' for a bias; norms, and biases where nothing is injected, are themselves learned.
+    """b + Σ_k c_k o b_k for a bias; norms, and biases where nothing is injected, are themselves learned.
 
-    As in the authors' code, b itself is learned too, at the small rate.
+    As in the authors' code, b itself is learned too, at the small rate. There, the biases of one removed block take the
+    place of those of the one before it, under the same c; here each has its own, as the weights do.
     """
 
-    def __init__(self, own: Tensor, removed: Tensor | None) -> None:
+    def __init__(self, own: Tensor) -> None:
         self.own = _learnable(_wide(own.detach()).clone())
-        self.removed = None if removed is None else _wide(removed.detach())
-        self.c = _learnable(torch.zeros_like(self.own))
+        self.terms: list[tuple[Tensor, Tensor]] = []  # c_k and b_k
+
+    def receive(self, removed: Tensor) -> None:
+        """Add the term of a removed block's bias b_k, with c_k = 0."""
+        self.terms.append((_learnable(torch.zeros_like(self.own)), _wide(removed.detach())))
 
     @property
     def coefficients(self) -> list[Tensor]:
-        """What learns at the rate of the injection: c."""
-        return [] if self.removed is None else [self.c]
+        """What learns at the rate of the injection: c_k."""
+        return [c for c, _ in self.terms]
 
     @property
     def repairs(self) -> list[Tensor]:
@@ -84,8 +95,14 @@ class FusedVector:
         return [self.own]
 
     def effective(self) -> Tensor:
-        """b + c o b', the last where a bias is injected."""
-        return self.own if self.removed is None else self.own.addcmul(self.c, self.removed)
+        """b + Σ_k c_k o b_k."""
+        bias = self.own
+        for c, removed in self.terms:
+            bias = bias.addcmul(c, removed)
+        return bias
+
+
+Parts = dict[str, FusedMatrix | FusedVector]  # of one block, by parameter name within it
 
 
 class FusedGroup:
@@ -93,32 +110,44 @@ class FusedGroup:
 
     receivers: the group without the removed block, in order; untouched until `collapse`.
     inject: False leaves the removed block's weights out, so that only low-rank changes, norms and biases are learned.
+    learned: the parts of every block that has been in a group before, by its module; they go on learning, and the new
+        term joins theirs. The receivers' parts are entered, and what the removed block had is forgotten: its weights
+        are injected as they stand in its module, its own terms collapsed.
     """
 
     def __init__(
-        self, receivers: Sequence[Block], removed: Block, rank: int, generator: torch.Generator, inject: bool = True
+        self,
+        receivers: Sequence[Block],
+        removed: Block,
+        rank: int,
+        generator: torch.Generator,
+        inject: bool = True,
+        learned: dict[nn.Module, Parts] | None = None,
     ) -> None:
+        learned = {} if learned is None else learned
         self.modules = [block.module for block in receivers]
-        given = dict(removed.module.named_parameters()) if inject else {}
-        self.parts = [self._parts(block, given, rank, generator) for block in receivers]
+        for block in receivers:
+            if block.module not in learned:
+                learned[block.module] = self._parts(block, rank, generator)
+        self.parts = [learned[module] for module in self.modules]
+        learned.pop(removed.module, None)
+        weights, biases = _stored(removed)
+        for name, tensor in removed.module.named_parameters():
+            if inject and (id(tensor) in weights or id(tensor) in biases):
+                for parts in self.parts:
+                    parts[name].receive(tensor)
 
     @staticmethod
-    def _parts(
-        block: Block, given: Mapping[str, Tensor], rank: int, generator: torch.Generator
-    ) -> dict[str, FusedMatrix | FusedVector]:
-        """By parameter name within the block."""
-        hosts = [matrix.module for matrix in block.matrices()]
-        weights, biases = {id(host.weight) for host in hosts}, {id(host.bias) for host in hosts}
+    def _parts(block: Block, rank: int, generator: torch.Generator) -> Parts:
+        weights, _ = _stored(block)
         return {
-            name: FusedMatrix(tensor, given.get(name), rank, generator)
-            if id(tensor) in weights
-            else FusedVector(tensor, given.get(name) if id(tensor) in biases else None)
+            name: FusedMatrix(tensor, rank, generator) if id(tensor) in weights else FusedVector(tensor)
             for name, tensor in block.module.named_parameters()
         }
 
     @property
     def coefficients(self) -> list[Tensor]:
-        """P, Q and c of all receivers."""
+        """P_k, Q_k and c_k of all receivers."""
         return [tensor for parts in self.parts for part in parts.values() for tensor in part.coefficients]
 
     @property
@@ -136,11 +165,20 @@ class FusedGroup:
 
     @torch.no_grad()
     def collapse(self) -> None:
-        """Write every W + B A + (P Q) o W', every bias and every norm into the receivers."""
+        """Let the receivers hold every W + B A + Σ (P Q) o W', every bias and every norm; the parts stay as they are.
+
+        The tensors are exchanged, not written to: the parts begin from the old ones.
+        """
         for module, parts in zip(self.modules, self.parts, strict=True):
             stored = dict(module.named_parameters())
             for name, part in parts.items():
-                stored[name].copy_(part.effective())
+                stored[name].data = part.effective().to(stored[name].dtype)
+
+
+def _stored(block: Block) -> tuple[set[int], set[int]]:
+    """The ids of the tensors that hold a block's matrices, and of those that hold their biases."""
+    hosts = [matrix.module for matrix in block.matrices()]
+    return {id(host.weight) for host in hosts}, {id(host.bias) for host in hosts if host.bias is not None}
 
 
 @dataclass(frozen=True)

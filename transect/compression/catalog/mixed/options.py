@@ -19,6 +19,7 @@ from ....anatomy import Attention, Block, Matrix
 from ....errors import OutOfReach
 from ....operators import LowRank
 from ....operators.dictionary import SparseDictionary
+from ...cholesky import raised_cholesky
 from ...dictionary_learning import dictionary_size, learn
 from ...frame import put
 from ...head_width import narrower_values, strongest_channels
@@ -110,7 +111,8 @@ def dictionary_options(metric: Metric, shares: Sequence[float], iterations: int,
     """
     matrix, role = metric.matrix, metric.matrix.role
     weight = matrix.weight.double()
-    scale = metric.gradients.diagonal().sqrt()[:, None]
+    strengths = metric.gradients.diagonal()  # Γ_ii; an output that no gradient reaches counts next to nothing
+    scale = strengths.clamp_min(1e-12 * strengths.mean()).sqrt()[:, None] if strengths.any() else 1.0
     for share in shares:
         try:
             size = dictionary_size(matrix.shape, metric.itemsize, share, RATIO)
@@ -237,7 +239,7 @@ def narrow_value_options(metrics: Sequence[Metric], shares: Sequence[float]) -> 
     d = len(weight)
     within = out.inputs.view(heads, size, heads, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # A of each head
     within = within.unflatten(0, (key_heads, group)).mean(1)
-    weighed = torch.linalg.cholesky(out.gradients).T @ weight
+    weighed = raised_cholesky(out.gradients)[0].T @ weight
     weighed = weighed.view(d, key_heads, group, size).permute(1, 2, 0, 3).flatten(1, 2)  # key heads, group · d, size
     identity = torch.eye(size).to(weight).expand(key_heads, -1, -1)
     basis, _ = narrower_values(identity, weighed, within, size)  # T: the most important values of a head first
