@@ -52,7 +52,7 @@ def check(specimen: Specimen, *, neurons: str) -> None:
         if value != 0 and mlp.up.bias is None and not takes_bias(specimen):
             raise NotApplicable(
                 f"{layer}:{neuron}={value}: a plain {type(specimen.model).__name__} checkpoint has no place for a bias "
-                "in its MLP, so a neuron can be held at 0 only; for another value use transect.activations.changed "
+                "in its MLP, so a neuron can be held at 0 only; for another value use transect.forward.changed "
                 "while the model runs"
             )
 
