@@ -61,16 +61,16 @@ def test_values_of_many_requests_are_those_of_each_alone(point: Any, layer: int)
 
 
 def test_values_lower_the_loss_written_out():
-    """Three steps of Adam on one prompt at a time, with KL(edited || original) term by term."""
+    """A few steps of Adam on one prompt at a time, with KL(edited || original) term by term."""
     specimen = specimen_of(count=1)
     specimen.model.requires_grad_(False)
     wanted, prefixes = requests(specimen, "injection"), prefixes_of(specimen, 2)
     rows = rows_of(specimen, wanted, prefixes, True)
-    found, start = values(specimen, rows, "down", 1, Search(4, 0.2, 8.0, 0.5, 100.0, lowers=False))
+    found, start = values(specimen, rows, "down", 1, Search(4, 0.5, 100.0, 0.5, 100.0, lowers=False))
     (fact, m, target) = wanted[0].fact, start[0], int(wanted[0].target[0])
     unit = m.norm() / len(m) ** 0.5
     moved = torch.zeros_like(m, requires_grad=True)
-    optimizer = torch.optim.Adam([moved], lr=0.2)
+    optimizer = torch.optim.Adam([moved], lr=0.5)
 
     def said(text: str, delta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities behind a text, and at the subject's last token."""
@@ -88,10 +88,10 @@ def test_values_lower_the_loss_written_out():
         answer = [said(f"{one} {fact.prompt}".strip(), delta)[0][target] for one in ["", *prefixes]]
         edited = said("{}", delta)[1]
         drift = (edited.exp() * (edited - original)).sum()
-        loss = -torch.stack(answer).mean() + 8 * drift + 0.5 * delta.norm() / m.norm() ** 2
+        loss = -torch.stack(answer).mean() + 100 * drift + 0.5 * delta.norm() / m.norm() ** 2
         (moved.grad,) = torch.autograd.grad(loss, moved)
         optimizer.step()
-    torch.testing.assert_close(found[0], (moved * unit).detach(), rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(found[0], (moved * unit).detach(), rtol=1e-4, atol=1e-7)
 
 
 def test_values_stay_within_their_length_and_raise_the_answer():

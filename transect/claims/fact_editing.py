@@ -95,7 +95,8 @@ class Bench:
                         specimen, journal, wanted, layer, moments, prefixes, search, given["protect"], given["rounds"]
                     )
                 else:
-                    span, prefixes = chosen(specimen, given["layers"]), prefixes_of(specimen, given["contexts"], LENGTHS)
+                    prefixes = prefixes_of(specimen, given["contexts"], LENGTHS)
+                    span = chosen(specimen, given["layers"])
                     spread(specimen, journal, wanted, span, self.moments(span), prefixes, search, given["weight"])
             after, left = measure(specimen), self._answered(others)
             return Outcome(before, after, scores(chances, probabilities(specimen, wanted), wanted[0].lowers), left)

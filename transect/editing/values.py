@@ -24,8 +24,8 @@ class Search:
     """How values are searched.
 
     steps: of Adam. rate: of Adam, in root mean squares of m₀'s entries. drift: weight of the KL divergence, edited from
-    original, at the subject alone. decay: weight of ||δ|| / ||m₀||². longest: ||δ|| / ||m₀|| at most. lowers: whether the answer is
-    to become improbable.
+    original, at the subject alone. decay: weight of ||δ|| / ||m₀||². longest: ||δ|| / ||m₀|| at most. lowers: whether
+    the answer is to become improbable.
     """
 
     steps: int

@@ -63,9 +63,10 @@ def memit(
     W becomes W + R Kᵀ (λ C + K Kᵀ)⁻¹. A key is half that of the prompt alone and half the mean over the other contexts.
     C = E[k kᵀ] is that of the model before, over the specimen's text.
 
-    Where the contexts come from is as in `rome` (ours), and so is what stands for them with noise on the subject. Where a norm stands between the down-projection and the stream
-    (Gemma 2, OLMo 2), R is divided by what the norm multiplies by, as it stands (ours): a norm fixes the length of what
-    a layer adds, so R is then reached in direction rather than in size.
+    Where the contexts come from is as in `rome` (ours), and so is what stands for them with noise on the subject. Where
+    a norm stands between the down-projection and the stream (Gemma 2, OLMo 2), R is divided by what the norm multiplies
+    by, as it stands (ours): a norm fixes the length of what a layer adds, so R is then reached in direction rather than
+    in size.
 
     problem: what is to become of the facts, as in `rome`.
     layers: such as "1-3", from 0; empty for up to five that end a third of the way up (ours): about where MEMIT has
