@@ -12,7 +12,7 @@ from tests.models import CAUSAL
 from transect.editing import edit_specimen
 from transect.editing.catalog import memit as memit_file
 from transect.editing.catalog import rome as rome_file
-from transect.editing.closed_form import rank_one
+from transect.editing.closed_form import rank_one, ridge
 from transect.editing.contexts import prefixes_of, rows_of
 from transect.editing.problems import requests
 from transect.editing.values import Search, values
@@ -116,6 +116,18 @@ def test_memit_of_one_fact_in_one_layer_is_rome_with_the_same_value():
     )  # fmt: skip
     update = specimen.anatomy.blocks[1].mlp.down.weight - before
     torch.testing.assert_close(update, rank_one(change[0], moments, key[0], key[0]), rtol=1e-4, atol=1e-6)
+
+
+def test_memits_keys_weigh_the_prompt_as_much_as_its_contexts(monkeypatch: pytest.MonkeyPatch):
+    specimen, seen = specimen_of(count=2), []
+    monkeypatch.setattr(memit_file, "ridge", lambda *args: seen.append(args) or ridge(*args))
+    prefixes = prefixes_of(specimen, 3, [10])
+    assert {len(one.split()) for one in prefixes} <= {9, 10}  # a special token is left out
+    (keys,) = rows_of(specimen, requests(specimen, "injection"), prefixes).at_edit(specimen, [("neurons", 1)])
+    edit_specimen(specimen, "memit", {**QUICK["memit"], "contexts": 3, "layers": "1"})
+    ((_, used, _, _),) = seen
+    halves = [(rows[0] + rows[1:].mean(0)) / 2 for rows in keys.split(4)]
+    torch.testing.assert_close(used, torch.stack(halves, 1), rtol=0, atol=1e-10)
 
 
 def test_further_rounds_rewrite_what_later_facts_have_overwritten(monkeypatch: pytest.MonkeyPatch):

@@ -12,8 +12,10 @@ from tests.facts import specimen_of
 from transect.editing.contexts import ESSENCE, prefixes_of, rows_of
 from transect.editing.problems import requests
 from transect.editing.values import Search, values
-from transect.forward import watch
+from transect.forward import changed, watch
 from transect.probes.tracing import subject_span
+
+CLOSE: dict[str, float] = {"rtol": 0, "atol": 1e-5}  # transformers takes the softmax in float32, batched or not
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "gemma2"])
@@ -32,11 +34,16 @@ def test_rows_agree_with_prompts_run_alone(name: str):
         with torch.no_grad(), watch(specimen.anatomy, ["neurons"], [1]) as seen:
             logits = specimen.model(input_ids=ids[None]).logits[0]
         alone = seen.neurons[1].reshape(len(ids), -1)[subject_span(specimen, fact)[1] - 1]
-        torch.testing.assert_close(keys[row], alone, rtol=0, atol=1e-10)
-        torch.testing.assert_close(chances[row], logits[-2].log_softmax(-1)[ids[-1]], rtol=0, atol=1e-10)
+        torch.testing.assert_close(keys[row], alone, **CLOSE)
+        torch.testing.assert_close(chances[row], logits[-2].log_softmax(-1)[ids[-1]], **CLOSE)
         sums.append(alone)
-    torch.testing.assert_close(rows.in_context(keys)[0], torch.stack(sums).mean(0), rtol=0, atol=1e-10)
-    torch.testing.assert_close(rows.bare(keys)[0], sums[0], rtol=0, atol=1e-10)
+    torch.testing.assert_close(rows.in_context(keys)[0], torch.stack(sums).mean(0), **CLOSE)
+    torch.testing.assert_close(rows.bare(keys)[0], sums[0], **CLOSE)
+    halves = (sums[0] + torch.stack(sums[1:]).mean(0)) / 2
+    torch.testing.assert_close(rows.by_kind(keys)[0], halves, **CLOSE)
+    alone = rows_of(specimen, wanted, [])
+    (keys,) = alone.at_edit(specimen, [("neurons", 1)])
+    torch.testing.assert_close(alone.by_kind(keys), alone.bare(keys))
     assert int((rows.kind == ESSENCE).sum()) == 2
 
 
@@ -51,6 +58,40 @@ def test_values_of_many_requests_are_those_of_each_alone(point: Any, layer: int)
         alone, m = values(specimen, rows_of(specimen, [one], prefixes, True), point, layer, search)
         torch.testing.assert_close(together[number], alone[0], rtol=0, atol=1e-8)
         torch.testing.assert_close(start[number], m[0], rtol=0, atol=1e-10)
+
+
+def test_values_lower_the_loss_written_out():
+    """A few steps of Adam on one prompt at a time, with KL(edited || original) term by term."""
+    specimen = specimen_of(count=1)
+    specimen.model.requires_grad_(False)
+    wanted, prefixes = requests(specimen, "injection"), prefixes_of(specimen, 2)
+    rows = rows_of(specimen, wanted, prefixes, True)
+    found, start = values(specimen, rows, "down", 1, Search(4, 0.5, 100.0, 0.5, 100.0, lowers=False))
+    (fact, m, target) = wanted[0].fact, start[0], int(wanted[0].target[0])
+    unit = m.norm() / len(m) ** 0.5
+    moved = torch.zeros_like(m, requires_grad=True)
+    optimizer = torch.optim.Adam([moved], lr=0.5)
+
+    def said(text: str, delta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities behind a text, and at the subject's last token."""
+        edit = subject_span(specimen, replace(fact, prompt=text))[1] - 1
+        ids = specimen.encode(text.replace("{}", fact.subject))
+        added = torch.zeros(1, len(ids), len(m), dtype=m.dtype).index_add(1, torch.tensor([edit]), delta[None, None])
+        with changed(specimen.anatomy, {("down", 1): lambda x: x + added}):
+            logits = specimen.model(input_ids=ids[None]).logits[0].log_softmax(-1)
+        return logits[-1], logits[edit]
+
+    with torch.no_grad():
+        original = said("{}", torch.zeros_like(m))[1]
+    for _ in range(4):
+        delta = moved * unit
+        answer = [said(f"{one} {fact.prompt}".strip(), delta)[0][target] for one in ["", *prefixes]]
+        edited = said("{}", delta)[1]
+        drift = (edited.exp() * (edited - original)).sum()
+        loss = -torch.stack(answer).mean() + 100 * drift + 0.5 * delta.norm() / m.norm() ** 2
+        (moved.grad,) = torch.autograd.grad(loss, moved)
+        optimizer.step()
+    torch.testing.assert_close(found[0], (moved * unit).detach(), rtol=1e-4, atol=1e-7)
 
 
 def test_values_stay_within_their_length_and_raise_the_answer():

@@ -13,7 +13,7 @@ from ..data import Fact
 from ..editing import Journal
 from ..editing import edit as registered
 from ..editing.catalog.constrained_ft import constrained_ft
-from ..editing.catalog.memit import chosen, spread
+from ..editing.catalog.memit import LENGTHS, chosen, spread
 from ..editing.catalog.rome import rewrite
 from ..editing.closed_form import refuse_short_text, second_moments
 from ..editing.contexts import prefixes_of
@@ -87,14 +87,15 @@ class Bench:
                     given["steps"], given["learning_rate"], given["drift"], given["decay"], given["longest"],
                     given["problem"] == "erasure",
                 )  # fmt: skip
-                prefixes = prefixes_of(specimen, given["contexts"])
                 if name == "rome":
+                    prefixes = prefixes_of(specimen, given["contexts"])
                     layer = usual_layer(specimen) if given["layer"] < 0 else given["layer"]
                     (moments,) = self.moments([layer])
                     rewrite(
                         specimen, journal, wanted, layer, moments, prefixes, search, given["protect"], given["rounds"]
                     )
                 else:
+                    prefixes = prefixes_of(specimen, given["contexts"], LENGTHS)
                     span = chosen(specimen, given["layers"])
                     spread(specimen, journal, wanted, span, self.moments(span), prefixes, search, given["weight"])
             after, left = measure(specimen), self._answered(others)

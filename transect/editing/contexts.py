@@ -17,7 +17,7 @@ from ..probes.tracing import subject_span
 from .problems import Request
 
 BARE, PREFIXED, ESSENCE = range(3)
-_SHORT, _LONG = 5, 10  # tokens of a prefix
+SHORT, LONG = 5, 10  # tokens of a prefix
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,16 @@ class Rows:
         return self.mean(values, self.kind == BARE)
 
     def in_context(self, values: Tensor) -> Tensor:
-        """Mean by request of values by row, over all its contexts."""
+        """Mean by request of values by row, over all its contexts alike."""
         return self.mean(values, self.kind != ESSENCE)
+
+    def by_kind(self, values: Tensor) -> Tensor:
+        """The same with the bare prompt weighing as much as all contexts with a prefix together, if there are any."""
+        prefixed = self.kind == PREFIXED
+        both = torch.zeros(self.requests, dtype=torch.bool, device=values.device)
+        both[self.owner[prefixed]] = True
+        bare, behind = self.bare(values), self.mean(values, prefixed)
+        return torch.where(both.view(-1, *[1] * (values.dim() - 1)), (bare + behind) / 2, bare)
 
     def answer_losses(self, logits: Tensor, lowers: bool) -> Tensor:
         """Negative log-probability a token of each row's target (n), or where it is to fall, the probability itself."""
@@ -168,18 +176,18 @@ def rows_of(specimen: Specimen, wanted: Sequence[Request], prefixes: Sequence[st
     )  # fmt: skip
 
 
-def prefixes_of(specimen: Specimen, count: int) -> list[str]:
-    """Beginnings of the specimen's text, half of them 5 tokens long and half 10, each as a sentence of its own.
+def prefixes_of(specimen: Specimen, count: int, lengths: Sequence[int] = (SHORT, LONG)) -> list[str]:
+    """Beginnings of the specimen's text, as long as `lengths` say in turn, in tokens, each as a sentence of its own.
 
-    ROME lets the model generate them; pieces of real text need no sampling and are as natural (ours).
+    ROME and MEMIT let the model generate them; pieces of real text need no sampling and are as natural (ours).
     """
     if count == 0:
         return []
     special = set(getattr(specimen.tokenizer, "all_special_ids", ()))
     found: list[str] = []
-    pool = specimen.sequences(4 * count, _LONG)
+    pool = specimen.sequences(4 * count, max(lengths))
     for ids in pool.tolist():
-        length = _SHORT if len(found) % 2 == 0 else _LONG
+        length = lengths[len(found) % len(lengths)]
         words = specimen.decode([token for token in ids[:length] if token not in special]).strip()
         text = words if words.endswith((".", "?", "!")) else f"{words}."
         if words and "{" not in text and text not in found:

@@ -23,9 +23,9 @@ _NUMBERS = 2**27  # logits in one pass
 class Search:
     """How values are searched.
 
-    steps: of Adam. rate: of Adam, in root mean squares of m₀'s entries. drift: weight of the KL divergence at the
-    subject alone. decay: weight of ||δ|| / ||m₀||². longest: ||δ|| / ||m₀|| at most. lowers: whether the answer is
-    to become improbable.
+    steps: of Adam. rate: of Adam, in root mean squares of m₀'s entries. drift: weight of the KL divergence, edited from
+    original, at the subject alone. decay: weight of ||δ|| / ||m₀||². longest: ||δ|| / ||m₀|| at most. lowers: whether
+    the answer is to become improbable.
     """
 
     steps: int
@@ -41,7 +41,7 @@ def values(specimen: Specimen, rows: Rows, point: Point, layer: int, search: Sea
 
     rows: with the subjects alone where `search.drift` is not 0. m₀: mean over a request's bare prompts.
     The loss of a request is the mean over its contexts of the answer's negative log-probability a token (or of its
-    probability, to lower it), plus drift · KL(p₀ || p_δ) at the subject alone, plus decay · ||δ|| / ||m₀||².
+    probability, to lower it), plus drift · KL(p_δ || p₀) at the subject alone, plus decay · ||δ|| / ||m₀||².
     """
     vocabulary = specimen.anatomy.config.vocab_size
     found = [_values(specimen, part, point, layer, search) for part in rows.parts(_NUMBERS // vocabulary)]
@@ -72,7 +72,7 @@ def _values(specimen: Specimen, rows: Rows, point: Point, layer: int, search: Se
             if search.drift and essence.any():
                 drifted = wide(logits[numbers, rows.edit][essence]).log_softmax(-1)
                 before = drifted.detach() if before is None else before
-                apart = torch.nn.functional.kl_div(drifted, before, log_target=True, reduction="none").sum(1)
+                apart = torch.nn.functional.kl_div(before, drifted, log_target=True, reduction="none").sum(1)
                 loss = loss.index_add(0, rows.owner[essence], search.drift * apart.to(loss))
             loss = loss + search.decay * delta.norm(dim=1) / size[:, 0].square()
             if not search.lowers:

@@ -13,13 +13,15 @@ from ...data import Specimen
 from ...forward.lens import norm_gain
 from ...parameters import Range
 from ..closed_form import refuse_short_text, ridge, second_moments
-from ..contexts import prefixes_of, rows_of
+from ..contexts import LONG, prefixes_of, rows_of
 from ..journal import Journal
 from ..places import down_of, layers_of, usual_layer
 from ..problems import Problem, Request, requests
 from ..registry import editing
 from ..scores import measure, probabilities, scores
 from ..values import Search, values
+
+LENGTHS = (LONG,)  # of contexts: one type, as in the released code
 
 
 def chosen(specimen: Specimen, layers: str) -> list[int]:
@@ -45,7 +47,7 @@ def memit(
     problem: Problem = "injection",
     layers: str = "",
     weight: Annotated[float, Range(1e-9, 1e9)] = 0.5,
-    contexts: Annotated[int, Range(0, 200)] = 10,
+    contexts: Annotated[int, Range(0, 200)] = 5,
     steps: Annotated[int, Range(1, 1000)] = 40,
     learning_rate: Annotated[float, Range(1e-6, 10)] = 0.1,
     drift: Annotated[float, Range(0, 100)] = 0.0625,
@@ -56,32 +58,35 @@ def memit(
     """Rewrite all facts together, by a ridge regression in each of several layers' down-projections.
 
     For every fact a state z of the residual stream behind the last of the layers is searched, at the subject's last
-    token, at which the model gives the wanted answer. Then, layer by layer, with K the keys (d_ff x N) of the model as
-    edited so far, averaged over contexts, and R the part of z - h that falls to this layer, 1 / (layers left):
-    W becomes W + R Kᵀ (λ C + K Kᵀ)⁻¹. C = E[k kᵀ] is that of the model before, over the specimen's text.
+    token, at which the model gives the wanted answer in all contexts alike. Then, layer by layer, with K the keys
+    (d_ff x N) of the model as edited so far, and R the part of z - h that falls to this layer, 1 / (layers left):
+    W becomes W + R Kᵀ (λ C + K Kᵀ)⁻¹. A key is half that of the prompt alone and half the mean over the other contexts.
+    C = E[k kᵀ] is that of the model before, over the specimen's text.
 
-    λ is given in units of the number of neurons (ours): MEMIT's 15000 for GPT-J is 0.9 of its 16384, and its 20000 for
-    GPT-2 XL is 3.1 of its 6400. Contexts as in `rome`. Where a norm stands between the down-projection and the stream
-    (Gemma 2, OLMo 2), R is divided by what the norm multiplies by, as it stands (ours): a norm fixes the length of what
-    a layer adds, so R is then reached in direction rather than in size.
+    Where the contexts come from is as in `rome` (ours), and so is what stands for them with noise on the subject. Where
+    a norm stands between the down-projection and the stream (Gemma 2, OLMo 2), R is divided by what the norm multiplies
+    by, as it stands (ours): a norm fixes the length of what a layer adds, so R is then reached in direction rather than
+    in size.
 
     problem: what is to become of the facts, as in `rome`.
-    layers: such as "1-3", from 0; empty for up to five that end a third of the way up, about where the paper has them.
-    weight: λ, how much inputs on the text count against the facts, in units of the number of neurons.
-    contexts: texts that are put before the prompt, beside the prompt alone.
-    steps: of Adam in search of z.
-    learning_rate: of Adam, in root mean squares of h's entries (ours). The papers take 20 steps of 0.5 without a unit,
+    layers: such as "1-3", from 0; empty for up to five that end a third of the way up (ours): about where MEMIT has
+        its five (13-17 of GPT-2 XL's 48) and six (3-8 of GPT-J's 28).
+    weight: λ, how much inputs on the text count against the facts, in units of the number of neurons (ours, and so is
+        the default): MEMIT's 15000 for GPT-J is 0.9 of its 16384, and its 20000 for GPT-2 XL is 3.1 of its 6400.
+    contexts: texts of ten tokens that are put before the prompt, beside the prompt alone; MEMIT's five.
+    steps: of Adam in search of z (ours; MEMIT takes 20 for GPT-2 XL and 25 for GPT-J).
+    learning_rate: of Adam, in root mean squares of h's entries (ours). The papers take steps of 0.5 without a unit,
         which in a small model leads at once to the longest change that is allowed.
-    drift: weight of the KL divergence of what the model says after the subject alone.
-    decay: weight of the length of z - h.
-    longest: how long z - h may be, in lengths of h.
-    noise: on the subject, in standard deviations of the embeddings (reversal, forcing).
+    drift: weight of KL(edited || original) of what the model says after the subject alone; MEMIT's.
+    decay: weight of the length of z - h over the square of h's; MEMIT's.
+    longest: how long z - h may be, in lengths of h (ours; MEMIT takes 0.75, which is too short for the bundled model).
+    noise: on the subject, in standard deviations of the embeddings (reversal, forcing); three, as in ROME's tracing.
     """
     span = chosen(specimen, layers)
     matrices = [down_of(specimen, layer) for layer in span]
     wanted = requests(specimen, problem, noise)
     search = Search(steps, learning_rate, drift, decay, longest, problem == "erasure")
-    prefixes = prefixes_of(specimen, contexts)
+    prefixes = prefixes_of(specimen, contexts, LENGTHS)
     moments = second_moments(specimen, matrices)
     before = probabilities(specimen, wanted)
     share = spread(specimen, journal, wanted, span, moments, prefixes, search, weight)
@@ -106,7 +111,7 @@ def spread(
         keys, state, output = rows.at_edit(specimen, [("neurons", layer), ("residual", behind), ("down", layer)])
         missing = (goal - rows.bare(state)) / left
         asked = missing / gain(specimen.anatomy.blocks[layer], rows.bare(output))
-        update = ridge(asked.T, rows.in_context(keys).T, moment, weight * matrix.shape[1])
+        update = ridge(asked.T, rows.by_kind(keys).T, moment, weight * matrix.shape[1])
         journal.write(matrix, matrix.weight.double() + update)
     (state,) = rows.at_edit(specimen, [("residual", behind)])
     return float(1 - (goal - rows.bare(state)).norm() / change.norm().clamp_min(1e-30))
