@@ -11,6 +11,7 @@ import torch
 from ..anatomy import Anatomy
 from ..checkpoint import Opened, tokenizer_of
 from ..compression import compress_anatomy
+from ..data import SpecialTokens
 from ..statistics import Fisher, Progress
 from ..streaming import StreamedModel, compress_streamed, folder_of
 from .common import CALIBRATION_SEQUENCES, calibration_of, opened_of, recipe_of
@@ -28,6 +29,7 @@ def compress(
     refit: bool = False,
     roles: Iterable[str] | None = None,
     sequence_length: int | None = None,
+    special_tokens: SpecialTokens = "auto",
     sequences: int = CALIBRATION_SEQUENCES,
     batch_size: int = 8,
     fisher: Fisher = "empirical",
@@ -46,7 +48,8 @@ def compress(
     allocation: how the bytes are shared among the matrices; see `transect.allocations()`.
     sequential: calibrate each block on the compressed blocks before it. refit: refit the left factors afterwards.
     roles: only these matrices (q, k, v, o, gate, up, down). Default: all.
-    sequence_length, sequences, batch_size: of the calibration data; sequences are spread evenly over it.
+    sequence_length, sequences, batch_size, special_tokens: of the calibration data, see `transect.data.load`; sequences
+        are spread evenly over it.
     fisher: gradients against the data's labels ("empirical") or labels drawn from the model ("sampled").
     accumulate: precision of the statistics' sums. cache: a file to keep the statistics in.
     settings: the method's parameters; those of the allocation with the prefix `allocation_`.
@@ -59,7 +62,7 @@ def compress(
     recipe = recipe_of(method, keep, allocation, sequential, refit, settings).resolved(anatomy, matrices)
     batches = None
     if recipe.needs_data and data is not None:
-        batches = calibration_of(data, opened, sequence_length, sequences, batch_size, seed)
+        batches = calibration_of(data, opened, sequence_length, sequences, batch_size, seed, special_tokens)
     compress_anatomy(
         anatomy, recipe, batches, matrices=matrices, fisher=fisher, accumulate=accumulate, seed=seed,
         cache=None if cache is None else Path(cache), progress=progress,
@@ -78,6 +81,7 @@ def compress_stream(
     allocation: str = "uniform",
     sequential: bool = False,
     sequence_length: int | None = None,
+    special_tokens: SpecialTokens = "auto",
     sequences: int = CALIBRATION_SEQUENCES,
     batch_size: int = 8,
     fisher: Fisher = "empirical",
@@ -106,7 +110,7 @@ def compress_stream(
     opened = Opened(source.model, tokenizer, tokenizer, str(model), source.folder)
     batches = None
     if recipe.needs_data and data is not None:
-        batches = calibration_of(data, opened, sequence_length, sequences, batch_size, seed)
+        batches = calibration_of(data, opened, sequence_length, sequences, batch_size, seed, special_tokens)
     return compress_streamed(
         source, recipe, batches, Path(out), tokenizer,
         overwrite=overwrite, fisher=fisher, accumulate=accumulate, seed=seed, progress=progress,
