@@ -109,7 +109,7 @@ def test_the_scores_of_answers():
 def test_neurons_add_up_to_the_mlp_and_the_stream_to_the_logits(name):
     specimen = specimen_of(name)
     anatomy, lens, layers = specimen.anatomy, specimen.lens, specimen.layers
-    tokens = torch.tensor([specimen.single_token(letter) for letter in LETTERS])
+    tokens = torch.tensor([specimen.single_token("Answer:", letter) for letter in LETTERS])
     towards = letter_direction(lens, tokens, 1)
     with torch.no_grad(), watch(anatomy, ["residual", "mlp", "neurons"]) as seen:
         given = specimen.model(prompt_of(specimen)).logits[:, -1]
@@ -220,7 +220,7 @@ def planted() -> tuple[Specimen, int, int]:
     up, down = block.mlp.up, block.mlp.down
     weight, bias, written = up.weight.clone(), up.bias.clone(), down.weight.clone()
     weight[neuron], bias[neuron] = 0, 5.0
-    tokens = torch.tensor([specimen.single_token(letter) for letter in LETTERS])
+    tokens = torch.tensor([specimen.single_token("Answer:", letter) for letter in LETTERS])
     towards = letter_direction(specimen.lens, tokens, 1)
     written[:, neuron] = 3 * towards / towards.norm()
     up.write(weight, bias)

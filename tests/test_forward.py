@@ -158,7 +158,7 @@ def test_words_and_tokens(organism):
     with pytest.raises(BadData, match="does not occur"):
         organism.span(text, "Kiro")
     with pytest.raises(NotApplicable, match="tokens"):
-        organism.single_token("one two")
+        organism.single_token("The home of Karo is", "one two")
     with pytest.raises(TransectError, match="longer than the model's context"):
         organism.encode("word " * 10_000)
 

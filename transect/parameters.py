@@ -15,6 +15,11 @@ from typing import Any, Literal
 from .errors import TransectError
 
 
+def listed(value: Any) -> list[Any]:
+    """Several values as a list; one alone, a string or a number, as a list of one: a name is not cut into letters."""
+    return [value] if isinstance(value, (str, int, float)) else list(value)
+
+
 @dataclass(frozen=True)
 class Range:
     """Annotation of a number's permitted interval, ends included: `Annotated[float, Range(0, 1)]`."""

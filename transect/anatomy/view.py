@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TransectError
+from ..parameters import listed
 from .architecture import MATRIX_ROLES, Architecture, architecture_of
 from .banks import hand_over_banks
 from .body import body_of, model_in, path_of, text_config_of
@@ -97,7 +98,7 @@ class Anatomy:
 
     def matrices(self, roles: Iterable[str] | None = None) -> list[Matrix]:
         """Every weight matrix of every block, block by block; `roles` (q, k, v, o, gate, up, down) restricts them."""
-        wanted = tuple(MATRIX_ROLES if roles is None else roles)
+        wanted = tuple(MATRIX_ROLES if roles is None else listed(roles))
         unknown = set(wanted) - set(MATRIX_ROLES)
         if unknown:
             raise TransectError(f"unknown matrix roles {sorted(unknown)}; known: {', '.join(MATRIX_ROLES)}")

@@ -128,7 +128,8 @@ def _check_tokenizer(model: Any, tokenizer: Any, source: str) -> None:
     if tokenizer is None:
         return
     rows = model.get_input_embeddings().weight.shape[0]
-    largest = max(tokenizer.get_vocab().values(), default=-1)
+    added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    largest = max(set(tokenizer.get_vocab().values()) - added, default=-1)  # a [PAD] beyond is masked, or never used
     if largest >= rows:
         raise BadCheckpoint(
             f"tokenizer and model of {source} disagree: the tokenizer has ids up to {largest}, and the model has "

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import NotApplicable as NotApplicable
 from ..errors import TransectError
+from ..parameters import listed
 
 if TYPE_CHECKING:
     from .context import Context
@@ -70,7 +71,7 @@ def claim(name: str, *, method: str, paper: str, statement: str, uses: Sequence[
 def claims(names: Sequence[str] = ()) -> list[Claim]:
     """The claims of these names, each the name of a claim or of a method (all of its claims). Default: all claims."""
     chosen: dict[str, Claim] = {}
-    for name in names:
+    for name in listed(names):
         found = {key: entry for key, entry in _claims.items() if name in (key, entry.method)}
         if not found:
             methods = dict.fromkeys(entry.method for entry in _claims.values())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from .printing import stderr
+from .printing import print_notes, stderr
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -15,6 +15,7 @@ def main_group() -> None:
     MODEL is a local folder, a Hugging Face hub name, or `organism` (bundled). DATA is a .txt, .jsonl or .parquet file,
     a folder of them, a hub data set, or `organism:calibration` and `organism:heldout`.
     """
+    print_notes()
     if not stderr.is_terminal:  # a log is no place for transformers' bars
         import transformers
 

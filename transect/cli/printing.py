@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,27 @@ stdout = Console(markup=False)
 def print_whole(what: Any) -> None:
     """On standard output, never cut: what is wider than the terminal, or than 80 columns of a file, stays whole."""
     stdout.print(what, crop=False, no_wrap=isinstance(what, str), overflow="ignore", highlight=False)
+
+
+class _Notes(logging.Handler):
+    """What the package says of its work, each note once, on standard error."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.said: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        note = record.getMessage()
+        if note not in self.said:
+            self.said.add(note)
+            stderr.print(note, soft_wrap=True)
+
+
+def print_notes() -> None:
+    """From now on print the notes of the package, and each of them again if it was printed before."""
+    logger = logging.getLogger("transect")
+    logger.setLevel(logging.INFO)
+    logger.handlers = [one for one in logger.handlers if not isinstance(one, _Notes)] + [_Notes()]
 
 
 @contextmanager

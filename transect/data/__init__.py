@@ -5,8 +5,19 @@
 
 from .batches import Batches
 from .facts import load_choices, load_facts, load_passages
-from .loading import load
+from .loading import SpecialTokens, load
 from .questions import Choice, Fact, Passage
 from .specimen import Specimen
 
-__all__ = ["Batches", "Choice", "Fact", "Passage", "Specimen", "load", "load_choices", "load_facts", "load_passages"]
+__all__ = [
+    "Batches",
+    "Choice",
+    "Fact",
+    "Passage",
+    "SpecialTokens",
+    "Specimen",
+    "load",
+    "load_choices",
+    "load_facts",
+    "load_passages",
+]

@@ -10,6 +10,8 @@ from random import Random
 from typing import Any
 
 from ..errors import BadData
+from ..parameters import listed
+from .containers import items_of
 
 ORGANISM_CONCEPTS = 150  # facts of the bundled model's world, each asked in both languages
 
@@ -35,7 +37,7 @@ def load_concepts(data: str | Path | Sequence[Any]) -> list[Concept]:
     """
     if data == "organism":
         return _of_organism()
-    entries = _entries(Path(data)) if isinstance(data, (str, Path)) else data
+    entries = _entries(Path(data)) if isinstance(data, (str, Path)) else items_of(data, "the concepts")
     made = []
     for number, entry in enumerate(entries):
         try:
@@ -59,9 +61,13 @@ def _entries(path: Path) -> list[Any]:
 
 
 def _concept(entry: Mapping[str, Any]) -> Concept:
+    if not isinstance(entry, Mapping):
+        raise TypeError(f"a dict is expected, not a {type(entry).__name__}")
     words = {}
     for language, forms in entry["words"].items():
-        forms = (forms,) if isinstance(forms, str) else tuple(map(str, forms))
+        if forms is None:  # as data sets write that a language is missing
+            continue
+        forms = tuple(map(str, listed(forms)))
         if not forms or not all(form.strip() for form in forms):
             raise ValueError(f"it has no word in {language!r}")
         words[str(language)] = tuple(dict.fromkeys(form.strip() for form in forms))

@@ -6,7 +6,7 @@ their keys, and over a text its characters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,11 @@ def items_of(data: Any, what: str) -> Iterator[Any]:
         yield from _of_mapping(data, what, columns=True)
     elif _is(data, "pandas", "DataFrame"):
         for row in data.to_dict("records"):
-            yield {str(name): value for name, value in row.items() if not _missing(value)}
+            yield {
+                str(name): value.tolist() if isinstance(value, np.ndarray) else value
+                for name, value in row.items()
+                if not _missing(value)
+            }
     elif hasattr(data, "to_pylist"):  # a table or an array of Arrow
         yield from data.to_pylist()
     elif hasattr(type(data), "__iter__"):
@@ -69,9 +73,7 @@ def _of_item(item: Any, where: str, collated: bool) -> Iterator[Row]:
     item = _plain(item)
     if isinstance(item, str):
         if item.endswith(tuple(READERS)) and exists(Path(item)):
-            raise BadData(
-                f"{where} is the name of a file, {item!r}, and no text: give Path({item!r}), or the name alone"
-            )
+            raise BadData(f"{where} is the name of a file, {item!r}, and no text: give the name alone, or Path(...)")
         yield {"text": item}
     elif isinstance(item, Path):
         yield from rows_of(item, organism_tokens=0)
@@ -155,11 +157,12 @@ def _of_mapping(given: Mapping[Any, Any], what: str, columns: bool) -> Iterator[
     if len(set(sizes.values())) != 1:
         raise BadData(f"{what}: the columns should have one entry an example, but their lengths are {sizes}")
     for values in zip(*row.values(), strict=True):
-        yield dict(zip(row, values, strict=True))
+        plain = (it.item() if isinstance(it, Tensor) and it.dim() == 0 else it for it in values)
+        yield dict(zip(row, plain, strict=True))
 
 
 def _is_table(row: Row, columns: bool) -> bool:
-    """Whether a dict holds the columns of several examples. What it is where only one value can tell is asked first."""
+    """Whether a dict holds the columns of several examples. columns: where its lists could also be those of one."""
     if not all(
         isinstance(value, (list, tuple)) or (isinstance(value, Tensor) and value.dim()) for value in row.values()
     ):
@@ -188,10 +191,7 @@ def _refuse(data: Any, what: str) -> None:
     """BadData for what can be iterated over, or looks like data, and is none."""
     reasons: list[tuple[Callable[[Any], bool], str]] = [
         (lambda it: it is None, "is None; give texts, token ids, batches, or a path"),
-        (
-            lambda it: isinstance(it, (bytes, bytearray, memoryview)),
-            "is bytes; decode them, and give the text in a list",
-        ),
+        (lambda it: isinstance(it, (bytes, bytearray, memoryview)), "is bytes; decode them, and give a list of texts"),
         (lambda it: isinstance(it, (set, frozenset)), "is a set, which has no order to repeat; give sorted(...) of it"),
         (lambda it: hasattr(it, "read"), "is an open file; give its path"),
         (lambda it: isinstance(it, str), "is one string; give a list of them"),
@@ -219,8 +219,3 @@ def _missing(value: Any) -> bool:
 
 def _named(value: Any) -> str:
     return type(value).__name__
-
-
-def listed(value: str | Iterable[str]) -> list[str]:
-    """Names as a list; one name, given as a string, is not taken apart into letters."""
-    return [value] if isinstance(value, str) else list(value)

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from numbers import Integral
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import BadData
 from ..organism.world import World
+from ..parameters import listed
+from .containers import items_of
 from .organism_questions import choices, facts, passages
 from .questions import Choice, Fact, Passage, make_choice
 
@@ -22,7 +25,8 @@ T = TypeVar("T")
 def load_facts(data: Any) -> list[Fact]:
     """Facts from a file, a name, or objects.
 
-    data: a path, `organism:facts`, or a list of `Fact`s or dicts. A dict has `prompt`, `subject`, `answer`, and perhaps
+    data: a path, `organism:facts`, or a list of `Fact`s or dicts; a data frame, a data set and a dict of columns are
+    read as such a list. A dict has `prompt`, `subject`, `answer`, and perhaps
     `new_answer`, `paraphrases` (strings) and `neighbours` ({"prompt", "answer"}); or it is an entry of
     CounterFact (`requested_rewrite`, `paraphrase_prompts`, `neighborhood_prompts`).
     Raises BadData, naming the entry.
@@ -33,8 +37,8 @@ def load_facts(data: Any) -> list[Fact]:
 def load_choices(data: Any) -> list[Choice]:
     """Multiple-choice items from a file, `organism:choices`, or a list of `Choice`s or dicts.
 
-    A dict has `question`, `options` (strings), `answer` (index or letter), and perhaps `template`: how the prompt is
-    written, with `{question}` and `{options}`; the options are written "A first, B second".
+    A dict has `question`, `options` (strings, or letter -> string), `answer` (index or letter), and perhaps `template`:
+    how the prompt is written, with `{question}` and `{options}`; the options are written "A first, B second".
     """
     return _loaded(data, Choice, _choice, "choices")
 
@@ -47,7 +51,7 @@ def load_passages(data: Any) -> list[Passage]:
 def _loaded(data: Any, kind: type[T], parse: Any, what: str) -> list[T]:
     if isinstance(data, str) and data.startswith("organism:"):
         return _of_organism(data, what)
-    entries = _entries(Path(data), what) if isinstance(data, (str, Path)) else list(data)
+    entries = _entries(Path(data), what) if isinstance(data, (str, Path)) else list(items_of(data, f"the {what}"))
     if not entries:
         raise BadData(f"there are no {what} in {data!r}" if isinstance(data, (str, Path)) else f"there are no {what}")
     made = []
@@ -56,6 +60,8 @@ def _loaded(data: Any, kind: type[T], parse: Any, what: str) -> list[T]:
             made.append(entry)
             continue
         try:
+            if not isinstance(entry, Mapping):
+                raise TypeError(f"a dict is expected, not a {type(entry).__name__}")
             made.append(parse(entry))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             reason = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
@@ -85,15 +91,18 @@ def _fact(entry: Mapping[str, Any]) -> Fact:
         answer = wanted["target_true"]["str"]
         fact = Fact(
             wanted["prompt"], wanted["subject"], answer.strip(), wanted["target_new"]["str"].strip(),
-            tuple(entry.get("paraphrase_prompts", ())),
-            tuple(Passage(prompt, answer.strip()) for prompt in entry.get("neighborhood_prompts", ())),
+            _strings(entry, "paraphrase_prompts"),
+            tuple(Passage(prompt, answer.strip()) for prompt in _strings(entry, "neighborhood_prompts")),
         )  # fmt: skip
     else:
         new = entry.get("new_answer")
         fact = Fact(
             str(entry["prompt"]), str(entry["subject"]), str(entry["answer"]).strip(),
-            None if new is None else str(new).strip(), tuple(map(str, entry.get("paraphrases", ()))),
-            tuple(Passage(str(one["prompt"]), str(one["answer"]).strip()) for one in entry.get("neighbours", ())),
+            None if new is None else str(new).strip(), _strings(entry, "paraphrases"),
+            tuple(
+                Passage(str(one["prompt"]), str(one["answer"]).strip())
+                for one in items_of(entry.get("neighbours") or [], "`neighbours`")
+            ),
         )  # fmt: skip
     if not fact.subject.strip():
         raise ValueError("the subject is empty")
@@ -105,16 +114,35 @@ def _fact(entry: Mapping[str, Any]) -> Fact:
 
 
 def _choice(entry: Mapping[str, Any]) -> Choice:
-    options = [str(option) for option in entry["options"]]
+    options = _options(entry["options"])
     if not 2 <= len(options) <= 26:
         raise ValueError(f"there should be 2 to 26 options, got {len(options)}")
     letters = tuple(chr(ord("A") + number) for number in range(len(options)))
     answer = entry["answer"]
-    answer = letters.index(answer) if isinstance(answer, str) else int(answer)
-    if not 0 <= answer < len(options):
-        raise ValueError(f"answer {answer} is none of the {len(options)} options")
-    template = str(entry.get("template", "Question: {question} Options: {options}. Answer:"))
-    return make_choice(template, str(entry["question"]), options, answer)
+    answer = letters.index(answer) if answer in letters else answer
+    if not isinstance(answer, Integral) or int(answer) not in range(len(options)):
+        raise ValueError(f"answer {answer!r} is none of the {len(options)} options: neither their number nor a letter")
+    template = str(entry.get("template") or "Question: {question} Options: {options}. Answer:")
+    return make_choice(template, str(entry["question"]), options, int(answer))
+
+
+def _strings(entry: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    """The strings in a column that may be missing; one string is one, and not its letters."""
+    return tuple(map(str, listed(entry.get(name) or ())))
+
+
+def _options(given: Any) -> list[str]:
+    """The options' texts in the order of their letters."""
+    if isinstance(given, Mapping):
+        letters = [chr(ord("A") + number) for number in range(len(given))]
+        if list(given) != letters:
+            raise ValueError(f"options in a dict go by their letters, {', '.join(letters)}, not {list(given)}")
+        given = given.values()
+    if hasattr(given, "tolist"):  # an array
+        given = given.tolist()
+    if isinstance(given, str):
+        raise ValueError(f"its options should be a list of strings, not the one string {given!r}")
+    return [str(option) for option in given]
 
 
 def _of_organism(name: str, what: str) -> list[Any]:

@@ -20,7 +20,7 @@ from .containers import entries_of, is_batch
 from .labelled import image_batches, labels_of, text_batches
 from .masking import masked
 from .sources import Row, rows_of
-from .text import begins_with, cut, documents, specials_of, token_stream
+from .text import cut, documents, specials_of, token_stream, with_head
 from .tokenised import embedded, fitting, ready_batches, tokenised_rows
 
 LONGEST = 2048  # tokens a sequence, where the user does not say
@@ -51,10 +51,10 @@ def load(
             N), or a folder of these, read in the order of their names; or a list of `Path`s;
         a hub data set, "name", "name:config" or "name:config:split" (the split is "train" unless named);
         "organism:calibration" or "organism:heldout": text of the bundled model's world;
-        rows: a `datasets.Dataset` (also iterable; it is read to its end), a torch data set or a list of dicts, a dict of
-            columns, a pandas data frame, an Arrow table. As in files, a row has a text, or a conversation (`messages`
-            of `role` and `content`, or `conversations` of `from` and `value`, written by the tokenizer's chat
-            template), or `input_ids` with `attention_mask` and `labels` and what else the model takes;
+        rows: a `datasets.Dataset` (also iterable; it is read to its end), a torch data set or a list of dicts, a dict
+            of columns, a pandas data frame, an Arrow table. As in files, a row has a text, or a conversation
+            (`messages` of `role` and `content`, or `conversations` of `from` and `value`, written by the tokenizer's
+            chat template), or `input_ids` with `attention_mask`, `labels` and what else the model takes;
         token ids: integers (N x T) in a tensor or an array, or a list of lists or tensors, one sequence each, or what a
             tokenizer returns; used as they are;
         ready batches: `Batches`, a dict of tensors as a tokenizer returns with return_tensors="pt", a DataLoader or
@@ -77,8 +77,8 @@ def load(
         nothing, to the texts of masked language models and classifiers neither.
 
     Documents are joined by the end-of-sequence token (if the tokenizer has one) into one stream, which is then cut.
-    What a sequence begins with marks where a context begins, so that it does not stand between two documents, unless the
-    tokenizer has no end-of-sequence token. Conversations follow one another as the template writes them.
+    What a sequence begins with marks where a context begins, so that it does not stand between two documents, unless
+    the tokenizer has no end-of-sequence token. Conversations follow one another as the template writes them.
     Documents are read and tokenised a million characters at a time, but each in one call, so that none of its tokens
     changes: a .txt file takes about 160 bytes of memory a character meanwhile.
     Raises BadData, saying what came and what was expected.
@@ -102,23 +102,22 @@ def load(
         rows = evenly_spaced(list(source), sequences)
         return fitting(_ids(rows, task, model, tokenizer, sequence_length, seed, batch_size), model)
     length = _length(sequence_length, model, tokenizer)
-    if tokenizer is None and not _sees_images(model):
+    if task == "classification" and _sees_images(model):
+        return Batches(image_batches(evenly_spaced(list(source), sequences), model, processor, batch_size))
+    if tokenizer is None:
         raise BadData(f"texts for {type(model).__name__} need its tokenizer: pass tokenizer=AutoTokenizer...")
     if task == "classification":
-        examples = evenly_spaced(list(source), sequences)
-        return _labelled(examples, model, tokenizer, processor, length, batch_size, special_tokens == "auto")
-    at_most = sequence_length is None and not full_only
-    special = specials_of(tokenizer) if special_tokens == "auto" else ([], [])
-    special = special if task == "masked" else (special[0], [])  # a cut is no end
-    if is_chat(first):
-        stream = chat_stream(source, tokenizer)
-    else:
-        stream = token_stream(documents(source), tokenizer, special[0])
-    texts = _cut_text(stream, special, length, sequences, full_only, at_most)
-    said = " ".join(map(str, tokenizer.convert_ids_to_tokens(special[0]))) or "no special token"
-    why = "as this tokenizer's texts do" if special_tokens == "auto" else "special_tokens is none"
-    _logger.info("sequences begin with %s (%s)", said, why)
-    rows = ({"input_ids": row.long()} for row in texts)
+        examples, special = evenly_spaced(list(source), sequences), special_tokens == "auto"
+        encoded = text_batches(examples, model, tokenizer, length, batch_size, special)
+        return fitting(ready_batches(encoded, model), model)
+    before, after = _special(tokenizer, task, special_tokens)
+    if length - len(before) - len(after) < 1:
+        raise BadData(f"sequence_length {length} leaves no room beside {len(before) + len(after)} special tokens")
+    stream = chat_stream(source, tokenizer) if is_chat(first) else token_stream(documents(source), tokenizer, before)
+    if sequence_length is None and not full_only:  # a shorter text is one sequence
+        length = min(length, max(2, len(with_head(stream, before)) + len(after)))
+    pieces = cut(stream, length - len(after), sequences, full_only, before)
+    rows = ({"input_ids": torch.cat([piece, torch.tensor(after, dtype=piece.dtype)]).long()} for piece in pieces)
     return fitting(stacked(_with_labels(rows, task, model, tokenizer, seed), batch_size), model)
 
 
@@ -187,38 +186,13 @@ def _sees_images(model: Any) -> bool:
     return model.main_input_name == "pixel_values"
 
 
-def _labelled(
-    examples: list[dict[str, Any]],
-    model: Any,
-    tokenizer: Any,
-    processor: Any,
-    length: int,
-    batch_size: int,
-    special: bool,
-) -> Batches:
-    """Batches for a classifier of images or texts."""
-    if _sees_images(model):
-        return Batches(image_batches(examples, model, processor, batch_size))
-    return fitting(ready_batches(text_batches(examples, model, tokenizer, length, batch_size, special), model), model)
-
-
-def _cut_text(
-    stream: Tensor,
-    special: tuple[list[int], list[int]],
-    length: int,
-    sequences: int | None,
-    full_only: bool,
-    at_most: bool,
-) -> list[Tensor]:
-    """The stream as sequences of `length` tokens, each between the special ones. at_most: a shorter text is one."""
-    before, after = special
-    if length - len(before) - len(after) < 1:
-        raise BadData(f"sequence_length {length} leaves no room beside {len(before) + len(after)} special tokens")
-    if at_most:
-        added = 0 if begins_with(stream, torch.tensor(before, dtype=stream.dtype)) else len(before)
-        length = min(length, max(2, added + len(stream) + len(after)))
-    rows = cut(stream, length - len(after), sequences, full_only, before)
-    return [torch.cat([row, torch.tensor(after, dtype=row.dtype)]) for row in rows] if after else rows
+def _special(tokenizer: Any, task: str, special_tokens: SpecialTokens) -> tuple[list[int], list[int]]:
+    """What stands before and after each sequence of text, with a note that says it."""
+    before, after = specials_of(tokenizer) if special_tokens == "auto" else ([], [])
+    said = " ".join(map(str, tokenizer.convert_ids_to_tokens(before))) or "no special token"
+    why = "as this tokenizer's texts do" if special_tokens == "auto" else "special_tokens is none"
+    _logger.info("sequences begin with %s (%s)", said, why)
+    return before, after if task == "masked" else []  # where nothing is masked, a cut is no end
 
 
 def _length(sequence_length: int | None, model: Any, tokenizer: Any) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from ..forward.lens import Lens
 from ..forward.objective import task_of
 from .batches import Batches
 from .questions import Choice, Fact, Passage
+from .text import specials_of
+from .tokenised import embedded
 
 
 @dataclass(frozen=True)
@@ -93,24 +96,32 @@ class Specimen:
         return self.progress(items, label) if self.progress else items
 
     def encode(self, text: str) -> Tensor:
-        """Token ids (T) of a prompt, on the CPU, with what the tokenizer puts before a text."""
-        return self._ids(text, special=True)
+        """Token ids (T) of a prompt, on the CPU, with what the tokenizer puts before a text, not behind it."""
+        ids = self._words(text)["input_ids"]
+        ids = ids[: len(ids) - self._behind]
+        rows, context = embedded(self.model), getattr(self.anatomy.config, "max_position_embeddings", None)
+        if max(ids, default=0) >= rows:
+            raise BadData(f"the prompt {text!r} has the token {max(ids)}, but the model's embedding has {rows} rows")
+        if context is not None and len(ids) > context:
+            raise TransectError(f"a prompt of {len(ids)} tokens is longer than the model's context of {context}")
+        return torch.tensor(ids, dtype=torch.long)
 
     def continuation(self, prompt: str, answer: str) -> Tensor:
-        """Token ids (n) of an answer that follows a prompt after one space."""
-        before, whole = self.encode(prompt), self.encode(f"{prompt} {answer}")
-        if len(whole) > len(before) and torch.equal(whole[: len(before)], before):
-            return whole[len(before) :]
-        ids = self._ids(f" {answer}", special=False)  # the answer changes how the prompt's end is cut into tokens
-        if len(ids) == 0:
-            raise BadData(f"the answer {answer!r} has no tokens")
-        return ids
+        """Token ids (n) of an answer that follows a prompt after one space, as the tokenizer writes it there.
 
-    def single_token(self, text: str) -> int:
-        """The id of a word that follows a space and is one token; NotApplicable where it is several."""
-        ids = self._ids(f" {text}", special=False)
+        Where the answer changes how the prompt's end is cut into tokens, as it is written behind a colon.
+        """
+        for context in (prompt, ":"):
+            before, whole = self.encode(context), self.encode(f"{context} {answer}")
+            if len(whole) > len(before) and torch.equal(whole[: len(before)], before):
+                return whole[len(before) :]
+        raise BadData(f"the answer {answer!r} has no tokens of its own behind {prompt!r}")
+
+    def single_token(self, prompt: str, word: str) -> int:
+        """The id of a word that follows a prompt after one space; NotApplicable where it is several tokens."""
+        ids = self.continuation(prompt, word)
         if len(ids) != 1:
-            raise NotApplicable(f"{text!r} is {len(ids)} tokens of this tokenizer, and it has to be one")
+            raise NotApplicable(f"{word!r} is {len(ids)} tokens of this tokenizer, and it has to be one")
         return int(ids[0])
 
     def span(self, text: str, part: str) -> tuple[int, int]:
@@ -158,9 +169,7 @@ class Specimen:
             raise NotApplicable("it needs the model's tokenizer: pass tokenizer=AutoTokenizer...")
         return self.tokenizer
 
-    def _ids(self, text: str, special: bool) -> Tensor:
-        ids = torch.tensor(self._words(text, add_special_tokens=special)["input_ids"], dtype=torch.long)
-        context = getattr(self.anatomy.config, "max_position_embeddings", None)
-        if context is not None and len(ids) > context:
-            raise TransectError(f"a prompt of {len(ids)} tokens is longer than the model's context of {context}")
-        return ids
+    @cached_property
+    def _behind(self) -> int:
+        """How many tokens the tokenizer puts behind a text."""
+        return len(specials_of(self._words)[1])

@@ -76,17 +76,15 @@ def cut(
     begins with, counted in its length; where the stream has them already, they are not doubled. Raises BadData if there
     is no full sequence.
     """
-    head, pieces, at = torch.tensor(before, dtype=stream.dtype), [], 0
-    while at < len(stream):
-        added = head[:0] if begins_with(stream[at:], head) else head
-        room = length - len(added)
-        piece = stream[at : at + room]
-        pieces.append(torch.cat([added, piece]) if len(added) else piece)
-        at += room
+    pieces, rest = [], stream
+    while len(rest):
+        whole = with_head(rest[:length], before)
+        pieces.append(whole[:length])
+        rest = rest[length - (len(whole) - len(rest[:length])) :]
     full = sum(len(piece) == length for piece in pieces)
     if full == 0:
         raise BadData(
-            f"the text has {len(stream)} tokens, but one sequence needs {length - len(head)}: give more text or a "
+            f"the text has {len(stream)} tokens, but one sequence needs {length - len(before)}: give more text or a "
             "smaller sequence_length"
         )
     if full_only or (sequences is not None and sequences <= full):
@@ -94,9 +92,10 @@ def cut(
     return evenly_spaced(pieces, sequences)
 
 
-def begins_with(stream: Tensor, head: Tensor) -> bool:
-    """Whether the first tokens are those of `head`."""
-    return len(head) > 0 and torch.equal(stream[: len(head)], head)
+def with_head(ids: Tensor, head: Sequence[int]) -> Tensor:
+    """The tokens behind those of `head`, which are not doubled."""
+    first = torch.tensor(head, dtype=ids.dtype)
+    return ids if torch.equal(ids[: len(first)], first) else torch.cat([first, ids])
 
 
 def specials_of(tokenizer: Any) -> tuple[list[int], list[int]]:

@@ -27,7 +27,7 @@ def embedded(model: Any) -> int:
 
 
 def tokenised_rows(rows: Iterable[Row], model: Any, limit: int | None) -> list[dict[str, Tensor]]:
-    """`input_ids` (T) of each row, with the columns of numbers that the model's forward takes, such as the mask and labels.
+    """`input_ids` (T) of each row, with the columns that the model's forward takes, such as the mask and labels.
 
     limit: the most tokens of a row. Other columns (texts, numbers of lines) are left out.
     """
@@ -86,19 +86,19 @@ def _fitting(batch: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
             f"tokenizer and model disagree: the token ids go from {smallest} to {largest}, but the model's "
             f"embedding has {rows} rows"
         )
-    per_token = labels is not None and labels.shape == ids.shape
     if bool(outside.any()):
         own = getattr(model.config.get_text_config(), "pad_token_id", None)
         batch = {**batch, "input_ids": ids.masked_fill(outside, own if own is not None and 0 <= own < rows else 0)}
-        if per_token:
-            batch["labels"] = labels = labels.masked_fill(outside, IGNORED)
-    if per_token:
+    if labels is not None and labels.shape == ids.shape:
+        labels = labels.masked_fill(outside, IGNORED)
         wrong = (labels != IGNORED) & ((labels < 0) | (labels >= rows))
         if bool(wrong.any()):
             raise BadData(
                 f"the label {int(labels[wrong][0])} is no token: labels are token ids, of which the model has {rows}, "
                 f"or {IGNORED} where nothing is predicted"
             )
+        if bool(outside.any()):
+            batch["labels"] = labels
     return batch
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..data.text import specials_of
 from ..errors import TransectError
 from ..forward.mode import at_rest
 
@@ -43,11 +44,12 @@ def run_lm_eval(
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown:
         raise TransectError(f"lm_eval knows no task {', '.join(map(repr, unknown))}")
+    begins = bool(specials_of(tokenizer)[0])  # as the tokenizer does by itself; some versions of lm_eval do not
     wrapper: Any = HFLM  # its decorator, and the one of simple_evaluate, hide their parameters
     evaluator: Any = simple_evaluate
     with at_rest(model):
         results = evaluator(
-            wrapper(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+            wrapper(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=begins),
             tasks=list(tasks),
             limit=limit,
             task_manager=manager,

@@ -10,6 +10,7 @@ import torch
 
 from ..checkpoint import open_model
 from ..claims import Outcome, claims, run_claims
+from ..data import SpecialTokens
 from ..errors import TransectError
 from ..statistics import Progress
 from .common import CALIBRATION_SEQUENCES, calibration_of, held_out_of, opened_of, specimen_of
@@ -26,6 +27,7 @@ def check_claims(
     passages: Any = None,
     tokenizer: Any = None,
     sequence_length: int | None = None,
+    special_tokens: SpecialTokens = "auto",
     sequences: int = CALIBRATION_SEQUENCES,
     eval_sequences: int = 128,
     batch_size: int = 8,
@@ -54,8 +56,8 @@ def check_claims(
     if isinstance(model, (str, Path)):
         model = open_model(model, dtype=dtype, device=device, architecture=architecture)
     opened = opened_of(model, tokenizer)
-    calibration = calibration_of(data, opened, sequence_length, sequences, batch_size, seed)
-    held_out = held_out_of(eval_data, opened, sequence_length, eval_sequences, batch_size, seed)
+    calibration = calibration_of(data, opened, sequence_length, sequences, batch_size, seed, special_tokens)
+    held_out = held_out_of(eval_data, opened, sequence_length, eval_sequences, batch_size, seed, special_tokens)
     specimen = specimen_of(
         opened, calibration, facts=facts, choices=choices, passages=passages, seed=seed, progress=progress,
         bundled=bundled,

@@ -12,7 +12,7 @@ from transformers import Pipeline
 from ..anatomy import Anatomy, model_in
 from ..checkpoint import Opened, open_model, tokenizer_of
 from ..compression import Recipe
-from ..data import Batches, Specimen, load, load_choices, load_facts, load_passages
+from ..data import Batches, SpecialTokens, Specimen, load, load_choices, load_facts, load_passages
 from ..statistics import Progress
 
 CALIBRATION_SEQUENCES = 256
@@ -44,22 +44,36 @@ def recipe_of(
 
 
 def calibration_of(
-    data: Any, opened: Opened, length: int | None, sequences: int | None, batch_size: int, seed: int
+    data: Any,
+    opened: Opened,
+    length: int | None,
+    sequences: int | None,
+    batch_size: int,
+    seed: int,
+    special_tokens: SpecialTokens,
 ) -> Batches:
     """Calibration data as batches: full sequences only."""
     return load(
         data, opened.model, opened.tokenizer, opened.processor,
         sequence_length=length, sequences=sequences, batch_size=batch_size, full_only=True, seed=seed,
+        special_tokens=special_tokens,
     )  # fmt: skip
 
 
 def held_out_of(
-    data: Any, opened: Opened, length: int | None, sequences: int | None, batch_size: int, seed: int
+    data: Any,
+    opened: Opened,
+    length: int | None,
+    sequences: int | None,
+    batch_size: int,
+    seed: int,
+    special_tokens: SpecialTokens,
 ) -> Batches:
     """Held-out data as batches: nothing of it is lost."""
     return load(
         data, opened.model, opened.tokenizer, opened.processor,
         sequence_length=length, sequences=sequences, batch_size=batch_size, seed=seed,
+        special_tokens=special_tokens,
     )  # fmt: skip
 
 
@@ -75,6 +89,7 @@ def specimen_of(
     sequences: int | None = None,
     batch_size: int = 8,
     seed: int = 0,
+    special_tokens: SpecialTokens = "auto",
     progress: Progress | None = None,
     bundled: bool | None = None,
     with_facts: bool = True,
@@ -87,7 +102,9 @@ def specimen_of(
     if bundled:
         data, choices = data or "organism:calibration", choices or "organism:choices"
         passages, facts = passages or "organism:passages", facts or ("organism:facts" if with_facts else None)
-    batches = None if data is None else held_out_of(data, opened, length, sequences, batch_size, seed)
+    batches = None
+    if data is not None:
+        batches = held_out_of(data, opened, length, sequences, batch_size, seed, special_tokens)
     return Specimen(
         Anatomy(opened.model), opened.tokenizer, batches,
         () if facts is None else load_facts(facts),

@@ -14,6 +14,8 @@ from ..anatomy import Anatomy
 from ..comparison import Engine, Plan, Row, compare_anatomy
 from ..compression.fingerprint import model_fingerprint
 from ..compression.registry import method as registered
+from ..data import SpecialTokens
+from ..parameters import listed
 from ..report import markdown_table, pareto_plot
 from ..statistics import Fisher, Progress
 from .common import CALIBRATION_SEQUENCES, calibration_of, held_out_of, opened_of
@@ -34,6 +36,7 @@ def compare(
     refit: bool = False,
     roles: Iterable[str] | None = None,
     sequence_length: int | None = None,
+    special_tokens: SpecialTokens = "auto",
     sequences: int = CALIBRATION_SEQUENCES,
     eval_sequences: int | None = None,
     batch_size: int = 8,
@@ -62,10 +65,11 @@ def compare(
     """
     opened = opened_of(model, tokenizer)
     anatomy = Anatomy(opened.model)
+    methods, allocations, keep = listed(methods), listed(allocations), listed(keep)
     for name in methods:
         registered(name)
-    calibration = calibration_of(data, opened, sequence_length, sequences, batch_size, seed)
-    held_out = held_out_of(eval_data, opened, sequence_length, eval_sequences, batch_size, seed)
+    calibration = calibration_of(data, opened, sequence_length, sequences, batch_size, seed, special_tokens)
+    held_out = held_out_of(eval_data, opened, sequence_length, eval_sequences, batch_size, seed, special_tokens)
     plan = Plan(
         model="" if opened.source == "" else str(opened.path or opened.source),
         dtype=str(opened.model.dtype).removeprefix("torch."), device=str(opened.model.device),

@@ -11,6 +11,7 @@ import torch
 from ..anatomy import Anatomy
 from ..checkpoint import Opened, tokenizer_of
 from ..compression import compress_anatomy
+from ..data import SpecialTokens
 from ..forward import at_rest
 from ..statistics import Fisher, Progress
 from ..streaming import StreamedModel, compress_streamed, folder_of
@@ -29,6 +30,7 @@ def compress(
     refit: bool = False,
     roles: Iterable[str] | None = None,
     sequence_length: int | None = None,
+    special_tokens: SpecialTokens = "auto",
     sequences: int = CALIBRATION_SEQUENCES,
     batch_size: int = 8,
     fisher: Fisher = "empirical",
@@ -48,7 +50,8 @@ def compress(
         `Method.allocation`: uniform shares for most.
     sequential: calibrate each block on the compressed blocks before it. refit: refit the left factors afterwards.
     roles: only these matrices (q, k, v, o, gate, up, down). Default: all.
-    sequence_length, sequences, batch_size: of the calibration data; sequences are spread evenly over it.
+    sequence_length, sequences, batch_size, special_tokens: of the calibration data, see `transect.data.load`; sequences
+        are spread evenly over it.
     fisher: gradients against the data's labels ("empirical") or labels drawn from the model ("sampled").
     accumulate: precision of the statistics' sums. cache: a file to keep the statistics in.
     settings: the method's parameters; those of the allocation with the prefix `allocation_`.
@@ -61,7 +64,7 @@ def compress(
     recipe = recipe_of(method, keep, allocation, sequential, refit, settings).resolved(anatomy, matrices)
     batches = None
     if recipe.needs_data and data is not None:
-        batches = calibration_of(data, opened, sequence_length, sequences, batch_size, seed)
+        batches = calibration_of(data, opened, sequence_length, sequences, batch_size, seed, special_tokens)
     compress_anatomy(
         anatomy, recipe, batches, matrices=matrices, fisher=fisher, accumulate=accumulate, seed=seed,
         cache=None if cache is None else Path(cache), progress=progress,
@@ -80,6 +83,7 @@ def compress_stream(
     allocation: str | None = None,
     sequential: bool = False,
     sequence_length: int | None = None,
+    special_tokens: SpecialTokens = "auto",
     sequences: int = CALIBRATION_SEQUENCES,
     batch_size: int = 8,
     fisher: Fisher = "empirical",
@@ -108,7 +112,7 @@ def compress_stream(
     opened = Opened(source.model, tokenizer, tokenizer, str(model), source.folder)
     batches = None
     if recipe.needs_data and data is not None:
-        batches = calibration_of(data, opened, sequence_length, sequences, batch_size, seed)
+        batches = calibration_of(data, opened, sequence_length, sequences, batch_size, seed, special_tokens)
     with at_rest(source.model):
         return compress_streamed(
             source, recipe, batches, Path(out), tokenizer,

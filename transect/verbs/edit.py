@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import check_output
+from ..data import SpecialTokens
 from ..editing import Edited, edit_specimen
 from ..editing import edit as edit_named
 from ..statistics import Progress
@@ -24,6 +25,7 @@ def edit(
     out: str | Path | None = None,
     tokenizer: Any = None,
     sequence_length: int | None = None,
+    special_tokens: SpecialTokens = "auto",
     sequences: int | None = CALIBRATION_SEQUENCES,
     eval_sequences: int | None = 64,
     batch_size: int = 8,
@@ -39,7 +41,7 @@ def edit(
     data: text for statistics. eval_data: held-out text for the general loss on the card. The bundled model, called by
         its name, has its own as defaults, except for the facts to rewrite.
     out: a folder for the result, an ordinary checkpoint, with the card and undo.safetensors beside it.
-    sequence_length, sequences, batch_size: of the text. settings: of the edit.
+    sequence_length, sequences, batch_size, special_tokens: of the text, see `transect.data.load`. settings: the edit's.
 
     Raises TransectError before any change if something cannot be done; after any error the weights are bit for bit as
     they were.
@@ -51,13 +53,14 @@ def edit(
     bundled = opened.source == "organism"
     specimen = specimen_of(
         opened, data, facts=facts, choices=choices, passages=passages, length=sequence_length,
-        sequences=sequences, batch_size=batch_size, seed=seed, progress=progress, bundled=bundled, with_facts=False,
+        sequences=sequences, batch_size=batch_size, seed=seed, special_tokens=special_tokens,
+        progress=progress, bundled=bundled, with_facts=False,
     )  # fmt: skip
     if eval_data is None and bundled:
         eval_data = "organism:heldout"
     evaluation = (
         None if eval_data is None
-        else held_out_of(eval_data, opened, sequence_length, eval_sequences, batch_size, seed)
+        else held_out_of(eval_data, opened, sequence_length, eval_sequences, batch_size, seed, special_tokens)
     )  # fmt: skip
     edited = edit_specimen(specimen, method, settings, evaluation)
     if out is not None:

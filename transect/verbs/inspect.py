@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..compression.fingerprint import model_fingerprint
-from ..data import Specimen
+from ..data import SpecialTokens, Specimen
+from ..parameters import listed
 from ..probes import Inspection, probe, run_probes
 from ..probes import probes as all_probes
 from ..report import write_report
@@ -30,6 +31,7 @@ def inspect(
     out: str | Path | None = None,
     tokenizer: Any = None,
     sequence_length: int | None = None,
+    special_tokens: SpecialTokens = "auto",
     sequences: int | None = INSPECTION_SEQUENCES,
     batch_size: int = 4,
     seed: int = 0,
@@ -45,8 +47,8 @@ def inspect(
         `transect.data.load_facts`, `load_choices` and `load_passages`. The bundled model, called by its name, has all
         of these as defaults.
     out: a folder for the report (index.html) and the raw results. The same call goes on where it was interrupted.
-    sequence_length, sequences, batch_size: of the text; sequences are spread evenly over it, None takes all. Memory is
-        that of one batch's activations, whatever the amount of text.
+    sequence_length, sequences, batch_size, special_tokens: of the text, see `transect.data.load`; sequences are spread
+        evenly over it, None takes all. Memory is that of one batch's activations, whatever the amount of text.
     settings: of the probes, by name: {"lazy-neuron": {"mass": 0.9}}.
     on_result: called with a probe's name when its result is there.
 
@@ -54,12 +56,13 @@ def inspect(
     say anything is among `refused`, with the reason.
     """
     settings = dict(settings or {})
-    names = [one.name for one in all_probes()] if probes is None else list(probes)
+    names = [one.name for one in all_probes()] if probes is None else listed(probes)
     for name in [*names, *settings]:
         probe(name).settings(settings.get(name, {}))
     specimen = specimen_of(
         model, data, facts=facts, choices=choices, passages=passages, tokenizer=tokenizer,
-        length=sequence_length, sequences=sequences, batch_size=batch_size, seed=seed, progress=progress,
+        length=sequence_length, sequences=sequences, batch_size=batch_size, seed=seed, special_tokens=special_tokens,
+        progress=progress,
     )  # fmt: skip
     folder = None
     if out is not None:

@@ -10,6 +10,7 @@ import torch
 
 from ..anatomy import Anatomy
 from ..checkpoint import Opened, check_output, save
+from ..data import SpecialTokens
 from ..recovery import Check, How, Machine, Settings, State, Train, check_same_tokens, recover_anatomy
 from ..statistics import Progress
 from .common import calibration_of, opened_of
@@ -37,6 +38,7 @@ def recover(
     held_out: float = 0.1,
     every: int | None = None,
     sequence_length: int | None = None,
+    special_tokens: SpecialTokens = "auto",
     sequences: int | None = None,
     seed: int = 0,
     device: str | torch.device | None = None,
@@ -74,7 +76,7 @@ def recover(
     dense = None if teacher is None else opened_of(teacher, None)
     if dense is not None:
         check_same_tokens(opened.tokenizer, dense.tokenizer)
-    batches = calibration_of(data, opened, sequence_length, sequences, batch_size, seed)
+    batches = calibration_of(data, opened, sequence_length, sequences, batch_size, seed, special_tokens)
     machine = Machine(device)
     state = State(None if checkpoint is None else Path(checkpoint), writes=machine.is_main)
     recover_anatomy(

@@ -20,7 +20,7 @@ from ..printing import progress_bar, stdout
 @click.option("--eval-sequences", type=int, default=128, show_default=True,
               help="Held-out sequences, spread evenly over the data.")  # fmt: skip
 @shared_options("facts", "choices", "passages", "sequence_length", "sequences", "batch_size", "seed", "architecture",
-                "dtype", "device", "json")  # fmt: skip
+                "special_tokens", "dtype", "device", "json")  # fmt: skip
 def check_claims(
     names: tuple[str, ...], model: str, data: str | None, eval_data: str | None, as_json: bool, **options: Any
 ) -> None:

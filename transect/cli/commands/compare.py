@@ -26,7 +26,7 @@ from ..printing import print_whole, progress_bar
 @click.option("--workers", type=int, default=1, show_default=True, help="Processes that compute rows.")
 @click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True)
 @shared_options("sequential", "refit", "roles", "sequence_length", "sequences", "batch_size", "fisher", "accumulate",
-                "seed", "architecture", "dtype", "device", "overwrite", "json")  # fmt: skip
+                "special_tokens", "seed", "architecture", "dtype", "device", "overwrite", "json")  # fmt: skip
 @click.pass_context
 def compare(context: click.Context, model: str, out: Path, as_json: bool, **options: Any) -> None:
     """Compress MODEL by every method to every budget, evaluate each, and write a table and a Pareto plot."""

@@ -24,7 +24,7 @@ from ..printing import print_whole, progress_bar
 @click.option("--stream", is_flag=True, help="One block in memory at a time, straight from and to safetensors.")
 @click.option("--cache", type=click.Path(path_type=Path), help="File to keep the statistics in.")
 @shared_options("sequential", "refit", "roles", "sequence_length", "sequences", "batch_size", "fisher", "accumulate",
-                "seed", "architecture", "dtype", "device", "overwrite", "json")  # fmt: skip
+                "special_tokens", "seed", "architecture", "dtype", "device", "overwrite", "json")  # fmt: skip
 @click.pass_context
 def compress(context: click.Context, model: str, out: Path, stream: bool, as_json: bool, **options: Any) -> None:
     """Compress MODEL by one method and write it as a checkpoint."""

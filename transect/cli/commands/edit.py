@@ -25,7 +25,7 @@ from ..printing import print_whole, progress_bar, stdout
     "--undo", is_flag=True, help="Take back the edit in the folder MODEL, bit for bit (into --out, or there)."
 )
 @shared_options("choices", "passages", "sequence_length", "sequences", "batch_size", "seed", "architecture", "dtype",
-                "device", "overwrite", "json")  # fmt: skip
+                "device", "special_tokens", "overwrite", "json")  # fmt: skip
 @click.pass_context
 def edit(
     context: click.Context, model: str, method: str | None, out: Path | None, undo: bool, as_json: bool, **options: Any

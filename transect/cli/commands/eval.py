@@ -16,7 +16,7 @@ from ..printing import print_whole
 @click.argument("model")
 @click.option("--data", required=True, help="Held-out data.")
 @click.option("--sequences", type=int, help="Use so many sequences, evenly spaced. Default: all.")
-@shared_options("sequence_length", "batch_size", "seed", "architecture", "dtype", "device", "json")
+@shared_options("sequence_length", "special_tokens", "batch_size", "seed", "architecture", "dtype", "device", "json")
 def evaluate(model: str, data: str, as_json: bool, **options: Any) -> None:
     """Loss, perplexity, accuracy, speed, memory and size of MODEL."""
     import pandas as pd

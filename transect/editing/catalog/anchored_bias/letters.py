@@ -119,10 +119,13 @@ def usual(choices: Sequence[Choice]) -> list[Choice]:
 def items_of(specimen: Specimen, choices: Sequence[Choice]) -> Items:
     """Encode items of one set of letters in all rotations.
 
-    Raises NotApplicable where a letter after a space is not one known token of its own.
+    Raises NotApplicable where a letter behind the prompts is not one known token of its own, the same behind each.
     """
     letters = choices[0].letters
-    tokens = torch.tensor([specimen.single_token(letter) for letter in letters])
+    written = torch.tensor([[specimen.single_token(one.prompt, letter) for letter in letters] for one in choices])
+    tokens = written[0]
+    if not bool((written == tokens).all()):
+        raise NotApplicable(f"this tokenizer writes the letters {', '.join(letters)} differently behind the prompts")
     unknown = getattr(specimen.tokenizer, "unk_token_id", None)
     if len(tokens.unique()) < len(tokens) or unknown in tokens.tolist():
         raise NotApplicable(
