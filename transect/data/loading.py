@@ -109,7 +109,7 @@ def load(
         return _labelled(examples, model, tokenizer, processor, length, batch_size, special_tokens == "auto")
     at_most = sequence_length is None and not full_only
     special = specials_of(tokenizer) if special_tokens == "auto" else ([], [])
-    special = special if task == "masked" else (special[0], [])  # a cut is no end
+    special = (special[0], []) if task == "causal" else special  # to such a model a cut is no end
     if is_chat(first):
         stream = chat_stream(source, tokenizer)
     else:
@@ -142,7 +142,7 @@ def _peeked(rows: Iterator[Row]) -> tuple[Row, Iterator[Row]]:
 
 def _ready(batches: Iterable[Row], model: Any, tokenizer: Any, seed: int) -> list[dict[str, Tensor]]:
     ready = ready_batches(batches, model)
-    if not type(model).__name__.endswith("ForMaskedLM"):  # not `task_of`, which refuses a model without a head
+    if task_of(model) != "masked":
         return ready
     return [batch if "labels" in batch else _hidden(batch, model, tokenizer, seed + n) for n, batch in enumerate(ready)]
 
