@@ -141,7 +141,7 @@ def _peeked(rows: Iterator[Row]) -> tuple[Row, Iterator[Row]]:
 
 def _ready(batches: Iterable[Row], model: Any, tokenizer: Any, seed: int) -> list[dict[str, Tensor]]:
     ready = ready_batches(batches, model)
-    if not type(model).__name__.endswith("ForMaskedLM"):  # not `task_of`, which refuses a model without a head
+    if task_of(model) != "masked":
         return ready
     return [batch if "labels" in batch else _hidden(batch, model, tokenizer, seed + n) for n, batch in enumerate(ready)]
 
@@ -192,7 +192,7 @@ def _special(tokenizer: Any, task: str, special_tokens: SpecialTokens) -> tuple[
     said = " ".join(map(str, tokenizer.convert_ids_to_tokens(before))) or "no special token"
     why = "as this tokenizer's texts do" if special_tokens == "auto" else "special_tokens is none"
     _logger.info("sequences begin with %s (%s)", said, why)
-    return before, after if task == "masked" else []  # where nothing is masked, a cut is no end
+    return before, [] if task == "causal" else after  # to a causal model a cut is no end
 
 
 def _length(sequence_length: int | None, model: Any, tokenizer: Any) -> int:

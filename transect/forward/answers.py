@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .mode import at_rest
+
 
 @torch.no_grad()
 def answer_log_probabilities(model: Any, pairs: Sequence[tuple[Tensor, Tensor]], batch_size: int = 64) -> Tensor:
@@ -20,7 +22,8 @@ def answer_log_probabilities(model: Any, pairs: Sequence[tuple[Tensor, Tensor]],
     for numbers in _alike([(len(prompt), len(answer)) for prompt, answer in pairs], batch_size):
         ids = torch.stack([torch.cat(pairs[number]) for number in numbers]).to(model.device)
         length = len(pairs[numbers[0]][1])
-        logits = model(input_ids=ids, use_cache=False).logits[:, -length - 1 : -1]
+        with at_rest(model):
+            logits = model(input_ids=ids, use_cache=False).logits[:, -length - 1 : -1]
         chosen = logits.double().log_softmax(-1).gather(-1, ids[:, -length:, None])[..., 0]
         out[numbers] = chosen.sum(1).cpu()
     return out
@@ -32,7 +35,9 @@ def next_logits(model: Any, prompts: Sequence[Tensor], batch_size: int = 64) -> 
     out: list[Tensor] = [torch.empty(0)] * len(prompts)
     for numbers in _alike([len(prompt) for prompt in prompts], batch_size):
         ids = torch.stack([prompts[number] for number in numbers]).to(model.device)
-        for number, logits in zip(numbers, model(input_ids=ids, use_cache=False).logits[:, -1], strict=True):
+        with at_rest(model):
+            last = model(input_ids=ids, use_cache=False).logits[:, -1]
+        for number, logits in zip(numbers, last, strict=True):
             out[number] = logits.float().cpu()
     return torch.stack(out)
 
@@ -44,10 +49,11 @@ def recitations(model: Any, pairs: Sequence[tuple[Tensor, Tensor]], batch_size: 
     for numbers in _alike([(len(prompt), len(answer)) for prompt, answer in pairs], batch_size):
         tokens = torch.stack([pairs[number][0] for number in numbers]).to(model.device)
         chosen, past = [], None
-        for _ in range(len(pairs[numbers[0]][1])):
-            output = model(input_ids=tokens, past_key_values=past, use_cache=True)
-            tokens, past = output.logits[:, -1:].argmax(-1), output.past_key_values
-            chosen.append(tokens)
+        with at_rest(model):
+            for _ in range(len(pairs[numbers[0]][1])):
+                output = model(input_ids=tokens, past_key_values=past, use_cache=True)
+                tokens, past = output.logits[:, -1:].argmax(-1), output.past_key_values
+                chosen.append(tokens)
         for number, continuation in zip(numbers, torch.cat(chosen, 1).cpu(), strict=True):
             out[number] = continuation
     return out
