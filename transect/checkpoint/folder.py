@@ -30,9 +30,13 @@ def check_folder(folder: str | Path) -> None:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        left = sorted(folder.parent.glob(f".{folder.name}.previous-*"))
-        hint = f"; {left[0]} is an earlier model of that name, left by an interrupted save: rename it" if left else ""
-        raise BadCheckpoint(f"there is no folder {folder}{hint}")
+        raise BadCheckpoint(f"there is no folder {folder}")
+    left = sorted(folder.glob(".*.previous-*/config.json"))
+    if left and not (folder / "config.json").exists():
+        raise BadCheckpoint(
+            f"{folder} has no config.json: a save into it was broken off. Its earlier model is in {left[0].parent}; move "
+            "the files there back"
+        )
     config = read_json(folder / "config.json")
     shapes: Shapes = {}
     for file in weight_files(folder):
