@@ -12,8 +12,8 @@ from .printing import stderr
 def main_group() -> None:
     """Open up a trained transformer: factorize its weight matrices, compare methods, keep an ordinary checkpoint.
 
-    MODEL is a local folder, a Hugging Face hub name, or `organism` (bundled). DATA is a .txt, .jsonl or .parquet file,
-    a folder of them, a hub data set, or `organism:calibration` and `organism:heldout`.
+    MODEL is a local folder, a .gguf file, a Hugging Face hub name, or `organism` (bundled). DATA is a .txt, .jsonl or
+    .parquet file, a folder of them, a hub data set, or `organism:calibration` and `organism:heldout`.
     """
     if not stderr.is_terminal:  # a log is no place for transformers' bars
         import transformers
