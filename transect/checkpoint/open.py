@@ -22,6 +22,7 @@ from transformers import (
 
 from ..anatomy import record_of, refuse_encoder_decoder, register_architecture
 from ..errors import BadCheckpoint, TransectError
+from .base import note_base
 from .folder import check_folder
 from .gguf import load_gguf
 from .processors import load_processors
@@ -76,11 +77,12 @@ def open_model(
         where = source if path is None else str(path)
         model = _load(where, path is not None, "auto" if dtype is None else dtype, device)
         tokenizer, processor = load_processors(where)
+        if hasattr(model.config, HISTORY):
+            record_of(model).history = model.config.__dict__.pop(HISTORY)["history"]
+        note_base(model, where)
     _check_finite(model, source)
     _check_tokenizer(model, tokenizer, source)
     model._transect_tokenizer = tokenizer if tokenizer is not None else processor
-    if hasattr(model.config, HISTORY):
-        record_of(model).history = model.config.__dict__.pop(HISTORY)["history"]
     return Opened(model, tokenizer, processor, source, path)
 
 
