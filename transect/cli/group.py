@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import click
 
 from .printing import stderr
@@ -16,6 +18,7 @@ def main_group() -> None:
     .parquet file, a folder of them, a hub data set, or `organism:calibration` and `organism:heldout`.
     """
     if not stderr.is_terminal:  # a log is no place for transformers' bars
+        os.environ.setdefault("TQDM_DISABLE", "1")  # of those that it does not manage itself, as for GGUF
         import transformers
 
         transformers.logging.disable_progress_bar()
