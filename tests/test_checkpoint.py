@@ -396,6 +396,24 @@ def test_a_folder_is_replaced_but_foreign_files_stay(tmp_path):
     assert torch.equal(logits(open_model(folder).model, inputs("llama")), logits(model, inputs("llama")))
 
 
+@pytest.mark.parametrize("way", [".", "relative", "link"])
+def test_a_folder_that_is_there_stays_the_folder_that_it_is(tmp_path, monkeypatch, way):
+    """The current directory, a mount, the target of a link: the same folder before and after, with the user's files."""
+    folder = tmp_path / "m"
+    save(tiny("llama", seed=1), folder)
+    (folder / "notes.txt").write_text("mine")
+    (tmp_path / "link").symlink_to(folder)
+    number, notes = folder.stat().st_ino, (folder / "notes.txt").stat().st_ino
+    monkeypatch.chdir(folder if way == "." else tmp_path)
+    model = change(tiny("llama"))
+    model.save_pretrained({".": ".", "relative": "m", "link": "link"}[way])
+    assert (folder.stat().st_ino, (folder / "notes.txt").stat().st_ino) == (number, notes)
+    assert (tmp_path / "link").is_symlink() and Path.cwd().exists()
+    assert not [name for name in [*os.listdir(folder), *os.listdir(tmp_path)] if name.startswith(".")]
+    again = AutoModelForCausalLM.from_pretrained(".") if way == "." else AutoModelForCausalLM.from_pretrained(folder)
+    torch.testing.assert_close(logits(again, inputs("llama")), logits(model, inputs("llama")))
+
+
 def test_tensors_are_those_of_the_modules(root):
     state = load_file(root / "llama-low-rank" / "model.safetensors")
     path = "model.layers.1.mlp.up_proj"

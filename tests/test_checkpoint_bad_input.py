@@ -236,9 +236,10 @@ def test_an_existing_folder_needs_overwrite(folder, tmp_path):
         save(tiny("gpt2"), folder / "config.json", overwrite=True)
 
 
-def test_an_interrupted_rename_is_pointed_at(folder, tmp_path):
-    folder.rename(tmp_path / ".m.previous-1")
-    with pytest.raises(BadCheckpoint, match=r"\.m\.previous-1"):
+def test_a_save_that_was_killed_is_pointed_at(folder):
+    (folder / ".m.previous-1").mkdir()
+    (folder / "config.json").rename(folder / ".m.previous-1" / "config.json")
+    with pytest.raises(BadCheckpoint, match=r"broken off.*\.m\.previous-1"):
         check_folder(folder)
 
 
@@ -252,8 +253,7 @@ class Countdown:
     def __init__(self, monkeypatch, n, error, after):
         self.left, self.error, self.after, self.fired = n, error, after, False
         for target, name in (
-            (place.os, "rename"), (place.os, "replace"), (place.os, "link"), (Path, "mkdir"), (Path, "write_text"),
-            (place.shutil, "copytree"),
+            (place.os, "rename"), (Path, "mkdir"), (Path, "write_text"),
         ):  # fmt: skip
             monkeypatch.setattr(target, name, self.wrap(getattr(target, name)))
         import transformers.modeling_utils as modeling_utils

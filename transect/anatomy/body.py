@@ -14,7 +14,8 @@ _INSIDE = ("_orig_mod", "module", "_fsdp_wrapped_module")
 
 ADAPTED = (
     "the model carries an adapter, so what it computes is not in its weights alone. Call merge_and_unload() of the "
-    "PeftModel (or delete_adapter), change the model that is left, and train a new adapter on the result"
+    "PeftModel and take the model that it returns. (An adapter that was put in with add_adapter is merged by saving it, "
+    "and AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload().)"
 )
 
 

@@ -43,7 +43,7 @@ def refuse_other_than_plain_weights(model: nn.Module, blocks: nn.Module, archite
             raise _error(path, module, ADAPTED)
     for path, module in model.named_modules():
         for parameter in module._parameters.values():
-            if parameter is None or type(parameter) is nn.Parameter and parameter.device.type != "meta":
+            if parameter is None or (type(parameter) is nn.Parameter and parameter.device.type != "meta"):
                 continue
             if parameter.device.type == "meta":
                 raise _error(path, module, _ELSEWHERE)

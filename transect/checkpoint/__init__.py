@@ -2,7 +2,7 @@
 
 from .attach import attach
 from .folder import check_folder
-from .open import Opened, local_folder, open_model
+from .open import Opened, folder_of, model_class, open_model
 from .place import placed
 from .replay import replay
 from .save import check_output, save, tokenizer_of, write_description
@@ -10,6 +10,6 @@ from .save import check_output, save, tokenizer_of, write_description
 attach()
 
 __all__ = [
-    "Opened", "attach", "check_folder", "check_output", "local_folder", "open_model", "placed", "replay", "save",
-    "tokenizer_of", "write_description",
+    "Opened", "attach", "check_folder", "check_output", "folder_of", "model_class", "open_model", "placed", "replay",
+    "save", "tokenizer_of", "write_description",
 ]  # fmt: skip

@@ -30,9 +30,15 @@ def check_folder(folder: str | Path) -> None:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        left = sorted(folder.parent.glob(f".{folder.name}.previous-*"))
-        hint = f"; {left[0]} is an earlier model of that name, left by an interrupted save: rename it" if left else ""
-        raise BadCheckpoint(f"there is no folder {folder}{hint}")
+        raise BadCheckpoint(f"there is no folder {folder}")
+    left = sorted(folder.glob(".*.previous-*/config.json"))
+    if left and not (folder / "config.json").exists():
+        raise BadCheckpoint(
+            f"{folder} has no config.json: a save into it was broken off. Its earlier model is in {left[0].parent}; "
+            "move the files there back"
+        )
+    if not (folder / "config.json").exists():
+        _refuse_other_contents(folder)
     config = read_json(folder / "config.json")
     shapes: Shapes = {}
     for file in weight_files(folder):
@@ -40,6 +46,19 @@ def check_folder(folder: str | Path) -> None:
     description = config.get("quantization_config") or {}
     if description.get("quant_method") == METHOD:
         _check_record(folder, description.get("record"), shapes)
+
+
+def _refuse_other_contents(folder: Path) -> None:
+    """Say what a folder without config.json holds instead of a model, where that is known."""
+    adapter, packed = folder / "adapter_config.json", sorted(folder.glob("*.gguf"))
+    if adapter.exists():
+        base = read_json(adapter).get("base_model_name_or_path")
+        raise BadCheckpoint(
+            f"{folder} holds an adapter for {base or 'a model that it does not name'}, not a model. Load both with "
+            "peft (AutoPeftModelForCausalLM.from_pretrained), call merge_and_unload(), save the model, and open that"
+        )
+    if packed:
+        raise BadCheckpoint(f"{folder} has no config.json, but GGUF files; name the file: {packed[0]}")
 
 
 def read_json(file: Path) -> dict[str, Any]:

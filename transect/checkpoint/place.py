@@ -1,4 +1,4 @@
-"""Put a folder in its place whole: at every moment there is the old one or the new one, never a half of either."""
+"""Put a checkpoint in its place whole: the old one or the new one, never a mixture of both."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from ..errors import TransectError
-from ..files import link
 from .modeling_file import MODULE
 
 # Files of an earlier model in the same folder that must not outlive it. Everything else in the folder is kept.
@@ -24,61 +23,52 @@ _MODEL_FILES = re.compile(
 
 @contextmanager
 def placed(target: Path) -> Iterator[Path]:
-    """An empty folder to write a checkpoint into; at the end of the `with` it becomes, or joins, `target`.
+    """An empty folder to write a checkpoint into; at the end of the `with` it becomes `target`, or its files join it.
 
-    Where `target` holds a checkpoint already, the new one takes its place by renaming, and takes along whatever else
-    lay there. A folder without a checkpoint (a tokenizer, a trainer's files) is joined, config.json last.
+    A folder that is there stays the folder that it is, with everything in it that is not of an earlier model: it may
+    be the current directory, or a mount. A checkpoint in it is exchanged by renaming, file by file: config.json is the
+    first to go and the last to come, so that at no moment a mixture of two models can be loaded.
     On any exception, Ctrl-C included, `target` is left as it was and nothing else remains.
 
     Raises TransectError if the disk is full or the place cannot be written.
     """
-    replacing = (target / "config.json").exists()
-    joining = target.is_dir() and not replacing
-    partial = (target if joining else target.parent) / f".{target.name}.partial-{os.getpid()}"
-    previous = target.parent / f".{target.name}.previous-{os.getpid()}"
+    there = target.is_dir()
+    partial = (target if there else target.parent) / f".{target.name}.partial-{os.getpid()}"
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
-        if joining:
-            _join(partial, target)
-        elif replacing:
-            _take_along(target, partial)
-            os.rename(target, previous)
-            os.rename(partial, target)
+        if there:
+            _exchange(partial, target)
         else:
             os.rename(partial, target)
     except (OSError, SafetensorError) as error:
-        was = "; what was there before is untouched" if replacing else ""
+        was = "; what was there before is untouched" if there else ""
         raise TransectError(f"the checkpoint could not be written to {target}: {error}{was}") from error
     finally:
-        if previous.exists() and not target.exists():
-            os.rename(previous, target)
         shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(previous, ignore_errors=True)
 
 
-def _take_along(old: Path, new: Path) -> None:
-    """Link, or copy where links are not possible, what `old` holds beside its model."""
-    for entry in old.iterdir():
-        if _MODEL_FILES.fullmatch(entry.name) or (new / entry.name).exists():
-            continue
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.copytree(entry, new / entry.name, symlinks=True, copy_function=link)
-        else:
-            link(entry, new / entry.name)
-
-
-def _join(new: Path, target: Path) -> None:
-    """Move every entry of `new` into `target`, config.json last: without it the folder is no model to anybody."""
-    moved: list[Path] = []
+def _exchange(new: Path, target: Path) -> None:
+    """Move every entry of `new` into `target`, in place of an earlier model's files; all, or nothing."""
+    names = sorted((entry.name for entry in new.iterdir()), key=lambda name: name == "config.json")
+    replacing = (target / "config.json").exists()
+    gone = {entry.name for entry in target.iterdir() if replacing and _MODEL_FILES.fullmatch(entry.name)}
+    gone |= {name for name in names if (target / name).exists()}
+    previous = target / f".{target.name}.previous-{os.getpid()}"
+    previous.mkdir()
     try:
-        for entry in sorted(new.iterdir(), key=lambda entry: entry.name == "config.json"):
-            destination = target / entry.name
-            if not destination.exists():
-                moved.append(destination)
-            os.replace(entry, destination)
+        for name in sorted(gone, key=lambda name: name != "config.json"):
+            os.rename(target / name, previous / name)
+        for name in names:
+            os.rename(new / name, target / name)
     except BaseException:
-        for path in moved:
-            path.unlink(missing_ok=True)
+        for name in reversed(names):
+            if not (new / name).exists():  # it has arrived
+                os.rename(target / name, new / name)
+        for name in sorted(gone, key=lambda name: name == "config.json"):
+            if (previous / name).exists():
+                os.rename(previous / name, target / name)
         raise
+    finally:
+        shutil.rmtree(previous, ignore_errors=True)

@@ -84,10 +84,13 @@ def sizes_in_config(model: Any, plain: Any) -> dict[str, Any]:
                     per_layer.setdefault(str(layer), {})[key] = value
     # Some configs refuse a number of heads that does not divide the width, or any that differs by layer.
     heads = {anatomy.architecture.config.get(name) for name in ("heads", "key_value_heads", "head_size")}
+    inside = next((key for key, value in vars(model.config).items() if value is anatomy.config), None)
     for refused in (set(), heads):
         table = {layer: _without(sizes, refused) for layer, sizes in sorted(per_layer.items())}
         table = {layer: sizes for layer, sizes in table.items() if sizes}
         edits = {**_without(shared, refused), **({"per_layer_config": table} if table else {})}
+        if inside is not None:  # the config of a language model within another; there the record says it layer by layer
+            edits = {inside: {**plain_config(model)[inside], **_without(shared, refused)}} if shared else {}
         if _readable(model, edits):
             return edits
     return {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoImageProcessor, AutoTokenizer
@@ -12,6 +14,11 @@ from ..errors import BadCheckpoint
 # Without one of its files, AutoTokenizer makes up an empty tokenizer from config.json alone.
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _PROCESSOR = ("preprocessor_config.json",)
+# What else a model with images, sound or a chat template comes with.
+_BESIDE = (
+    "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json", "chat_template.json",
+    "chat_template.jinja",
+)  # fmt: skip
 
 
 def load_processors(where: str, **kwargs: Any) -> tuple[Any, Any]:
@@ -22,8 +29,19 @@ def load_processors(where: str, **kwargs: Any) -> tuple[Any, Any]:
     return _load(AutoTokenizer, where, _TOKENIZER, **kwargs), _load(AutoImageProcessor, where, _PROCESSOR, **kwargs)
 
 
+def copy_processor_files(where: str, folder: Path) -> None:
+    """Copy what describes a model's processors from its folder or (cached) hub name, but for what is there already.
+
+    As files, since loading a processor may take packages (pillow, torchvision) that the model itself does not.
+    """
+    for name in _BESIDE:
+        file = _found(where, name, local_files_only=True)
+        if file is not None and not (folder / name).exists():
+            shutil.copyfile(file, folder / name)
+
+
 def _load(auto: Any, where: str, files: tuple[str, ...], **kwargs: Any) -> Any:
-    if not any(_exists(where, file, **kwargs) for file in files):
+    if not any(_found(where, file, **kwargs) for file in files):
         return None
     try:
         return auto.from_pretrained(where, **kwargs)
@@ -34,8 +52,8 @@ def _load(auto: Any, where: str, files: tuple[str, ...], **kwargs: Any) -> Any:
         raise BadCheckpoint(f"the {kind} of {where} cannot be loaded: {error}") from error
 
 
-def _exists(where: str, file: str, **kwargs: Any) -> bool:
+def _found(where: str, file: str, **kwargs: Any) -> str | None:
     try:
-        return cached_file(where, file, _raise_exceptions_for_missing_entries=False, **kwargs) is not None
+        return cached_file(where, file, _raise_exceptions_for_missing_entries=False, **kwargs)
     except (OSError, ValueError):  # not cached, and no network; or no hub name at all
-        return False
+        return None

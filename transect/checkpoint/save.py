@@ -22,7 +22,7 @@ from .base import note_base, without_adapters
 from .modeling_file import MODULE, auto_map, concrete_class, modeling_source
 from .place import placed
 from .plain import STRUCTURE_KEYS, fits, sizes_in_config, skeleton, stops, store_as_conv1d
-from .processors import load_processors
+from .processors import copy_processor_files, load_processors
 from .quantizer import METHOD, STOP
 from .replay import replay
 
@@ -71,14 +71,15 @@ def save_base(model: Any, folder: Path) -> Path:
             model._hf_peft_config_loaded = had
 
 
-def _saved(
-    model: Any, target: Path, tokenizer: Any, beside: Callable[[Path], None] | None, **kwargs: Any
-) -> Path:
+def _saved(model: Any, target: Path, tokenizer: Any, beside: Callable[[Path], None] | None, **kwargs: Any) -> Path:
     with placed(target) as partial:
         _write(model, partial, **kwargs)
         tokenizer = tokenizer if tokenizer is not None else tokenizer_of(model)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
+        source = getattr(model.config, "name_or_path", "")
+        if source:
+            copy_processor_files(source, partial)
         if beside is not None:
             beside(partial)
     note_base(model, target)
@@ -168,11 +169,13 @@ def _check_recorded(model: Any, record: StructureRecord) -> None:
         if isinstance(module, _CHANGED):
             parts = plain_path(path + ".").split(".")[:-1]
             if not any(".".join(parts[:length]) in record.modules for length in range(1, len(parts) + 1)):
-                raise TransectError(f"{path} holds a {type(module).__name__} that no structure record names, {_UNKNOWN}")
+                raise TransectError(
+                    f"{path} holds a {type(module).__name__} that no structure record names, {_UNKNOWN}"
+                )
 
 
 def _check_loads(model: Any, plain: Any, record: StructureRecord, state: Mapping[str, Tensor], whole: bool) -> None:
-    """Refuse weights that the model built from config and record does not have. `plain`: its skeleton, which changes."""
+    """Refuse weights that the model built from config and record does not have. `plain`: its skeleton, changed here."""
     replay(plain, record)
     expected = {name: tuple(tensor.shape) for name, tensor in plain.state_dict().items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}

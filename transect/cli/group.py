@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import click
 
 from .printing import print_notes, stderr
@@ -12,11 +14,12 @@ from .printing import print_notes, stderr
 def main_group() -> None:
     """Open up a trained transformer: factorize its weight matrices, compare methods, keep an ordinary checkpoint.
 
-    MODEL is a local folder, a Hugging Face hub name, or `organism` (bundled). DATA is a .txt, .jsonl or .parquet file,
-    a folder of them, a hub data set, or `organism:calibration` and `organism:heldout`.
+    MODEL is a local folder, a .gguf file, a Hugging Face hub name, or `organism` (bundled). DATA is a .txt, .jsonl or
+    .parquet file, a folder of them, a hub data set, or `organism:calibration` and `organism:heldout`.
     """
     print_notes()
     if not stderr.is_terminal:  # a log is no place for transformers' bars
+        os.environ.setdefault("TQDM_DISABLE", "1")  # of those that it does not manage itself, as for GGUF
         import transformers
 
         transformers.logging.disable_progress_bar()

@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+LOADING = ("revision", "architecture", "dtype", "device")
+
 
 def split(context: click.Context, parameter: click.Parameter, value: str | None) -> list[str] | None:
     """Callback: the parts of a comma-separated option; None if it is not given."""
@@ -61,12 +63,19 @@ def device_name(context: click.Context, parameter: click.Parameter, value: str |
     return value
 
 
+def opening(options: dict[str, Any]) -> dict[str, Any]:
+    """Take out of a command's options those that say how MODEL is opened."""
+    return {name: options.pop(name) for name in LOADING if name in options}
+
+
 def shared_options(*names: str) -> Any:
     """Decorator: adds the named ones of the options below to a command, in this order."""
     known = {
         "architecture": click.option("--architecture", type=click.Path(exists=True, dir_okay=False), metavar="FILE",
                                      callback=description_file,
                                      help="JSON description of the model's architecture, if it is not built in."),
+        "revision": click.option("--revision", metavar="NAME",
+                                 help="Branch, tag or commit of MODEL on the hub. Default: its main branch."),
         "dtype": click.option("--dtype", callback=dtype_name,
                               help="Load the model in this type, e.g. bfloat16. Default: as stored."),
         "device": click.option("--device", callback=device_name, help="E.g. cuda. Default: the CPU."),

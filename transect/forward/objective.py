@@ -33,6 +33,8 @@ def task_of(model: Any) -> Task:
     name = type(model).__name__
     if name.endswith(("ForCausalLM", "LMHeadModel")):
         return "causal"
+    if name.endswith("ForConditionalGeneration") and not model.config.is_encoder_decoder:  # with images, or without
+        return "causal"
     if name.endswith("ForMaskedLM"):
         return "masked"
     if name.endswith("Classification") and "Token" not in name:

@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from accelerate import init_empty_weights
-from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig
@@ -22,20 +20,9 @@ from transformers.core_model_loading import WeightRenaming, build_glob_alternati
 from transformers.modeling_utils import local_torch_dtype
 
 from ..anatomy import Anatomy
-from ..checkpoint import check_folder, local_folder
+from ..checkpoint import check_folder, model_class
 from ..checkpoint.folder import read_header, weight_files
 from ..errors import BadCheckpoint, TransectError
-
-
-def folder_of(name: str | Path) -> Path:
-    """The folder of a model: a local one, that of `organism`, or a hub model's, downloaded as safetensors."""
-    folder = local_folder(str(name))
-    if folder is not None:
-        return folder
-    try:
-        return Path(snapshot_download(str(name), allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt"]))
-    except (OSError, ValueError) as error:
-        raise TransectError(f"there is no local folder {name}, and no such model on the hub: {error}") from error
 
 
 class StreamedModel:
@@ -60,10 +47,7 @@ class StreamedModel:
         config = AutoConfig.from_pretrained(folder)
         if getattr(config, "quantization_config", None) is not None:
             raise TransectError(f"{folder} is compressed or quantized already; --stream takes an ordinary checkpoint")
-        names = getattr(config, "architectures", None) or []
-        cls: Any = next((getattr(transformers, name) for name in names if hasattr(transformers, name)), None)
-        if cls is None:
-            raise TransectError(f"{folder}: config.json names no model class that transformers has, but {names}")
+        cls = model_class(config, str(folder))
         self._files = weight_files(folder)
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         self.dtype = config.dtype = dtype or config.dtype or _first_dtype(self._files[0])

@@ -26,6 +26,7 @@ def check_claims(
     choices: Any = None,
     passages: Any = None,
     tokenizer: Any = None,
+    revision: str | None = None,
     sequence_length: int | None = None,
     special_tokens: SpecialTokens = "auto",
     sequences: int = CALIBRATION_SEQUENCES,
@@ -43,7 +44,8 @@ def check_claims(
     model, data, tokenizer and the calibration settings: as for `compress`. eval_data: held-out data, same forms. The
     bundled model has its own data as defaults.
     facts, choices, passages: questions for claims about probes and edits, as for `inspect`.
-    dtype: in which a model that is given by its name is opened; differences of thousandths drown in bfloat16.
+    revision: of a model that is given by its hub name. dtype: in which one that is given by its name is opened;
+    differences of thousandths drown in bfloat16.
 
     Returns an outcome each: the claim, its verdict, the reason and the numbers.
     """
@@ -54,7 +56,7 @@ def check_claims(
     elif data is None or eval_data is None:
         raise TransectError("a model of your own needs calibration data and held-out data (--data and --eval)")
     if isinstance(model, (str, Path)):
-        model = open_model(model, dtype=dtype, device=device, architecture=architecture)
+        model = open_model(model, revision=revision, dtype=dtype, device=device, architecture=architecture)
     opened = opened_of(model, tokenizer)
     calibration = calibration_of(data, opened, sequence_length, sequences, batch_size, seed, special_tokens)
     held_out = held_out_of(eval_data, opened, sequence_length, eval_sequences, batch_size, seed, special_tokens)

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from ..anatomy import Anatomy
-from ..checkpoint import Opened, tokenizer_of
+from ..checkpoint import Opened, folder_of, tokenizer_of
 from ..compression import compress_anatomy
 from ..data import SpecialTokens
 from ..forward import at_rest
 from ..statistics import Fisher, Progress
-from ..streaming import StreamedModel, compress_streamed, folder_of
+from ..streaming import StreamedModel, compress_streamed
 from .common import CALIBRATION_SEQUENCES, calibration_of, opened_of, recipe_of
 
 
@@ -80,6 +80,7 @@ def compress_stream(
     data: Any = None,
     *,
     tokenizer: Any = None,
+    revision: str | None = None,
     allocation: str | None = None,
     sequential: bool = False,
     sequence_length: int | None = None,
@@ -98,13 +99,14 @@ def compress_stream(
 ) -> dict[str, Any]:
     """Compress a model folder into another with one block in memory at a time, so that memory is bounded.
 
-    model: a folder (or a hub name, which is downloaded) of safetensors. out: the folder to write; unfinished work lies
-    beside it, and the same call goes on from there. The rest as for `compress`; allocation: any that does not run
-    the model (`ilp` does).
+    model: a folder of safetensors, or a hub name, of which that revision is downloaded. out: the folder to write;
+    unfinished work lies beside it, and the same call goes on from there. The rest as for `compress`; allocation: any
+    that does not run the model (`ilp` does).
 
     Returns what was kept: matrix_bytes, dense_matrix_bytes and their ratio.
     """
-    source = StreamedModel(folder_of(model), architecture=architecture, dtype=dtype, device=device)
+    folder = folder_of(str(model), revision)
+    source = StreamedModel(folder, architecture=architecture, dtype=dtype, device=device)
     anatomy = source.anatomy
     recipe = recipe_of(method, keep, allocation, sequential, False, settings).resolved(anatomy, anatomy.matrices())
     if tokenizer is None:

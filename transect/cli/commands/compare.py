@@ -9,7 +9,7 @@ import click
 
 from ..group import main_group
 from ..method_options import MethodCommand, method_settings, refuse_unused
-from ..options import shared_options, shares, split
+from ..options import LOADING, opening, shared_options, shares, split
 from ..printing import print_whole, progress_bar
 
 
@@ -26,7 +26,7 @@ from ..printing import print_whole, progress_bar
 @click.option("--workers", type=int, default=1, show_default=True, help="Processes that compute rows.")
 @click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True)
 @shared_options("sequential", "refit", "roles", "sequence_length", "sequences", "batch_size", "fisher", "accumulate",
-                "special_tokens", "seed", "architecture", "dtype", "device", "overwrite", "json")  # fmt: skip
+                "special_tokens", "seed", *LOADING, "overwrite", "json")  # fmt: skip
 @click.pass_context
 def compare(context: click.Context, model: str, out: Path, as_json: bool, **options: Any) -> None:
     """Compress MODEL by every method to every budget, evaluate each, and write a table and a Pareto plot."""
@@ -44,8 +44,7 @@ def compare(context: click.Context, model: str, out: Path, as_json: bool, **opti
         allocation_named(name)
     allocations = options["allocations"] or [method(name).allocation for name in options["methods"]]
     refuse_unused(settings, [*options["methods"], *allocations])
-    opened = open_model(model, dtype=options.pop("dtype"), device=options.pop("device"),
-                      architecture=options.pop("architecture"))  # fmt: skip
+    opened = open_model(model, **opening(options))
     options["accumulate"] = getattr(torch, options["accumulate"])
     rows = 1 + len(options["methods"]) * len(options["allocations"] or [""]) * len(options["keep"])
     with progress_bar(as_json) as (bar, show):

@@ -10,7 +10,7 @@ import click
 
 from ..group import main_group
 from ..method_options import MethodCommand, method_settings, refuse_unused
-from ..options import shared_options
+from ..options import LOADING, opening, shared_options
 from ..printing import print_whole, progress_bar
 
 
@@ -20,11 +20,13 @@ from ..printing import print_whole, progress_bar
 @click.option("--keep", type=float, required=True, help="Share of the matrices' bytes to keep, in (0, 1].")
 @click.option("--data", help="Calibration data.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write the model to.")
-@click.option("--allocation", help="How bytes are shared among the matrices. Default: the method's own, mostly uniform.")
+@click.option(
+    "--allocation", help="How bytes are shared among the matrices. Default: the method's own, mostly uniform."
+)
 @click.option("--stream", is_flag=True, help="One block in memory at a time, straight from and to safetensors.")
 @click.option("--cache", type=click.Path(path_type=Path), help="File to keep the statistics in.")
 @shared_options("sequential", "refit", "roles", "sequence_length", "sequences", "batch_size", "fisher", "accumulate",
-                "special_tokens", "seed", "architecture", "dtype", "device", "overwrite", "json")  # fmt: skip
+                "special_tokens", "seed", *LOADING, "overwrite", "json")  # fmt: skip
 @click.pass_context
 def compress(context: click.Context, model: str, out: Path, stream: bool, as_json: bool, **options: Any) -> None:
     """Compress MODEL by one method and write it as a checkpoint."""
@@ -42,8 +44,8 @@ def compress(context: click.Context, model: str, out: Path, stream: bool, as_jso
     sharing = allocation_named(options["allocation"]).settings(settings.pop(options["allocation"], {}))
     own |= {f"allocation_{name}": value for name, value in sharing.items()}
     refuse_unused(settings, (options["method"], options["allocation"]))
-    overwrite, architecture = options.pop("overwrite"), options.pop("architecture")
-    dtype, device = options.pop("dtype"), options.pop("device")
+    overwrite = options.pop("overwrite")
+    loading = opening(options)
     options["accumulate"] = getattr(torch, options["accumulate"])
     check_output(out, overwrite)
     with progress_bar(as_json) as (_, show):
@@ -51,12 +53,9 @@ def compress(context: click.Context, model: str, out: Path, stream: bool, as_jso
             for name in ("refit", "cache", "roles"):
                 if options.pop(name):
                     raise click.UsageError(f"--{name} cannot be combined with --stream")
-            outcome = compress_stream(
-                model, out, overwrite=overwrite, architecture=architecture, dtype=dtype, device=device, progress=show,
-                **options, **own,
-            )  # fmt: skip
+            outcome = compress_stream(model, out, overwrite=overwrite, progress=show, **loading, **options, **own)
         else:
-            opened = open_model(model, dtype=dtype, device=device, architecture=architecture)
+            opened = open_model(model, **loading)
             tokenizer = opened.tokenizer or opened.processor
             compressed = compress_model(opened.model, **options, tokenizer=tokenizer, progress=show, **own)
             save(compressed, out, tokenizer, overwrite=overwrite)

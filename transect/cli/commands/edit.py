@@ -9,7 +9,7 @@ import click
 
 from ..group import main_group
 from ..method_options import EditCommand, method_settings, refuse_unused
-from ..options import shared_options
+from ..options import LOADING, opening, shared_options
 from ..printing import print_whole, progress_bar, stdout
 
 
@@ -24,8 +24,8 @@ from ..printing import print_whole, progress_bar, stdout
 @click.option(
     "--undo", is_flag=True, help="Take back the edit in the folder MODEL, bit for bit (into --out, or there)."
 )
-@shared_options("choices", "passages", "sequence_length", "sequences", "batch_size", "seed", "architecture", "dtype",
-                "device", "special_tokens", "overwrite", "json")  # fmt: skip
+@shared_options("choices", "passages", "sequence_length", "special_tokens", "sequences", "batch_size", "seed", *LOADING,
+                "overwrite", "json")  # fmt: skip
 @click.pass_context
 def edit(
     context: click.Context, model: str, method: str | None, out: Path | None, undo: bool, as_json: bool, **options: Any
@@ -48,7 +48,7 @@ def edit(
     own = edit_named(method).settings(settings.pop(method, {}))
     refuse_unused(settings, (method,))
     check_output(out, overwrite)
-    opened = open_model(model, **{name: options.pop(name) for name in ("dtype", "device", "architecture")})
+    opened = open_model(model, **opening(options))
     with progress_bar(as_json) as (_, show):
         edited = edit_model(opened, method, out=out, overwrite=overwrite, progress=show, **options, **own)
     if as_json:

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ..group import main_group
-from ..options import shared_options
+from ..options import LOADING, opening, shared_options
 from ..printing import print_whole
 
 
@@ -16,7 +16,7 @@ from ..printing import print_whole
 @click.argument("model")
 @click.option("--data", required=True, help="Held-out data.")
 @click.option("--sequences", type=int, help="Use so many sequences, evenly spaced. Default: all.")
-@shared_options("sequence_length", "special_tokens", "batch_size", "seed", "architecture", "dtype", "device", "json")
+@shared_options("sequence_length", "special_tokens", "batch_size", "seed", *LOADING, "json")
 def evaluate(model: str, data: str, as_json: bool, **options: Any) -> None:
     """Loss, perplexity, accuracy, speed, memory and size of MODEL."""
     import pandas as pd
@@ -25,8 +25,7 @@ def evaluate(model: str, data: str, as_json: bool, **options: Any) -> None:
     from ...report import rich_table
     from ...verbs import evaluate as evaluate_model
 
-    opened = open_model(model, dtype=options.pop("dtype"), device=options.pop("device"),
-                      architecture=options.pop("architecture"))  # fmt: skip
+    opened = open_model(model, **opening(options))
     result = evaluate_model(opened, data, **options)
     if as_json:
         click.echo(json.dumps(result))

@@ -10,7 +10,7 @@ import click
 
 from ..group import main_group
 from ..method_options import ProbeCommand, method_settings, refuse_unused
-from ..options import shared_options, split
+from ..options import LOADING, opening, shared_options, split
 from ..printing import print_whole, progress_bar, stderr
 
 
@@ -22,8 +22,7 @@ from ..printing import print_whole, progress_bar, stderr
               help="Folder for the report; an inspection in it is continued.")  # fmt: skip
 @click.option("--sequences", type=int, default=64, show_default=True, help="Sequences, spread evenly over the text.")
 @click.option("--batch-size", type=int, default=4, show_default=True)
-@shared_options("facts", "choices", "passages", "sequence_length", "special_tokens", "seed", "architecture", "dtype",
-                "device", "json")  # fmt: skip
+@shared_options("facts", "choices", "passages", "sequence_length", "special_tokens", "seed", *LOADING, "json")
 @click.pass_context
 def inspect(
     context: click.Context, model: str, probes: list[str] | None, out: Path, as_json: bool, **options: Any
@@ -39,7 +38,7 @@ def inspect(
     refuse_unused(settings, names)
     for name in names:
         probe(name).settings(settings.get(name, {}))
-    opened = open_model(model, **{name: options.pop(name) for name in ("dtype", "device", "architecture")})
+    opened = open_model(model, **opening(options))
     with progress_bar(as_json) as (_, show):
 
         def say(name: str) -> None:

@@ -37,7 +37,7 @@ from ..printing import print_whole, progress_bar, stderr
 @click.option(
     "--device", callback=device_name, help="Where to train. Default: a GPU if there is one (accelerate decides)."
 )
-@shared_options("sequence_length", "special_tokens", "batch_size", "seed", "architecture", "dtype", "overwrite", "json")
+@shared_options("sequence_length", "special_tokens", "batch_size", "seed", "revision", "architecture", "dtype", "overwrite", "json")
 def recover(model: str, data: str, out: Path, teacher: str | None, as_json: bool, **options: Any) -> None:
     """Repair MODEL by a short training after any compression, and write it as a checkpoint.
 
@@ -49,7 +49,7 @@ def recover(model: str, data: str, out: Path, teacher: str | None, as_json: bool
     from ...verbs import recover as recover_model
 
     check_output(out, options["overwrite"])
-    loading = {name: options.pop(name) for name in ("dtype", "architecture")}
+    revision, loading = options.pop("revision"), {name: options.pop(name) for name in ("dtype", "architecture")}
     main = Machine(options["device"]).is_main
 
     with progress_bar(as_json or not main) as (_, show):
@@ -61,7 +61,7 @@ def recover(model: str, data: str, out: Path, teacher: str | None, as_json: bool
                     f"held-out {check.held_out:.4f}"
                 )
 
-        opened = open_model(model, **loading)
+        opened = open_model(model, revision=revision, **loading)
         dense = None if teacher is None else open_model(teacher, **loading)
         recovered = recover_model(
             opened, data, teacher=dense, out=out, progress=show, on_check=say, **options
