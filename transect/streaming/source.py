@@ -57,7 +57,7 @@ class StreamedModel:
         check_folder(folder)
         self.folder = folder
         self.device = torch.device(device or "cpu")
-        config = AutoConfig.from_pretrained(folder)
+        config: Any = AutoConfig.from_pretrained(folder)
         if getattr(config, "quantization_config", None) is not None:
             raise TransectError(f"{folder} is compressed or quantized already; --stream takes an ordinary checkpoint")
         names = getattr(config, "architectures", None) or []
@@ -65,8 +65,9 @@ class StreamedModel:
         if cls is None:
             raise TransectError(f"{folder}: config.json names no model class that transformers has, but {names}")
         self._files = weight_files(folder)
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        self.dtype = config.dtype = dtype or config.dtype or _first_dtype(self._files[0])
+        given: Any = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        self.dtype: torch.dtype = given or config.dtype or _first_dtype(self._files[0])
+        config.dtype = self.dtype
         self.model: Any = _skeleton(cls, config, self.dtype)
         self.anatomy = Anatomy(self.model, architecture)
         headers = {path: read_header(path) for path in self._files}
