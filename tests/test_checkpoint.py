@@ -21,7 +21,18 @@ from transect.checkpoint import check_folder, open_model, replay, save
 from transect.checkpoint.modeling_file import modeling_source
 from transect.operators import LowRank, operator_kinds
 
-from .models import CAUSAL, CONFIGS, VOCABULARY, inputs, logits, tiny
+from .models import (
+    CAUSAL,
+    CONFIGS,
+    TOLERANCE,
+    VOCABULARY,
+    assert_alike,
+    assert_same_model,
+    assert_same_tensors,
+    inputs,
+    logits,
+    tiny,
+)
 
 
 def low_rank(matrix, rank=5):
@@ -124,13 +135,13 @@ if mode == "with":
     import transect.checkpoint
 else:
     sys.modules["transect"] = None  # not importable
-from tests.models import CONFIGS, inputs, logits
+from tests.models import CONFIGS, apart, inputs, logits
 
 def attempt(name, arch, load):
     try:
         model = load()
         expected = torch.load(root / (name + ".pt"), weights_only=True)
-        return [(logits(model, inputs(arch)) - expected).abs().max().item(), type(model).__module__]
+        return [apart(logits(model, inputs(arch)), expected), type(model).__module__]
     except Exception as error:
         return [type(error).__name__ + ": " + str(error), None]
 
@@ -184,20 +195,20 @@ def in_fresh_process(root, mode):
 
 def test_a_fresh_process_with_transect_loads_everything(root):
     for what, (difference, module) in in_fresh_process(root, "with").items():
-        assert difference == 0, what
+        assert difference <= TOLERANCE[torch.float32], what
         assert module.startswith("transformers.models."), what  # the folder's own code was neither run nor asked for
 
 
 def test_a_fresh_process_without_transect_loads_everything_through_the_folders_own_code(root):
     for what, (difference, module) in in_fresh_process(root, "trust").items():
-        assert difference == 0, what
+        assert difference <= TOLERANCE[torch.float32], what
         assert module.startswith("transformers_modules." if what.split()[0] in STRUCTURED else "transformers."), what
 
 
 def test_a_fresh_process_with_neither_refuses_what_is_not_plain(root):
     for what, (outcome, _) in in_fresh_process(root, "neither").items():
         if what.split()[0] in PLAIN:
-            assert outcome == 0, what
+            assert isinstance(outcome, float) and outcome <= TOLERANCE[torch.float32], what
         else:
             assert isinstance(outcome, str), f"{what} was loaded without its structure"
             assert "per-layer" in outcome or "mismatched" in outcome or "import it, or pass" in outcome, outcome
@@ -235,7 +246,7 @@ def test_a_loaded_model_can_be_changed_and_saved_again(root, name, tmp_path):
     model.save_pretrained(tmp_path / "again")
     check_folder(tmp_path / "again")
     again = CONFIGS[name][1].from_pretrained(tmp_path / "again")
-    assert torch.equal(logits(again, inputs(name)), logits(model, inputs(name)))
+    assert_same_model(again, model, inputs(name))
     assert record_of(again).modules == record_of(model).modules
 
 
@@ -252,12 +263,13 @@ def test_shards_dtype_and_device_map(root, name, tmp_path):
     arch = STRUCTURED[name][0]
     expected = torch.load(root / f"{name}.pt", weights_only=True)
     model = AutoModelForCausalLM.from_pretrained(root / name, device_map="cpu")
-    assert torch.equal(logits(model, inputs(arch)), expected)
+    assert_alike(logits(model, inputs(arch)), expected)
     model.save_pretrained(tmp_path / "sharded", max_shard_size="10KB")
     assert len(list((tmp_path / "sharded").glob("model-*.safetensors"))) > 1
     check_folder(tmp_path / "sharded")
     spread = AutoModelForCausalLM.from_pretrained(tmp_path / "sharded", device_map="auto")
-    assert torch.equal(logits(spread, inputs(arch)), expected)
+    assert_same_tensors(spread, model)
+    assert_alike(logits(spread, inputs(arch)), expected)
     half = AutoModelForCausalLM.from_pretrained(tmp_path / "sharded", dtype=torch.bfloat16)
     assert {tensor.dtype for tensor in half.parameters()} == {torch.bfloat16}
     assert torch.allclose(logits(half, inputs(arch)).float(), expected, atol=0.5, rtol=0.1)
@@ -285,7 +297,8 @@ def test_the_same_body_loads_under_another_head_or_none(root):
     whole = AutoModelForCausalLM.from_pretrained(root / "llama")
     ids = inputs("llama")["input_ids"]
     with torch.no_grad():
-        assert torch.equal(body(ids).last_hidden_state, whole.model(ids).last_hidden_state)
+        assert_same_tensors(body, whole.model)
+        assert_alike(body(ids).last_hidden_state, whole.model(ids).last_hidden_state)
     assert "layers.0.self_attn.q_proj" in record_of(body).modules
 
 
@@ -295,7 +308,7 @@ def test_replaying_twice_is_replaying_once():
     for _ in range(2):
         replay(skeleton, record_of(model))
         skeleton.load_state_dict(model.state_dict())
-        assert torch.equal(logits(skeleton, inputs("phi3")), logits(model, inputs("phi3")))
+        assert_same_model(skeleton, model, inputs("phi3"))
 
 
 def test_an_attention_implementation_may_be_chosen(root):
@@ -339,7 +352,7 @@ def test_an_operator_without_source_is_saved_all_the_same(tmp_path):
         with pytest.warns(UserWarning, match="imported"):
             model.save_pretrained(tmp_path / "typed")
         again = AutoModelForCausalLM.from_pretrained(tmp_path / "typed")
-        assert torch.equal(logits(again, inputs("llama")), logits(model, inputs("llama")))
+        assert_same_model(again, model, inputs("llama"))
     finally:
         del sys.modules["typed_in"], namespace, matrix, model, again
         gc.collect()  # other tests list the operators that exist
@@ -360,9 +373,8 @@ def test_open_model(root, tmp_path):
     for name in ("bert", "vit", "gpt2-mlp-dropped", "vit-uniform"):
         opened = open_model(root / name)
         arch = (STRUCTURED | PLAIN)[name][0]
-        assert torch.equal(logits(opened.model, inputs(arch)), torch.load(root / f"{name}.pt", weights_only=True)) and (
-            opened.tokenizer is None
-        )
+        assert_alike(logits(opened.model, inputs(arch)), torch.load(root / f"{name}.pt", weights_only=True))
+        assert opened.tokenizer is None
 
 
 def test_the_tokenizer_goes_along(tmp_path):
@@ -388,12 +400,10 @@ def test_a_folder_is_replaced_but_foreign_files_stay(tmp_path):
     model.save_pretrained(folder)  # plain, and in one file
     assert not list(folder.glob("model-*")) and not list(folder.glob("*.py"))
     assert (folder / "state" / "optimizer").read_text() == "o" and (folder / "tokenizer.json").exists()
-    assert torch.equal(
-        logits(AutoModelForCausalLM.from_pretrained(folder), inputs("llama")), logits(model, inputs("llama"))
-    )
+    assert_same_model(AutoModelForCausalLM.from_pretrained(folder), model, inputs("llama"))
     model = open_model(folder).model  # over the very files that it was loaded from
     only_up(model).save_pretrained(folder)
-    assert torch.equal(logits(open_model(folder).model, inputs("llama")), logits(model, inputs("llama")))
+    assert_same_model(open_model(folder).model, model, inputs("llama"))
 
 
 @pytest.mark.parametrize("way", [".", "relative", "link"])

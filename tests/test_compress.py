@@ -15,7 +15,7 @@ from transect.evaluation import matrix_bytes
 from transect.operators import LowRank
 from transect.statistics import InputCovariance, collect
 
-from .models import CONFIGS, VOCABULARY, inputs, logits, tiny
+from .models import CONFIGS, VOCABULARY, assert_alike, assert_same_tensors, inputs, logits, tiny
 
 DATA = torch.randint(3, VOCABULARY, (12, 16), generator=torch.Generator().manual_seed(5))
 METHODS = ["svd", "fwsvd", "asvd", "svd-llm", "kfac-svd"]
@@ -55,12 +55,9 @@ def test_keeping_everything_changes_nothing(method):
 
 @pytest.mark.parametrize("allocation", ["uniform", "global", "ilp"])
 def test_allocations_keep_the_budget_and_are_reproducible(allocation):
-    outcomes = []
-    for _ in range(2):
-        model = transect.compress(tiny("llama"), "kfac-svd", 0.5, DATA, allocation=allocation)
-        assert matrix_bytes(Anatomy(model)) <= 0.5 * matrix_bytes(Anatomy(tiny("llama")))
-        outcomes.append(logits(model, inputs("llama")))
-    assert torch.equal(*outcomes)
+    made = [transect.compress(tiny("llama"), "kfac-svd", 0.5, DATA, allocation=allocation) for _ in range(2)]
+    assert matrix_bytes(Anatomy(made[0])) <= 0.5 * matrix_bytes(Anatomy(tiny("llama")))
+    assert_same_tensors(*made)
 
 
 def output_errors(model, reference):
@@ -116,7 +113,7 @@ def test_statistics_are_read_from_the_cache(tmp_path, monkeypatch):
     first = transect.compress(tiny("llama"), "svd-llm", 0.5, DATA, cache=cache)
     monkeypatch.setattr("transect.compression.calibrate.collect", lambda *a, **k: pytest.fail("collected again"))
     again = transect.compress(tiny("llama"), "svd-llm", 0.5, DATA, cache=cache)
-    assert torch.equal(logits(first, inputs("llama")), logits(again, inputs("llama")))
+    assert_alike(logits(first, inputs("llama")), logits(again, inputs("llama")))  # the cache lies elsewhere in memory
 
 
 @pytest.mark.parametrize(

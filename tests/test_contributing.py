@@ -215,7 +215,7 @@ def test_the_architecture_of_a_contributor(dropped_in, tmp_path):
     config = json.loads((tmp_path / "narrow" / "config.json").read_text())
     assert "quantization_config" not in config and (config["num_attention_heads"], config["head_dim"]) == (2, 8)
     again, batch = AutoModelForCausalLM.from_pretrained(tmp_path / "narrow"), models.inputs(dropped_in)
-    assert torch.equal(models.logits(again, batch), models.logits(anatomy.model, batch))
+    models.assert_same_model(again, anatomy.model, batch)
 
 
 def check_mlp(anatomy):

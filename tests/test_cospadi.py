@@ -19,7 +19,7 @@ from transect.operators import Bank, build, stored_bytes
 from transect.operators.dictionary import SharedSparseDictionary, SparseDictionary, fit_on_support
 from transect.statistics import InputCovariance, collect, key_of
 
-from .models import CONFIGS, VOCABULARY, inputs, logits, tiny
+from .models import CONFIGS, VOCABULARY, assert_alike, assert_same_model, inputs, logits, tiny
 
 DATA = torch.randint(3, VOCABULARY, (12, 16), generator=torch.Generator().manual_seed(5))
 SHAPES = [(40, 16), (16, 40)]
@@ -281,7 +281,8 @@ def test_the_operator_is_its_dense_form(atoms, nonzeros):
     torch.testing.assert_close(made(x), x @ dense.T + made.bias)
     twin = build(made.describe()).double()
     twin.load_state_dict(made.state_dict())
-    assert torch.equal(twin(x), made(x)) and made.flops == 2 * atoms * (7 + 10)
+    assert_alike(twin(x), made(x))
+    assert made.flops == 2 * atoms * (7 + 10)
     assert stored_bytes(made) == 8 * (atoms * 7 + 10 * nonzeros + 10) + 10 * math.ceil(atoms / 8)
 
 
@@ -407,7 +408,7 @@ def test_every_architecture_is_compressed_within_its_budget_and_loads_again(name
     assert sum(made) > 0.8 * len(made)  # the frame leaves single matrices dense where sizes leave bytes over
     model.save_pretrained(tmp_path)
     again = auto.from_pretrained(tmp_path)
-    assert torch.equal(logits(again, batch), logits(model, batch))
+    assert_same_model(again, model, batch)
 
 
 def test_the_frames_refit_lowers_the_output_error():
@@ -449,7 +450,7 @@ def test_the_dictionary_outlives_the_layer_that_owns_it(tmp_path):
     batch = inputs("llama")
     model.save_pretrained(tmp_path / "cut")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "cut")
-    assert torch.equal(logits(again, batch), logits(model, batch))
+    assert_same_model(again, model, batch)
 
 
 def test_sharing_minimises_the_error_over_the_layers_together():

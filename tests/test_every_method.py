@@ -11,7 +11,7 @@ import transect
 from transect.anatomy import Anatomy
 from transect.errors import OutOfReach, TransectError
 
-from .models import VOCABULARY, tiny
+from .models import VOCABULARY, assert_same_model, assert_same_tensors, tiny
 
 METHODS = [method.name for method in transect.methods()]
 BLOCKWISE = [method.name for method in transect.methods() if method.family != "restructuring"]
@@ -41,9 +41,10 @@ def test_the_budget_is_kept_and_the_result_loads_and_generates(method, tmp_path)
     assert history["compress"]["method"] == method and history["kept"] == pytest.approx(kept / dense)
     model.save_pretrained(tmp_path / "small")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    assert_same_model(loaded, model, {"input_ids": DATA[:2]})
     with torch.no_grad():
         whole = model(DATA[:2]).logits
-        assert torch.equal(loaded(DATA[:2]).logits, whole) and torch.isfinite(whole).all()
+        assert torch.isfinite(whole).all()
         cached = loaded(DATA[:2, :9], use_cache=True)
         steps = [cached.logits]
         for position in range(9, 16):
@@ -57,11 +58,17 @@ def test_the_budget_is_kept_and_the_result_loads_and_generates(method, tmp_path)
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_what_it_puts_into_a_model_lies_in_memory_as_loading_lays_it_out(method):
+    """Among fused and transposed matrices. Products round differently for another layout of the same numbers."""
+    model = transect.compress(tiny("gpt2"), method, KEEPS.get(method, KEEP), DATA, **QUICK.get(method, {}))
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        assert tensor.stride() == torch.empty(tensor.shape).stride(), name
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_it_is_reproducible_and_keeping_everything_changes_nothing(method):
-    with torch.no_grad():
-        first, second = (compressed(method)(DATA[:2]).logits for _ in range(2))
-        assert torch.equal(first, second)
-        assert torch.equal(compressed(method, keep=1.0)(DATA[:2]).logits, tiny("llama")(DATA[:2]).logits)
+    assert_same_tensors(compressed(method), compressed(method))
+    assert_same_model(compressed(method, keep=1.0), tiny("llama"), {"input_ids": DATA[:2]})
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -23,7 +23,7 @@ from transect.compression.catalog.fusegpt.macro_influence import macro_influence
 from transect.errors import OutOfReach, TransectError
 from transect.forward.blocks import feeds_of
 
-from .models import CAUSAL, CONFIGS, VOCABULARY, inputs, logits, tiny
+from .models import CAUSAL, CONFIGS, VOCABULARY, assert_same_model, assert_same_tensors, inputs, logits, tiny
 
 DATA = torch.randint(3, VOCABULARY, (12, 16), generator=torch.Generator().manual_seed(5))
 ONE = [{"input_ids": DATA}]
@@ -311,7 +311,7 @@ def test_every_architecture_loses_a_block_within_the_budget_and_loads_as_a_plain
     assert not (tmp_path / "modeling_transect.py").exists()
     loaded = CONFIGS[name][1].from_pretrained(tmp_path).eval()
     assert loaded.config.num_hidden_layers == 2
-    torch.testing.assert_close(logits(loaded, batch), logits(model, batch), rtol=0, atol=0)
+    assert_same_model(loaded, model, batch)
 
 
 @pytest.mark.parametrize("name", CAUSAL)
@@ -338,7 +338,7 @@ def test_blocks_go_one_by_one_by_influence_measured_anew():
         anatomy.drop_block(worst)
     model = transect.compress(copy.deepcopy(dense), "fusegpt", 0.5, DATA, epochs=0, batch_size=12)
     assert len(Anatomy(model).blocks) == 3
-    assert torch.equal(logits(model, ONE[0]), logits(plain, ONE[0]))
+    assert_same_model(model, plain, ONE[0])
 
 
 @pytest.mark.parametrize("choice", ["once", "cosine"])
@@ -354,7 +354,7 @@ def test_blocks_by_the_dense_models_ranking(choice):
     for index in sorted(scores.argsort()[:2].tolist(), reverse=True):
         Anatomy(plain).drop_block(index)
     model = transect.compress(copy.deepcopy(dense), "fusegpt", 1.0, DATA, drop=2, epochs=0, choice=choice)
-    assert torch.equal(logits(model, ONE[0]), logits(plain, ONE[0]))
+    assert_same_model(model, plain, ONE[0])
 
 
 def test_blocks_far_from_the_removed_one_are_untouched():
@@ -445,7 +445,7 @@ def test_it_is_reproducible_and_leaves_the_training_flag_and_global_seed():
         torch.manual_seed(9)
         transect.compress(model, "fusegpt", 0.7, DATA, epochs=1)
         assert model.training and torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(9)))
-    assert torch.equal(*(logits(model.eval(), ONE[0]) for model in models))
+    assert_same_tensors(*models)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

@@ -28,7 +28,17 @@ from transect.operators.build import build
 from transect.operators.scattered import LeadingColumns, LeadingRows, ScatteredRows
 from transect.statistics import BlockSimilarity, InputCovariance, InputMean, collect
 
-from .models import CAUSAL, CONFIGS, VOCABULARY, inputs, logits, tiny
+from .models import (
+    CAUSAL,
+    CONFIGS,
+    VOCABULARY,
+    assert_alike,
+    assert_same_model,
+    assert_same_tensors,
+    inputs,
+    logits,
+    tiny,
+)
 
 DATA = torch.randint(3, VOCABULARY, (12, 16), generator=torch.Generator().manual_seed(5))
 NEEDS = [InputCovariance(), InputMean()]
@@ -305,7 +315,7 @@ def test_operators_compute_their_dense_form_and_come_back_from_their_description
     again = build(operator.describe()).double()
     assert again.describe() == operator.describe()
     again.load_state_dict(operator.state_dict())
-    assert torch.equal(copy.deepcopy(again)(x), operator(x))
+    assert_alike(copy.deepcopy(again)(x), operator(x))
     operator(x).sum().backward()
     assert operator.inner.weight.grad.abs().sum() > 0
 
@@ -352,7 +362,7 @@ def test_it_loads_again_and_generates_with_a_cache(name, tmp_path):
     transect.compress(model, "modegpt", keep=0.6, data=data_for(name))
     model.save_pretrained(tmp_path)
     loaded = CONFIGS[name][1].from_pretrained(tmp_path)
-    assert torch.equal(logits(loaded, batch), logits(model, batch))
+    assert_same_model(loaded, model, batch)
     copied = copy.deepcopy(loaded).to(torch.float64)
     wide = {key: tensor.double() if tensor.is_floating_point() else tensor for key, tensor in batch.items()}
     torch.testing.assert_close(logits(copied, wide).float(), logits(model, batch), rtol=1e-4, atol=1e-4)
@@ -410,7 +420,7 @@ def test_blocks_that_have_lost_a_sublayer_or_heads(unit):
 
 def test_sequential_calibration_and_reproducibility():
     made = [transect.compress(tiny("llama"), "modegpt", 0.6, DATA, sequential=True) for _ in range(2)]
-    assert torch.equal(*(logits(model, inputs("llama")) for model in made))
+    assert_same_tensors(*made)
     plain = transect.compress(tiny("llama"), "modegpt", 0.6, DATA)
     assert not torch.equal(logits(plain, inputs("llama")), logits(made[0], inputs("llama")))
 

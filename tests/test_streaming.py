@@ -1,16 +1,27 @@
+import errno
 import json
+import os
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+import transformers
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import transect
 from transect.anatomy import Anatomy, record_of
-from transect.errors import TransectError
+from transect.checkpoint import open_model
+from transect.checkpoint.save import hugging_face_save
+from transect.errors import BadCheckpoint, TransectError
+from transect.evaluation import matrix_bytes
+from transect.files import link
 from transect.streaming import passes
 from transect.verbs import compress_stream
 
-from .models import VOCABULARY, tiny
+from .models import CONFIGS, VOCABULARY, assert_alike, assert_same_tensors, tiny
 
 
 @pytest.fixture
@@ -116,8 +127,165 @@ def test_what_streaming_refuses(folder, tmp_path):
         compress_stream(tmp_path / "nan", tmp_path / "y", "svd", 0.5)
 
 
-def test_bfloat16_stays_bfloat16(tmp_path):
-    tiny("llama").bfloat16().save_pretrained(tmp_path / "dense")
-    compress_stream(tmp_path / "dense", tmp_path / "small", "svd-llm", 0.5, DATA)
-    assert json.loads((tmp_path / "small" / "config.json").read_text())["dtype"] == "bfloat16"
-    assert {p.dtype for p in AutoModelForCausalLM.from_pretrained(tmp_path / "small").parameters()} == {torch.bfloat16}
+# What is stored decides
+
+
+def stored_as(kind, folder, name="llama"):
+    """A dense folder whose weights are stored in bfloat16, in float16, or in bfloat16 with norms in float32."""
+    model = tiny(name).to(torch.float16 if kind == "float16" else torch.bfloat16)
+    for path, parameter in model.named_parameters():
+        if kind == "mixed" and ("norm" in path or "ln_" in path):
+            parameter.data = parameter.data.float()
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float16", "mixed"])
+@pytest.mark.parametrize(("name", "method", "options"), [
+    ("llama", "svd", {}), ("gpt2", "magnitude", {}), ("gemma3", "svd-llm", {"sequential": True}),
+    ("llama", "kfac-svd", {"allocation": "global"}),
+])  # fmt: skip
+def test_sizes_and_tensors_in_half_precision_are_those_of_compressing_in_memory(tmp_path, kind, name, method, options):
+    source = stored_as(kind, tmp_path / "dense", name)
+    outcome = compress_stream(source, tmp_path / "streamed", method, 0.6, DATA, batch_size=4, **options)
+    whole = transect.compress(open_model(source).model, method, 0.6, DATA, batch_size=4, **options)
+    whole.save_pretrained(tmp_path / "whole")
+    history = Anatomy(whole).record.history[-1]
+    assert {key: history[key] for key in outcome} == outcome and 0.5 < outcome["kept"] <= 0.6
+    stored = sum(matrix.weight.numel() for matrix in Anatomy(tiny(name)).matrices()) * 2
+    assert outcome["dense_matrix_bytes"] == stored  # two bytes a number: what lies on the disk
+    streamed, again = (open_model(tmp_path / which).model for which in ("streamed", "whole"))
+    configs = [json.loads((tmp_path / which / "config.json").read_text()) for which in ("streamed", "whole")]
+    assert configs[0] == configs[1] and configs[0]["dtype"] == ("float16" if kind == "float16" else "bfloat16")
+    assert matrix_bytes(Anatomy(streamed)) == outcome["matrix_bytes"]
+    if method in ("svd", "magnitude"):  # nothing ran before, so nothing can have rounded differently
+        assert_same_tensors(streamed, again)
+    else:
+        assert {n: (t.dtype, t.shape) for n, t in streamed.state_dict().items()} == {
+            n: (t.dtype, t.shape) for n, t in again.state_dict().items()
+        }
+        assert_alike(streamed(DATA).logits, again(DATA).logits)
+
+
+def test_a_folder_without_a_dtype_in_its_config_and_another_dtype_than_the_stored(tmp_path):
+    source = stored_as("bfloat16", tmp_path / "dense")
+    config = json.loads((source / "config.json").read_text())
+    del config["dtype"]
+    (source / "config.json").write_text(json.dumps(config))
+    half = compress_stream(source, tmp_path / "half", "svd", 0.6)
+    single = compress_stream(source, tmp_path / "single", "svd", 0.6, dtype="float32")
+    assert 2 * half["dense_matrix_bytes"] == single["dense_matrix_bytes"] and half["kept"] == single["kept"]
+    for name, dtype in (("half", torch.bfloat16), ("single", torch.float32)):
+        model = open_model(tmp_path / name).model  # in the dtype that the folder itself names
+        assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+
+
+def test_a_run_in_another_dtype_does_not_go_on_from_the_unfinished_one(folder, tmp_path, monkeypatch):
+    source = folder("llama")
+    with monkeypatch.context() as patch:
+        patch.setattr("transect.streaming.compress._finish", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            compress_stream(source, tmp_path / "small", "svd", 0.6)
+    compress_stream(source, tmp_path / "small", "svd", 0.6, dtype="bfloat16")
+    stored = load_file(tmp_path / "small" / "model-00001-of-00004.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+
+
+def interrupt(*args):
+    raise KeyboardInterrupt
+
+
+class Gated(LlamaForCausalLM):
+    """Llama whose blocks' outputs pass through a stored buffer and one that no checkpoint holds; so does the last."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        for number, layer in enumerate(self.model.layers):
+            layer.gate = nn.Buffer(torch.ones(config.hidden_size))
+            layer.shift = nn.Buffer(torch.full((config.hidden_size,), 0.1 * number), persistent=False)
+            layer.register_forward_hook(lambda layer, args, out: out * layer.gate + layer.shift)
+        self.model.norm.gate = nn.Buffer(torch.ones(config.hidden_size))
+        self.model.norm.register_forward_hook(lambda norm, args, out: out * norm.gate)
+
+
+@pytest.mark.parametrize("method", ["svd-llm", "kfac-svd"])
+def test_stored_buffers_are_read_and_written_and_others_survive(tmp_path, monkeypatch, method):
+    monkeypatch.setattr(transformers, "LlamaForCausalLM", Gated)
+    model = Gated(CONFIGS["llama"][0])
+    model.load_state_dict(tiny("llama").state_dict(), strict=False)
+    for name, buffer in model.named_buffers():
+        if name.endswith("gate"):
+            buffer.uniform_(0.5, 2.0, generator=torch.Generator().manual_seed(len(name)))
+    hugging_face_save(model, tmp_path / "dense")
+    config = tmp_path / "dense" / "config.json"
+    config.write_text(config.read_text().replace("Gated", "LlamaForCausalLM"))
+    compress_stream(tmp_path / "dense", tmp_path / "small", method, 0.6, DATA, batch_size=4)
+    whole = transect.compress(model, method, 0.6, DATA, batch_size=4)
+    gates = {name: tensor for name, tensor in whole.state_dict().items() if name.endswith("gate")}
+    stored = {}
+    for file in (tmp_path / "small").glob("*.safetensors"):
+        stored |= load_file(file)
+    assert len(gates) == 4 and all(torch.equal(stored[name], gate) for name, gate in gates.items())
+    assert stored.keys() == whole.state_dict().keys()
+    for block in Anatomy(whole).blocks:
+        for name, tensor in block.module.state_dict().items():
+            torch.testing.assert_close(stored[f"{block.path}.{name}"], tensor, rtol=1e-3, atol=1e-3)
+
+
+def test_weights_that_do_not_fit_the_config_are_refused_by_name(folder, tmp_path):
+    source = folder("llama")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"intermediate_size": 40}))
+    with pytest.raises(BadCheckpoint, match=r"layers\.0\.mlp.* has shape \[.*48.*\].* needs \[.*40.*\]"):
+        compress_stream(source, tmp_path / "small", "svd", 0.6)
+    assert not (tmp_path / "small").exists()
+
+
+def test_a_stale_index_is_not_read(folder, tmp_path):
+    """Where a folder has one file and an index of others, it is the one file that transformers loads."""
+    source = folder("llama", max_shard_size="20KB")
+    tiny("llama", seed=1).save_pretrained(tmp_path / "new")
+    (tmp_path / "new" / "model.safetensors").rename(source / "model.safetensors")
+    compress_stream(source, tmp_path / "small", "svd", 1.0)
+    assert_same_tensors(AutoModelForCausalLM.from_pretrained(tmp_path / "small"), tiny("llama", seed=1))
+
+
+@pytest.mark.parametrize("reason", [errno.EPERM, errno.ENOTSUP, errno.EXDEV, errno.EMLINK])
+def test_a_mount_without_hard_links_gets_copies(folder, tmp_path, monkeypatch, reason):
+    def refuse(*args, **kwargs):
+        raise OSError(reason, os.strerror(reason))
+
+    expected = compress_stream(folder("llama"), tmp_path / "linked", "svd", 0.6)
+    monkeypatch.setattr(os, "link", refuse)
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small" / "notes.txt").write_text("mine")  # a folder that is there is joined
+    assert compress_stream(folder("llama"), tmp_path / "small", "svd", 0.6, overwrite=True) == expected
+    linked, copied = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("linked", "small"))
+    assert_same_tensors(copied, linked)
+    names = {path.name for path in (tmp_path / "linked").iterdir()} | {"notes.txt"}
+    assert {path.name for path in (tmp_path / "small").iterdir()} == names and not list(tmp_path.glob(".small*"))
+
+
+def test_a_copy_has_its_name_only_when_it_is_whole(tmp_path, monkeypatch):
+    """And mounts that know neither links nor modes and times can be written to."""
+    source, target = tmp_path / "a", tmp_path / "b"
+    source.write_text("numbers")
+    (tmp_path / "alias").symlink_to("a")
+
+    def refuse(*args, **kwargs):
+        raise OSError(errno.EPERM, "not here")
+
+    def half(source, target, **kwargs):
+        Path(target).write_text("num")
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(shutil, "copystat", refuse)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfile", half)
+        with pytest.raises(OSError, match="full"):
+            link(source, target)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "alias"]
+    link(source, target)
+    link(tmp_path / "alias", tmp_path / "other")
+    assert target.read_text() == "numbers" and os.readlink(tmp_path / "other") == "a"

@@ -20,7 +20,7 @@ from transect.operators import build
 from transect.operators.semi_structured import SemiStructured, pack_positions, unpack_positions
 from transect.statistics import FeatureNorm, InputCovariance, collect, key_of
 
-from .models import CONFIGS, VOCABULARY, inputs, logits, saved_and_loaded, tiny
+from .models import CONFIGS, VOCABULARY, assert_alike, inputs, logits, saved_and_loaded, tiny
 
 DATA = torch.randint(3, VOCABULARY, (12, 16), generator=torch.Generator().manual_seed(5))
 METHODS = ["magnitude", "wanda", "sparsegpt"]
@@ -80,14 +80,14 @@ def test_the_operator_is_the_masked_matrix_and_its_bytes_are_the_size(shape, dty
     made.set_bias(bias)
     x = randn(2, 3, shape[1], seed=4).to(dtype)
     with torch.no_grad():
-        assert torch.equal(made(x), torch.nn.functional.linear(x, expected, bias))
+        assert_alike(made(x), torch.nn.functional.linear(x, expected, bias))
     assert made.kernel == "dense"  # here is no GPU, or it does not take these shapes
     stored = sum(tensor.numel() * tensor.element_size() for tensor in weight_tensors(made))
     assert stored == two_four_size(shape, weight.element_size(), 100).bytes
     assert made.flops == 2 * made.values.numel() == shape[0] * mask.shape[1]
     again = build(made.describe())
     again.to(dtype).load_state_dict(made.state_dict())
-    assert torch.equal(again(x), made(x))
+    assert_alike(again(x), made(x))
 
 
 def test_a_matrix_stores_nine_sixteenths_in_half_precision_and_less_in_single():

@@ -44,13 +44,14 @@ class StreamedModel:
         check_folder(folder)
         self.folder = folder
         self.device = torch.device(device or "cpu")
-        config = AutoConfig.from_pretrained(folder)
+        config: Any = AutoConfig.from_pretrained(folder)
         if getattr(config, "quantization_config", None) is not None:
             raise TransectError(f"{folder} is compressed or quantized already; --stream takes an ordinary checkpoint")
         cls = model_class(config, str(folder))
         self._files = weight_files(folder)
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        self.dtype = config.dtype = dtype or config.dtype or _first_dtype(self._files[0])
+        given: Any = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        self.dtype: torch.dtype = given or config.dtype or _first_dtype(self._files[0])
+        config.dtype = self.dtype
         self.model: Any = _skeleton(cls, config, self.dtype)
         self.anatomy = Anatomy(self.model, architecture, weights=False)
         headers = {path: read_header(path) for path in self._files}
