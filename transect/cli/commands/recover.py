@@ -37,7 +37,9 @@ from ..printing import print_whole, progress_bar, stderr
 @click.option(
     "--device", callback=device_name, help="Where to train. Default: a GPU if there is one (accelerate decides)."
 )
-@shared_options("sequence_length", "special_tokens", "batch_size", "seed", "revision", "architecture", "dtype", "overwrite", "json")
+@shared_options(
+    "sequence_length", "special_tokens", "batch_size", "seed", "revision", "architecture", "dtype", "overwrite", "json"
+)
 def recover(model: str, data: str, out: Path, teacher: str | None, as_json: bool, **options: Any) -> None:
     """Repair MODEL by a short training after any compression, and write it as a checkpoint.
 
