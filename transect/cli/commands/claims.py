@@ -19,8 +19,8 @@ from ..printing import progress_bar, stdout
 @click.option("--eval", "eval_data", help="Held-out data. Default with the bundled model: organism:heldout.")
 @click.option("--eval-sequences", type=int, default=128, show_default=True,
               help="Held-out sequences, spread evenly over the data.")  # fmt: skip
-@shared_options("facts", "choices", "passages", "sequence_length", "special_tokens", "sequences", "batch_size", "seed", *LOADING,
-                "json")  # fmt: skip
+@shared_options("facts", "choices", "passages", "sequence_length", "special_tokens", "sequences", "batch_size", "seed",
+                *LOADING, "json")  # fmt: skip
 def check_claims(
     names: tuple[str, ...], model: str, data: str | None, eval_data: str | None, as_json: bool, **options: Any
 ) -> None:
