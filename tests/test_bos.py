@@ -10,7 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 import transect
 from tests.models import VOCABULARY, tiny
@@ -18,7 +18,7 @@ from tests.test_data import SPECIAL, WORDS, flat, word_tokenizer, words
 from transect import Anatomy
 from transect.checkpoint import open_model
 from transect.cli import main_group
-from transect.data import Choice, Specimen, load, load_choices
+from transect.data import Specimen, load, load_choices
 from transect.data.text import cut, specials_of
 from transect.editing.catalog.anchored_bias.letters import items_of
 from transect.errors import BadCheckpoint, BadData, NotApplicable
@@ -91,11 +91,10 @@ def test_an_end_that_the_tokenizer_adds_is_no_end_of_a_cut_sequence(llama):
 
 
 def test_special_tokens_are_found_where_a_is_no_token():
-    vocabulary = {word: number for number, word in enumerate([*SPECIAL, "1"])}
-    tokenizer = bos_tokenizer()
-    tokenizer.backend_tokenizer.model = models.WordLevel(vocabulary)  # without an unknown token, "a" has no tokens
-    assert tokenizer("a", add_special_tokens=False)["input_ids"] == []
+    tokenizer = byte_tokenizer(bos=True)
+    assert tokenizer("a1.", add_special_tokens=False)["input_ids"] == []
     assert specials_of(tokenizer) == ([BOS], [])
+    assert specials_of(byte_tokenizer(bos=False)) == ([], [])
 
 
 def test_a_stream_is_cut_without_loss_and_without_doubling():
@@ -202,19 +201,17 @@ def test_conversations_that_cannot_be_written(llama, row, template, message):
 # Prompts and letters
 
 
-def sentence_tokenizer(bos: bool) -> Any:
+def sentence_tokenizer(bos: bool, *more: tuple[str, str]) -> Any:
     """As SentencePiece writes: a space is ▁, and one stands before every text, so that " A" alone is ▁ and ▁A."""
-    pieces = [*SPECIAL, "▁", "A", "B", "▁A", "▁B", ":", ",", "▁Q", "▁x", "▁y", "▁z", "Q", "x", "y", "z"]
-    backend = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, MERGES, unk_token="<unk>"))
+    merges = [*(("▁", letter) for letter in "ABQxyz"), *more]
+    pieces = [*SPECIAL, "▁", *"ABQxyz:,", *map("".join, merges)]
+    backend = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, merges, unk_token="<unk>"))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])  # pyright: ignore
     if bos:
         backend.post_processor = processors.TemplateProcessing(  # pyright: ignore
             single="<bos> $A", special_tokens=[("<bos>", BOS)]
         )
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>")
-
-
-MERGES = [("▁", letter) for letter in "ABQxyz"]
 
 
 def byte_tokenizer(bos: bool) -> Any:
@@ -250,17 +247,17 @@ def test_letters_as_the_tokenizer_writes_them_in_context(llama, make, bos):
     assert specimen.continuation("x:", "A y").tolist() == tokenizer("x: A y")["input_ids"][-2:]
 
 
-def test_a_letter_of_several_tokens_or_of_several_kinds_is_refused(llama):
+def test_a_letter_of_several_tokens_is_refused(llama):
     specimen = Specimen(Anatomy(llama), byte_tokenizer(True))
     with pytest.raises(NotApplicable, match="'AB' is 2 tokens"):
         specimen.single_token("x:", "AB")
-    mixed = [
-        Choice("x A x, B y:", ("A", "B"), 0, (2, 7), end=10),
-        Choice("x A x, B y: ", ("A", "B"), 0, (2, 7), end=10),
-    ]
-    tokenizer = sentence_tokenizer(True)
-    tokenizer.backend_tokenizer.add_tokens(["▁▁A"])  # what stands behind two spaces
-    assert len(items_of(Specimen(Anatomy(llama), tokenizer), mixed[:1]).tokens) == 2
+
+
+def test_an_answer_that_changes_the_prompts_last_token_is_written_as_behind_a_colon(llama):
+    tokenizer = sentence_tokenizer(True, (",", "▁A"))
+    assert tokenizer.tokenize("x, A") == ["▁x", ",▁A"] and tokenizer.tokenize("x,") == ["▁x", ","]
+    specimen = Specimen(Anatomy(llama), tokenizer)
+    assert tokenizer.convert_ids_to_tokens(specimen.continuation("x,", "A").tolist()) == ["▁A"]
 
 
 def test_a_prompt_does_not_end_as_a_text_does(llama):
@@ -286,16 +283,15 @@ def test_an_unused_pad_token_is_no_reason_to_refuse(tmp_path, llama):
     assert len(WORDS) + len(SPECIAL) == VOCABULARY
 
 
-def test_padding_of_a_classifier_that_reads_the_last_token(tmp_path):
-    """A decoder's classifier looks for the last token that is not its config's padding: padding is that one."""
-    from transformers import LlamaForSequenceClassification
-
+@pytest.mark.parametrize("pad", ["<pad>", "[PAD]"])  # another token than the model's padding, or beyond its embedding
+def test_padding_of_a_classifier_is_the_models_own(pad):
+    """The classifier of a decoder reads the last token that is not its config's padding."""
     config = tiny("llama").config
-    config.num_labels, config.pad_token_id = 2, 0
+    config.num_labels, config.pad_token_id = 2, 50
     torch.manual_seed(0)
     model = LlamaForSequenceClassification(config).eval()
     tokenizer = bos_tokenizer(pad=False)
-    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.add_special_tokens({"pad_token": pad})
     rows = [{"text": words(3), "label": 0}, {"text": words(6), "label": 1}]
     (batch,) = load(rows, model, tokenizer)
     alone = [load([row], model, tokenizer).batches[0] for row in rows]

@@ -23,6 +23,7 @@ def text_batches(
     if tokenizer.pad_token_id is None:
         raise BadData("batches of texts need padding: set tokenizer.pad_token (and model.config.pad_token_id)")
     texts, labels = list(documents(rows)), labels_of(rows, model)
+    own = model.config.get_text_config().pad_token_id  # by which a decoder's classifier knows where a text ends
     batches = []
     for start in range(0, len(rows), batch_size):
         part = slice(start, start + batch_size)
@@ -30,6 +31,8 @@ def text_batches(
             texts[part], padding=True, truncation=True, max_length=length, add_special_tokens=special,
             return_tensors="pt",
         )  # fmt: skip
+        if own is not None:
+            encoded["input_ids"].masked_fill_(encoded["attention_mask"] == 0, own)
         batches.append({**encoded, "labels": labels[part]})
     return batches
 

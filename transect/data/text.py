@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -103,14 +104,13 @@ def specials_of(tokenizer: Any) -> tuple[list[int], list[int]]:
 
     Raises BadData for a tokenizer in whose texts they cannot be told from the text.
     """
-    for probe in ("a", "1", "."):  # a vocabulary may lack one of them
-        bare, wrapped = (tokenizer(probe, add_special_tokens=special)["input_ids"] for special in (False, True))
+    special = set(tokenizer.all_special_ids)
+    own = (tokenizer.decode([number]) for number in range(len(tokenizer)) if number not in special)
+    for probe in chain(("a", "1", "."), islice(own, 100)):  # a vocabulary may lack some of them
+        bare, wrapped = (tokenizer(probe, add_special_tokens=added)["input_ids"] for added in (False, True))
         starts = [i for i in range(len(wrapped)) if bare and wrapped[i : i + len(bare)] == bare]
         if starts:
             return wrapped[: starts[0]], wrapped[starts[0] + len(bare) :]
-    if not wrapped:
-        return [], []
     raise BadData(
-        f"what {type(tokenizer).__name__} puts before and after a text cannot be told: it does not know the texts a, 1 "
-        "and . (special_tokens=none adds nothing)"
+        f"what {type(tokenizer).__name__} puts before and after a text cannot be told; special_tokens=none adds nothing"
     )
