@@ -8,7 +8,20 @@ import torch
 from transect.anatomy import Anatomy
 from transect.errors import TransectError
 from transect.forward import run_body
-from transect.statistics import BlockSimilarity, HeadContribution, SublayerSimilarity, collect, key_of
+from transect.statistics import (
+    BlockSimilarity,
+    FeatureNorm,
+    FisherDiagonal,
+    HeadContribution,
+    InputCovariance,
+    InputMean,
+    OutputGradientCovariance,
+    SublayerSimilarity,
+    Trace,
+    collect,
+    key_of,
+)
+from transect.statistics.kinds import clip_norms
 
 from .models import CONFIGS, VOCABULARY, inputs, tiny
 
@@ -161,3 +174,55 @@ def test_half_precision_neither_overflows_nor_changes_the_order_of_magnitude():
     half = collect(Anatomy(tiny("llama", dtype=torch.bfloat16)), [inputs("llama")], ALL)
     for statistic, key in ((BLOCK, "blocks.1"), (SUBLAYER, "blocks.1"), (HEAD, "blocks.1.attention.o")):
         torch.testing.assert_close(half.value(key, statistic), exact.value(key, statistic), rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sums_of_half_precision_are_taken_in_a_wider_type(dtype):
+    """Activations of 807, whose square float16 cannot hold, and gradients whose products with them it cannot either."""
+    generator = torch.Generator().manual_seed(0)
+    x = (807 * torch.randn(2, 64, 8, generator=generator).sign()).to(dtype)
+    g = (30 * torch.randn(2, 64, 6, generator=generator)).to(dtype)
+    g[0, 0] = 3e4
+    weight = (200 * torch.randn(6, 8, generator=generator)).to(dtype)
+    mask = torch.ones(2, 64, dtype=torch.bool)
+    mask[1, :20] = False
+    x[1, :20], g[1, :20] = torch.nan, torch.inf  # what padding holds does not matter at all
+    trace = Trace(x, 40 * x, 39 * x, 40 * x, False)
+    updates = {
+        InputCovariance(): (x, mask), InputMean(): (x, mask), FeatureNorm(1): (x, mask), FeatureNorm(2): (x, mask),
+        FeatureNorm(4): (x, mask), OutputGradientCovariance(): (g, mask, True),
+        OutputGradientCovariance(0.125, (0.1, 10)): (g, mask, True), FisherDiagonal(): (x, g, mask),
+        BLOCK: (trace, mask), SUBLAYER: (trace, mask), HEAD: (x, mask, weight, 4),
+    }  # fmt: skip
+
+    def wide(value):
+        if isinstance(value, Trace):
+            return Trace(*(getattr(value, part).double() for part in ("before", "after", "attention", "mlp")), False)
+        return value.double() if torch.is_tensor(value) and value.is_floating_point() else value
+
+    for statistic, given in updates.items():
+        sums, expected = (statistic.zeros(6, 8, torch.float64, torch.device("cpu")) for _ in range(2))
+        statistic.update(sums, *given)
+        statistic.update(expected, *map(wide, given))
+        got, exact = statistic.value(sums), statistic.value(expected)
+        assert torch.isfinite(got).all() and exact.abs().max() > 0, statistic
+        torch.testing.assert_close(got, exact, rtol=1e-4, atol=1e-4 * float(exact.abs().max()), msg=str(statistic))
+
+
+def test_positions_without_a_gradient_do_not_count_in_the_mean_that_clips():
+    g = torch.zeros(2, 8, 3)
+    g[0, :3, 0] = torch.tensor([1.0, 2.0, 300.0])  # the mean of the three is 101: one and two rise to 10.1
+    g[1, 5, 1] = 4.0
+    clipped = clip_norms(g, None, 0.1, 2)
+    torch.testing.assert_close(clipped[0, :, 0], torch.tensor([10.1, 10.1, 202, 0, 0, 0, 0, 0]))
+    assert torch.equal(clipped[1], g[1])
+
+
+def test_ends_are_trimmed_from_each_sequence_and_not_from_the_row():
+    statistic = OutputGradientCovariance(trim=0.25)
+    g = torch.arange(1.0, 9)[None, :, None].expand(2, -1, 2)
+    mask = torch.tensor([[1] * 8, [0, 0, 0, 0, 1, 1, 1, 1]]).bool()
+    sums = statistic.zeros(2, 2, torch.float64, torch.device("cpu"))
+    statistic.update(sums, g, mask, True)
+    assert float(sums["count"]) == 4 + 2
+    assert float(sums["gram"][0, 0]) == 3**2 + 4**2 + 5**2 + 6**2 + 6**2 + 7**2

@@ -10,7 +10,8 @@ import torch
 
 from ..anatomy import Anatomy, Matrix
 from ..statistics import Fisher, Progress, Statistic, Statistics, collect
-from .fingerprint import model_fingerprint
+from ..version import __version__
+from .fingerprint import computation_fingerprint
 
 
 def calibrate(
@@ -31,7 +32,8 @@ def calibrate(
     """
     wanted = list(dict.fromkeys(wanted))
     settings = {
-        "model": model_fingerprint(anatomy.model),
+        "transect": __version__,
+        "model": computation_fingerprint(anatomy.model),
         "data": batches.fingerprint,
         "matrices": " ".join(matrix.name for matrix in matrices),
         "wanted": " ".join(sorted(statistic.label for statistic in wanted)),

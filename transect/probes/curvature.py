@@ -83,6 +83,8 @@ def factors(specimen: Specimen, matrices: Sequence[Matrix], batches: Sequence[Ba
     """A and G of the matrices, as statistics in float64; see `curvature`."""
     anatomy, model = specimen.anatomy, specimen.model
     task = task_of(model)
+    if task == "unknown":
+        raise NotApplicable(f"{type(model).__name__} has no head whose loss is known here")
     if task != "causal" and any("labels" not in batch for batch in batches):
         raise NotApplicable(f"{type(model).__name__} has no loss without labels: pass batches that have them")
     store = Statistics(torch.float64)

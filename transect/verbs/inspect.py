@@ -8,13 +8,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..compression.fingerprint import model_fingerprint
+from ..compression.fingerprint import computation_fingerprint
 from ..data import SpecialTokens, Specimen
 from ..parameters import listed
 from ..probes import Inspection, probe, run_probes
 from ..probes import probes as all_probes
 from ..report import write_report
 from ..statistics import Progress
+from ..version import __version__
 from .common import specimen_of
 
 INSPECTION_SEQUENCES = 64
@@ -78,7 +79,7 @@ def inspect(
 def _key(specimen: Specimen) -> str:
     """Names the model, the text and the questions, so that a result is not taken for another's."""
     digest = hashlib.blake2b(digest_size=16)
-    digest.update(model_fingerprint(specimen.model).encode())
+    digest.update(f"{__version__} {computation_fingerprint(specimen.model)}".encode())
     digest.update(b"" if specimen.data is None else specimen.data.fingerprint.encode())
     for questions in (specimen.known_facts, specimen.known_choices, specimen.known_passages):
         digest.update(repr([asdict(one) for one in questions]).encode())

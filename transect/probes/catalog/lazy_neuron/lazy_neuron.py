@@ -142,7 +142,8 @@ CAVEATS = (
 def thinned_losses(specimen: Specimen, natural: dict[int, int], sequences: int) -> tuple[list[str], list[float]]:
     """Names and losses (nats) with the k largest activations of each token, at several k; none without labels."""
     text = specimen.text.take(sequences)
-    if task_of(specimen.model) != "causal" and not all("labels" in batch for batch in text):
+    task = task_of(specimen.model)
+    if task == "unknown" or (task != "causal" and not all("labels" in batch for batch in text)):
         return [], []
     widths = {layer: specimen.anatomy.blocks[layer].find("down").shape[1] for layer in natural}
     kept = {f"{share:.2%}": {layer: math.ceil(share * n) for layer, n in widths.items()} for share in SHARES}
