@@ -14,7 +14,7 @@ _INSIDE = ("_orig_mod", "module", "_fsdp_wrapped_module")
 
 ADAPTED = (
     "the model carries an adapter, so what it computes is not in its weights alone. Call merge_and_unload() of the "
-    "PeftModel and take the model that it returns. (An adapter that was put in with add_adapter is merged by saving it, "
+    "PeftModel and take the model that it returns. (An adapter that was put in with add_adapter is merged by saving it "
     "and AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload().)"
 )
 

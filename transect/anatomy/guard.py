@@ -86,18 +86,19 @@ def _check_matrix(path: str, module: Any) -> None:
 
 def _check_untied(blocks: nn.Module) -> None:
     users: dict[int, str] = {}
-    for name, module in blocks.named_modules(remove_duplicate=False):
+    modules: Any = blocks.named_modules(remove_duplicate=False)
+    for name, module in modules:
         if is_dense(module) and module.weight.numel():
             first = users.setdefault(id(module.weight), name)
             if first != name:
                 raise TransectError(
                     f"the blocks' {first} and {name} share one weight, so that one cannot be changed without the "
-                    f"other. Give each its own: module.weight = torch.nn.Parameter(module.weight.detach().clone()) "
-                    f"(copy.deepcopy(block) where whole blocks are shared)"
+                    "other. Give each its own: module.weight = torch.nn.Parameter(module.weight.detach().clone()) "
+                    "(copy.deepcopy(block) where whole blocks are shared)"
                 )
 
 
-def _found(block: nn.Module, path: str) -> Any:
+def _found(block: Any, path: str) -> Any:
     try:
         return block.get_submodule(path)
     except AttributeError:  # of a dropped sublayer, or missing, which is said where it is asked for
