@@ -206,7 +206,12 @@ def test_of_a_hub_model_all_is_fetched_that_the_result_needs(monkeypatch):
     asked = {}
     monkeypatch.setattr("transect.streaming.source.snapshot_download", lambda name, **more: asked.update(more) or name)
     folder_of("someone/some-model")
-    for file in ("model-00001-of-00002.safetensors", "generation_config.json", "tokenizer.model", "chat_template.jinja"):
+    for file in (
+        "model-00001-of-00002.safetensors",
+        "generation_config.json",
+        "tokenizer.model",
+        "chat_template.jinja",
+    ):
         assert any(fnmatch(file, pattern) for pattern in asked["allow_patterns"]), file
 
 
