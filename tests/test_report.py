@@ -58,6 +58,13 @@ def test_the_page_is_whole_and_names_nothing_outside_itself(page):
     assert NASTY not in text
 
 
+def test_every_type_that_weights_have_is_named(tmp_path):
+    model = tiny("llama", dtype=torch.bfloat16)
+    model.model.norm.float()
+    text = write_report(tmp_path, Inspection({}, {}), Specimen(Anatomy(model))).read_text()
+    assert "bfloat16, float32" in text
+
+
 @pytest.mark.skipif(BROWSER is None, reason="there is no Chromium (Debian: apt-get install chromium)")
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_it_draws_everything_in_a_browser_without_an_error(page, tmp_path, theme):

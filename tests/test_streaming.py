@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from transect.checkpoint.save import hugging_face_save
 from transect.errors import BadCheckpoint, TransectError
 from transect.evaluation import matrix_bytes
 from transect.files import link
-from transect.streaming import passes
+from transect.streaming import folder_of, passes
 from transect.verbs import compress_stream
 
 from .models import CONFIGS, VOCABULARY, assert_alike, assert_same_tensors, tiny
@@ -178,6 +179,40 @@ def test_a_folder_without_a_dtype_in_its_config_and_another_dtype_than_the_store
     for name, dtype in (("half", torch.bfloat16), ("single", torch.float32)):
         model = open_model(tmp_path / name).model  # in the dtype that the folder itself names
         assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+
+
+def test_an_interrupted_run_in_half_precision_reports_what_an_uninterrupted_one_does(tmp_path, monkeypatch):
+    source = stored_as("bfloat16", tmp_path / "dense")
+    expected = compress_stream(source, tmp_path / "once", "monarch", 0.6)
+    with monkeypatch.context() as patch:
+        patch.setattr("transect.streaming.compress._finish", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            compress_stream(source, tmp_path / "small", "monarch", 0.6)
+    assert compress_stream(source, tmp_path / "small", "monarch", 0.6) == expected  # from finished shards alone
+    assert_same_tensors(*(open_model(tmp_path / name).model for name in ("small", "once")))
+
+
+def test_how_the_model_generates_is_kept(folder, tmp_path):
+    """What generation_config.json says, and no config does: the tokens at which an assistant stops."""
+    source = folder("llama")
+    settings = json.loads((source / "generation_config.json").read_text()) | {"eos_token_id": [2, 5], "top_k": 7}
+    (source / "generation_config.json").write_text(json.dumps(settings))
+    compress_stream(source, tmp_path / "small", "svd", 0.6)
+    written = json.loads((tmp_path / "small" / "generation_config.json").read_text())
+    assert (written["eos_token_id"], written["top_k"]) == ([2, 5], 7)
+
+
+def test_of_a_hub_model_all_is_fetched_that_the_result_needs(monkeypatch):
+    asked = {}
+    monkeypatch.setattr("transect.streaming.source.snapshot_download", lambda name, **more: asked.update(more) or name)
+    folder_of("someone/some-model")
+    for file in (
+        "model-00001-of-00002.safetensors",
+        "generation_config.json",
+        "tokenizer.model",
+        "chat_template.jinja",
+    ):
+        assert any(fnmatch(file, pattern) for pattern in asked["allow_patterns"]), file
 
 
 def test_a_run_in_another_dtype_does_not_go_on_from_the_unfinished_one(folder, tmp_path, monkeypatch):

@@ -41,12 +41,13 @@ def _model(specimen: Specimen) -> dict[str, Any]:
     model, anatomy = specimen.model, specimen.anatomy
     parameters = sum(parameter.numel() for parameter in model.parameters())
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    types = dict.fromkeys(str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters())
     text = specimen.data
     facts: list[tuple[str, Any]] = [
         ("class", type(model).__name__),
         ("parameters", f"{parameters:,}"),
         ("bytes", f"{size:,}"),
-        ("type of weights", str(model.dtype).removeprefix("torch.")),
+        ("type of weights", ", ".join(types)),
         ("blocks", specimen.layers),
         ("width", anatomy.config_value("hidden")),
         ("attention heads", anatomy.config_value("heads")),

@@ -13,11 +13,12 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, GenerationConfig
 from transformers import initialization as init
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, build_glob_alternation, rename_source_key
 from transformers.modeling_utils import local_torch_dtype
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from ..anatomy import Anatomy
 from ..checkpoint import check_folder, model_class
@@ -53,6 +54,8 @@ class StreamedModel:
         self.dtype: torch.dtype = given or config.dtype or _first_dtype(self._files[0])
         config.dtype = self.dtype
         self.model: Any = _skeleton(cls, config, self.dtype)
+        if self.model.can_generate() and (folder / GENERATION_CONFIG_NAME).is_file():  # it says more than the config
+            self.model.generation_config = GenerationConfig.from_pretrained(folder)
         self.anatomy = Anatomy(self.model, architecture, weights=False)
         headers = {path: read_header(path) for path in self._files}
         self._shapes = {name: shape for header in headers.values() for name, shape in header.items()}
