@@ -44,13 +44,24 @@ CONFIGS: dict[str, tuple[Any, Any]] = {
     "vit": (tf.ViTConfig(**_IMAGE), AutoModelForImageClassification),
     "deit": (tf.DeiTConfig(**_IMAGE, architectures=["DeiTForImageClassification"]), AutoModelForImageClassification),
 }
+# Mixtures of experts have tests of their own (test_experts.py): they would double the time of the whole suite.
+_EXPERTS = dict(_GROUPED, num_experts_per_tok=2)
+_QWEN_MOE = dict(_EXPERTS, num_experts=5, moe_intermediate_size=20, mlp_only_layers=[1])
+MOE_CONFIGS: dict[str, tuple[Any, Any]] = {
+    "mixtral": (tf.MixtralConfig(**{**_EXPERTS, "intermediate_size": 20}, num_local_experts=5), AutoModelForCausalLM),
+    "qwen3_moe": (tf.Qwen3MoeConfig(**_QWEN_MOE, head_dim=8), AutoModelForCausalLM),
+    "qwen2_moe": (tf.Qwen2MoeConfig(**_QWEN_MOE, shared_expert_intermediate_size=24), AutoModelForCausalLM),
+    "olmoe": (tf.OlmoeConfig(**{**_EXPERTS, "intermediate_size": 20}, num_experts=5), AutoModelForCausalLM),
+    "flex_olmo": (tf.FlexOlmoConfig(**{**_EXPERTS, "intermediate_size": 20}, num_experts=5), AutoModelForCausalLM),
+    "phimoe": (tf.PhimoeConfig(**{**_EXPERTS, "intermediate_size": 20}, num_local_experts=5), AutoModelForCausalLM),
+}
 CAUSAL = [name for name, (_, auto) in CONFIGS.items() if auto is AutoModelForCausalLM]
 
 
 def tiny(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
     """A random model with weights large enough that every part matters to the output."""
     torch.manual_seed(seed)
-    config, auto = CONFIGS[name]
+    config, auto = (CONFIGS | MOE_CONFIGS)[name]
     model = auto.from_config(type(config).from_dict(config.to_dict())).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -63,7 +74,7 @@ def inputs(
 ) -> dict[str, Any]:
     """One batch for the model of that name: token ids, or images (batch, 3, 32, 32)."""
     generator = torch.Generator().manual_seed(seed)
-    if CONFIGS[name][1] is AutoModelForImageClassification:
+    if (CONFIGS | MOE_CONFIGS)[name][1] is AutoModelForImageClassification:
         return {
             "pixel_values": torch.randn(batch, 3, 32, 32, generator=generator, dtype=dtype),
             "labels": torch.randint(0, 5, (batch,), generator=generator),

@@ -33,6 +33,26 @@ class FusedMatrix:
 
 
 @dataclass(frozen=True)
+class ExpertPaths:
+    """Where a block keeps its experts, if its MLP is a mixture of them. Blocks that have none keep an ordinary MLP.
+
+    module: path of the whole sublayer within a block. router: of what chooses experts, with a row for each in its
+        `weight`. experts: of what holds them, in the layout of transformers' `use_experts_implementation`:
+        `gate_up_proj` (experts x 2 neurons x d) and `down_proj` (experts x d x neurons).
+    shared: role -> path of an expert that every token passes, or none.
+    activation: the config attribute that names the function between gate and down.
+    least: the fewest experts that the router's own code can choose from.
+    """
+
+    module: str
+    router: str
+    experts: str
+    shared: Mapping[str, str] = field(default_factory=dict)
+    activation: str = "hidden_act"
+    least: int = 1
+
+
+@dataclass(frozen=True)
 class Architecture:
     """Where the parts of a transformer are, by module path.
 
@@ -46,7 +66,9 @@ class Architecture:
     q_norm, k_norm: paths of the query and key norms within a block, where the architecture has them.
     activation: path of the MLP's activation within a block.
     final_norm: path of the norm after the last block, relative to the base model.
-    config: our names -> the config's: `blocks`, `hidden`, `heads`, `key_value_heads`, `head_size`, `neurons`.
+    experts: where the experts are, in a mixture of them; gate, up and down are then those of blocks without experts.
+    config: our names -> the config's: `blocks`, `hidden`, `heads`, `key_value_heads`, `head_size`, `neurons`, and with
+        experts `experts` and `chosen_experts` (by each token).
     attributes: attribute of the attention module (or `config.<name>` for its private config) -> what it must hold
         when heads are removed: `heads`, `key_value_heads`, `heads_per_group` or `width` (= heads x head size).
     post_norm: norms stand after the residual sum, so that a sublayer cannot be dropped; either a bool, or the
@@ -67,6 +89,7 @@ class Architecture:
     k_norm: str | None = None
     activation: str | None = None
     final_norm: str | None = None
+    experts: ExpertPaths | None = None
     config: Mapping[str, str] = field(default_factory=dict)
     attributes: Mapping[str, str] = field(default_factory=dict)
     post_norm: bool | str = False
@@ -80,7 +103,8 @@ class Architecture:
             raise TransectError(f"architecture {self.name!r}: unknown roles {sorted(unknown)}; known: {MATRIX_ROLES}")
         if len(set(roles)) != len(roles):
             raise TransectError(f"architecture {self.name!r}: a role is given twice in {roles}")
-        missing = set(MATRIX_ROLES) - {"gate"} - set(roles)
+        optional = {"gate"} if self.experts is None else {"gate", "up", "down"}
+        missing = set(MATRIX_ROLES) - optional - set(roles)
         if missing:
             raise TransectError(f"architecture {self.name!r}: no path is given for the roles {sorted(missing)}")
 
@@ -100,6 +124,11 @@ class Architecture:
             path: FusedMatrix(tuple(fused["parts"]), fused.get("interleaved", False))
             for path, fused in values.get("fused", {}).items()
         }
+        if values.get("experts") is not None:
+            try:
+                values["experts"] = ExpertPaths(**values["experts"])
+            except TypeError as error:
+                raise TransectError(f"architecture description: `experts` {error}") from None
         return Architecture(**values)
 
 

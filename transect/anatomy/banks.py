@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from .record import record_of
-from .storage import Stacked, describe
+from .storage import describe
 
 
 def link_banks(model: nn.Module) -> None:
@@ -28,7 +28,7 @@ def hand_over_banks(model: nn.Module, doomed: nn.Module) -> None:
         for path, module in model.named_modules():
             if id(module) not in leaving and getattr(module, "bank", None) is owner.bank:
                 module.adopt_bank(owner.bank)  # type: ignore[operator]
-                parent, _, _ = path.rpartition(".parts.")
-                host = parent if parent and isinstance(model.get_submodule(parent), Stacked) else path
-                record_of(model).set_module(host, describe(model.get_submodule(host)))
+                recorded = record_of(model)  # the operator itself, or the module of several in which it stands
+                host = next((known for known in recorded.modules if f"{path}.".startswith(f"{known}.")), path)
+                recorded.set_module(host, describe(model.get_submodule(host)))
                 break

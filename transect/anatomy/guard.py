@@ -49,8 +49,10 @@ def refuse_other_than_plain_weights(model: nn.Module, blocks: nn.Module, archite
                 raise _error(path, module, _ELSEWHERE)
             raise _error(path, module, f"it holds a {type(parameter).__name__}: {_QUANTIZED}")
     paths = {id(module): path for path, module in model.named_modules()}
+    experts = architecture.experts
+    routers = set() if experts is None else {id(_found(block, experts.router)) for block in blocks.children()}
     for module in blocks.modules():
-        if is_dense(module):
+        if is_dense(module) and id(module) not in routers:  # a router is no matrix, though one may derive from Linear
             _check_dense(paths[id(module)], module)
     for path in (*architecture.matrices.values(), *architecture.fused):
         for block in blocks.children():

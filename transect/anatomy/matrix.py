@@ -54,13 +54,17 @@ class Matrix:
     @property
     def name(self) -> str:
         """E.g. `blocks.3.attention.q` or `blocks.3.mlp.down`: the same for every architecture."""
-        unit = "attention" if self.role in ("q", "k", "v", "o") else "mlp"
-        return f"blocks.{self.block.index}.{unit}.{self.role}"
+        return f"blocks.{self.block.index}.{self.unit}.{self.role}"
+
+    @property
+    def unit(self) -> str:
+        """Where in its block it is: `attention`, `mlp`, or an expert."""
+        return SOURCE[self.role].partition(".")[0]
 
     @property
     def source(self) -> str:
         """Name of the activation that is this matrix's input; q, k and v share one, gate and up share one."""
-        return f"blocks.{self.block.index}.{SOURCE[self.role]}"
+        return f"blocks.{self.block.index}.{self.unit}.{SOURCE[self.role].partition('.')[2]}"
 
     @property
     def host(self) -> Any:
@@ -132,13 +136,16 @@ class Matrix:
             raise TransectError(f"{self.name} has shape {self.shape}, but the replacement has {shape_of(operator)}")
         operator = laid_out(operator).train(self.module.training)
         hand_over_banks(self.block.model, self.module)
+        self._put(operator)
+        record_of(self.block.model).set_module(self.path, describe(self.host))
+
+    def _put(self, operator: nn.Module) -> None:
         if self.fused is None:
             self.block.model.set_submodule(self.path, operator)
-        else:
-            if not isinstance(self.host, Stacked):
-                self._unfuse()
-            self.host.parts[self.role] = operator
-        record_of(self.block.model).set_module(self.path, describe(self.host))
+            return
+        if not isinstance(self.host, Stacked):
+            self._unfuse()
+        self.host.parts[self.role] = operator
 
     def _unfuse(self) -> None:
         assert self.fused is not None

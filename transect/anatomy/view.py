@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import TransectError
+from ..errors import NotApplicable, TransectError
 from ..parameters import listed
 from .architecture import MATRIX_ROLES, Architecture, architecture_of
 from .banks import hand_over_banks
 from .body import body_of, model_in, path_of, text_config_of
+from .experts import SkipExperts
 from .guard import refuse_other_than_plain_weights
 from .matrix import Matrix
+from .mixture import Experts, has_module, one_mlp_needed, renumber_blocks
 from .record import StructureRecord, record_of
 from .storage import describe, weight_tensors
 from .surgery import SkipAttention, keep_rows_and_columns, set_attribute
@@ -97,7 +99,10 @@ class Anatomy:
         return None if path is None else self.body.get_submodule(path)
 
     def matrices(self, roles: Iterable[str] | None = None) -> list[Matrix]:
-        """Every weight matrix of every block, block by block; `roles` (q, k, v, o, gate, up, down) restricts them."""
+        """Every weight matrix of every block, block by block; `roles` (q, k, v, o, gate, up, down) restricts them.
+
+        In a mixture of experts gate, up and down are those of every expert.
+        """
         wanted = tuple(MATRIX_ROLES if roles is None else listed(roles))
         unknown = set(wanted) - set(MATRIX_ROLES)
         if unknown:
@@ -109,7 +114,7 @@ class Anatomy:
 
         Biases are not counted. A tensor that serves several matrices (fused ones, shared factors) counts once.
         """
-        modules = {id(matrix.module): matrix.module for matrix in self.matrices(roles)}.values()
+        modules = [matrix.module for matrix in self.matrices(roles)]
         tensors = {id(tensor): tensor for module in modules for tensor in weight_tensors(module)}
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
@@ -148,6 +153,7 @@ class Anatomy:
         layer_types = getattr(self.config, "layer_types", None)
         if layer_types is not None:
             self.config.layer_types = [kind for position, kind in enumerate(layer_types) if position != index]
+        renumber_blocks(self)
         record = record_of(self.model)
         record.remove_block(self._prefix + self.architecture.blocks, index)
         for path, description in record.modules.items():
@@ -190,9 +196,17 @@ class Block:
         return Attention(self) if self._has("attention") else None
 
     @property
-    def mlp(self) -> MLP | None:
-        """The MLP sublayer; None if it was dropped."""
-        return MLP(self) if self._has("mlp") else None
+    def mlp(self) -> MLP | Experts | None:
+        """The MLP sublayer, which may be a mixture of experts; None if it was dropped."""
+        if not self._has("mlp"):
+            return None
+        return Experts(self) if self.has_experts else MLP(self)
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether the MLP is, or was before it was dropped, a mixture of experts."""
+        paths = self.anatomy.architecture.experts
+        return paths is not None and has_module(self.module, paths.experts)
 
     @property
     def norms(self) -> dict[str, nn.Module]:
@@ -203,11 +217,24 @@ class Block:
         if unit == "attention":
             attention = self.module.get_submodule(self.anatomy.architecture.attention)
             return not isinstance(attention, SkipAttention)
+        if self.has_experts:
+            return not isinstance(self._experts_module, SkipExperts)
         return self.find("up").shape[0] > 0
 
+    @property
+    def _experts_module(self) -> nn.Module:
+        paths = self.anatomy.architecture.experts
+        assert paths is not None
+        return self.module.get_submodule(paths.module)
+
     def find(self, role: str) -> Matrix:
-        """The matrix of that role where the architecture puts it, whether or not its sublayer is still there."""
+        """The matrix of that role where the architecture puts it, whether or not its sublayer is still there.
+
+        Raises NotApplicable for a gate, up or down in a mixture of experts, which has one of each expert.
+        """
         architecture = self.anatomy.architecture
+        if role in ("gate", "up", "down") and self.has_experts:
+            raise NotApplicable(one_mlp_needed(self))
         if role in architecture.matrices:
             return Matrix(self, role, f"{self.path}.{architecture.matrices[role]}")
         for path, fused in architecture.fused.items():
@@ -222,14 +249,18 @@ class Block:
         return self.find(role)
 
     def matrices(self) -> list[Matrix]:
-        """The block's matrices in the order q, k, v, o, gate, up, down, without those of dropped sublayers."""
+        """The block's matrices in the order q, k, v, o, gate, up, down, without those of dropped sublayers.
+
+        The last three of each expert after the other, in a mixture of experts.
+        """
         found = []
-        for role in MATRIX_ROLES:
+        mlp = self.mlp if self.has_experts else None
+        for role in MATRIX_ROLES[:4] if self.has_experts else MATRIX_ROLES:
             try:
                 found.append(self.matrix(role))
             except KeyError:
                 continue
-        return found
+        return found if mlp is None else [*found, *mlp.matrices()]
 
     @property
     def parallel(self) -> bool:
@@ -248,6 +279,8 @@ class Block:
         if not self._has(unit):
             return None
         norm = self.norms.get(f"{unit}_output")
+        if norm is None and unit == "mlp" and self.has_experts:
+            return self._experts_module
         return norm if norm is not None else self.find("o" if unit == "attention" else "down").host
 
     def refuse_dropping_sublayers(self) -> None:

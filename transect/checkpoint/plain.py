@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.pytorch_utils import Conv1D
 
-from ..anatomy import Anatomy, StructureRecord
+from ..anatomy import Anatomy, Experts, StructureRecord
 from ..errors import UnknownArchitecture
 from .modeling_file import concrete_class
 
@@ -70,16 +70,20 @@ def sizes_in_config(model: Any, plain: Any) -> dict[str, Any]:
         anatomy, now, was = Anatomy(model, weights=False), _sizes(model), _sizes(plain)
     except UnknownArchitecture:  # it was described in another process, and its record replayed in this one
         return {}
+    of_experts = {anatomy.architecture.config.get(name) for name in ("experts", "chosen_experts")}
+    of_experts = {anatomy.config.attribute_map.get(name, name) for name in of_experts}
     shared: dict[str, Any] = {}
     per_layer: dict[str, dict[str, Any]] = {}
     for key in sorted({key for a, b in zip(now, was, strict=True) for key in a if a[key] != b.get(key)}):
         values = [sizes.get(key) for sizes in now]
+        if key in of_experts:  # blocks without experts do not read it
+            values = [value for value in values if value is not None]
         if key != "skip" and len(set(values)) == 1:
             shared[key] = values[0]
             if key == anatomy.architecture.config.get("heads"):
                 shared[anatomy.architecture.config["head_size"]] = anatomy.head_size
         else:
-            for layer, value in enumerate(values):
+            for layer, value in enumerate(sizes.get(key) for sizes in now):
                 if value is not None and value != was[layer].get(key):
                     per_layer.setdefault(str(layer), {})[key] = value
     # Some configs refuse a number of heads that does not divide the width, or any that differs by layer.
@@ -108,7 +112,10 @@ def _sizes(model: Any) -> list[dict[str, Any]]:
     for block in anatomy.blocks:
         sizes: dict[str, Any] = {}
         attention, mlp = block.attention, block.mlp
-        if mlp is not None and "neurons" in keys:
+        if isinstance(mlp, Experts):
+            for name, value in (("experts", len(mlp.experts)), ("chosen_experts", mlp.chosen)):
+                sizes[anatomy.config.attribute_map.get(keys[name], keys[name])] = value
+        elif mlp is not None and "neurons" in keys:
             sizes[keys["neurons"]] = mlp.neurons
         # Elsewhere the config's number of heads also sets their size, which has not changed.
         if attention is not None and anatomy.architecture.head_size_is_configurable:

@@ -6,12 +6,13 @@ time from disk (`transect.streaming`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..anatomy import Anatomy, Block, Matrix
-from ..errors import OutOfReach
+from ..errors import NotApplicable, OutOfReach
 from ..statistics import Statistics
 from .allocation import Ranks, Shares, Unit
 from .factorized import ranks_of_shares
@@ -95,8 +96,18 @@ def compressor_of(
     for block in anatomy.blocks:
         if of_blocks.get(block.index, 1.0) < 1:
             assert method.plan is not None
-            method.plan(block, of_blocks[block.index], **settings)
+            with out_of_reach(method):
+                method.plan(block, of_blocks[block.index], **settings)
     return SliceCompressor(method, settings, of_blocks)
+
+
+@contextmanager
+def out_of_reach(method: Method) -> Iterator[None]:
+    """A structure that a method does not know, such as a mixture of experts, puts every budget out of its reach."""
+    try:
+        yield
+    except NotApplicable as reason:
+        raise OutOfReach(f"{method.name} cannot be applied: {reason}") from None
 
 
 def block_shares(matrices: Sequence[Matrix], shares: Shares) -> dict[int, float]:

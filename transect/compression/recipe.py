@@ -10,7 +10,7 @@ from ..anatomy import Anatomy, Matrix
 from ..errors import TransectError
 from ..statistics import Statistic
 from .allocation import allocation_named, check_keep, is_ranking, needs_measure
-from .compressors import compressor_of
+from .compressors import compressor_of, out_of_reach
 from .registry import Method, method
 
 
@@ -62,7 +62,8 @@ class Recipe:
             raise TransectError(f"{self.method} works on whole sublayers; it takes no choice of roles")
         if family == "restructuring":
             assert chosen.plan is not None
-            chosen.plan(anatomy, self.keep, **settings)
+            with out_of_reach(chosen):
+                chosen.plan(anatomy, self.keep, **settings)
         elif self.allocation == "uniform":  # others need scores, and are checked when those are known
             compressor_of(anatomy, matrices, chosen, settings, dict.fromkeys((m.name for m in matrices), self.keep))
         return replace(self, settings=settings, allocation_settings=allocation_settings)

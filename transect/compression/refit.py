@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..anatomy import Anatomy, Matrix
+from ..anatomy import Anatomy, ExpertMatrix, Matrix
 from ..forward import Batch
 from ..forward.blocks import feeds_of, run_block
 from ..operators import Operator
@@ -26,19 +26,23 @@ def refit_to_dense(
     """Refit every operator of a compressed model that has a `refit`, in place, with the dense model's inputs.
 
     dense: the model before compression, with the same blocks. Both models' residual streams are held in memory.
+    The experts of a mixture stay as they are: the compressed model may send other positions there than the dense one.
     """
     ours, theirs = feeds_of(anatomy, batches), feeds_of(dense, batches)
     pairs = list(zip(anatomy.blocks, dense.blocks, strict=True))
     for block, twin in progress(pairs, "refit") if progress else pairs:
         by_source: dict[str, list[Matrix]] = {}
+        twins = {matrix.name: matrix for matrix in twin.matrices()}
         for matrix in block.matrices():
-            if _can_refit(matrix.module) and matrix.shape == twin.matrix(matrix.role).shape:
+            if isinstance(matrix, ExpertMatrix) or matrix.name not in twins:
+                continue
+            if _can_refit(matrix.module) and matrix.shape == twins[matrix.name].shape:
                 by_source.setdefault(matrix.source, []).append(matrix)
         for together in by_source.values():  # in the order in which a block computes them
-            other = twin.matrix(together[0].role)
+            other = twins[together[0].name]
             seen, cross = _second_moments(together[0], block, ours, other, twin, theirs)
             for matrix in together:
-                matrix.module.refit(twin.matrix(matrix.role).weight, seen, cross)
+                matrix.module.refit(twins[matrix.name].weight, seen, cross)
         for feeds, module in ((ours, block.module), (theirs, twin.module)):
             for item in feeds:
                 item.hidden = run_block(module, item.hidden, item.calls[block.index])

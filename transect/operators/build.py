@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..anatomy.experts import SeparateExperts, SkipExperts
 from ..anatomy.storage import Stacked
 from ..anatomy.surgery import SkipAttention
 from .base import Operator
@@ -38,6 +39,11 @@ def build(description: dict[str, Any]) -> nn.Module:
         return Stacked(parts, description["head_size"])
     if kind == "skip_attention":
         return SkipAttention(description["layer_idx"], description["stand_in"])
+    if kind == "experts":
+        each = [{role: build(part) for role, part in expert.items()} for expert in description["each"]]
+        return SeparateExperts(each, description["activation"])
+    if kind == "skip_experts":
+        return SkipExperts(description["experts"])
     kinds = operator_kinds()
     if kind not in kinds:
         raise ValueError(f"the structure record names an operator of unknown kind {kind!r}; known: {sorted(kinds)}")

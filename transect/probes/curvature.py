@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..anatomy import Anatomy, Matrix
+from ..anatomy import Anatomy, ExpertMatrix, Matrix
 from ..data import Specimen
 from ..errors import BadData, NotApplicable, TransectError
 from ..forward import Batch, at_rest, backpropagate, real_positions, task_of
@@ -82,6 +82,11 @@ def curvature(
 def factors(specimen: Specimen, matrices: Sequence[Matrix], batches: Sequence[Batch]) -> Statistics:
     """A and G of the matrices, as statistics in float64; see `curvature`."""
     anatomy, model = specimen.anatomy, specimen.model
+    if any(isinstance(matrix, ExpertMatrix) for matrix in matrices):
+        raise NotApplicable(
+            f"the MLPs of {type(model).__name__} are mixtures of experts, which see too few positions each for their "
+            "curvature; the attention matrices have one"
+        )
     task = task_of(model)
     if task == "unknown":
         raise NotApplicable(f"{type(model).__name__} has no head whose loss is known here")

@@ -3,6 +3,7 @@
 from .collect import Fisher, Progress, Recorder, collect, key_of
 from .kinds import (
     BlockSimilarity,
+    ExpertLoad,
     FeatureNorm,
     FisherDiagonal,
     HeadContribution,
@@ -16,7 +17,7 @@ from .kinds import (
 from .store import Statistics
 
 __all__ = [
-    "BlockSimilarity", "FeatureNorm", "Fisher", "FisherDiagonal", "HeadContribution", "InputCovariance", "InputMean",
+    "BlockSimilarity", "ExpertLoad", "FeatureNorm", "Fisher", "FisherDiagonal", "HeadContribution", "InputCovariance", "InputMean",
     "OutputGradientCovariance", "Progress", "Recorder", "Statistic", "Statistics", "SublayerSimilarity", "Trace",
     "collect", "key_of",
 ]  # fmt: skip

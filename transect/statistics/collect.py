@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..anatomy import Anatomy, Block, Matrix
+from ..anatomy import Anatomy, Block, ExpertMatrix, Experts, Matrix, experts_apart
 from ..errors import BadData
 from ..forward.head import backpropagate
 from ..forward.mode import at_rest
@@ -35,6 +35,7 @@ def collected_at(matrix: Matrix, statistic: Statistic) -> bool:
 class Recorder:
     """Hooks that feed the statistics of some matrices and blocks while the model runs. Use with `with`.
 
+    A matrix of an expert sees the positions that the router sends there, each at its place in its sequence.
     matrices, blocks: where to listen. wanted: what to collect at each. store: where the sums go.
     task: of the model; the positions of an image or a labelled text are not trimmed.
     """
@@ -55,12 +56,16 @@ class Recorder:
         self.batch_size = 1
         self.mask: Tensor | None = None
         self._handles: list[Any] = []
+        self._stack = ExitStack()
+        self._routed: dict[str, Tensor] = {}  # by the path of the experts: which ones each position is sent to (N x k)
 
     def begin_batch(self, batch_size: int, mask: Tensor | None) -> None:
         """Say how many examples the next forward pass has, and which positions (B, T) count (None: all)."""
         self.batch_size, self.mask = batch_size, None if mask is None or bool(mask.all()) else mask.bool()
 
     def __enter__(self) -> Recorder:
+        if any(statistic.needs not in ("block", "routing") for statistic in self.wanted):
+            self._stack.enter_context(experts_apart(self.matrices))
         by_module: dict[int, tuple[nn.Module, list[Matrix]]] = {}
         for matrix in self.matrices:
             by_module.setdefault(id(matrix.module), (matrix.module, []))[1].append(matrix)
@@ -81,7 +86,10 @@ class Recorder:
                 if statistic.needs in ("gradient", "both") and collected_at(matrix, statistic)
             ]
             if inputs or gradients:
-                self._handles.append(module.register_forward_hook(self._matrix_hook(inputs, gradients)))
+                expert = matrices[0] if isinstance(matrices[0], ExpertMatrix) else None
+                self._handles.append(module.register_forward_hook(self._matrix_hook(inputs, gradients, expert)))
+        for path, (host, members) in self._expert_hosts().items():
+            self._handles.append(host.register_forward_pre_hook(self._routing_hook(path, members), with_kwargs=True))
         for block in self.blocks:
             similar = [
                 (statistic, self.store.sums(f"blocks.{block.index}", statistic, (0, 0), block.module))
@@ -96,23 +104,77 @@ class Recorder:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._routed.clear()
+        self._stack.close()
 
     def _sequences(self, x: Tensor) -> Tensor:
         """(B, T, d); some models (OPT) flatten batch and positions before the MLP."""
         return x.detach().reshape(self.batch_size, -1, x.shape[-1])
 
-    def _matrix_hook(self, inputs: list, gradients: list) -> Callable:
+    def _expert_hosts(self) -> dict[str, tuple[nn.Module, list[ExpertMatrix]]]:
+        """By path, the modules that hold experts, each with those of its matrices that are listened to."""
+        hosts: dict[str, tuple[nn.Module, list[ExpertMatrix]]] = {}
+        for matrix in self.matrices:
+            if isinstance(matrix, ExpertMatrix):
+                hosts.setdefault(matrix.path, (matrix.host, []))[1].append(matrix)
+        return hosts
+
+    def _routing_hook(self, path: str, members: list[ExpertMatrix]) -> Callable:
+        """Notes where an experts module sends each position, before it runs."""
+        loads = [
+            (statistic, self.store.sums(mixture.name, statistic, (len(mixture.experts), 0), mixture.host))
+            for mixture in [Experts(members[0].block)]
+            for statistic in self.wanted
+            if statistic.needs == "routing"
+        ]
+        of_examples = [
+            (matrix, statistic, self.store.sums(key_of(matrix, statistic), statistic, matrix.shape, matrix.module))
+            for matrix in members
+            for statistic in self.wanted
+            if statistic.needs == "both" and collected_at(matrix, statistic)
+        ]
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            index = kwargs["top_k_index"] if "top_k_index" in kwargs else args[1]
+            self._routed[path] = index
+            for statistic, sums in loads:
+                weights = kwargs["top_k_weights"] if "top_k_weights" in kwargs else args[2]
+                statistic.update(sums, self._sequences(index), self._sequences(weights), self.mask)
+            if not of_examples or not torch.is_grad_enabled():
+                return
+            reached = set(index.unique().tolist())
+            for matrix, statistic, sums in of_examples:
+                if matrix.expert not in reached:  # no hook will say that these examples have no gradient there
+                    d_out, d_in = matrix.shape
+                    nothing = torch.zeros(self.batch_size, 1, max(d_out, d_in), device=index.device)
+                    statistic.update(sums, nothing[..., :d_in], nothing[..., :d_out], None)
+
+        return hook
+
+    def _placed(self, x: Tensor, routed: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """x as sequences (B, T, d), and which positions count (B, T).
+
+        routed: for an expert's input or gradient, which positions it has been sent, by which of their choices (N x k).
+        """
+        if routed is None:
+            return self._sequences(x), self.mask
+        whole = x.new_zeros(len(routed), x.shape[-1])
+        whole[torch.where(routed)[0]] = x.detach()
+        reached = routed.any(-1).view(self.batch_size, -1)
+        return self._sequences(whole), reached if self.mask is None else reached & self.mask
+
+    def _matrix_hook(self, inputs: list, gradients: list, expert: ExpertMatrix | None) -> Callable:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            x = self._sequences(args[0])
+            routed = None if expert is None else self._routed[expert.path] == expert.expert
+            x, mask = self._placed(args[0], routed)
             for statistic, sums, matrix in inputs:
                 more = (matrix.weight, matrix.block.head_size) if statistic.needs == "matrix" else ()
-                statistic.update(sums, x, self.mask, *more)
+                statistic.update(sums, x, mask, *more)
             if not gradients or not output.requires_grad:
                 return
-            mask = self.mask
 
             def on_gradient(gradient: Tensor) -> None:
-                g = self._sequences(gradient)
+                g, _ = self._placed(gradient, routed)
                 for statistic, sums, rows in gradients:
                     part = g if rows is None else g[..., rows]
                     if statistic.needs == "both":

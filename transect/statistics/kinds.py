@@ -19,7 +19,7 @@ from torch import Tensor
 from .gram import add_gram_, symmetric_from_upper
 
 Sums = dict[str, Tensor]
-Needs = Literal["input", "matrix", "gradient", "both", "block"]
+Needs = Literal["input", "matrix", "gradient", "both", "block", "routing"]
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Trace:
 @dataclass(frozen=True)
 class Statistic:
     """needs: what `update` is given: a matrix's input (with "matrix" also its weight W, d_out x d_in), its output
-        gradient, both, or a block's `Trace`.
+        gradient, both, a block's `Trace`, or where a router sends each position.
     shared: True where the statistic depends on the input alone, so that q, k and v (gate and up) share one.
     roles: the only matrices that it is collected at; None for all.
     sublayers: True where it follows single sublayers along the residual stream; it is then not collected in blocks with
@@ -302,3 +302,26 @@ class HeadContribution(Statistic):
 
     def value(self, sums: Sums) -> Tensor:
         return sums["sum"] / sums["count"].item()
+
+
+@dataclass(frozen=True)
+class ExpertLoad(Statistic):
+    """How much each expert of a mixture is used (experts): the share of positions that are sent to it, or, weighted,
+    the mean of the weights that the router gives it, 0 where it is not chosen.
+    """
+
+    weighted: bool = False
+    needs = "routing"
+
+    def zeros(self, d_out: int, d_in: int, dtype: torch.dtype, device: torch.device) -> Sums:
+        return {"sum": torch.zeros(d_out, dtype=torch.float64), "count": torch.zeros((), dtype=torch.float64)}
+
+    def update(self, sums: Sums, index: Tensor, weights: Tensor, mask: Tensor | None) -> None:
+        """Add what every position that counts is sent to. index, weights: its experts and their weights (B, T, k)."""
+        chosen = _rows(index, mask)
+        amounts = _rows(weights, mask).double() if self.weighted else torch.ones_like(chosen, dtype=torch.float64)
+        sums["sum"].index_add_(0, chosen.flatten().cpu(), amounts.flatten().cpu())
+        sums["count"] += len(chosen)
+
+    def value(self, sums: Sums) -> Tensor:
+        return sums["sum"] / sums["count"]

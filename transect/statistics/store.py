@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import TransectError
 from ..files import replacing
 from .kinds import Statistic, Sums
+from .unreached import of_the_others
 
 _SEPARATOR = "|"  # key|statistic|sum, the name of a tensor on disk
 
@@ -34,10 +35,16 @@ class Statistics:
         return found
 
     def value(self, key: str, statistic: Statistic) -> Tensor:
-        """The statistic's value, see its class; an error if it was not collected or has seen no data."""
+        """The statistic's value, see its class; an error if it was not collected or has seen no data.
+
+        For an expert that no position was sent to, see `unreached`.
+        """
         found = self._sums.get((key, statistic.label))
         if found is None:
             raise TransectError(f"the statistic {statistic.label} of {key} was not collected")
+        borrowed = of_the_others(key, statistic, self._sums)
+        if borrowed is not None:
+            return borrowed
         if float(found["count"]) == 0:
             raise TransectError(f"the statistic {statistic.label} of {key} has seen no data")
         return statistic.value(found)

@@ -24,6 +24,7 @@ from ..anatomy import Anatomy
 from ..checkpoint import check_folder, model_class
 from ..checkpoint.folder import read_header, weight_files
 from ..errors import BadCheckpoint, TransectError
+from .merged import merged_parameters
 
 
 class StreamedModel:
@@ -61,6 +62,7 @@ class StreamedModel:
         self._shapes = {name: shape for header in headers.values() for name, shape in header.items()}
         self._where = {name: path for path, header in headers.items() for name in header}
         self._stored = _stored_names(self.model, self._shapes)
+        self._merged = merged_parameters(self.model, self._shapes)
         # Names as they are in the dense checkpoint; a compressed block has others.
         self._block_names = [
             [f"{block.path}.{name}" for name in _names_of(block.module)] for block in self.anatomy.blocks
@@ -93,35 +95,47 @@ class StreamedModel:
     def _load(self, names: Iterable[str]) -> None:
         by_file: dict[Path, list[str]] = {}
         for name in names:
-            if name in self._stored:
+            if name in self._merged:
+                self._put(name, self._merged[name].read(self._where, self.model))
+            elif name in self._stored:
                 by_file.setdefault(self._where[self._stored[name]], []).append(name)
         for path, wanted in by_file.items():
             with safe_open(path, "pt") as file:  # closed again, so that its mapped pages are given back
                 for name in wanted:
-                    empty = _get(self.model, name)
-                    tensor = file.get_tensor(self._stored[name]).to(self.device, empty.dtype, copy=True)
-                    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                        raise TransectError(f"the weight {name} holds NaN or infinite values; repair the model first")
-                    if isinstance(empty, nn.Parameter):
-                        tensor = nn.Parameter(tensor, requires_grad=False)
-                    _assign(self.model, name, tensor)
+                    self._put(name, file.get_tensor(self._stored[name]))
+
+    def _put(self, name: str, stored: torch.Tensor) -> None:
+        """Fill a tensor of the model with a copy of the stored one; an error if it is of another shape or not finite."""
+        empty = _get(self.model, name)
+        self._check_shape(name, tuple(stored.shape))
+        tensor = stored.to(self.device, empty.dtype, copy=True)
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise TransectError(f"the weight {name} holds NaN or infinite values; repair the model first")
+        if isinstance(empty, nn.Parameter):
+            tensor = nn.Parameter(tensor, requires_grad=False)
+        _assign(self.model, name, tensor)
 
     def _check_tensors(self) -> None:
         tied = set(getattr(self.model, "all_tied_weights_keys", None) or ())
         names = _names_of(self.model)
-        missing = [name for name in names if name not in self._stored and name not in tied]
+        known = {*self._stored, *self._merged, *tied}
+        missing = [name for name in names if name not in known]
         if missing:
             raise BadCheckpoint(
-                f"the checkpoint has no tensor {missing[0]} ({len(missing)} missing); if transformers "
-                "loads it by merging tensors, load it once and save it again, or do not stream"
+                f"the checkpoint has no tensor {missing[0]} ({len(missing)} missing); if transformers can load it, do "
+                "not stream"
             )
         for name in names:
-            stored, expected = self._shapes.get(self._stored.get(name, "")), tuple(_get(self.model, name).shape)
-            if stored not in (None, expected):
-                raise BadCheckpoint(
-                    f"the weights in {self.folder} do not fit its config.json: {name} has shape {list(stored)}, and "
-                    f"the model that the config describes needs {list(expected)}"
-                )
+            if name in self._stored:
+                self._check_shape(name, self._shapes[self._stored[name]])
+
+    def _check_shape(self, name: str, stored: tuple[int, ...]) -> None:
+        expected = tuple(_get(self.model, name).shape)
+        if stored != expected:
+            raise BadCheckpoint(
+                f"the weights in {self.folder} do not fit its config.json: {name} has shape {list(stored)}, and the "
+                f"model that the config describes needs {list(expected)}"
+            )
 
 
 def _first_dtype(file: Path) -> torch.dtype:

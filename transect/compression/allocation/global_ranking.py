@@ -16,7 +16,8 @@ def global_ranking(tables: Sequence[RankTable], keep: float, measure: Measure | 
 
     Sensible where the method's objective means the same for every matrix: the loss itself (kfac-svd), less so the
     layer's own output error. Each matrix keeps rank 1 at least. Beyond some rank the dense matrix, without
-    any loss, is the better buy than further components; that step competes like one large component.
+    any loss, is the better buy than further components; that step competes like one large component. The loss of an
+    expert of a mixture is that of a token which passes it, and counts as if all did.
     """
     budget = keep * sum(table.dense_bytes for table in tables)
     ranks: Ranks = {table.name: 1 for table in tables}

@@ -38,16 +38,17 @@ class Sizes:
     """What the matrices of every sublayer store, so that the bytes without some of them are known beforehand."""
 
     def __init__(self, anatomy: Anatomy) -> None:
-        self._stored: dict[Sublayer, dict[int, int]] = {}
+        self._stored: dict[Sublayer, dict[int, Tensor]] = {}
         for matrix in anatomy.matrices():
             kind = "attention" if matrix.role in ("q", "k", "v", "o") else "mlp"
             tensors = self._stored.setdefault((matrix.block.index, kind), {})
-            tensors.update({id(t): t.numel() * t.element_size() for t in weight_tensors(matrix.module)})
+            tensors.update({id(tensor): tensor for tensor in weight_tensors(matrix.module)})
 
     def without(self, gone: Collection[Sublayer]) -> int:
         """Bytes of all matrices but those of these sublayers; a tensor that several share counts once."""
         kept = (tensors for sublayer, tensors in self._stored.items() if sublayer not in gone)
-        return sum({key: size for tensors in kept for key, size in tensors.items()}.values())
+        stored = {key: tensor for tensors in kept for key, tensor in tensors.items()}.values()
+        return sum(tensor.numel() * tensor.element_size() for tensor in stored)
 
 
 def check(anatomy: Anatomy, keep: float, *, variant: str, iterative: bool, drop: int) -> None:

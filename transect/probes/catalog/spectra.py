@@ -65,12 +65,13 @@ def draw(result: Result) -> list[Drawing]:
 
 
 def _by_place(title: str, values: Tensor, names: list[str], note: str) -> Drawing:
-    """One figure of each matrix, blocks by roles."""
+    """One figure of each matrix, blocks by roles; the mean over the experts of a mixture."""
     places = [(name.split(".")[1], name.rpartition(".")[2]) for name in names]
     blocks, roles = (list(dict.fromkeys(column)) for column in zip(*places, strict=True))
     table = torch.full((len(blocks), len(roles)), float("nan"), dtype=torch.float64)
-    for (block, role), value in zip(places, values, strict=True):
-        table[blocks.index(block), roles.index(role)] = value
+    for block, role in dict.fromkeys(places):
+        mine = [number for number, place in enumerate(places) if place == (block, role)]
+        table[blocks.index(block), roles.index(role)] = values[mine].nanmean()
     return heatmap(title, note, table, x=roles, y=blocks, xlabel="matrix", ylabel="block")
 
 

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from ....anatomy import Block
 from ....anatomy.storage import is_dense
-from ....errors import TransectError
+from ....errors import NotApplicable, TransectError
 from ....forward.blocks import Call, Feed, run_block
 
 Distance = Literal["kl", "mse"]
@@ -270,6 +270,11 @@ def check_alike(blocks: Sequence[Block]) -> None:
     """Refuse blocks that cannot receive one another's weights: structured ones, and ones of different shapes."""
     first = {name: tuple(tensor.shape) for name, tensor in blocks[0].module.named_parameters()}
     for block in blocks:
+        if block.has_experts:
+            raise NotApplicable(
+                f"fusion adds whole matrices, and block {block.index} stores those of its experts together; epochs=0 "
+                "removes blocks without fusing them"
+            )
         for matrix in block.matrices():
             if not is_dense(matrix.module):
                 raise TransectError(

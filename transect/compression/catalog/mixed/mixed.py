@@ -82,6 +82,9 @@ def mixed(
     for low rank alone; the assembled models are measured against the dense one on 32 calibration sequences, and the
     closest wins. Then the operators are refitted, block by block, to the dense model's outputs.
 
+    Experts of a mixture do not become narrower, and are not refitted: they may see other tokens than in the dense model.
+    Each is priced as if every token passed it.
+
     Dictionaries take long to learn. So they are priced after a few rounds, with `all` only near the size that a matrix
     gets without them, and those that are chosen are learned to the end.
 
@@ -139,7 +142,8 @@ def _quick_options(block: Block, metric: Callable[[Matrix], Metric], structures:
         for one in metrics:
             found += low_rank_options(one, sorted({*_LOW_RANK_SHARES, keep}))
     if structures in ("all", "narrow"):
-        found += narrow_mlp_options(metrics, _NEURON_SHARES, ridge=1e-2)
+        if not block.has_experts:
+            found += narrow_mlp_options(metrics, _NEURON_SHARES, ridge=1e-2)
         found += narrow_query_key_options(metrics, _WIDTH_SHARES)
         found += narrow_value_options(metrics, _WIDTH_SHARES)
     return found

@@ -15,7 +15,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 from torch import Tensor
 
-from ....anatomy import Attention, Block, Matrix
+from ....anatomy import Attention, Block, Experts, Matrix
 from ....errors import OutOfReach
 from ....operators import LowRank
 from ....operators.dictionary import SparseDictionary
@@ -84,6 +84,11 @@ def dense_bytes(matrix: Matrix) -> int:
     return m * n * matrix.module.weight.element_size()
 
 
+def _named(block: Block, name: str) -> Matrix:
+    """The block's matrix of that name."""
+    return next(matrix for matrix in block.matrices() if matrix.name == name)
+
+
 def dense(metric: Metric) -> Option:
     return Option("dense", (metric.matrix.name,), metric.dense_bytes, 0.0, lambda block: None)
 
@@ -92,12 +97,12 @@ def low_rank_options(metric: Metric, shares: Sequence[float]) -> Iterator[Option
     """KFAC-SVD at ranks that cost these shares of the dense bytes."""
     matrix, (m, n) = metric.matrix, metric.matrix.shape
     made = weighted_svd(matrix.weight.double(), metric.gradients, metric.inputs)
-    losses, role = made.losses(), matrix.role
+    losses = made.losses()
     left, right = (factor.float() for factor in made.truncate(max(1, int(max(shares) * m * n / (m + n)))))
     for rank in sorted({int(share * m * n / (m + n)) for share in shares} - {0}):
 
         def put_low_rank(block: Block, rank: int = rank) -> None:
-            put(block.matrix(role), LowRank.from_factors(left[:, :rank], right[:rank]))
+            put(_named(block, matrix.name), LowRank.from_factors(left[:, :rank], right[:rank]))
 
         size = rank * (m + n) * metric.itemsize
         yield Option("low-rank", (matrix.name,), size, float(losses[rank]), put_low_rank)
@@ -109,7 +114,7 @@ def dictionary_options(metric: Metric, shares: Sequence[float], iterations: int,
     They are learned under A for the rows of W times (Γ_ii)^½, so that outputs count as much as they matter. The rest of
     Γ would mix the rows, whose coefficients would then not be sparse; the price has all of it.
     """
-    matrix, role = metric.matrix, metric.matrix.role
+    matrix = metric.matrix
     weight = matrix.weight.double()
     strengths = metric.gradients.diagonal()  # Γ_ii; an output that no gradient reaches counts next to nothing
     scale = strengths.clamp_min(1e-12 * strengths.mean()).sqrt()[:, None] if strengths.any() else 1.0
@@ -123,7 +128,7 @@ def dictionary_options(metric: Metric, shares: Sequence[float], iterations: int,
         operator = SparseDictionary.from_factors(learned.dictionary.float(), learned.values.float(), learned.indices)
 
         def put_dictionary(block: Block, operator: SparseDictionary = operator) -> None:
-            put(block.matrix(role), operator.select(None, None))  # a copy: it may be put in several models
+            put(_named(block, matrix.name), operator.select(None, None))  # a copy: it may be put in several models
 
         price = metric.price(weight - learned.to_dense())
         yield Option("dictionary", (matrix.name,), size.bytes, price, put_dictionary, share)
@@ -285,7 +290,9 @@ def least_narrow_bytes(block: Block, widths: Sequence[float], neurons: Sequence[
         if has_regular_heads(attention):
             count = max(1, int(min(widths) * attention.head_size))
             total += value_bytes(attention, count) - sizes["v"] - sizes["o"]
-    if mlp is not None:
+    if isinstance(mlp, Experts):
+        total += sum(dense_bytes(matrix) for matrix in mlp.matrices())
+    elif mlp is not None:
         whole = sum(sizes.get(role, 0) for role in MLP_ROLES)
         total += whole // mlp.neurons * max(1, int(min(neurons) * mlp.neurons))
     return total
