@@ -9,6 +9,7 @@ from .kinds import (
     InputCovariance,
     InputMean,
     OutputGradientCovariance,
+    SequenceMagnitude,
     Statistic,
     SublayerSimilarity,
     Trace,
@@ -17,6 +18,6 @@ from .store import Statistics
 
 __all__ = [
     "BlockSimilarity", "FeatureNorm", "Fisher", "FisherDiagonal", "HeadContribution", "InputCovariance", "InputMean",
-    "OutputGradientCovariance", "Progress", "Recorder", "Statistic", "Statistics", "SublayerSimilarity", "Trace",
-    "collect", "key_of",
+    "OutputGradientCovariance", "Progress", "Recorder", "SequenceMagnitude", "Statistic", "Statistics",
+    "SublayerSimilarity", "Trace", "collect", "key_of",
 ]  # fmt: skip
