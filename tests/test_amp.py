@@ -12,12 +12,12 @@ import transect
 from transect.anatomy import Anatomy
 from transect.compression.catalog.amp import counts
 from transect.errors import OutOfReach, TransectError
-from transect.statistics import FeatureNorm, HeadContribution, collect, key_of
+from transect.statistics import HeadContribution, SequenceMagnitude, collect, key_of
 
-from .models import CONFIGS, inputs, logits, tiny
+from .models import CONFIGS, VOCABULARY, inputs, logits, tiny
 from .test_llm_drop import DATA, data_for, decode
 
-HEADS, NEURONS = HeadContribution(), FeatureNorm(power=1)
+HEADS, NEURONS = HeadContribution(), SequenceMagnitude()
 # OLMo-2 normalises queries over all heads at once, so fewer heads change what the others see.
 APART = [name for name in CONFIGS if name != "olmo2"]
 
@@ -39,6 +39,21 @@ def scores(model, data):
 def batches_of(name):
     data = data_for(name)
     return data if isinstance(data, list) else [{"input_ids": data}]
+
+
+def test_neurons_are_chosen_with_every_prompt_counting_alike():
+    """A long prompt that excites other neurons than many short ones must not outvote them."""
+    model = tiny("llama")
+    ids = torch.randint(3, VOCABULARY, (4, 40), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones_like(ids)
+    mask[1:, 4:] = 0
+    data = [{"input_ids": ids, "attention_mask": mask}]
+    apart = [{"input_ids": ids[:1]}, *({"input_ids": ids[row : row + 1, :4]} for row in (1, 2, 3))]
+    expected = [torch.stack(rows).mean(0) for rows in zip(*([s[1] for s in scores(model, [b])] for b in apart))]
+    cut = transect.compress(copy.deepcopy(model), "amp", 0.6, data)
+    for block, dense, wanted in zip(Anatomy(cut).blocks, Anatomy(model).blocks, expected, strict=True):
+        kept = wanted.argsort(descending=True)[: block.mlp.neurons].sort().values
+        assert torch.equal(block.mlp.down.weight, dense.mlp.down.weight[:, kept])
 
 
 def lowest(values, count):

@@ -9,7 +9,7 @@ import transect
 from transect.anatomy import Anatomy
 from transect.compression import method as registered
 from transect.compression.allocation import Unit, allocation_named
-from transect.compression.allocation.farms import removals, stretched
+from transect.compression.allocation.farms import mean_exponents, removals, stretched
 from transect.compression.allocation.registry import scores_of, share_out
 from transect.errors import TransectError
 from transect.spectra import (
@@ -220,13 +220,26 @@ def test_no_spread_is_the_uniform_allocation_but_for_rounding():
     assert [m.module.rank for m in Anatomy(plain).matrices()] == [m.module.rank for m in Anatomy(spread).matrices()]
 
 
+def test_matrices_of_zeros_have_no_say():
+    """A depth-expanded model's new blocks have an output and a down matrix of zeros."""
+    exponents = {0: [2.0, 4.0], 1: [float("nan"), 5.0], 2: [float("nan")] * 2}
+    assert mean_exponents(exponents) == {0: 3.0, 1: 5.0, 2: 4.0}
+    assert mean_exponents({0: [float("nan")], 1: [float("nan")]}) == {0: 1.0, 1: 1.0}
+    model = tiny("llama")
+    for role in ("o", "down"):
+        matrix = Anatomy(model).blocks[1].matrix(role)
+        matrix.write(torch.zeros(matrix.shape))
+    transect.compress(model, "svd", 0.6, allocation="farms")
+    assert Anatomy(model).matrix_bytes() <= 0.6 * Anatomy(tiny("llama")).matrix_bytes()
+
+
 def test_what_is_refused():
     with pytest.raises(TransectError, match="epsilon=2"):
         transect.compress(tiny("llama"), "svd", 0.6, allocation="farms", allocation_epsilon=2)
     with pytest.raises(TransectError, match="shares out the budget itself"):
         transect.compress(tiny("llama"), "llm-drop", 0.6, DATA, allocation="farms")
     model = tiny("llama")
-    Anatomy(model).blocks[1].mlp.up.write(torch.zeros(48, 32))
+    Anatomy(model).blocks[1].mlp.up.write(torch.eye(48, 32))  # a flat spectrum
     with pytest.raises(TransectError, match=r"blocks\.1\.mlp\.up.*falls off"):
         transect.compress(model, "svd", 0.6, allocation="farms")
     assert not Anatomy(model).record

@@ -24,6 +24,7 @@ from transect.compression.catalog.modegpt import (
 from transect.compression.head_width import narrower_values, output_power, strongest_channels
 from transect.compression.nystrom import leverage_scores, nystrom_update
 from transect.errors import OutOfReach, TransectError
+from transect.operators.base import stored_bytes
 from transect.operators.build import build
 from transect.operators.scattered import LeadingColumns, LeadingRows, ScatteredRows
 from transect.statistics import BlockSimilarity, InputCovariance, InputMean, collect
@@ -339,7 +340,7 @@ def test_every_architecture_is_cut_within_its_budget(name):
     model = tiny(name)
     dense, batch = Anatomy(model).matrix_bytes(), inputs(name)
     planned = [widths_for(block, keep, 1.0) for block in Anatomy(model).blocks]
-    transect.compress(model, "modegpt", keep=keep, data=data_for(name))
+    transect.compress(model, "modegpt", keep=keep, data=data_for(name), allocation="uniform")
     anatomy = Anatomy(model)
     assert (keep - 0.05) * dense < anatomy.matrix_bytes() <= keep * dense
     assert torch.isfinite(logits(model, batch)).all()
@@ -359,7 +360,7 @@ def test_every_architecture_is_cut_within_its_budget(name):
 @pytest.mark.parametrize("name", ["gpt2", "opt", "gpt_neox", "qwen2", "qwen3", "phi3", "bert", "vit"])
 def test_it_loads_again_and_generates_with_a_cache(name, tmp_path):
     model, batch = tiny(name), inputs(name)
-    transect.compress(model, "modegpt", keep=0.6, data=data_for(name))
+    transect.compress(model, "modegpt", keep=0.6, data=data_for(name), allocation="uniform")
     model.save_pretrained(tmp_path)
     loaded = CONFIGS[name][1].from_pretrained(tmp_path)
     assert_same_model(loaded, model, batch)
@@ -379,7 +380,7 @@ def test_queries_and_keys_can_be_spared():
     equal, spared, dense = (widths_for(block, 0.5, removal) for removal in (1.0, 0.25, 0.0))
     assert equal.channels < spared.channels < dense.channels == 8
     assert equal.values >= spared.values >= dense.values and equal.neurons > dense.neurons
-    model = transect.compress(tiny("llama"), "modegpt", 0.5, DATA, query_key_removal=0.0)
+    model = transect.compress(tiny("llama"), "modegpt", 0.5, DATA, allocation="uniform", query_key_removal=0.0)
     anatomy = Anatomy(model)
     assert isinstance(anatomy.blocks[0].attention.q.module, torch.nn.Linear)
     assert anatomy.matrix_bytes() <= 0.5 * Anatomy(tiny("llama")).matrix_bytes()
@@ -549,6 +550,47 @@ def test_streamed_from_disk_it_is_the_same_model(tmp_path):
     whole = transect.compress(tiny("llama"), "modegpt", 0.6, DATA, **options)
     streamed = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
     torch.testing.assert_close(logits(streamed, inputs("llama")), logits(whole, inputs("llama")), rtol=1e-3, atol=1e-3)
+
+
+def test_the_papers_allocation_is_the_default_and_a_named_one_wins(tmp_path):
+    """Everywhere: in memory, block by block on compressed blocks, from disk, and in a comparison."""
+    assert method("modegpt").allocation == "similarity" and method("svd-llm").allocation == "uniform"
+
+    def shares(model):
+        now, dense = Anatomy(model).blocks, Anatomy(tiny("llama")).blocks
+        return [
+            sum(stored_bytes(m.module) for m in block.matrices()) / sum(stored_bytes(m.module) for m in old.matrices())
+            for block, old in zip(now, dense, strict=True)
+        ]
+
+    for options in ({}, {"sequential": True}):
+        plain = transect.compress(tiny("llama"), "modegpt", 0.6, DATA, **options)
+        named = transect.compress(tiny("llama"), "modegpt", 0.6, DATA, allocation="similarity", **options)
+        uniform = transect.compress(tiny("llama"), "modegpt", 0.6, DATA, allocation="uniform", **options)
+        assert torch.equal(logits(plain, inputs("llama")), logits(named, inputs("llama")))
+        assert max(shares(plain)) - min(shares(plain)) > 0.2 > 0.03 > max(shares(uniform)) - min(shares(uniform))
+        assert Anatomy(plain).record.history[-1]["compress"]["allocation"] == "similarity"
+    tiny("llama").save_pretrained(tmp_path / "dense")
+    transect.compress_stream(tmp_path / "dense", tmp_path / "small", "modegpt", 0.6, DATA)
+    streamed = Anatomy(AutoModelForCausalLM.from_pretrained(tmp_path / "small"))
+    assert streamed.record.history[-1]["compress"]["allocation"] == "similarity"
+    assert shares(streamed.model)[0] > 0.7
+    settings = {"similarity": {"temperature": 0.1}}
+    frame = transect.compare(
+        tiny("llama"), ["modegpt", "amp"], [0.6], DATA, DATA[:4], tmp_path / "run", settings=settings
+    )  # fmt: skip
+    assert list(zip(frame["method"], frame["allocation"], strict=True)) == [
+        ("dense", "-"), ("modegpt", "similarity"), ("amp", "uniform"),
+    ]  # fmt: skip
+    assert "| modegpt | similarity |" in (tmp_path / "run" / "table.md").read_text()
+
+
+def test_an_allocation_that_asks_too_much_of_a_block_is_named():
+    model = tiny("qwen3")
+    before = logits(model, inputs("qwen3"))
+    with pytest.raises(OutOfReach, match=r"block 2.*similarity allocation"):
+        transect.compress(model, "modegpt", 0.6, DATA)
+    assert torch.equal(logits(model, inputs("qwen3")), before)
 
 
 def test_claims_and_settings_are_there():

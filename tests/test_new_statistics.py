@@ -16,6 +16,7 @@ from transect.statistics import (
     InputCovariance,
     InputMean,
     OutputGradientCovariance,
+    SequenceMagnitude,
     SublayerSimilarity,
     Trace,
     collect,
@@ -25,8 +26,8 @@ from transect.statistics.kinds import clip_norms
 
 from .models import CONFIGS, VOCABULARY, inputs, tiny
 
-BLOCK, SUBLAYER, HEAD = BlockSimilarity(), SublayerSimilarity(), HeadContribution()
-ALL = [BLOCK, SUBLAYER, HEAD]
+BLOCK, SUBLAYER, HEAD, NEURON = BlockSimilarity(), SublayerSimilarity(), HeadContribution(), SequenceMagnitude()
+ALL = [BLOCK, SUBLAYER, HEAD, NEURON]
 POST_NORM = ["bert", "roberta"]
 PRE_NORM = [name for name in CONFIGS if name not in POST_NORM]
 
@@ -136,6 +137,23 @@ def test_padding_does_not_count(name):
     assert padded.keys() == expected.keys()
     for key, value in expected.items():
         torch.testing.assert_close(padded[key], value, rtol=1e-8, atol=1e-10)
+
+
+def test_every_sequence_counts_alike_however_long_it_is():
+    """Neuron scores are means over sequences of means over positions; padding alone is no sequence."""
+    model = tiny("llama", dtype=torch.float64)
+    down = Anatomy(model).blocks[1].mlp.down
+    ids = torch.randint(3, VOCABULARY, (3, 12), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(ids)
+    mask[1, 3:], mask[2] = 0, 0
+    seen = []
+    handle = down.module.register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    with torch.no_grad():
+        model(input_ids=ids, attention_mask=mask)
+    handle.remove()
+    expected = torch.stack([seen[0][0].abs().mean(0), seen[0][1, :3].abs().mean(0)]).mean(0)
+    store = collect(Anatomy(model), [{"input_ids": ids, "attention_mask": mask}], [NEURON])
+    torch.testing.assert_close(store.value(key_of(down, NEURON), NEURON), expected)
 
 
 def test_neither_the_order_nor_the_split_into_batches_matters():

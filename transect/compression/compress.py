@@ -92,7 +92,7 @@ def make_compressor(
         return RankCompressor(chosen, recipe.settings, ranks, None if recipe.sequential else factors)
     measured = (scores or Scores(matrices)).of(recipe.allocation, statistics, recipe.allocation_settings)
     shares = share_out(recipe.allocation, matrices, recipe.keep, measured, recipe.allocation_settings)
-    return compressor_of(anatomy, matrices, chosen, recipe.settings, shares)
+    return compressor_of(anatomy, matrices, chosen, recipe.settings, shares, recipe.allocation)
 
 
 def run_compressor(

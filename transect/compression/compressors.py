@@ -85,9 +85,30 @@ class SliceCompressor:
 
 
 def compressor_of(
+    anatomy: Anatomy,
+    matrices: Sequence[Matrix],
+    method: Method,
+    settings: Mapping[str, Any],
+    shares: Shares,
+    allocation: str = "uniform",
+) -> Compressor:
+    """What compresses each block so that every matrix keeps its share; OutOfReach where the method cannot.
+
+    allocation: where the shares are from, for the message.
+    """
+    try:
+        return _compressor_of(anatomy, matrices, method, settings, shares)
+    except OutOfReach as error:
+        if allocation == "uniform":
+            raise
+        raise OutOfReach(
+            f"{error}. These are shares of {allocation} allocation; uniform ones, or others of its settings, may do"
+        ) from None
+
+
+def _compressor_of(
     anatomy: Anatomy, matrices: Sequence[Matrix], method: Method, settings: Mapping[str, Any], shares: Shares
 ) -> Compressor:
-    """What compresses each block so that every matrix keeps its share; OutOfReach where the method cannot."""
     if method.family == "factorization":
         return RankCompressor(method, settings, ranks_of_shares(matrices, shares))
     if method.family == "replacement":

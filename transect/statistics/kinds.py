@@ -293,12 +293,9 @@ class HeadContribution(Statistic):
         for head in range(heads):  # one at a time: all heads' contributions would be heads times the residual stream
             part = slice(head * head_size, (head + 1) * head_size)
             totals[..., head] = (_wide(x[..., part]) @ weight[:, part].T.to(totals)).abs().sum(-1)
-        if mask is None:
-            means = totals.mean(1)
-        else:
-            means = totals.masked_fill(~mask[..., None], 0).sum(1) / mask.sum(1, keepdim=True).clamp_min(1)
+        means = _sequence_means(totals, mask)
         sums["sum"] += means.sum(0).to(sums["sum"]).repeat_interleave(head_size)
-        sums["count"] += len(x)
+        sums["count"] += len(means)
 
     def value(self, sums: Sums) -> Tensor:
         return sums["sum"] / sums["count"].item()
@@ -325,3 +322,34 @@ class ExpertLoad(Statistic):
 
     def value(self, sums: Sums) -> Tensor:
         return sums["sum"] / sums["count"]
+
+
+@dataclass(frozen=True)
+class SequenceMagnitude(Statistic):
+    """The mean over sequences of each one's mean |x_j| (d_in): every sequence counts alike, however long it is (AMP)."""
+
+    needs = "input"
+    shared = True
+
+    def zeros(self, d_out: int, d_in: int, dtype: torch.dtype, device: torch.device) -> Sums:
+        return {"sum": torch.zeros(d_in, dtype=dtype, device=device), "count": torch.zeros((), dtype=torch.float64)}
+
+    def update(self, sums: Sums, x: Tensor, mask: Tensor | None) -> None:
+        """Add each sequence's mean magnitudes."""
+        means = _sequence_means(_wide(x).abs(), mask)
+        sums["sum"] += means.sum(0).to(sums["sum"])
+        sums["count"] += len(means)
+
+    def value(self, sums: Sums) -> Tensor:
+        return sums["sum"] / sums["count"].item()
+
+
+def _sequence_means(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Means over the positions that count (sequences x features) of values (B, T, features); sequences without any are
+    left out.
+    """
+    if mask is None:
+        return values.mean(1)
+    counts = mask.sum(1, keepdim=True)
+    means = values.masked_fill(~mask[..., None], 0).sum(1) / counts.clamp_min(1)
+    return means[counts[:, 0] > 0]

@@ -123,7 +123,7 @@ def _make_compressor(source: StreamedModel, recipe: Recipe, work: Workspace, pro
             with source.block(block.index):
                 scores |= scores_of(recipe.allocation, block.matrices(), statistics, recipe.allocation_settings)
     shares = share_out(recipe.allocation, matrices, recipe.keep, scores, recipe.allocation_settings)
-    return compressor_of(anatomy, matrices, chosen, recipe.settings, shares)
+    return compressor_of(anatomy, matrices, chosen, recipe.settings, shares, recipe.allocation)
 
 
 def _flat(factors: dict[str, Factorization]) -> dict[str, Tensor]:

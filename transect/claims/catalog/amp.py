@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...compression import method as registered
 from ...data import Batches
-from ...statistics import FeatureNorm, HeadContribution, collect, key_of
+from ...statistics import HeadContribution, SequenceMagnitude, collect, key_of
 from ..context import Context, Variant
 from ..controls import comparison, mean_of
 from ..ordering import beside_dense, judge, ordered
@@ -95,7 +95,7 @@ def stable_scores(context: Context) -> Result:
 
 def scores(context: Context, rows: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
     """Each block's scores of query heads and of neurons, on these sequences."""
-    heads, neurons = HeadContribution(), FeatureNorm(power=1)
+    heads, neurons = HeadContribution(), SequenceMagnitude()
     matrices = [matrix for matrix in context.matrices if matrix.role in ("o", "down")]
     store = collect(context.anatomy, Batches(rows), [heads, neurons], matrices)
     found: list[dict[str, Tensor]] = [{} for _ in context.anatomy.blocks]

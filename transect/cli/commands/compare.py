@@ -40,10 +40,10 @@ def compare(context: click.Context, model: str, out: Path, as_json: bool, **opti
     settings = method_settings(context.obj, None)
     for name in options["methods"]:
         method(name)
-    for name in options["allocations"]:
-        allocation_named(name)
     allocations = options["allocations"] or [method(name).allocation for name in options["methods"]]
-    refuse_unused(settings, [*options["methods"], *allocations])
+    for name in allocations:
+        allocation_named(name)
+    refuse_unused(settings, dict.fromkeys([*options["methods"], *allocations]))
     opened = open_model(model, **opening(options))
     options["accumulate"] = getattr(torch, options["accumulate"])
     rows = 1 + len(options["methods"]) * len(options["allocations"] or [""]) * len(options["keep"])

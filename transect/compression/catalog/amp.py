@@ -11,10 +11,10 @@ from torch import Tensor
 from ...anatomy import Block
 from ...anatomy.storage import is_dense
 from ...errors import OutOfReach, TransectError
-from ...statistics import FeatureNorm, HeadContribution, Statistics, key_of
+from ...statistics import HeadContribution, SequenceMagnitude, Statistics, key_of
 from ..registry import Range, slicing
 
-_HEADS, _NEURONS = HeadContribution(), FeatureNorm(power=1)
+_HEADS, _NEURONS = HeadContribution(), SequenceMagnitude()
 
 
 def counts(block: Block, keep: float) -> tuple[int, int]:
@@ -65,16 +65,17 @@ def amp(
 ) -> None:
     """Remove the heads that add least to the residual stream and the neurons that are least active.
 
-    Head n scores E||W_o,n c_n||_1, the mean size of what it adds; it is the mean of each sequence's mean. Heads that
-    share keys and values go together, by the sum of their scores (our rule; the paper has none for them). Neuron m
-    scores E|x_m|, over all positions, where x is the input of the down matrix. The same share of the groups of heads
+    Head n scores E||W_o,n c_n||_1, the mean size of what it adds. Heads that share keys and values go together, by the
+    sum of their scores (our rule; the paper has none for them). Neuron m scores E|x_m|, where x is the input of the down
+    matrix. Both are means over sequences of each one's mean over its positions, so that a short prompt counts as much
+    as a long one. The same share of the groups of heads
     goes in every block, rounded, and as many neurons as bring the block's bytes to its budget, so that equal shares
     leave an ordinary, smaller model. The paper's share r is of all parameters, embeddings included; `keep` is of the
     blocks' matrices.
 
     order: which go: the lowest scores, or, as controls, the highest, or random ones.
-    neuron_score: "activation" is the paper's E|x_m|; "output" is E|x_m| ||W_down[:, m]||_1, the size of what the neuron
-        adds, as for heads.
+    neuron_score: "activation" is the paper's E|x_m|; "output", ours, is E|x_m| ||W_down[:, m]||_1, the size of what the
+        neuron adds, as for heads.
     draw: the number of the random draw, for `order` random.
     """
     groups, neurons = counts(block, keep)
