@@ -74,7 +74,9 @@ def faults(case):
         except Exception as error:
             found.append(f"{name} {options}: {type(error).__name__} {error}")
             continue
-        finite = all(torch.isfinite(tensor).all() for tensor in [*model.parameters(), logits(model, {"input_ids": DATA})])
+        finite = all(
+            torch.isfinite(tensor).all() for tensor in [*model.parameters(), logits(model, {"input_ids": DATA})]
+        )
         kept = Anatomy(model).matrix_bytes() / dense
         if not finite or not 0.4 < kept <= keep * (1 + 1e-9):
             found.append(f"{name} {options}: finite {finite}, kept {kept:.3f} of {keep}")
