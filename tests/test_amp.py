@@ -49,7 +49,8 @@ def test_neurons_are_chosen_with_every_prompt_counting_alike():
     mask[1:, 4:] = 0
     data = [{"input_ids": ids, "attention_mask": mask}]
     apart = [{"input_ids": ids[:1]}, *({"input_ids": ids[row : row + 1, :4]} for row in (1, 2, 3))]
-    expected = [torch.stack(rows).mean(0) for rows in zip(*([s[1] for s in scores(model, [b])] for b in apart))]
+    found = [[neurons for _, neurons in scores(model, [batch])] for batch in apart]
+    expected = [torch.stack(rows).mean(0) for rows in zip(*found, strict=True)]
     cut = transect.compress(copy.deepcopy(model), "amp", 0.6, data)
     for block, dense, wanted in zip(Anatomy(cut).blocks, Anatomy(model).blocks, expected, strict=True):
         kept = wanted.argsort(descending=True)[: block.mlp.neurons].sort().values

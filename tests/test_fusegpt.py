@@ -374,7 +374,7 @@ def test_blocks_far_from_the_removed_one_are_untouched():
 
 
 def removals(dense, **settings):
-    """Every removal: its donor's weights then, and what its group learns before and after; and the model that is left."""
+    """For each removal, its donor's weights then, its group, what that learns, and its start; and the model left."""
     found, make = [], FusedGroup.__init__
 
     def noting(self, receivers, removed, *more):

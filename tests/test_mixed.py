@@ -21,8 +21,8 @@ from transect.compression.catalog.mixed.options import (
     narrow_query_key_options,
     narrow_value_options,
 )
+from transect.compression.catalog.mixed.refit import refit_to_dense
 from transect.compression.copying import working_copy
-from transect.compression.refit import refit_to_dense
 from transect.compression.weighted_svd import shrink
 from transect.errors import OutOfReach
 from transect.operators import LowRank

@@ -32,7 +32,8 @@ from ..statistics import Progress, Statistic, Statistics
 class Variant:
     """A way to compress: a method (registered, or one that a claim defines for itself), its allocation, its refit.
 
-    allocation: empty for the method's own default. settings: (name, value) of each parameter that is not at its default.
+    allocation: empty for the method's own default.
+    settings: (name, value) of each parameter that is not at its default.
     """
 
     method: Method

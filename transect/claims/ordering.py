@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
-from .context import Context, Variant
-from .registry import Result, Verdict
+from ..compression import methods
+from .context import Context, Measured, Variant
+from .registry import Result, Verdict, claim
 
 KEEPS = (0.8, 0.6, 0.4, 0.3)
 _CLEAR = 2  # a difference of fewer standard errors may be chance
@@ -39,9 +40,15 @@ class Comparison:
 def compare(context: Context, better: Variant, worse: Variant, keep: float) -> Comparison:
     """Measure both variants at one budget."""
     first, second = context.compressed(better, keep), context.compressed(worse, keep)
+    return comparison(keep, (better.name, first), (worse.name, second))
+
+
+def comparison(keep: float, better: tuple[str, Measured], worse: tuple[str, Measured]) -> Comparison:
+    """Two measured models, each with its name, as `judge` takes them."""
+    (name, first), (other, second) = better, worse
     return Comparison(
-        keep, better.name, worse.name, first.kept, second.kept, first.loss, second.loss, *first.minus(second)
-    )
+        keep, name, other, first.kept, second.kept, first.loss, second.loss, *first.minus(second)
+    )  # fmt: skip
 
 
 def judge(comparisons: Sequence[Comparison], or_equal: bool = False) -> Result:
@@ -63,6 +70,32 @@ def _listed(comparisons: Sequence[Comparison]) -> str:
     for one in comparisons:
         keeps.setdefault((one.better, one.worse), []).append(f"{one.keep:g}")
     return "; ".join(f"{better} against {worse} at {', '.join(at)}" for (better, worse), at in keeps.items())
+
+
+def claim_order(
+    name: str,
+    *pairs: tuple[Variant, Variant],
+    paper: str,
+    statement: str,
+    keeps: Sequence[float] | None = None,
+    or_equal: bool = False,
+    any_task: bool = False,
+) -> None:
+    """Register the claim that the first of each pair loses less than the second (`ordered`), and nothing else.
+
+    name, paper, statement: see `Claim`; the method is what stands before the name's slash.
+    keeps: budgets of the claim's own, see `ordered_at`. any_task: not of language models alone.
+    """
+    known = {method.name for method in methods()}
+    uses = dict.fromkeys(variant.method.name for pair in pairs for variant in pair if variant.method.name in known)
+
+    @claim(name, method=name.split("/")[0], paper=paper, statement=statement, uses=list(uses))
+    def check(context: Context) -> Result:
+        if not any_task:
+            context.require_language_model()
+        if keeps is None:
+            return ordered(context, *pairs, or_equal=or_equal)
+        return ordered_at(context, keeps, *pairs, or_equal=or_equal)
 
 
 def ordered(context: Context, *pairs: tuple[Variant, Variant], or_equal: bool = False) -> Result:

@@ -12,7 +12,7 @@ _STEPS = 12  # tenfold ones; from the least they end far above what rounding can
 
 
 def raised_cholesky(matrix: Tensor, ridge: float | Tensor = 0.0) -> tuple[Tensor, Tensor]:
-    """L (lower triangular) with L Lᵀ = M + εI, and ε: `ridge`, or ten, a hundred ... times that while M is not definite.
+    """L (lower triangular) with L Lᵀ = M + εI, and ε: `ridge`, or the first of 10, 100 ... times it that will do.
 
     matrix: M (n x n), symmetric; one that is 0 everywhere is raised like an identity.
     A Gram matrix of fewer samples than features is singular, and one that was summed in float32 has slightly negative
@@ -28,6 +28,6 @@ def raised_cholesky(matrix: Tensor, ridge: float | Tensor = 0.0) -> tuple[Tensor
             return factor, strength
         strength = torch.maximum(10 * strength, least)
     raise TransectError(
-        f"a {len(matrix)} x {len(matrix)} matrix of second moments is far from positive definite, or not finite: is the "
-        "calibration data valid?"
+        f"a {len(matrix)} x {len(matrix)} matrix of second moments is far from positive definite, or not finite: is "
+        "the calibration data valid?"
     )

@@ -60,7 +60,8 @@ def learn(
     iterations, tolerance: see `alternate`. shrinkage: C becomes (1 - a) C + a mean(diag C) I. seed: of `drawn_atoms`.
 
     With C = R Rᵀ the objective is ||W R - S (D R)||², so the atoms are learned for W R, in float32, with unit norm, and
-    D = (D R) R⁻¹. Then the coefficients are fitted on their support, in float64; the factors are in float64.
+    D = (D R) R⁻¹. Then the coefficients are fitted on their support, in float64 (ours; the paper ends with the last
+    sweep of K-SVD); the factors are in float64.
     """
     weight = weight.double()
     root = None if input_covariance is None else covariance_root(input_covariance.to(weight), shrinkage)

@@ -49,8 +49,8 @@ def narrower_values(values: Tensor, outputs: Tensor, covariance: Tensor, count: 
     V' = R_kᵀ Λ^-½ Eᵀ V and O' = O E Λ^½ R_k. So C^½ itself (d_in x d_in) is never needed.
     """
     energy, basis = torch.linalg.eigh(values @ covariance @ values.mT)  # (heads, head_size), Λ and E
-    # Relative energies give the same problem. A direction that is never excited gets a tiny one instead of none, so that
-    # all channels kept is the identity; a head of which none is has them all alike.
+    # Relative energies give the same problem. A direction that is never excited gets a tiny one instead of none, so
+    # that all channels kept is the identity; a head of which none is excited has them all alike.
     largest = energy[:, -1:]
     energy = torch.where(largest > 0, energy / largest, 1).clamp_min(1e-14)
     root = energy.sqrt()

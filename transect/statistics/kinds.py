@@ -326,7 +326,7 @@ class ExpertLoad(Statistic):
 
 @dataclass(frozen=True)
 class SequenceMagnitude(Statistic):
-    """The mean over sequences of each one's mean |x_j| (d_in): every sequence counts alike, however long it is (AMP)."""
+    """Mean over sequences of each one's mean |x_j| (d_in), so that every sequence counts alike, however long (AMP)."""
 
     needs = "input"
     shared = True

@@ -9,8 +9,8 @@ from ...compression import method as registered
 from ...data import Batches
 from ...statistics import HeadContribution, SequenceMagnitude, collect, key_of
 from ..context import Context, Variant
-from ..controls import comparison, mean_of
-from ..ordering import beside_dense, judge, ordered
+from ..controls import mean_of
+from ..ordering import beside_dense, claim_order, comparison, judge
 from ..registry import NotApplicable, Result, Verdict, claim
 
 AMP = registered("amp")
@@ -43,17 +43,12 @@ def order(context: Context) -> Result:
     return beside_dense(context, judge(found))
 
 
-@claim(
-    "amp/weighed-neurons",
-    method="amp",
+# E|x_m| ||W_down[:, m]||_1 against the paper's E|x_m|.
+claim_order(
+    "amp/weighed-neurons", (Variant(AMP, settings=(("neuron_score", "output"),)), Variant(AMP)),
     paper="Transect's own",
     statement="Choosing neurons by what they add to the residual stream, as heads are, loses less than by activity.",
-    uses=["amp"],
-)
-def weighed_neurons(context: Context) -> Result:
-    """E|x_m| ||W_down[:, m]||_1 against the paper's E|x_m|."""
-    context.require_language_model()
-    return ordered(context, (Variant(AMP, settings=(("neuron_score", "output"),)), Variant(AMP)))
+)  # fmt: skip
 
 
 @claim(

@@ -7,7 +7,7 @@ from dataclasses import replace
 from ...compression import method as registered
 from ...compression.dictionary_learning import dictionary_size, nominal_kept
 from ..context import Context, Variant
-from ..ordering import KEEPS, ordered
+from ..ordering import KEEPS, claim_order, ordered
 from ..registry import Result, claim
 
 SVD, SVD_LLM = registered("svd"), registered("svd-llm")
@@ -45,27 +45,17 @@ def nominal_share(context: Context, keep: float) -> float:
     return counted / whole
 
 
-@claim(
-    "cospadi-shared/below-cospadi",
-    method="cospadi-shared",
+# The paper's grouped version against its single one.
+claim_order(
+    "cospadi-shared/below-cospadi", (Variant(SHARED), Variant(COSPADI)),
     paper=PAPER,
     statement="At the same stored bytes, one dictionary for two layers loses less than one for each.",
-    uses=["cospadi", "cospadi-shared"],
-)
-def shared(context: Context) -> Result:
-    """The paper's grouped version against its single one."""
-    context.require_language_model()
-    return ordered(context, (Variant(SHARED), Variant(COSPADI)))
+)  # fmt: skip
 
 
-@claim(
-    "cospadi/start",
-    method="cospadi",
+# Both with the same rule for when to stop.
+claim_order(
+    "cospadi/start", (Variant(COSPADI), Variant(COSPADI, settings=(("start", "columns"),))),
     paper="Transect's own",
     statement="Starting from singular vectors loses less than starting from drawn columns, the paper's start.",
-    uses=["cospadi"],
-)
-def start(context: Context) -> Result:
-    """Both with the same rule for when to stop."""
-    context.require_language_model()
-    return ordered(context, (Variant(COSPADI), Variant(COSPADI, settings=(("start", "columns"),))))
+)  # fmt: skip

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from ...compression import method as registered
-from ..context import Context, Variant
-from ..ordering import ordered_at
-from ..registry import Result, claim
+from ..context import Variant
+from ..ordering import claim_order
 
 FUSEGPT = registered("fusegpt")
 PAPER = FUSEGPT.paper
@@ -18,59 +17,56 @@ def _with(**settings: Any) -> Variant:
     return Variant(FUSEGPT, settings=tuple(settings.items()))
 
 
-def _ordered(context: Context, *pairs: tuple[Variant, Variant], or_equal: bool = False) -> Result:
-    """Judge that the first of each pair loses less than the second, at the same number of removed blocks."""
-    context.require_language_model()
-    return ordered_at(context, KEEPS, *pairs, or_equal=or_equal)
+FUSED, PLAIN, BY_COSINE = _with(), _with(epochs=0), _with(epochs=0, choice="cosine")
+_FASTER = FUSEGPT.settings({})["fusion_rate"]
 
 
-@claim(
-    "fusegpt/below-plain-removal",
-    method="fusegpt",
+# The paper's headline.
+claim_order(
+    "fusegpt/below-plain-removal", (FUSED, PLAIN), (FUSED, BY_COSINE),
     paper=PAPER,
     statement="Fusing removed blocks into their neighbours loses less than removing the same number without fusion, "
     "chosen by Macro Influence or by cosine similarity.",
-    uses=["fusegpt"],
-)
-def below_plain_removal(context: Context) -> Result:
-    """The paper's headline."""
-    fused = Variant(FUSEGPT)
-    return _ordered(context, (fused, _with(epochs=0)), (fused, _with(epochs=0, choice="cosine")))
+    keeps=KEEPS,
+)  # fmt: skip
 
 
-@claim(
-    "fusegpt/influence",
-    method="fusegpt",
+# Macro Influence is measured at the end of the network, and anew after every removal.
+claim_order(
+    "fusegpt/influence", (PLAIN, BY_COSINE),
     paper=PAPER,
     statement="Without repair, blocks chosen by Macro Influence cost no more than blocks chosen by cosine similarity.",
-    uses=["fusegpt"],
-)
-def influence(context: Context) -> Result:
-    """Macro Influence is measured at the end of the network, and anew after every removal."""
-    return _ordered(context, (_with(epochs=0), _with(epochs=0, choice="cosine")), or_equal=True)
+    keeps=KEEPS,
+    or_equal=True,
+)  # fmt: skip
 
 
-@claim(
-    "fusegpt/measured-anew",
-    method="fusegpt",
+# After plain removal, where the choice of blocks is the only difference.
+claim_order(
+    "fusegpt/measured-anew", (PLAIN, _with(epochs=0, choice="once")),
     paper=PAPER,
     statement="Measuring Macro Influence anew after every removal loses no more than measuring it once.",
-    uses=["fusegpt"],
-)
-def measured_anew(context: Context) -> Result:
-    """After plain removal, where the choice of blocks is the only difference."""
-    return _ordered(context, (_with(epochs=0), _with(epochs=0, choice="once")), or_equal=True)
+    keeps=KEEPS,
+    or_equal=True,
+)  # fmt: skip
 
 
-@claim(
+# The ablation of the injected term: against low rank at the paper's rate and, our addition, at the injection's.
+claim_order(
     "fusegpt/injection",
-    method="fusegpt",
+    *((FUSED, alone) for alone in (_with(inject=False), _with(inject=False, repair_rate=_FASTER))),
     paper=PAPER,
     statement="Injecting the removed block's weights loses no more than low-rank training of its neighbours alone.",
-    uses=["fusegpt"],
-)
-def injection(context: Context) -> Result:
-    """The ablation of the injected term: against low rank at the paper's rate and, our addition, at the injection's."""
-    faster = FUSEGPT.settings({})["fusion_rate"]
-    alone = (_with(inject=False), _with(inject=False, repair_rate=faster))
-    return _ordered(context, *((Variant(FUSEGPT), other) for other in alone), or_equal=True)
+    keeps=KEEPS,
+    or_equal=True,
+)  # fmt: skip
+
+
+# What the published procedure costs memory for.
+claim_order(
+    "fusegpt/learning-on", (FUSED, _with(collapse="every")),
+    paper="Transect's own",
+    statement="Letting masks of earlier removals go on learning loses no more than collapsing them after each.",
+    keeps=KEEPS,
+    or_equal=True,
+)  # fmt: skip

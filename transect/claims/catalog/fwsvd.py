@@ -6,36 +6,28 @@ from ...compression import Method
 from ...compression import method as registered
 from ...compression.allocation.table import uniform_rank
 from ..context import Context, Variant
-from ..ordering import KEEPS, compare, ordered
+from ..ordering import KEEPS, claim_order, compare
 from ..registry import Result, Verdict, claim
 
 PAPER = registered("fwsvd").paper
 SVD, FWSVD, SVD_LLM = registered("svd"), registered("fwsvd"), registered("svd-llm")
 
 
-@claim(
-    "fwsvd/below-svd",
-    method="fwsvd",
+# The paper's headline, without its fine-tuning.
+claim_order(
+    "fwsvd/below-svd", (Variant(FWSVD), Variant(SVD)),
     paper=PAPER,
     statement="At the same size, FWSVD loses less than plain SVD.",
-    uses=["svd", "fwsvd"],
-)
-def below_svd(context: Context) -> Result:
-    """The paper's headline, without its fine-tuning."""
-    return ordered(context, (Variant(FWSVD), Variant(SVD)))
+    any_task=True,
+)  # fmt: skip
 
 
-@claim(
-    "fwsvd/above-svd-llm",
-    method="fwsvd",
+# From SVD-LLM's table of perplexities.
+claim_order(
+    "fwsvd/above-svd-llm", (Variant(SVD_LLM), Variant(FWSVD)),
     paper=SVD_LLM.paper,
     statement="At the same size, FWSVD loses more than SVD-LLM.",
-    uses=["fwsvd", "svd-llm"],
-)
-def above_svd_llm(context: Context) -> Result:
-    """From SVD-LLM's table of perplexities."""
-    context.require_language_model()
-    return ordered(context, (Variant(SVD_LLM), Variant(FWSVD)))
+)  # fmt: skip
 
 
 @claim(

@@ -8,51 +8,37 @@ from ...compression import Factorization, Method, weighted_svd
 from ...compression import method as registered
 from ...compression.cholesky import raised_cholesky
 from ...compression.weighted_svd import shrink
-from ..context import Context, Variant
-from ..ordering import ordered
-from ..registry import Result, claim
+from ..context import Variant
+from ..ordering import claim_order
 
 SVD, SVD_LLM, KFAC_SVD = registered("svd"), registered("svd-llm"), registered("kfac-svd")
 PAPER = KFAC_SVD.paper
 
 
-@claim(
-    "kfac-svd/below-svd-llm",
-    method="kfac-svd",
+# The paper's headline for its factorization, with uniform ranks.
+claim_order(
+    "kfac-svd/below-svd-llm", (Variant(KFAC_SVD), Variant(SVD_LLM)), (Variant(SVD_LLM), Variant(SVD)),
     paper=PAPER,
     statement="At the same size, KFAC-SVD loses less than SVD-LLM, and that less than plain SVD.",
-    uses=["svd", "svd-llm", "kfac-svd"],
-)
-def below_svd_llm(context: Context) -> Result:
-    """The paper's headline for its factorization, with uniform ranks."""
-    context.require_language_model()
-    return ordered(context, (Variant(KFAC_SVD), Variant(SVD_LLM)), (Variant(SVD_LLM), Variant(SVD)))
+)  # fmt: skip
 
 
-@claim(
-    "kfac-svd/searched-ranks",
-    method="kfac-svd",
+# The paper's headline for its allocation.
+claim_order(
+    "kfac-svd/searched-ranks", (Variant(KFAC_SVD, "ilp"), Variant(KFAC_SVD)),
     paper=PAPER,
     statement="Ranks found by LEMS's search (`ilp`) lose no more than uniform ones of the same budget.",
-    uses=["kfac-svd"],
-)
-def searched_ranks(context: Context) -> Result:
-    """The paper's headline for its allocation."""
-    context.require_language_model()
-    return ordered(context, (Variant(KFAC_SVD, "ilp"), Variant(KFAC_SVD)), or_equal=True)
+    or_equal=True,
+)  # fmt: skip
 
 
-@claim(
-    "kfac-svd/ranked-components",
-    method="kfac-svd",
+# KFAC-SVD's singular values are all in units of the loss, so they can be compared across matrices.
+claim_order(
+    "kfac-svd/ranked-components", (Variant(KFAC_SVD, "global"), Variant(KFAC_SVD)),
     paper="Transect's own",
     statement="Ranks from one ranking of all matrices' components (`global`) lose no more than uniform ones.",
-    uses=["kfac-svd"],
-)
-def ranked_components(context: Context) -> Result:
-    """KFAC-SVD's singular values are all in units of the loss, so they can be compared across matrices."""
-    context.require_language_model()
-    return ordered(context, (Variant(KFAC_SVD, "global"), Variant(KFAC_SVD)), or_equal=True)
+    or_equal=True,
+)  # fmt: skip
 
 
 def as_released(weight: Tensor, covariance: Tensor, gradient_covariance: Tensor) -> Factorization:
@@ -68,14 +54,9 @@ def as_released(weight: Tensor, covariance: Tensor, gradient_covariance: Tensor)
 RELEASED = Method("kfac-svd released", "factorization", PAPER, as_released, KFAC_SVD.needs)
 
 
-@claim(
-    "kfac-svd/orientation",
-    method="kfac-svd",
+# Whether the orientation bug in the authors' code matters on a whole model.
+claim_order(
+    "kfac-svd/orientation", (Variant(KFAC_SVD), Variant(RELEASED)),
     paper="Transect's own",
     statement="The objective's orientation, L_Γᵀ W L_A, loses less than the released code's L_Γ W L_A.",
-    uses=["kfac-svd"],
-)
-def orientation(context: Context) -> Result:
-    """Whether the orientation bug in the authors' code matters on a whole model."""
-    context.require_language_model()
-    return ordered(context, (Variant(KFAC_SVD), Variant(RELEASED)))
+)  # fmt: skip

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from ...compression import method as registered
@@ -11,8 +9,8 @@ from ...compression.catalog.llm_drop import remove, units_of
 from ...compression.copying import working_copy
 from ...statistics import SublayerSimilarity
 from ..context import Context, Measured, Variant
-from ..controls import comparison, mean_of
-from ..ordering import compare, judge
+from ..controls import mean_of
+from ..ordering import comparison, judge, ordered_at
 from ..registry import NotApplicable, Result, Verdict, claim
 
 LLM_DROP = registered("llm-drop")
@@ -47,8 +45,7 @@ def quarter(context: Context) -> int:
 def attention_first(context: Context) -> Result:
     """The paper's headline. The same number of units, which is not the same number of bytes."""
     attention, mlp, block = (dropped(kind, quarter(context)) for kind in KINDS)
-    result = judge([compare(context, attention, mlp, 1.0), compare(context, mlp, block, 1.0)])
-    return replace(result, explanation=f"{result.explanation}. Dense loss {context.dense.loss:.4f}.")
+    return ordered_at(context, [1.0], (attention, mlp), (mlp, block))
 
 
 @claim(

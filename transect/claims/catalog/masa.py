@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from ...compression import Recipe, compress_anatomy
 from ...compression import method as registered
-from ...compression.catalog.masa import dense_bytes, families_of
+from ...compression.catalog.masa import families_of, family_bytes
 from ...compression.compress import outcome_of
 from ...compression.copying import working_copy
 from ..context import Context, Measured, Variant
-from ..ordering import Comparison, judge
+from ..ordering import comparison, judge
 from ..registry import NotApplicable, Result, claim
 
 MASA = registered("masa")
@@ -27,18 +27,14 @@ def below_svd_llm(context: Context) -> Result:
     context.require_language_model()
     comparisons = []
     for projections in ("qkv", "qkvo"):
-        targeted = sum(map(dense_bytes, families_of(context.anatomy, projections, 0)))
+        targeted = sum(map(family_bytes, families_of(context.anatomy, projections, 0)))
         if not targeted:
             raise NotApplicable("no two neighbouring blocks have attention matrices of the same shapes")
         keep = 1 - (1 - SHARE) * targeted / context.anatomy.matrix_bytes()
         variant = Variant(MASA, settings=(("projections", projections),))
         mixtures, factors = context.compressed(variant, keep), svd_llm_on(context, projections)
-        comparisons.append(
-            Comparison(
-                keep, variant.name, f"svd-llm of {', '.join(projections)}", mixtures.kept, factors.kept,
-                mixtures.loss, factors.loss, *mixtures.minus(factors),
-            )
-        )  # fmt: skip
+        other = f"svd-llm of {', '.join(projections)}"
+        comparisons.append(comparison(keep, (variant.name, mixtures), (other, factors)))
     return judge(comparisons)
 
 

@@ -12,7 +12,7 @@ from ...compression import method as registered
 from ...compression.allocation.table import uniform_rank
 from ...forward import run_body
 from ..context import Context, Variant
-from ..ordering import ordered
+from ..ordering import claim_order
 from ..registry import Result, Verdict, claim
 
 SVD, FWSVD, SVD_LLM = registered("svd"), registered("fwsvd"), registered("svd-llm")
@@ -21,30 +21,20 @@ _KEEP = 0.6
 _TOLERANCE = 1e-4
 
 
-@claim(
-    "svd-llm/below-svd",
-    method="svd-llm",
+# The paper's headline, for its training-free first stage.
+claim_order(
+    "svd-llm/below-svd", (Variant(SVD_LLM), Variant(SVD)), (Variant(SVD_LLM), Variant(FWSVD)),
     paper=PAPER,
     statement="At the same size, SVD-LLM loses less than plain SVD and FWSVD.",
-    uses=["svd", "fwsvd", "svd-llm"],
-)
-def below_svd(context: Context) -> Result:
-    """The paper's headline, for its training-free first stage."""
-    context.require_language_model()
-    return ordered(context, (Variant(SVD_LLM), Variant(SVD)), (Variant(SVD_LLM), Variant(FWSVD)))
+)  # fmt: skip
 
 
-@claim(
-    "svd-llm/refit",
-    method="svd-llm",
+# The closed-form update, on all of the calibration data.
+claim_order(
+    "svd-llm/refit", (Variant(SVD_LLM, refit=True), Variant(SVD_LLM)),
     paper=PAPER,
     statement="Refitting the left factors on the compressed model's activations lowers the loss.",
-    uses=["svd-llm"],
-)
-def refit(context: Context) -> Result:
-    """The closed-form update, on all of the calibration data."""
-    context.require_language_model()
-    return ordered(context, (Variant(SVD_LLM, refit=True), Variant(SVD_LLM)))
+)  # fmt: skip
 
 
 @claim(

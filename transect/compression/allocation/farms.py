@@ -58,16 +58,17 @@ def farms(
     the mean of the others), scaled to t_b in [1 - ε, 1 + ε], and p_b its bytes,
     block b loses the share S t_b Σp / Σ(p t) of its bytes, where S = 1 - keep; all its matrices lose the same. A block
     never loses more than 0.998, and what that leaves over is taken from the others in proportion to t (the paper leaves
-    it untaken). The exponents come from windows of one shape, since a spectrum's depends on the matrix's. They use the
-    weights alone: no data, whatever the method.
+    it untaken). The exponents come from windows of one shape, since a spectrum's depends on the matrix's. Eigenvalues
+    below 1e-5 of the largest count as zeros, which have no logarithm (our floor; the authors' code has an absolute one,
+    and does not use it by default). They use the weights alone: no data, whatever the method.
 
     epsilon: how far the shares may differ: the largest removal is (1 + epsilon) / (1 - epsilon) times the smallest.
         The authors tune it per model and method, on text that must not be the evaluation's.
     window: rows (and columns) of a window; 0 is the smallest side of all the model's matrices, at most 2000. A matrix
         with a smaller side gets smaller windows, whose exponents are less comparable.
     windows: windows along each side of a matrix, overlapping where they must. Costs windows² eigenvalue problems.
-    estimator: where the tail begins: at the median eigenvalue, or where a power law fits best near the density's peak
-        (the paper's for pruning, but noisy).
+    estimator: where the tail begins: at the median eigenvalue, our default, or where a power law fits best near the
+        density's peak (the paper's for pruning, but noisy).
     """
     blocks: dict[int, list[Unit]] = {}
     for unit in units:

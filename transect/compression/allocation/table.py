@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...anatomy import Matrix
 from ...errors import OutOfReach, TransectError
+from ..sizes import dense_bytes
 
 # Rank per matrix name; None means that the matrix stays dense.
 Ranks = dict[str, int | None]
@@ -28,8 +29,7 @@ class Unit:
     @staticmethod
     def of(matrix: Matrix) -> Unit:
         """The unit of a dense matrix."""
-        m, n = matrix.shape
-        return Unit(matrix.name, matrix.block.index, matrix.role, m * n * matrix.module.weight.element_size())
+        return Unit(matrix.name, matrix.block.index, matrix.role, dense_bytes(matrix))
 
 
 @dataclass(frozen=True)

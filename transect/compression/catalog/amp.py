@@ -13,6 +13,7 @@ from ...anatomy.storage import is_dense
 from ...errors import OutOfReach, TransectError
 from ...statistics import HeadContribution, SequenceMagnitude, Statistics, key_of
 from ..registry import Range, slicing
+from ..sizes import dense_bytes, neuron_bytes
 
 _HEADS, _NEURONS = HeadContribution(), SequenceMagnitude()
 
@@ -27,13 +28,13 @@ def counts(block: Block, keep: float) -> tuple[int, int]:
     matrices = block.matrices()
     if not all(is_dense(matrix.module) for matrix in matrices):
         raise TransectError(f"amp cuts heads and neurons out of dense matrices, and block {block.index} has others")
-    sizes = {m.role: m.shape[0] * m.shape[1] * m.module.weight.element_size() for m in matrices}
+    sizes = {matrix.role: dense_bytes(matrix) for matrix in matrices}
     whole = sum(sizes.values())
     attention, mlp = block.attention, block.mlp
     groups = attention.key_value_heads if attention else 0
     neurons = mlp.neurons if mlp else 0
     per_group = sum(sizes[role] for role in "qkvo") // groups if attention else 0
-    per_neuron = (whole - groups * per_group) // neurons if mlp else 0
+    per_neuron = neuron_bytes(block)
     budget = int(keep * whole * (1 + 1e-12))  # the rounding of a share must not cost a neuron
     if budget < per_group + per_neuron:
         least = math.ceil((per_group + per_neuron) / whole * 1e4) / 1e4
@@ -66,12 +67,11 @@ def amp(
     """Remove the heads that add least to the residual stream and the neurons that are least active.
 
     Head n scores E||W_o,n c_n||_1, the mean size of what it adds. Heads that share keys and values go together, by the
-    sum of their scores (our rule; the paper has none for them). Neuron m scores E|x_m|, where x is the input of the down
-    matrix. Both are means over sequences of each one's mean over its positions, so that a short prompt counts as much
-    as a long one. The same share of the groups of heads
-    goes in every block, rounded, and as many neurons as bring the block's bytes to its budget, so that equal shares
-    leave an ordinary, smaller model. The paper's share r is of all parameters, embeddings included; `keep` is of the
-    blocks' matrices.
+    sum of their scores (our rule; the paper has none for them). Neuron m scores E|x_m|, where x is the input of the
+    down matrix. Both are means over sequences of each one's mean over its positions, so that a short prompt counts as
+    much as a long one. The same share of the groups of heads goes in every block, rounded, and as many neurons as bring
+    the block's bytes to its budget, so that equal shares leave an ordinary, smaller model. The paper's share r is of
+    all parameters, embeddings included; `keep` is of the blocks' matrices.
 
     order: which go: the lowest scores, or, as controls, the highest, or random ones.
     neuron_score: "activation" is the paper's E|x_m|; "output", ours, is E|x_m| ||W_down[:, m]||_1, the size of what the

@@ -13,7 +13,8 @@ from ..weighted_svd import Factorization, weighted_svd
 def asvd(weight: Tensor, magnitude: Tensor, *, alpha: Annotated[float, Range(0, 2)] = 0.5) -> Factorization:
     """Scale each input feature by its activations' mean magnitude to the power alpha before the SVD.
 
-    SVD of W S with S = diag((E|x_j|)^alpha), then S⁻¹ is folded back into the right factor.
+    SVD of W S with S = diag((E|x_j|)^alpha), then S⁻¹ is folded back into the right factor. A feature that is never on
+    counts like one of a millionth of the mean magnitude, so that S has an inverse (our floor).
 
     alpha: how strongly large activations count; 0 is plain SVD.
     """

@@ -39,14 +39,15 @@ def cospadi_shared(
 
     Minimises Σ_l E||(W_l - S_l D) x||² with the expectation over the inputs of all of the group's layers, as the paper
     does: W is the layers' matrices on top of one another and C the mean of their covariances. Every group keeps the
-    same share of its bytes.
+    same share of its bytes. The rest as for `cospadi`, the final fit of the non-zeros included.
 
-    layers: consecutive layers that share one dictionary; the last group may have fewer.
+    layers: consecutive layers that share one dictionary; the last group may have fewer. The default is ours.
     ratio: atoms per non-zero, ρ = k/s; the support costs ρ bits a non-zero.
-    start: atoms to start from: singular vectors, or columns of the whitened matrix drawn at random, the paper's.
+    start: atoms to start from: singular vectors, our default, or columns of the whitened matrix drawn at random, the
+        paper's.
     iterations: most rounds of coding and dictionary update; the paper does 60.
-    tolerance: stop once five rounds lower the squared error by less than this share; 0 does all rounds.
-    shrinkage: C becomes (1 - a) C + a mean(diag C) I, so that directions never seen stay bounded.
+    tolerance: stop once five rounds lower the squared error by less than this share (our rule); 0 does all rounds.
+    shrinkage: C becomes (1 - a) C + a mean(diag C) I, so that directions never seen stay bounded (ours).
     seed: of the columns drawn.
     """
     if keep == 1:

@@ -15,7 +15,8 @@ def fwsvd(weight: Tensor, fisher: Tensor, *, axis: Literal["out", "in"] = "out")
     """Spend the rank on the rows of W that the loss is sensitive to, by the diagonal Fisher information.
 
     Minimises Σ_i ι_i ||W_i - Ŵ_i||² with ι_i = Σ_j I_ij, the Fisher information I (d_out x d_in) pooled over a row.
-    The element-wise weighted problem has no closed form; pooling is the paper's step.
+    The element-wise weighted problem has no closed form; pooling is the paper's step. A row counts at least a millionth
+    of the mean (our floor), so that dead rows can be weighed.
 
     axis: "out" pools each row of W (an output feature), as the paper's restatements in this layout do; "in" pools
         each column instead, the variant of later LLM code.

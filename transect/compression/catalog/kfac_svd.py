@@ -27,7 +27,10 @@ def kfac_svd(
     Minimises tr(Γ (W - Ŵ) A (W - Ŵ)ᵀ) with A = E[x xᵀ] and Γ = E[g gᵀ], token by token: the SVD of L_Γᵀ W L_A. The
     authors' released code multiplies by L_Γ where its objective needs L_Γᵀ; this is the objective's form.
 
-    input_shrinkage: A becomes (1 - a) A + a mean(diag A) I.
+    For text, an eighth of the positions at either end of a sequence is left out of Γ, and gradients are clamped to 0.1
+    to 10 times their sequence's mean norm, as in that code.
+
+    input_shrinkage: A becomes (1 - a) A + a mean(diag A) I; the default is the authors'.
     gradient_shrinkage: likewise for Γ; the authors use 0.3 for text and 0.7 for images.
     """
     return weighted_svd(weight, shrink(gradient_covariance, gradient_shrinkage), shrink(covariance, input_shrinkage))

@@ -20,6 +20,7 @@ from ...operators.shared import Bank
 from ...statistics import InputCovariance, Statistics, key_of
 from ..frame import put
 from ..registry import Calibration, Range, restructuring
+from ..sizes import dense_bytes
 from ..weighted_svd import weighted_svd
 
 Family = list[Matrix]  # matrices of one role and shape, of several blocks, that share atoms
@@ -35,7 +36,7 @@ def check(anatomy: Anatomy, keep: float, *, projections: str, group_size: int) -
             "masa shares matrices between blocks, but there are no two neighbouring blocks whose attention matrices "
             "have the same shapes"
         )
-    targeted = sum(dense_bytes(family) for family in families)
+    targeted = sum(map(family_bytes, families))
     least = max(smallest_share(family) for family in families)
     if attention_share(anatomy, families, keep) < least:
         within = math.ceil(1e4 * (1 - (1 - least) * targeted / anatomy.matrix_bytes())) / 1e4
@@ -66,7 +67,7 @@ def masa(
     The order of a layer's heads and the bases inside them are free, and are left as they are: on the models tried,
     matching heads between layers left the spectra as flat, and rotating value heads helped at small budgets only.
 
-    projections: which matrices are shared; o is the most sensitive one.
+    projections: which matrices are shared; o is the most sensitive one, so the default leaves it dense.
     group_size: at most so many neighbouring layers share atoms, in groups as equal as possible; 0 for all layers. The
         paper groups layers by how their removal changes the predictions; a fixed number is our choice.
     """
@@ -97,10 +98,9 @@ def families_of(anatomy: Anatomy, projections: str, group_size: int) -> list[Fam
     return families
 
 
-def dense_bytes(family: Family) -> int:
+def family_bytes(family: Family) -> int:
     """Bytes of all matrices of a family while they are dense."""
-    d_out, d_in = family[0].shape
-    return len(family) * d_out * d_in * family[0].module.weight.element_size()
+    return sum(map(dense_bytes, family))
 
 
 def smallest_share(family: Family) -> float:
@@ -111,7 +111,7 @@ def smallest_share(family: Family) -> float:
 
 def attention_share(anatomy: Anatomy, families: Sequence[Family], keep: float) -> float:
     """The share of the families' bytes that remains, if all other matrices stay as they are."""
-    return 1 - (1 - keep) * anatomy.matrix_bytes() / sum(map(dense_bytes, families))
+    return 1 - (1 - keep) * anatomy.matrix_bytes() / sum(map(family_bytes, families))
 
 
 def splits(layers: int, d_out: int, d_in: int, share: float) -> Iterator[tuple[int, int]]:

@@ -24,6 +24,7 @@ from ..narrow_heads import (
 )
 from ..nystrom import leverage_scores, nystrom_update
 from ..registry import Range, slicing
+from ..sizes import dense_bytes, neuron_bytes
 from ..weighted_svd import shrink
 
 _VALUE_SHRINKAGE = 1e-6  # of the attention input's covariance, so that directions it never saw still count a little
@@ -65,12 +66,11 @@ def widths_for(block: Block, keep: float, query_key_removal: float) -> Widths:
     Values and neurons lose one share φ, queries and keys query_key_removal · φ, nothing if they are normalised; then φ
     is what the budget asks for. Widths within heads are rounded down, and what that leaves goes to the neurons.
     """
-    dense = sum(_bytes(matrix, matrix.shape[0]) for matrix in block.matrices())
+    dense = sum(map(dense_bytes, block.matrices()))
     budget = int(keep * dense * (1 + 1e-12))
     attention, mlp = block.attention, block.mlp
     neurons = mlp.neurons if mlp is not None else 0
-    roles = ("gate", "up", "down")
-    per_neuron = sum(_bytes(m, m.shape[0]) for m in block.matrices() if m.role in roles) // max(neurons, 1)
+    per_neuron = neuron_bytes(block)
     if attention is None:
         widths = Widths(0, 0, min(neurons, budget // max(per_neuron, 1)))
         if widths.neurons < 1:
@@ -103,11 +103,6 @@ def widths_for(block: Block, keep: float, query_key_removal: float) -> Widths:
     return Widths(channels, values, min(neurons, fitting))
 
 
-def _bytes(matrix: Matrix, rows: int) -> int:
-    """Of that many rows of a dense matrix."""
-    return rows * matrix.shape[1] * matrix.module.weight.element_size()
-
-
 def _too_little(block: Block, keep: float) -> str:
     return (
         f"keep={keep:.4g} of block {block.index} does not pay for one channel of each head (two with rotary positions) "
@@ -137,16 +132,19 @@ def modegpt(
     MLP: the neurons of the largest ridge leverage scores stay, and the down matrix makes up for the others. Queries and
     keys: of each key/value head the channels (pairs, under rotary positions) of the largest √(E[q_i²] E[k_i²]) stay,
     summed over the query heads that share them; the softmax scale and the rotation frequencies stay as well. Values
-    and outputs: O V of each head is replaced by its best approximation on the calibration data.
+    and outputs: O V of each head is replaced by its best approximation on the calibration data; where several query
+    heads share their values, it is that of their O on top of one another (ours; the paper has no grouped heads). How
+    much each block loses is the paper's `similarity` allocation, unless another is named.
 
     Where queries and keys are normalised after their projection (Qwen3, Gemma 3, OLMo-2), dropping channels would
     change the norm of the others: they stay dense, and MLP and values pay for it. The model's own attention still sees
     heads of full size, zeros where channels are gone, so the key/value cache stays as large. Widths within heads are
     rounded down, the paper's up, and what is left goes to the neurons; they need not be multiples of 8.
 
-    ridge: λ of the leverage scores, relative to mean diag E[h hᵀ]; the default is a re-implementation's.
+    ridge: λ of the leverage scores, relative to mean diag E[h hᵀ]; the default is a re-implementation's. The update
+        itself and the values' covariance have a ridge and a shrinkage of 1e-6, ours.
     query_key_removal: share removed from queries and keys, relative to that removed from MLP and values; below 1 these
-        lose more instead. 1 is the paper's.
+        lose more instead. 1 is the paper's; other values are our addition.
     selection: neurons stay by leverage scores, or by the magnitude of their weights, as a baseline.
     update: whether the down matrix is recomputed for the neurons that stay; false only cuts it, as a baseline.
     """

@@ -35,6 +35,7 @@ def monarch(weight: Tensor, channels: int, *, blocks: Annotated[int, Range(1, 40
     on its own it mostly loses more than SVD of the same size; the paper trains the result afterwards. A size
     between two numbers of channels is rounded down.
 
-    blocks: number of input and of output blocks; 1 is plain SVD, and the authors' layer has 4.
+    blocks: number of input and of output blocks, as many of one as of the other (the authors' projection may have
+        different numbers); 1 is plain SVD, and the authors' layer has 4.
     """
     return Monarch.from_dense(weight, blocks, blocks, channels)

@@ -25,7 +25,7 @@ def sparsegpt(
     group's two are chosen when its first column's turn comes, after the updates so far. A feature that is never on
     loses its weights.
 
-    damping: added to the diagonal of H, relative to its mean.
+    damping: added to the diagonal of H, relative to its mean; the authors' default.
     """
     d_in, padding = weight.shape[1], -weight.shape[1] % 4
     weight = torch.nn.functional.pad(weight, (0, padding))

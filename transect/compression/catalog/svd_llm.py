@@ -17,6 +17,7 @@ def svd_llm(weight: Tensor, covariance: Tensor, *, shrinkage: Annotated[float, R
     dropped singular values squared are exactly the mean squared output error. This is the paper's stage 1, "(W)"; its
     closed-form update of the left factor is the frame's `refit`.
 
-    shrinkage: C becomes (1 - s) C + s mean(diag C) I, so that directions never seen in calibration stay bounded.
+    shrinkage: C becomes (1 - s) C + s mean(diag C) I, so that directions never seen in calibration stay bounded. Ours;
+        the authors' code adds to C only where its Cholesky factorization fails, and then an absolute amount.
     """
     return weighted_svd(weight, input_metric=shrink(covariance, shrinkage))

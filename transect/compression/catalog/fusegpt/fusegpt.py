@@ -71,14 +71,15 @@ def fusegpt(
     drop: number of blocks to remove; 0 removes as few as bring the matrices to `keep`.
     choice: how blocks are chosen: by Macro Influence measured anew after every removal, by that of the dense model
         (once), or by how little a block turns its own input in the dense model (cosine).
-    group: blocks of a group, the removed one included.
-    rank: of the mask on the removed weights, and of the low-rank change beside it.
+    group: blocks of a group, the removed one included, as in the authors' code; the paper leaves it out of the count.
+    rank: of the mask on the removed weights, and of the low-rank change beside it, which is always 128 in that code.
     inject: whether the removed block's weights are injected; without, neighbours learn the low-rank change only.
     collapse: when masks and low-rank changes become plain weights: after the last removal, as in the authors' code, or
         after every one, our addition, which takes less memory; learning then starts anew from there.
     epochs: passes over the training sequences for every removed block; 0 removes blocks without any fusion. The authors
         take 20; 5 is our choice, a quarter of the time on a processor.
-    loss: distance to the group's former output: KL divergence between the softmax over the features, or squared error.
+    loss: distance to the group's former output: KL divergence between the softmax over the features (ours; the authors'
+        code takes it over the sequences of a batch, see `distance`), or squared error.
     fusion_rate: learning rate of the mask and of the biases' coefficients.
     repair_rate: learning rate of the low-rank change, the norms and the biases.
     training_sequences: calibration sequences to train on, the first ones; fewer if fewer are given.

@@ -15,8 +15,8 @@ from ...copying import working_copy
 from ...dictionary_learning import dictionary_size
 from ...divergence import Divergence
 from ...factorized import SEARCH_SEQUENCES
-from ...refit import refit_to_dense
 from ...registry import Calibration, Range, restructuring
+from ...sizes import dense_bytes
 from ...weighted_svd import shrink
 from .options import (
     RATIO,
@@ -24,7 +24,6 @@ from .options import (
     Option,
     choose,
     dense,
-    dense_bytes,
     dictionary_options,
     least_narrow_bytes,
     low_rank_options,
@@ -32,6 +31,7 @@ from .options import (
     narrow_query_key_options,
     narrow_value_options,
 )
+from .refit import refit_to_dense
 
 _INPUTS, _MEAN = InputCovariance(), InputMean()
 _GRADIENTS = OutputGradientCovariance(trim=0.125, clip=(0.1, 10.0))

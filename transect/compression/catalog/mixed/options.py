@@ -34,6 +34,7 @@ from ...narrow_heads import (
     value_bytes,
 )
 from ...nystrom import leverage_scores, nystrom_update
+from ...sizes import dense_bytes, neuron_bytes
 from ...weighted_svd import weighted_svd
 
 MLP_ROLES = ("gate", "up", "down")
@@ -77,11 +78,6 @@ class Metric:
     def price(self, change: Tensor) -> float:
         """tr(Γ Δ A Δᵀ) of Δ = W - Ŵ (d_out x d_in)."""
         return float(((self.gradients @ change) @ self.inputs * change).sum().clamp_min(0))
-
-
-def dense_bytes(matrix: Matrix) -> int:
-    m, n = matrix.shape
-    return m * n * matrix.module.weight.element_size()
 
 
 def _named(block: Block, name: str) -> Matrix:
@@ -146,7 +142,7 @@ def narrow_mlp_options(metrics: Sequence[Metric], shares: Sequence[float], ridge
     metrics, down = list(by_role.values()), by_role["down"]
     weight = down.matrix.weight.double()  # d x d_ff
     order = leverage_scores(down.inputs, ridge).argsort(descending=True)
-    per_neuron = sum(metric.dense_bytes for metric in metrics) // len(order)
+    per_neuron = neuron_bytes(down.matrix.block)  # type: ignore[arg-type]
     for share in shares:
         count = int(share * len(order))
         if count < 1:
@@ -293,8 +289,7 @@ def least_narrow_bytes(block: Block, widths: Sequence[float], neurons: Sequence[
     if isinstance(mlp, Experts):
         total += sum(dense_bytes(matrix) for matrix in mlp.matrices())
     elif mlp is not None:
-        whole = sum(sizes.get(role, 0) for role in MLP_ROLES)
-        total += whole // mlp.neurons * max(1, int(min(neurons) * mlp.neurons))
+        total += neuron_bytes(block) * max(1, int(min(neurons) * mlp.neurons))
     return total
 
 

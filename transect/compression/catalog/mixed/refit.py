@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..anatomy import Anatomy, ExpertMatrix, Matrix
-from ..forward import Batch
-from ..forward.blocks import feeds_of, run_block
-from ..operators import Operator
-from ..statistics import Progress
+from ....anatomy import Anatomy, ExpertMatrix, Matrix
+from ....forward import Batch
+from ....forward.blocks import feeds_of, run_block
+from ....operators import Operator
+from ....statistics import Progress
 
 
 @torch.no_grad()
