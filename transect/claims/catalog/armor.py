@@ -54,12 +54,12 @@ def below_two_four(context: Context) -> Result:
     "armor/nowag-p-beside-wanda",
     method="armor",
     paper=PAPER,
-    statement="With all matrices 2:4, ARMOR's start, NoWag-P, is about as good as Wanda: the two differ by less than a tenth "
-    "of what Wanda adds to the loss.",
+    statement="With all matrices 2:4, ARMOR's start, NoWag-P, is about as good as Wanda: the two differ by less than a "
+    "tenth of what Wanda adds to the loss.",
     uses=["nowag-p", "wanda"],
 )
 def nowag_p_beside_wanda(context: Context) -> Result:
-    """In the paper's table the logarithms of their perplexities differ by 1 to 5 % of that. The bound of a tenth is ours."""
+    """In the paper's tables the logarithms of their perplexities differ by 1 to 5 % of that; the bound is ours."""
     context.require_language_model()
     found = compare(context, NOWAG_P, WANDA, smallest(context))
     added = found.worse_loss - context.dense.loss

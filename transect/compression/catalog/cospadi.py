@@ -32,9 +32,9 @@ def cospadi(
     """Build each output unit from a few atoms of a learned dictionary, so that a layer's outputs change little.
 
     Minimises E||(W - S D) x||² by OMP and K-SVD, over D (k x d_in) and S (d_out x k) of s non-zeros a row. In the end
-    the non-zeros are fitted anew on their support, in float64 (ours; the paper ends with the last K-SVD sweep). Stored: D
-    and the non-zeros in the model's own dtype, and one bit for every entry of S. The paper's nominal ratio leaves those
-    bits out, since it stores 14-bit coefficients; so at the same nominal ratio its k and s are larger than here.
+    the non-zeros are fitted anew on their support, in float64 (ours; the paper ends with the last K-SVD sweep). Stored:
+    D and the non-zeros in the model's own dtype, and one bit for every entry of S. The paper's nominal ratio leaves
+    those bits out, since it stores 14-bit coefficients; so at the same nominal ratio its k and s are larger than here.
 
     ratio: atoms per non-zero, ρ = k/s; the support costs ρ bits a non-zero.
     start: atoms to start from: singular vectors, our default, or columns of the whitened matrix drawn at random, the

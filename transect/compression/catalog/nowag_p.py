@@ -12,7 +12,7 @@ from ..two_four import normalized, two_four, two_four_size, usable
 def nowag_p(weight: Tensor, rms: Tensor) -> SemiStructured:
     """Keep the two of every four weights with the largest W̄² E x²; W̄ has its columns, then its rows normalised.
 
-    It is where ARMOR starts. The weights that are kept stay as they are. A feature that is never on counts like the mean
-    of the others, as in ARMOR's code.
+    It is where ARMOR starts. The weights that are kept stay as they are. A feature that is never on counts like the
+    mean of the others, as in ARMOR's code.
     """
     return two_four(weight, normalized(weight)[0].square() * usable(rms.square()))

@@ -2,8 +2,8 @@
 
 Every stored matrix W of a receiving block becomes W + B A + Σ_k (P_k Q_k) o W_k, with W_k that of the k-th removed
 block that it receives and o elementwise; a bias b becomes b + Σ_k c_k o b_k. B, P and c start at zero, so the group
-starts as the plain removal. The terms are of the same form however a matrix is stored (transposed in GPT-2, several in one);
-matrices stored as one count as one.
+starts as the plain removal. The terms are of the same form however a matrix is stored (transposed in GPT-2, several in
+one); matrices stored as one count as one.
 """
 
 from __future__ import annotations
