@@ -116,6 +116,26 @@ def test_statistics_are_read_from_the_cache(tmp_path, monkeypatch):
     assert_alike(logits(first, inputs("llama")), logits(again, inputs("llama")))  # the cache lies elsewhere in memory
 
 
+def test_the_cache_is_of_one_configuration_and_of_one_set_of_positions(tmp_path):
+    """The same weights with other rotations, and the same tokens at other positions, have other statistics."""
+    cache = tmp_path / "statistics.safetensors"
+    packed = {"input_ids": DATA[:1], "position_ids": torch.arange(DATA.shape[1])[None]}
+    restarted = {**packed, "position_ids": packed["position_ids"] % 5}
+    other = tiny("gpt2")
+    other.config.scale_attn_weights = False
+    for layer in other.transformer.h:
+        layer.attn.scale_attn_weights = False
+    made = [
+        transect.compress(model, "svd-llm", 0.5, data, cache=cache)
+        for model, data in ((tiny("gpt2"), [packed]), (other, [packed]), (tiny("gpt2"), [restarted]))
+    ]
+    fresh = transect.compress(tiny("gpt2"), "svd-llm", 0.5, [restarted])
+    states = [model.state_dict() for model in (*made, fresh)]
+    key = "transformer.h.2.mlp.c_proj.left.weight"
+    assert not torch.equal(states[0][key], states[1][key]) and not torch.equal(states[0][key], states[2][key])
+    assert torch.equal(states[2][key], states[3][key])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

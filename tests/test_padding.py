@@ -43,6 +43,11 @@ SIDES = ["left", "right"]
 PAD = 9  # a token like any other: the mask says where padding is
 
 
+def exact(name: str) -> torch.dtype:
+    """float64; but eager attention, which Gemma 2 needs, gives NaN in it where a position sees nothing but padding."""
+    return torch.float32 if name == "gemma2" else torch.float64
+
+
 def rows(lengths: tuple[int, ...] = (16, 9, 1)) -> list[Tensor]:
     generator = torch.Generator().manual_seed(4)
     return [torch.randint(10, VOCABULARY, (length,), generator=generator) for length in lengths]
@@ -70,18 +75,16 @@ def padded(texts: list[Tensor], side: str, name: str = "") -> Batches:
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("name", [*CAUSAL, *ENCODERS])
 def test_the_loss_and_every_statistic(name, side):
-    model, texts = tiny(name, dtype=torch.float64), rows()
+    model, texts = tiny(name, dtype=exact(name)), rows()
+    near = {"rtol": 1e-7, "atol": 1e-11} if model.dtype == torch.float64 else {"rtol": 1e-3, "atol": 1e-4}
     together, alone = padded(texts, side, name), apart(texts, name)
-    found, expected = (
-        evaluate_loss(model, together),
-        evaluate_loss(model, [b for b in alone if b["input_ids"].numel() > 1]),
-    )
-    assert found.tokens == expected.tokens
-    assert found.loss == pytest.approx(expected.loss, rel=1e-9) and found.accuracy == expected.accuracy
+    found, expected = evaluate_loss(model, together), evaluate_loss(model, alone)
+    assert found.tokens == expected.tokens and found.accuracy == expected.accuracy
+    assert found.loss == pytest.approx(expected.loss, rel=near["rtol"])
     sums = [collect(Anatomy(model), batches, WANTED).state() for batches in (together, alone)]
     assert sums[0].keys() == sums[1].keys()
     for key, tensor in sums[1].items():
-        torch.testing.assert_close(sums[0][key], tensor, rtol=1e-7, atol=1e-11, msg=key)
+        torch.testing.assert_close(sums[0][key], tensor, **near, msg=lambda said, key=key: f"{key}: {said}")
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -198,13 +201,14 @@ def test_no_prediction_across_packed_sequences():
 def test_parts_of_the_head_are_the_whole(name, monkeypatch):
     """Logits, labels and gradients, with softcaps, scales and transforms, in parts of a few positions."""
     monkeypatch.setattr("transect.forward.head.NUMBERS", 5 * VOCABULARY)
-    model = tiny(name, dtype=torch.float64)
+    model = tiny(name, dtype=exact(name))
+    near = {"rtol": 1e-9, "atol": 1e-12} if model.dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-4}
     batch = inputs(name, dtype=torch.float64) if name == "vit" else next(iter(padded(rows(), "left", name)))
     logits, labels = predictions(model, batch)
     with torch.no_grad():
         parts = list(scored(model, batch))
         assert name == "vit" or all(len(part) <= 5 for part, _ in parts)
-        torch.testing.assert_close(torch.cat([part for part, _ in parts]), logits, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(torch.cat([part for part, _ in parts]), logits, **near)
     assert torch.equal(torch.cat([part for _, part in parts]), labels)
     assert not any("forward" in module.__dict__ for module in model.modules())
     summed_loss(logits, labels).backward()
@@ -213,7 +217,7 @@ def test_parts_of_the_head_are_the_whole(name, monkeypatch):
     backpropagate(model, batch, summed_loss)
     for key, parameter in model.named_parameters():
         if expected[key] is not None:
-            torch.testing.assert_close(parameter.grad, expected[key], rtol=1e-9, atol=1e-12, msg=key)
+            torch.testing.assert_close(parameter.grad, expected[key], **near)
 
 
 @pytest.mark.parametrize("config", [

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from ..errors import TransectError
@@ -23,6 +23,7 @@ from ..errors import TransectError
 Batch = Mapping[str, Tensor]
 Task = Literal["causal", "masked", "classification", "unknown"]
 IGNORED = -100
+_TEXT = {"input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "use_cache"}
 
 
 def task_of(model: Any) -> Task:
@@ -60,7 +61,8 @@ def inputs_of(model: Any, batch: Batch, body: bool = False) -> dict[str, Any]:
     if "use_cache" in taken or task_of(model) == "causal":
         inputs["use_cache"] = False
     mask = real_positions(inputs)
-    if mask is not None and "position_ids" in taken and "position_ids" not in inputs:
+    text = inputs.keys() <= _TEXT  # where there are images, too, their places count in ways of the model's own
+    if mask is not None and text and "position_ids" in taken:
         inputs["position_ids"] = (mask.long().cumsum(1) - 1).clamp_min(0) + _first_position(model)
     return inputs
 
@@ -68,8 +70,9 @@ def inputs_of(model: Any, batch: Batch, body: bool = False) -> dict[str, Any]:
 def _first_position(model: Any) -> int:
     """The number of a sequence's first position: 0, but behind the padding index in RoBERTa and its kin."""
     for name, module in model.base_model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            return module.padding_idx + 1
+        padding: Any = getattr(module, "padding_idx", None)
+        if name.endswith("position_embeddings") and padding is not None:
+            return padding + 1
     return 0
 
 
