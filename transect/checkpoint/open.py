@@ -68,6 +68,8 @@ def open_model(
     source = str(name_or_path)
     path = gguf_file(source)
     if path is not None:
+        if revision is not None:
+            raise TransectError(f"{source} is a local file, which has no revisions; leave out the revision")
         model, tokenizer = load_gguf(path, dtype, device)
         processor = None
     else:
