@@ -14,7 +14,7 @@ from transect.compression.catalog.amp import counts
 from transect.errors import OutOfReach, TransectError
 from transect.statistics import HeadContribution, SequenceMagnitude, collect, key_of
 
-from .models import CONFIGS, VOCABULARY, inputs, logits, tiny
+from .models import CONFIGS, VOCABULARY, assert_same_model, inputs, logits, tiny
 from .test_llm_drop import DATA, data_for, decode
 
 HEADS, NEURONS = HeadContribution(), SequenceMagnitude()
@@ -240,7 +240,7 @@ def test_an_ordinary_smaller_checkpoint(tmp_path):
     assert config["intermediate_size"] == 32 and config["hidden_size"] == 32
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(loaded) is LlamaForCausalLM and not Anatomy(loaded).record
-    torch.testing.assert_close(logits(loaded, batch), logits(model, batch))
+    assert_same_model(loaded, model, batch)
     torch.testing.assert_close(decode(loaded, batch["input_ids"]), logits(model, batch), rtol=1e-4, atol=1e-5)
 
 
@@ -253,7 +253,7 @@ def test_a_number_of_heads_that_the_config_refuses_is_recorded(tmp_path):
     assert {block.attention.heads for block in Anatomy(model).blocks} == {3}
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    torch.testing.assert_close(logits(loaded, inputs("llama")), logits(model, inputs("llama")))
+    assert_same_model(loaded, model, inputs("llama"))
 
 
 @pytest.mark.parametrize("name", ["gpt2", "opt", "gpt_neox", "phi3", "gemma3", "olmo2", "bert", "vit"])
@@ -261,7 +261,7 @@ def test_round_trip(name, tmp_path):
     model = transect.compress(tiny(name), "amp", 0.6, data_for(name))
     model.save_pretrained(tmp_path)
     loaded = CONFIGS[name][1].from_pretrained(tmp_path)
-    torch.testing.assert_close(logits(loaded, inputs(name)), logits(model, inputs(name)))
+    assert_same_model(loaded, model, inputs(name))
 
 
 def test_blocks_that_have_lost_a_sublayer_and_sequential_calibration():

@@ -27,7 +27,7 @@ from transect.statistics import (
     key_of,
 )
 
-from .models import MOE_CONFIGS, VOCABULARY, inputs, logits, tiny
+from .models import MOE_CONFIGS, VOCABULARY, assert_alike, assert_same_model, inputs, logits, tiny
 
 ALL = list(MOE_CONFIGS)
 ROUTER = 1e-5  # routers round to float32, whatever the model's precision
@@ -289,7 +289,6 @@ PER_MATRIX = {
     "armor": {"rounds": 3}, "wanda": {}, "sparsegpt": {}, "magnitude": {}, "nowag-p": {},
     "cospadi-shared": {"iterations": 2}, "mixed": {"iterations": 2},
 }  # fmt: skip
-ROUND = 1e-5  # the difference that another layout in memory may make
 
 
 @pytest.mark.parametrize("method", PER_MATRIX)
@@ -304,9 +303,7 @@ def test_every_method_of_single_matrices_keeps_its_budget_and_the_result_loads(m
     assert any(isinstance(module, SeparateExperts) for module in model.modules())
     model.save_pretrained(tmp_path / "small")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
-    state = loaded.state_dict()
-    assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
-    torch.testing.assert_close(logits(loaded, inputs(name)), logits(model, inputs(name)), rtol=ROUND, atol=ROUND)
+    assert_same_model(loaded, model, inputs(name))
     made = [
         loaded.generate(DATA[:1, :6], max_new_tokens=6, do_sample=False, use_cache=cache, pad_token_id=0)
         for cache in (True, False)
@@ -315,7 +312,7 @@ def test_every_method_of_single_matrices_keeps_its_budget_and_the_result_loads(m
     mixtures(Anatomy(loaded))[0].keep([1, 4])  # what was loaded can be changed and saved further
     loaded.save_pretrained(tmp_path / "again")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
-    torch.testing.assert_close(logits(again, inputs(name)), logits(loaded, inputs(name)), rtol=ROUND, atol=ROUND)
+    assert_same_model(again, loaded, inputs(name))
 
 
 def test_a_folder_with_changed_experts_loads_without_transect(tmp_path):
@@ -338,7 +335,7 @@ torch.save([model(ids).logits, model.generate(ids, max_new_tokens=4, do_sample=F
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert ran.returncode == 0 and "stopped" in ran.stdout, ran.stderr
     made, written = torch.load(tmp_path / "out")
-    torch.testing.assert_close(made, logits(model, {"input_ids": DATA[:1]}), rtol=ROUND, atol=ROUND)
+    assert_alike(made, logits(model, {"input_ids": DATA[:1]}))
     assert torch.equal(written, model.generate(DATA[:1], max_new_tokens=4, do_sample=False))
 
 
@@ -361,7 +358,7 @@ def test_expert_count_keeps_the_most_used_and_leaves_an_ordinary_model(name, tmp
     assert "quantization_config" not in config and "per_layer_config" not in config
     assert len(kept) in (config.get("num_experts"), config.get("num_local_experts"))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
-    torch.testing.assert_close(logits(loaded, inputs(name)), logits(model, inputs(name)), rtol=ROUND, atol=ROUND)
+    assert_same_model(loaded, model, inputs(name))
     by_weight = transect.compress(tiny(name), "expert-count", 0.75, DATA, score="weight")
     for mixture, old in zip(mixtures(Anatomy(by_weight)), before, strict=True):
         soft = store.value(mixture.name, ExpertLoad(weighted=True)).topk(len(mixture.experts)).indices
@@ -389,7 +386,7 @@ def test_unequal_numbers_of_experts_load_as_well(tmp_path):
     last.keep([1])
     model.save_pretrained(tmp_path / "small")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
-    torch.testing.assert_close(logits(loaded, inputs("mixtral")), logits(model, inputs("mixtral")), rtol=0, atol=ROUND)
+    assert_same_model(loaded, model, inputs("mixtral"))
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
@@ -405,11 +402,11 @@ def test_dropped_mixtures_and_blocks_are_gone_and_the_result_loads(name, tmp_pat
     torch.testing.assert_close(logits(model, inputs(name)), logits(twin, inputs(name)))
     model.save_pretrained(tmp_path / "dropped")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "dropped")
-    torch.testing.assert_close(logits(loaded, inputs(name)), logits(model, inputs(name)))
+    assert_same_model(loaded, model, inputs(name))
     Anatomy(model).drop_block(0)  # the block without experts of qwen2_moe is now the first
     model.save_pretrained(tmp_path / "shorter")
     shorter = AutoModelForCausalLM.from_pretrained(tmp_path / "shorter")
-    torch.testing.assert_close(logits(shorter, inputs(name)), logits(model, inputs(name)))
+    assert_same_model(shorter, model, inputs(name))
     assert "quantization_config" not in json.loads((tmp_path / "shorter" / "config.json").read_text())
 
 
@@ -426,7 +423,7 @@ def test_a_mixture_that_loses_the_owner_of_a_dictionary_hands_it_over(tmp_path):
     assert all(torch.equal(e.up.weight, old) for e, old in zip(mixture.experts, before, strict=True))
     model.save_pretrained(tmp_path / "small")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
-    torch.testing.assert_close(logits(loaded, inputs("mixtral")), logits(model, inputs("mixtral")), rtol=0, atol=ROUND)
+    assert_same_model(loaded, model, inputs("mixtral"))
 
 
 @pytest.mark.parametrize(

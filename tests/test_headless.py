@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModel, BertForTokenClassification
 
 import transect
-from tests.models import CONFIGS, inputs
+from tests.models import CONFIGS, assert_alike, assert_same_tensors, inputs
 from tests.test_data import word_tokenizer, words
 from tests.test_every_method import QUICK
 from transect import Anatomy
@@ -75,7 +75,8 @@ def test_methods_that_need_only_inputs(method, tmp_path):
     assert Anatomy(model).matrix_bytes() <= 0.7 * before * (1 + 1e-9)
     model.save_pretrained(tmp_path / "small")
     again = AutoModel.from_pretrained(tmp_path / "small").eval()
-    assert torch.equal(states(again, "bert"), states(model, "bert"))
+    assert_same_tensors(again, model)
+    assert_alike(states(again, "bert"), states(model, "bert"))
     assert type(open_model(tmp_path / "small").model).__name__ == "BertModel"
 
 

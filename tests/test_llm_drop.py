@@ -17,7 +17,7 @@ from transect.errors import OutOfReach, TransectError
 from transect.evaluation import parameters
 from transect.statistics import BlockSimilarity, SublayerSimilarity, collect
 
-from .models import CAUSAL, CONFIGS, VOCABULARY, inputs, logits, tiny
+from .models import CAUSAL, CONFIGS, VOCABULARY, assert_same_model, inputs, logits, tiny
 from .test_new_statistics import PRE_NORM, cosine, stream
 
 DATA = torch.randint(3, VOCABULARY, (6, 12), generator=torch.Generator().manual_seed(5))
@@ -245,7 +245,7 @@ def test_dropped_blocks_leave_an_ordinary_checkpoint(name, variant, tmp_path):
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
     loaded = CONFIGS[name][1].from_pretrained(tmp_path)
     assert len(Anatomy(loaded).blocks) == 2
-    torch.testing.assert_close(logits(loaded, inputs(name)), logits(model, inputs(name)))
+    assert_same_model(loaded, model, inputs(name))
 
 
 def test_a_model_that_cannot_lose_blocks_still_loses_sublayers():

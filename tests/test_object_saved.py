@@ -17,7 +17,7 @@ from transect.anatomy import Anatomy, record_of
 from transect.checkpoint import open_model, save
 from transect.errors import TransectError
 
-from .models import VOCABULARY, inputs, logits, tiny
+from .models import VOCABULARY, assert_same_model, inputs, logits, tiny
 from .test_checkpoint import change, low_rank
 
 VIEWS = {
@@ -43,9 +43,7 @@ def loaded(folder):
 def same(folder, model):
     """Whether the folder holds the model's tensors, bit for bit, and computes what it does."""
     again = loaded(folder)
-    state = again.state_dict()
-    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
-    torch.testing.assert_close(logits(again, inputs("llama")), logits(model, inputs("llama")), rtol=1e-5, atol=1e-5)
+    assert_same_model(again, model, inputs("llama"))
     return again
 
 

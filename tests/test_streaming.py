@@ -243,6 +243,9 @@ class Gated(LlamaForCausalLM):
         self.model.norm.register_forward_hook(lambda norm, args, out: out * norm.gate)
 
 
+Gated.__name__ = "LlamaForCausalLM"  # what a config names, and what the task is known by
+
+
 @pytest.mark.parametrize("method", ["svd-llm", "kfac-svd"])
 def test_stored_buffers_are_read_and_written_and_others_survive(tmp_path, monkeypatch, method):
     monkeypatch.setattr(transformers, "LlamaForCausalLM", Gated)
@@ -252,8 +255,6 @@ def test_stored_buffers_are_read_and_written_and_others_survive(tmp_path, monkey
         if name.endswith("gate"):
             buffer.uniform_(0.5, 2.0, generator=torch.Generator().manual_seed(len(name)))
     hugging_face_save(model, tmp_path / "dense")
-    config = tmp_path / "dense" / "config.json"
-    config.write_text(config.read_text().replace("Gated", "LlamaForCausalLM"))
     compress_stream(tmp_path / "dense", tmp_path / "small", method, 0.6, DATA, batch_size=4)
     whole = transect.compress(model, method, 0.6, DATA, batch_size=4)
     gates = {name: tensor for name, tensor in whole.state_dict().items() if name.endswith("gate")}

@@ -11,6 +11,7 @@ import transect
 from transect.anatomy import Anatomy, record_of
 from transect.checkpoint import open_model, save
 
+from .models import assert_alike, assert_same_tensors
 from .test_checkpoint import change, low_rank, same_size_everywhere, tokenizer
 
 _TEXT = dict(
@@ -76,10 +77,8 @@ def same(folder, model):
     """Whether the folder holds the model, eyes included."""
     again = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").eval()
     assert type(again) is type(model)
-    state = again.state_dict()
-    assert state.keys() == model.state_dict().keys()
-    assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
-    torch.testing.assert_close(logits(again), logits(model), rtol=1e-5, atol=1e-5)
+    assert_same_tensors(again, model)
+    assert_alike(logits(again), logits(model))
     return again
 
 
