@@ -1,9 +1,9 @@
 """Does streaming compression need the same memory whatever the depth? Peak resident memory by number of blocks.
 
 Writes random Llama checkpoints whose blocks are alike into a temporary folder, shard by shard, and compresses each with
-`transect.compress_stream` in a process of its own, which reports its peak: once with a method that needs a forward pass
-(svd-llm) and once with one that needs gradients too (kfac-svd). Most of the peak is Python with torch and transformers,
-so the table also shows what comes on top of that, beside the sizes of what is never held at once.
+`transect.compress(stream_to=...)` in a process of its own, which reports its peak: once with a method that needs a
+forward pass (svd-llm) and once with one that needs gradients too (kfac-svd). Most of the peak is Python with torch and
+transformers, so the table also shows what comes on top of that, beside the sizes of what is never held at once.
 
 Target: the peaks for 8, 32 and 96 blocks within 10 % of one another.
 """
@@ -24,8 +24,8 @@ import transformers
 from common import heads, parser, show, token_batches, verdict
 from safetensors.torch import save_file
 
+import transect
 from transect.evaluation import checkpoint_bytes, peak_memory
-from transect.verbs import compress_stream
 
 BLOCKS_A_SHARD = 4
 MB = 1e6
@@ -71,7 +71,7 @@ def compress_here(folder: str, out: str, method: str, length: int, sequences: in
     """Compress, and print the peak before (after all imports) and after it."""
     before = peak()
     batches = token_batches(sequences // 4, 4, length)
-    compress_stream(folder, out, method, 0.6, batches)
+    transect.compress(folder, method, 0.6, batches, stream_to=out)
     print(json.dumps({"before": before, "peak": peak()}))
 
 

@@ -89,9 +89,9 @@ def test_nan_weights_and_impossible_budgets_are_refused_and_change_nothing(metho
 @pytest.mark.parametrize("method", BLOCKWISE)
 def test_streaming_gives_the_same_model(method, tmp_path):
     tiny("llama").save_pretrained(tmp_path / "dense")
-    outcome = transect.compress_stream(
-        tmp_path / "dense", tmp_path / "small", method, KEEP, DATA, **QUICK.get(method, {})
-    )  # fmt: skip
+    outcome = transect.compress(
+        tmp_path / "dense", method, KEEP, DATA, stream_to=tmp_path / "small", **QUICK.get(method, {})
+    )
     model = compressed(method)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
     assert outcome["kept"] == pytest.approx(Anatomy(model).record.history[-1]["kept"])
@@ -103,7 +103,7 @@ def test_streaming_gives_the_same_model(method, tmp_path):
 def test_what_needs_the_whole_model_is_not_streamed(method, tmp_path):
     tiny("llama").save_pretrained(tmp_path / "dense")
     with pytest.raises(TransectError, match="whole"):
-        transect.compress_stream(tmp_path / "dense", tmp_path / "small", method, KEEPS.get(method, KEEP), DATA)
+        transect.compress(tmp_path / "dense", method, KEEPS.get(method, KEEP), DATA, stream_to=tmp_path / "small")
 
 
 @pytest.mark.parametrize("method", [m.name for m in transect.methods() if m.family != "restructuring" and m.needs])

@@ -438,7 +438,7 @@ def test_streaming_merges_what_the_checkpoint_keeps_apart(name, method, options,
     tiny(name).save_pretrained(tmp_path / "dense", max_shard_size="20KB")
     index = json.loads((tmp_path / "dense" / "model.safetensors.index.json").read_text())
     assert any("experts.3." in stored for stored in index["weight_map"])
-    transect.compress_stream(tmp_path / "dense", tmp_path / "small", method, 0.6, DATA, **options)
+    transect.compress(tmp_path / "dense", method, 0.6, DATA, **options, stream_to=tmp_path / "small")
     whole = transect.compress(tiny(name), method, 0.6, DATA, **options)
     streamed = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
     torch.testing.assert_close(logits(streamed, inputs(name)), logits(whole, inputs(name)), rtol=1e-3, atol=1e-3)

@@ -546,7 +546,7 @@ def test_a_blocks_score_is_its_measured_importance():
 def test_streamed_from_disk_it_is_the_same_model(tmp_path):
     tiny("llama").save_pretrained(tmp_path / "dense", max_shard_size="20KB")
     options = {"batch_size": 4, "allocation": "similarity"}
-    transect.verbs.compress_stream(tmp_path / "dense", tmp_path / "small", "modegpt", 0.6, DATA, **options)
+    transect.compress(tmp_path / "dense", "modegpt", 0.6, DATA, **options, stream_to=tmp_path / "small")
     whole = transect.compress(tiny("llama"), "modegpt", 0.6, DATA, **options)
     streamed = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
     torch.testing.assert_close(logits(streamed, inputs("llama")), logits(whole, inputs("llama")), rtol=1e-3, atol=1e-3)
@@ -571,7 +571,7 @@ def test_the_papers_allocation_is_the_default_and_a_named_one_wins(tmp_path):
         assert max(shares(plain)) - min(shares(plain)) > 0.2 > 0.03 > max(shares(uniform)) - min(shares(uniform))
         assert Anatomy(plain).record.history[-1]["compress"]["allocation"] == "similarity"
     tiny("llama").save_pretrained(tmp_path / "dense")
-    transect.compress_stream(tmp_path / "dense", tmp_path / "small", "modegpt", 0.6, DATA)
+    transect.compress(tmp_path / "dense", "modegpt", 0.6, DATA, stream_to=tmp_path / "small")
     streamed = Anatomy(AutoModelForCausalLM.from_pretrained(tmp_path / "small"))
     assert streamed.record.history[-1]["compress"]["allocation"] == "similarity"
     assert shares(streamed.model)[0] > 0.7

@@ -16,7 +16,6 @@ import transect
 from transect.checkpoint import folder_of, open_model, save
 from transect.cli import main_group
 from transect.errors import BadCheckpoint, TransectError
-from transect.verbs import compress_stream
 
 from .models import assert_same_model, inputs, logits, tiny
 from .test_checkpoint import tokenizer
@@ -105,7 +104,7 @@ def test_the_commands_take_a_gguf_file(tmp_path, packed):
     run = CliRunner().invoke(main_group, ["eval", str(packed), "--data", str(tmp_path / "text.txt"), "--json"])
     assert run.exit_code == 0 and json.loads(run.stdout)["loss"] > 0
     with pytest.raises(TransectError, match="folder of safetensors"):
-        compress_stream(packed, tmp_path / "small", "svd", 0.5)
+        transect.compress(packed, "svd", 0.5, stream_to=tmp_path / "small")
     with pytest.raises(BadCheckpoint, match=r"GGUF files; name the file: .*tiny\.gguf"):
         open_model(tmp_path)
 
@@ -145,7 +144,7 @@ def test_a_revision_of_a_hub_model(tmp_path, hub):
         torch.testing.assert_close(logits(opened.model, inputs("llama")), expected)
         assert opened.tokenizer is not None and opened.source == "some-one/tiny"
         assert opened.path == folder_of("some-one/tiny", revision)  # from which other processes open the same
-    compress_stream("some-one/tiny", tmp_path / "streamed", "svd", 0.6, revision="v1")
+    transect.compress("some-one/tiny", "svd", 0.6, revision="v1", stream_to=tmp_path / "streamed")
     whole = transect.compress(open_model("some-one/tiny", revision="v1"), "svd", keep=0.6)
     streamed = open_model(tmp_path / "streamed").model
     torch.testing.assert_close(logits(streamed, inputs("llama")), logits(whole, inputs("llama")))
@@ -191,7 +190,7 @@ def test_a_folder_that_does_not_name_its_class(tmp_path, name):
     assert_same_model(again, model, inputs(name))
     if name == "llama":
         with pytest.warns(UserWarning, match="assumed LlamaForCausalLM"):
-            compress_stream(tmp_path, tmp_path / "small", "svd", 0.5)
+            transect.compress(tmp_path, "svd", 0.5, stream_to=tmp_path / "small")
 
 
 def test_a_type_without_a_usual_class(tmp_path):
@@ -221,7 +220,7 @@ def test_encoder_decoders_are_refused_with_the_reason(tmp_path, name):
         lambda: transect.evaluate(model, ids),
         lambda: transect.inspect(model, ["nuclear-norm"]),
         lambda: open_model(tmp_path),
-        lambda: compress_stream(tmp_path, tmp_path / "out", "svd", 0.5),
+        lambda: transect.compress(tmp_path, "svd", 0.5, stream_to=tmp_path / "out"),
     ):
         with pytest.raises(TransectError, match=r"encoder-decoder.*two stacks of blocks.*What works: decoders"):
             attempt()
@@ -236,7 +235,7 @@ def test_a_quantised_checkpoint_is_refused_before_anything_is_loaded(tmp_path):
         with pytest.raises(TransectError, match=rf"quantised \({method}\).*dequantize"):
             open_model(tmp_path)
         with pytest.raises(TransectError, match=r"quantized|quantised"):
-            compress_stream(tmp_path, tmp_path / "out", "svd", 0.5)
+            transect.compress(tmp_path, "svd", 0.5, stream_to=tmp_path / "out")
 
 
 def test_an_adapter_is_no_model(tmp_path):

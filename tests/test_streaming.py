@@ -20,7 +20,6 @@ from transect.errors import BadCheckpoint, TransectError
 from transect.evaluation import matrix_bytes
 from transect.files import link
 from transect.streaming import folder_of, passes
-from transect.verbs import compress_stream
 
 from .models import CONFIGS, VOCABULARY, assert_alike, assert_same_tensors, tiny
 
@@ -48,7 +47,7 @@ DATA = torch.randint(3, VOCABULARY, (10, 12), generator=torch.Generator().manual
 )  # fmt: skip
 def test_streaming_gives_what_compressing_in_memory_gives(folder, tmp_path, name, method, options):
     source = folder(name, max_shard_size="20KB")
-    outcome = compress_stream(source, tmp_path / "small", method, 0.6, DATA, batch_size=4, **options)
+    outcome = transect.compress(source, method, 0.6, DATA, batch_size=4, **options, stream_to=tmp_path / "small")
     whole = transect.compress(tiny(name), method, 0.6, DATA, batch_size=4, **options)
     streamed = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
     with torch.no_grad():
@@ -63,7 +62,7 @@ def test_streaming_gives_what_compressing_in_memory_gives(folder, tmp_path, name
 @pytest.mark.parametrize("stop", [2, 5, 9])
 def test_an_interrupted_run_goes_on_where_it_stopped(folder, tmp_path, monkeypatch, method, stop):
     source = folder("llama")
-    expected = compress_stream(source, tmp_path / "once", method, 0.6, DATA, batch_size=4)
+    expected = transect.compress(source, method, 0.6, DATA, batch_size=4, stream_to=tmp_path / "once")
     calls, original = [0], passes.run_block
 
     def interrupted(*args):
@@ -74,11 +73,11 @@ def test_an_interrupted_run_goes_on_where_it_stopped(folder, tmp_path, monkeypat
 
     monkeypatch.setattr(passes, "run_block", interrupted)
     try:
-        compress_stream(source, tmp_path / "small", method, 0.6, DATA, batch_size=4)
+        transect.compress(source, method, 0.6, DATA, batch_size=4, stream_to=tmp_path / "small")
     except KeyboardInterrupt:
         assert not (tmp_path / "small").exists()
     first = calls[0]
-    compress_stream(source, tmp_path / "small", method, 0.6, DATA, batch_size=4)
+    transect.compress(source, method, 0.6, DATA, batch_size=4, stream_to=tmp_path / "small")
     assert calls[0] - first < (9 if method == "svd-llm" else 18) or first < 4  # blocks that were done are not run again
     a, b = (AutoModelForCausalLM.from_pretrained(tmp_path / n) for n in ("once", "small"))
     for (name, one), (_, two) in zip(a.state_dict().items(), b.state_dict().items(), strict=True):
@@ -99,8 +98,8 @@ def test_writing_resumes_with_the_structure_of_finished_shards(folder, tmp_path,
 
     monkeypatch.setattr(compressors, "factorize_matrix", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        compress_stream(source, tmp_path / "small", "svd-llm", 0.6, DATA)
-    compress_stream(source, tmp_path / "small", "svd-llm", 0.6, DATA)
+        transect.compress(source, "svd-llm", 0.6, DATA, stream_to=tmp_path / "small")
+    transect.compress(source, "svd-llm", 0.6, DATA, stream_to=tmp_path / "small")
     assert calls[0] == 9 + 12  # block 0's six matrices are not factorized again
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
     whole = transect.compress(tiny("gpt2"), "svd-llm", 0.6, DATA)
@@ -115,17 +114,17 @@ def test_what_streaming_refuses(folder, tmp_path):
     ):  # fmt: skip
         given = {"method": "svd-llm", "keep": 0.5, "data": DATA} | options
         with pytest.raises(TransectError, match=message):
-            compress_stream(source, tmp_path / "x", **given)
-    compress_stream(source, tmp_path / "small", "svd", 0.5)
+            transect.compress(source, **given, stream_to=tmp_path / "x")
+    transect.compress(source, "svd", 0.5, stream_to=tmp_path / "small")
     with pytest.raises(TransectError, match="exists"):
-        compress_stream(source, tmp_path / "small", "svd", 0.5)
+        transect.compress(source, "svd", 0.5, stream_to=tmp_path / "small")
     with pytest.raises(TransectError, match="already"):
-        compress_stream(tmp_path / "small", tmp_path / "smaller", "svd", 0.5)
+        transect.compress(tmp_path / "small", "svd", 0.5, stream_to=tmp_path / "smaller")
     model = tiny("llama")
     Anatomy(model).blocks[1].mlp.up.weight[0, 0] = float("nan")
     model.save_pretrained(tmp_path / "nan")
     with pytest.raises(TransectError, match="up_proj"):
-        compress_stream(tmp_path / "nan", tmp_path / "y", "svd", 0.5)
+        transect.compress(tmp_path / "nan", "svd", 0.5, stream_to=tmp_path / "y")
 
 
 # What is stored decides
@@ -148,7 +147,7 @@ def stored_as(kind, folder, name="llama"):
 ])  # fmt: skip
 def test_sizes_and_tensors_in_half_precision_are_those_of_compressing_in_memory(tmp_path, kind, name, method, options):
     source = stored_as(kind, tmp_path / "dense", name)
-    outcome = compress_stream(source, tmp_path / "streamed", method, 0.6, DATA, batch_size=4, **options)
+    outcome = transect.compress(source, method, 0.6, DATA, batch_size=4, **options, stream_to=tmp_path / "streamed")
     whole = transect.compress(open_model(source).model, method, 0.6, DATA, batch_size=4, **options)
     whole.save_pretrained(tmp_path / "whole")
     history = Anatomy(whole).record.history[-1]
@@ -173,8 +172,8 @@ def test_a_folder_without_a_dtype_in_its_config_and_another_dtype_than_the_store
     config = json.loads((source / "config.json").read_text())
     del config["dtype"]
     (source / "config.json").write_text(json.dumps(config))
-    half = compress_stream(source, tmp_path / "half", "svd", 0.6)
-    single = compress_stream(source, tmp_path / "single", "svd", 0.6, dtype="float32")
+    half = transect.compress(source, "svd", 0.6, stream_to=tmp_path / "half")
+    single = transect.compress(source, "svd", 0.6, dtype="float32", stream_to=tmp_path / "single")
     assert 2 * half["dense_matrix_bytes"] == single["dense_matrix_bytes"] and half["kept"] == single["kept"]
     for name, dtype in (("half", torch.bfloat16), ("single", torch.float32)):
         model = open_model(tmp_path / name).model  # in the dtype that the folder itself names
@@ -183,12 +182,14 @@ def test_a_folder_without_a_dtype_in_its_config_and_another_dtype_than_the_store
 
 def test_an_interrupted_run_in_half_precision_reports_what_an_uninterrupted_one_does(tmp_path, monkeypatch):
     source = stored_as("bfloat16", tmp_path / "dense")
-    expected = compress_stream(source, tmp_path / "once", "monarch", 0.6)
+    expected = transect.compress(source, "monarch", 0.6, stream_to=tmp_path / "once")
     with monkeypatch.context() as patch:
         patch.setattr("transect.streaming.compress._finish", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            compress_stream(source, tmp_path / "small", "monarch", 0.6)
-    assert compress_stream(source, tmp_path / "small", "monarch", 0.6) == expected  # from finished shards alone
+            transect.compress(source, "monarch", 0.6, stream_to=tmp_path / "small")
+    assert (
+        transect.compress(source, "monarch", 0.6, stream_to=tmp_path / "small") == expected
+    )  # from finished shards alone
     assert_same_tensors(*(open_model(tmp_path / name).model for name in ("small", "once")))
 
 
@@ -197,7 +198,7 @@ def test_how_the_model_generates_is_kept(folder, tmp_path):
     source = folder("llama")
     settings = json.loads((source / "generation_config.json").read_text()) | {"eos_token_id": [2, 5], "top_k": 7}
     (source / "generation_config.json").write_text(json.dumps(settings))
-    compress_stream(source, tmp_path / "small", "svd", 0.6)
+    transect.compress(source, "svd", 0.6, stream_to=tmp_path / "small")
     written = json.loads((tmp_path / "small" / "generation_config.json").read_text())
     assert (written["eos_token_id"], written["top_k"]) == ([2, 5], 7)
 
@@ -220,8 +221,8 @@ def test_a_run_in_another_dtype_does_not_go_on_from_the_unfinished_one(folder, t
     with monkeypatch.context() as patch:
         patch.setattr("transect.streaming.compress._finish", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            compress_stream(source, tmp_path / "small", "svd", 0.6)
-    compress_stream(source, tmp_path / "small", "svd", 0.6, dtype="bfloat16")
+            transect.compress(source, "svd", 0.6, stream_to=tmp_path / "small")
+    transect.compress(source, "svd", 0.6, dtype="bfloat16", stream_to=tmp_path / "small")
     stored = load_file(tmp_path / "small" / "model-00001-of-00004.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
 
@@ -255,7 +256,7 @@ def test_stored_buffers_are_read_and_written_and_others_survive(tmp_path, monkey
         if name.endswith("gate"):
             buffer.uniform_(0.5, 2.0, generator=torch.Generator().manual_seed(len(name)))
     hugging_face_save(model, tmp_path / "dense")
-    compress_stream(tmp_path / "dense", tmp_path / "small", method, 0.6, DATA, batch_size=4)
+    transect.compress(tmp_path / "dense", method, 0.6, DATA, batch_size=4, stream_to=tmp_path / "small")
     whole = transect.compress(model, method, 0.6, DATA, batch_size=4)
     gates = {name: tensor for name, tensor in whole.state_dict().items() if name.endswith("gate")}
     stored = {}
@@ -273,7 +274,7 @@ def test_weights_that_do_not_fit_the_config_are_refused_by_name(folder, tmp_path
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"intermediate_size": 40}))
     with pytest.raises(BadCheckpoint, match=r"layers\.0\.mlp.* has shape \[.*48.*\].* needs \[.*40.*\]"):
-        compress_stream(source, tmp_path / "small", "svd", 0.6)
+        transect.compress(source, "svd", 0.6, stream_to=tmp_path / "small")
     assert not (tmp_path / "small").exists()
 
 
@@ -282,7 +283,7 @@ def test_a_stale_index_is_not_read(folder, tmp_path):
     source = folder("llama", max_shard_size="20KB")
     tiny("llama", seed=1).save_pretrained(tmp_path / "new")
     (tmp_path / "new" / "model.safetensors").rename(source / "model.safetensors")
-    compress_stream(source, tmp_path / "small", "svd", 1.0)
+    transect.compress(source, "svd", 1.0, stream_to=tmp_path / "small")
     assert_same_tensors(AutoModelForCausalLM.from_pretrained(tmp_path / "small"), tiny("llama", seed=1))
 
 
@@ -291,11 +292,11 @@ def test_a_mount_without_hard_links_gets_copies(folder, tmp_path, monkeypatch, r
     def refuse(*args, **kwargs):
         raise OSError(reason, os.strerror(reason))
 
-    expected = compress_stream(folder("llama"), tmp_path / "linked", "svd", 0.6)
+    expected = transect.compress(folder("llama"), "svd", 0.6, stream_to=tmp_path / "linked")
     monkeypatch.setattr(os, "link", refuse)
     (tmp_path / "small").mkdir()
     (tmp_path / "small" / "notes.txt").write_text("mine")  # a folder that is there is joined
-    assert compress_stream(folder("llama"), tmp_path / "small", "svd", 0.6, overwrite=True) == expected
+    assert transect.compress(folder("llama"), "svd", 0.6, overwrite=True, stream_to=tmp_path / "small") == expected
     linked, copied = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("linked", "small"))
     assert_same_tensors(copied, linked)
     names = {path.name for path in (tmp_path / "linked").iterdir()} | {"notes.txt"}

@@ -12,11 +12,11 @@ from .anatomy import Anatomy, register_architecture
 from .compression import allocations, methods
 from .editing import edits, undo_folder
 from .errors import BadCheckpoint, BadData, TransectError, UnknownArchitecture
-from .verbs import check_claims, compare, compress, compress_stream, edit, evaluate, inspect, recover
+from .verbs import check_claims, compare, compress, edit, evaluate, inspect, recover
 from .version import __version__
 
 __all__ = [
     "Anatomy", "BadCheckpoint", "BadData", "TransectError", "UnknownArchitecture", "__version__", "allocations",
-    "check_claims", "compare", "compress", "compress_stream", "edit", "edits", "evaluate", "inspect", "methods",
+    "check_claims", "compare", "compress", "edit", "edits", "evaluate", "inspect", "methods",
     "recover", "register_architecture", "undo_folder",
 ]  # fmt: skip

@@ -31,7 +31,7 @@ _REPARAMETRISED = (
 )
 _ELSEWHERE = (
     "the weight is not in memory (it is on the meta device): the model is offloaded to disk or CPU memory, or has no "
-    "weights yet. Load it without device_map, or compress its folder with compress_stream (--stream), which holds one "
+    "weights yet. Load it without device_map, or compress its folder with stream_to= (--stream), which holds one "
     "block in memory at a time"
 )
 

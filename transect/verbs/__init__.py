@@ -2,10 +2,10 @@
 
 from .claims import check_claims
 from .compare import compare
-from .compress import compress, compress_stream
+from .compress import compress
 from .edit import edit
 from .evaluate import evaluate
 from .inspect import inspect
 from .recover import recover
 
-__all__ = ["check_claims", "compare", "compress", "compress_stream", "edit", "evaluate", "inspect", "recover"]
+__all__ = ["check_claims", "compare", "compress", "edit", "evaluate", "inspect", "recover"]

@@ -36,7 +36,6 @@ def compress(context: click.Context, model: str, out: Path, stream: bool, as_jso
     from ...checkpoint import check_output, open_model, save
     from ...compression import allocation_named, method
     from ...verbs import compress as compress_model
-    from ...verbs import compress_stream
 
     settings = method_settings(context.obj, options["method"])
     own = method(options["method"]).settings(settings.pop(options["method"], {}))
@@ -53,12 +52,13 @@ def compress(context: click.Context, model: str, out: Path, stream: bool, as_jso
             for name in ("refit", "cache", "roles"):
                 if options.pop(name):
                     raise click.UsageError(f"--{name} cannot be combined with --stream")
-            outcome = compress_stream(model, out, overwrite=overwrite, progress=show, **loading, **options, **own)
+            outcome = compress_model(
+                model, stream_to=out, overwrite=overwrite, progress=show, **loading, **options, **own
+            )  # fmt: skip
         else:
             opened = open_model(model, **loading)
-            tokenizer = opened.tokenizer or opened.processor
-            compressed = compress_model(opened.model, **options, tokenizer=tokenizer, progress=show, **own)
-            save(compressed, out, tokenizer, overwrite=overwrite)
+            compressed = compress_model(opened, progress=show, **options, **own)
+            save(compressed, out, opened.tokenizer or opened.processor, overwrite=overwrite)
             outcome = record_of(compressed).history[-1]
     outcome = {"out": str(out), **{key: outcome[key] for key in ("kept", "matrix_bytes", "dense_matrix_bytes")}}
     if as_json:
