@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import transect
 from transect.anatomy import Anatomy, record_of
-from transect.checkpoint import open_model
+from transect.checkpoint import folder_of, open_model
 from transect.checkpoint.save import hugging_face_save
 from transect.errors import BadCheckpoint, TransectError
 from transect.evaluation import matrix_bytes
 from transect.files import link
-from transect.streaming import folder_of, passes
+from transect.streaming import passes
 
 from .models import CONFIGS, VOCABULARY, assert_alike, assert_same_tensors, tiny
 
