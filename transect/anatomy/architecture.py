@@ -24,8 +24,8 @@ class FusedMatrix:
     """One stored matrix that holds several: its rows are the parts' rows.
 
     parts: the roles in storage order, e.g. ("q", "k", "v").
-    interleaved: False where the parts lie one after another; True where each head stores its own q, k, v rows
-        together (GPT-NeoX).
+    interleaved: False where the parts lie one after another; True where each key/value head has its rows together: its
+        query heads, its key, its value (GPT-NeoX; Falcon, where one key/value head serves several query heads).
     """
 
     parts: tuple[str, ...]
@@ -41,18 +41,32 @@ class Architecture:
     blocks: the `ModuleList` of blocks, relative to the base model.
     matrices: role (q, k, v, o, gate, up, down) -> path within a block; roles stored together are in `fused` instead.
     fused: path within a block -> the parts that are stored there.
-    attention: path of the attention module within a block (its forward returns a 2-tuple).
-    norms: name -> path within a block, for every norm that the block has.
+    attention: path of the attention module within a block.
+    attention_returns: how many values its forward returns, the output first; 0 where it returns the output alone.
+    attention_adds: the argument of its forward that it adds to its output by itself (Bloom), or None.
+    head_bias: arguments of its forward that hold a slice for each head, in their third dimension from the end, as ALiBi
+        does: the kept heads keep their slices.
+    head_parameters: paths of parameters within the attention module that hold one entry for each query head, in their
+        first dimension (attention sinks).
+    block_returns: how many values a block's forward returns, the stream first; 0 where it returns the stream alone.
+    norms: name -> path within a block, for every norm that the block has; of several paths the first that exists.
     q_norm, k_norm: paths of the query and key norms within a block, where the architecture has them.
     activation: path of the MLP's activation within a block.
     final_norm: path of the norm after the last block, relative to the base model.
     config: our names -> the config's: `blocks`, `hidden`, `heads`, `key_value_heads`, `head_size`, `neurons`.
     attributes: attribute of the attention module (or `config.<name>` for its private config) -> what it must hold
         when heads are removed: `heads`, `key_value_heads`, `heads_per_group` or `width` (= heads x head size).
+    per_block: entries of the config that are lists with one value a block; a dropped block takes its value along.
+    fixed_blocks: a block's own place enters what it computes, so that none can be dropped; either a bool, or the config
+        attribute that is True in that case.
+    residual_multiplier: the config's number by which a sublayer's output is multiplied where it enters the stream.
+    logits: what happens to the head's output, by the config's names: it is multiplied by `multiplier`, divided by
+        `divisor`, then `softcap` * tanh(logits / softcap) is taken.
+    only_if: config attribute -> the value without which the description does not hold.
     post_norm: norms stand after the residual sum, so that a sublayer cannot be dropped; either a bool, or the
         config attribute that is False in that case.
     parallel: attention and MLP both read the block's input, so that the MLP does not see what attention added; either a
-        bool, or the config attribute that is True in that case.
+        bool, or the config attribute that is True in that case, or several of which one is.
     head_size_is_configurable: the config stores the head size, so fewer heads still make an ordinary config.
     """
 
@@ -62,15 +76,25 @@ class Architecture:
     matrices: Mapping[str, str]
     attention: str
     fused: Mapping[str, FusedMatrix] = field(default_factory=dict)
-    norms: Mapping[str, str] = field(default_factory=dict)
+    attention_returns: int = 2
+    attention_adds: str | None = None
+    head_bias: tuple[str, ...] = ()
+    head_parameters: tuple[str, ...] = ()
+    block_returns: int = 0
+    norms: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
     q_norm: str | None = None
     k_norm: str | None = None
     activation: str | None = None
     final_norm: str | None = None
     config: Mapping[str, str] = field(default_factory=dict)
     attributes: Mapping[str, str] = field(default_factory=dict)
+    per_block: tuple[str, ...] = ("layer_types",)
+    fixed_blocks: bool | str = False
+    residual_multiplier: str | None = None
+    logits: Mapping[str, str] = field(default_factory=dict)
+    only_if: Mapping[str, Any] = field(default_factory=dict)
     post_norm: bool | str = False
-    parallel: bool | str = False
+    parallel: bool | str | tuple[str, ...] = False
     head_size_is_configurable: bool = False
 
     def __post_init__(self) -> None:
@@ -83,6 +107,12 @@ class Architecture:
         missing = set(MATRIX_ROLES) - {"gate"} - set(roles)
         if missing:
             raise TransectError(f"architecture {self.name!r}: no path is given for the roles {sorted(missing)}")
+        unknown = set(self.logits) - {"multiplier", "divisor", "softcap"}
+        if unknown:
+            raise TransectError(
+                f"architecture {self.name!r}: unknown entries {sorted(unknown)} under `logits`; known: multiplier, "
+                "divisor, softcap"
+            )
 
     @staticmethod
     def from_dict(description: Mapping[str, Any]) -> Architecture:
@@ -94,8 +124,7 @@ class Architecture:
         missing = {"name", "model_types", "blocks", "matrices", "attention"} - set(description)
         if missing:
             raise TransectError(f"architecture description lacks {sorted(missing)}")
-        values = dict(description)
-        values["model_types"] = tuple(values["model_types"])
+        values = {key: tuple(value) if isinstance(value, list) else value for key, value in description.items()}
         values["fused"] = {
             path: FusedMatrix(tuple(fused["parts"]), fused.get("interleaved", False))
             for path, fused in values.get("fused", {}).items()

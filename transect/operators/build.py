@@ -37,7 +37,9 @@ def build(description: dict[str, Any]) -> nn.Module:
         parts = {role: build(part) for role, part in description["parts"]}
         return Stacked(parts, description["head_size"])
     if kind == "skip_attention":
-        return SkipAttention(description["layer_idx"], description["stand_in"])
+        return SkipAttention(
+            description["layer_idx"], description["stand_in"], description.get("returns", 2), description.get("adds")
+        )
     kinds = operator_kinds()
     if kind not in kinds:
         raise ValueError(f"the structure record names an operator of unknown kind {kind!r}; known: {sorted(kinds)}")
