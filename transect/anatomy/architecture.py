@@ -7,7 +7,7 @@ Paths are module paths relative to a block, except `blocks` and `final_norm`, wh
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
 from importlib import resources
@@ -62,6 +62,7 @@ class Architecture:
     residual_multiplier: the config's number by which a sublayer's output is multiplied where it enters the stream.
     logits: what happens to the head's output, by the config's names: it is multiplied by `multiplier`, divided by
         `divisor`, then `softcap` * tanh(logits / softcap) is taken.
+    head_transform: a map of its own stands between the final norm and the unembedding, so that there is no logit lens.
     only_if: config attribute -> the value without which the description does not hold.
     post_norm: norms stand after the residual sum, so that a sublayer cannot be dropped; either a bool, or the
         config attribute that is False in that case.
@@ -92,6 +93,7 @@ class Architecture:
     fixed_blocks: bool | str = False
     residual_multiplier: str | None = None
     logits: Mapping[str, str] = field(default_factory=dict)
+    head_transform: bool = False
     only_if: Mapping[str, Any] = field(default_factory=dict)
     post_norm: bool | str = False
     parallel: bool | str | tuple[str, ...] = False
@@ -133,6 +135,7 @@ class Architecture:
 
 
 _registered: dict[str, Architecture] = {}
+_verifiers: list[Callable[[Any, Architecture], None]] = []
 
 
 @cache
@@ -151,10 +154,14 @@ def known_model_types() -> list[str]:
 
 def register_architecture(description: Mapping[str, Any] | str | Path) -> Architecture:
     """Teach Transect an architecture, from a dict or a JSON file; it takes precedence over a built-in one."""
-    read = _read(Path(description)) if isinstance(description, (str, Path)) else description
-    architecture = Architecture.from_dict(read)
+    architecture = read_architecture(description)
     _registered.update(dict.fromkeys(architecture.model_types, architecture))
     return architecture
+
+
+def read_architecture(description: Mapping[str, Any] | str | Path) -> Architecture:
+    """An architecture from a dict or a JSON file, without registering it."""
+    return Architecture.from_dict(_read(Path(description)) if isinstance(description, (str, Path)) else description)
 
 
 def _read(path: Path) -> Any:
@@ -165,6 +172,21 @@ def _read(path: Path) -> Any:
     if not isinstance(read, dict):
         raise TransectError(f"the architecture description {path} holds a {type(read).__name__}, not a JSON object")
     return read
+
+
+def verify_with(verifier: Callable[[Any, Architecture], None]) -> None:
+    """Let a function look at every model that is opened with a description that is not built in.
+
+    It raises where the description is wrong. The self-check runs models, so it lives in a room above this one.
+    """
+    _verifiers.append(verifier)
+
+
+def verify(model: Any, architecture: Architecture) -> None:
+    """Have the description checked, unless it is built in."""
+    if all(architecture is not known for known in _built_in().values()):
+        for verifier in _verifiers:
+            verifier(model, architecture)
 
 
 def architecture_of(model_type: str) -> Architecture:

@@ -17,8 +17,9 @@ from .storage import Stacked, dense, describe, is_dense, read_weight, select
 class SkipAttention(nn.Module):
     """Stands for a dropped attention sublayer: adds nothing to the residual stream.
 
-    It still tells the key/value cache how many positions have passed, with keys of width 0, because transformers
-    reads the sequence length off the first layer of the cache, whichever sublayers are left.
+    It still tells the key/value cache how many positions have passed, with one key of width 1 for each, because
+    transformers reads the sequence length off the first layer of the cache, whichever sublayers are left, and takes
+    keys without numbers for no keys.
 
     stand_in: path of the output matrix within the attention module. returns: how many values the attention's forward
     returned (`Architecture.attention_returns`). adds: name and position of the argument that it added to its output
@@ -45,8 +46,8 @@ class SkipAttention(nn.Module):
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
         if cache is not None:
-            empty = hidden.new_zeros(hidden.shape[0], 1, hidden.shape[1], 0)
-            cache.update(empty, empty, self.layer_idx)
+            counter = hidden.new_zeros(hidden.shape[0], 1, hidden.shape[1], 1)
+            cache.update(counter, counter, self.layer_idx)
         if self.adds is None:
             output = torch.zeros_like(hidden)
         else:

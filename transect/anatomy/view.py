@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TransectError
-from .architecture import MATRIX_ROLES, Architecture, architecture_of
+from .architecture import MATRIX_ROLES, Architecture, architecture_of, verify
 from .banks import hand_over_banks
 from .matrix import Matrix
 from .record import StructureRecord, record_of
@@ -53,6 +53,7 @@ class Anatomy:
                 f"{type(model).__name__} has no blocks at {self._prefix}{architecture.blocks!r}, where the "
                 f"architecture description {architecture.name!r} puts them: {error}"
             ) from None
+        verify(model, architecture)
 
     @property
     def blocks(self) -> list[Block]:
@@ -388,7 +389,7 @@ class Attention:
             set_attribute(self.block.model, path, attribute, values[meaning])
 
     def drop(self) -> None:
-        """Remove the sublayer: the block passes its residual stream on unchanged, and its key/value cache is empty."""
+        """Remove the sublayer: the block passes its residual stream on unchanged; its cache only counts positions."""
         self.block.refuse_dropping_sublayers()
         path = f"{self.block.path}.{self.block.anatomy.architecture.attention}"
         module: Any = self.block.model.get_submodule(path)
@@ -396,7 +397,8 @@ class Attention:
         name = architecture.attention_adds
         adds = None if name is None else (name, list(inspect.signature(module.forward).parameters).index(name))
         stand_in = self.o.path.removeprefix(path + ".")
-        skip = SkipAttention(getattr(module, "layer_idx", None), stand_in, architecture.attention_returns, adds)
+        layer_idx = getattr(module, "layer_idx", getattr(module, "layer_id", None))
+        skip = SkipAttention(layer_idx, stand_in, architecture.attention_returns, adds)
         hand_over_banks(self.block.model, self.block.model.get_submodule(path))
         self.block.model.set_submodule(path, skip)
         record = record_of(self.block.model)

@@ -24,6 +24,8 @@ class Lens:
             raise NotApplicable(
                 f"{type(model).__name__} does not predict a next token: there is nothing to unembed with"
             )
+        if anatomy.architecture.head_transform:
+            raise NotApplicable(f"the head of {type(model).__name__} transforms what the final norm gives, then unembeds")
         width = anatomy.config_value("hidden")
         self.head: Any = head
         if self.head.weight.shape[1] != width:
