@@ -32,7 +32,9 @@ _GPTJ = dict(
     vocab_size=VOCABULARY, n_embd=32, n_layer=3, n_head=4, n_positions=64, n_inner=48, rotary_dim=4, bos_token_id=1,
     eos_token_id=2,
 )  # fmt: skip
-_BLOOM = dict(vocab_size=VOCABULARY, hidden_size=32, n_layer=3, n_head=4, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+_BLOOM = dict(
+    vocab_size=VOCABULARY, hidden_size=32, n_layer=3, n_head=4, pad_token_id=0, bos_token_id=1, eos_token_id=2
+)
 _FALCON = dict(
     vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, ffn_hidden_size=48,
     pad_token_id=0, bos_token_id=1, eos_token_id=2,

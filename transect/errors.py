@@ -10,7 +10,7 @@ class UnknownArchitecture(TransectError):
 
 
 class WrongDescription(TransectError):
-    """A description of an architecture is not true of the model; the message names what fails and the key to look at."""
+    """A description of an architecture is not true of the model; the message names what fails and where to look."""
 
 
 class BadCheckpoint(TransectError):

@@ -66,4 +66,3 @@ def _built(model: Any, path: str, description: dict[str, Any]) -> nn.Module:
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise BadCheckpoint(f"the structure record's entry for {path!r} cannot be built: {error!r}") from error
     return new.to(like.dtype).train(old.training)
-

@@ -10,8 +10,7 @@ from .points import POINTS, Point, eager_attention
 from .watch import Seen, watch
 
 __all__ = [
-    "POINTS", "Batch", "Call", "Check", "Feed", "Lens", "Point", "Seen", "answer_log_probabilities", "changed", "check_architecture",
-    "check_description",
-    "eager_attention", "feeds_of", "next_logits", "predictions", "predictions_after", "recitations", "run_block",
-    "run_blocks", "summed_loss", "task_of", "to_device", "watch",
+    "POINTS", "Batch", "Call", "Check", "Feed", "Lens", "Point", "Seen", "answer_log_probabilities", "changed",
+    "check_architecture", "check_description", "eager_attention", "feeds_of", "next_logits", "predictions",
+    "predictions_after", "recitations", "run_block", "run_blocks", "summed_loss", "task_of", "to_device", "watch",
 ]  # fmt: skip

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,10 +108,17 @@ def check(what: str, *keys: str) -> Callable[[Callable[[Bench], float]], Callabl
     return register
 
 
+_under_check: list[Architecture] = []  # their models are opened by the checks themselves
+
+
 def check_description(model: Any, architecture: Architecture) -> list[Check]:
     """Make every check on a small model (float64, better random than trained), which stays as it is."""
-    bench = Bench(model, architecture)
-    return [_made(bench, what, keys, function) for what, keys, function in _checks]
+    _under_check.append(architecture)
+    try:
+        bench = Bench(model, architecture)
+        return [_made(bench, what, keys, function) for what, keys, function in _checks]
+    finally:
+        _under_check.pop()
 
 
 def _made(bench: Bench, what: str, keys: tuple[str, ...], function: Callable[[Bench], float]) -> Check:
@@ -146,6 +153,8 @@ def verify(model: Any, architecture: Architecture) -> None:
     On a tiny random model of the same class and config; where there is none to be had, on a copy of the model itself
     if it is small. A warning says so where neither is possible.
     """
+    if any(architecture is one for one in _under_check):
+        return
     try:
         config = small_config(model.config, architecture).to_json_string()
     except Exception:  # each config has its own way to refuse
@@ -153,16 +162,14 @@ def verify(model: Any, architecture: Architecture) -> None:
     kind = (architecture, type(model), config)
     if kind in _verified:
         return
-    _verified.append(kind)  # before the checks, which look at models of this kind themselves
-    try:
-        subject = _subject(model, architecture)
-        if subject is None:
-            warnings.warn(
-                f"the architecture description {architecture.name!r} could not be checked: no tiny {type(model).__name__}"
-                " can be made from its config",
-                stacklevel=4,
-            )
-            return
+    subject = _subject(model, architecture)
+    if subject is None:
+        warnings.warn(
+            f"the architecture description {architecture.name!r} could not be checked: no tiny "
+            f"{type(model).__name__} can be made from its config",
+            stacklevel=4,
+        )
+    else:
         failed = [made for made in check_description(subject, architecture) if not made.passed]
         if failed:
             raise WrongDescription(
@@ -170,9 +177,7 @@ def verify(model: Any, architecture: Architecture) -> None:
                 f"{failed[0].complaint}; {len(failed) - 1} more of its checks fail. `transect check-architecture` "
                 "shows them all"
             )
-    except BaseException:
-        _verified.remove(kind)
-        raise
+    _verified.append(kind)
 
 
 def _subject(model: Any, architecture: Architecture) -> Any:
@@ -302,9 +307,9 @@ def _neurons(bench: Bench) -> float:
         if mlp.activation is None and mlp.gate is None:
             raise NotApplicable("the description names no activation")
         if mlp.activation is None:
-            with torch.no_grad(), changed(anatomy, {("up", block.index): lambda x: 2 * x}):
-                with watch(anatomy, ["neurons"], [block.index]) as twice:
-                    bench.run(bench.model)
+            twofold: Any = {("up", block.index): lambda x: 2 * x}
+            with torch.no_grad(), changed(anatomy, twofold), watch(anatomy, ["neurons"], [block.index]) as twice:
+                bench.run(bench.model)
             errors.append(distance(twice.neurons[block.index], 2 * neurons))
             continue
         with torch.no_grad():
@@ -397,7 +402,7 @@ def _contributions(bench: Bench) -> float:
     )
 
 
-@check("the lens of the last state gives the logits", "final_norm", "logits")
+@check("the lens of the last state gives the logits", "final_norm", "logits", "head_transform")
 def _lens(bench: Bench) -> float:
     anatomy = bench.anatomy
     try:
@@ -410,7 +415,9 @@ def _lens(bench: Bench) -> float:
         return distance(lens(seen.residual[last]), logits)
 
 
-@check("another order of heads changes nothing", "matrices", "fused", "q_norm", "k_norm", "head_bias", "head_parameters")
+@check(
+    "another order of heads changes nothing", "matrices", "fused", "q_norm", "k_norm", "head_bias", "head_parameters"
+)
 def _order_of_heads(bench: Bench) -> float:
     anatomy = bench.copy()
     for block in anatomy.blocks:
@@ -431,7 +438,9 @@ def _order_of_neurons(bench: Bench) -> float:
     return bench.off(anatomy)
 
 
-@check("without some heads it is as if they gave nothing", "attributes", "head_bias", "head_parameters", "q_norm", "k_norm")
+@check(
+    "without some heads it is as if they gave nothing", "attributes", "head_bias", "head_parameters", "q_norm", "k_norm"
+)
 def _fewer_heads(bench: Bench) -> float:
     """Every group loses all query heads but its first, and then all groups but the last go."""
     anatomy, zeroed = bench.copy(), bench.copy()
@@ -469,9 +478,7 @@ def _fewer_neurons(bench: Bench) -> float:
     return bench.off(anatomy, zeroed)
 
 
-@check(
-    "dropping attention equals zeroing its output", "attention", "attention_returns", "attention_adds", "post_norm"
-)
+@check("dropping attention equals zeroing its output", "attention", "attention_returns", "attention_adds", "post_norm")
 def _dropped_attention(bench: Bench) -> float:
     return max(_dropped(bench, "attention", index) for index in range(len(bench.anatomy.block_list)))
 
@@ -545,6 +552,7 @@ def _fewer_blocks(bench: Bench) -> float:
     else:
         anatomy.drop_block(0)
     model = anatomy.model
-    again = type(model)._from_config(copy.deepcopy(model.config), attn_implementation="eager").eval().to(model.dtype)
+    same = model.config._attn_implementation
+    again = type(model)._from_config(copy.deepcopy(model.config), attn_implementation=same).eval().to(model.dtype)
     again.load_state_dict(model.state_dict())
     return max([*errors, distance(bench.run(again), bench.run(model))])

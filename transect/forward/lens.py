@@ -25,7 +25,9 @@ class Lens:
                 f"{type(model).__name__} does not predict a next token: there is nothing to unembed with"
             )
         if anatomy.architecture.head_transform:
-            raise NotApplicable(f"the head of {type(model).__name__} transforms what the final norm gives, then unembeds")
+            raise NotApplicable(
+                f"the head of {type(model).__name__} transforms what the final norm gives, then unembeds"
+            )
         width = anatomy.config_value("hidden")
         self.head: Any = head
         if self.head.weight.shape[1] != width:
@@ -85,7 +87,8 @@ def norm_gain(norm: Any) -> Tensor:
     probe = _probe(norm)
     out = norm.forward(probe)  # not a call: whoever watches the norm is not to see this
     out = out if getattr(norm, "bias", None) is None else out - norm.bias
-    return out / probe * probe.square().mean(-1, keepdim=True).sqrt()
+    gain = out / probe * probe.square().mean(-1, keepdim=True).sqrt()
+    return gain if hasattr(norm, "weight") or hasattr(norm, "normalized_shape") else gain[:1]
 
 
 @torch.no_grad()

@@ -99,7 +99,9 @@ def class_and_config(model_type: str) -> tuple[Any, Any]:
     ):
         names = table.get(model_type)
         if names is not None:
-            return getattr(transformers, names if isinstance(names, str) else names[0]), AutoConfig.for_model(model_type)
+            return getattr(transformers, names if isinstance(names, str) else names[0]), AutoConfig.for_model(
+                model_type
+            )
     raise TransectError(
         f"this version of transformers ({transformers.__version__}) has no language model and no image classifier of "
         f"the type {model_type!r}; name a model that the description is for (--model)"
