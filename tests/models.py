@@ -26,6 +26,24 @@ _OPT = dict(
     max_position_embeddings=64, word_embed_proj_dim=32, pad_token_id=0, bos_token_id=1, eos_token_id=2,
 )  # fmt: skip
 _GEMMA = dict(_GROUPED, head_dim=8, sliding_window=8, query_pre_attn_scalar=8)
+_WIDE = dict(_GROUPED, head_dim=8)
+_KINDS = ["sliding_attention", "full_attention", "sliding_attention"]
+_GPTJ = dict(
+    vocab_size=VOCABULARY, n_embd=32, n_layer=3, n_head=4, n_positions=64, n_inner=48, rotary_dim=4, bos_token_id=1,
+    eos_token_id=2,
+)  # fmt: skip
+_BLOOM = dict(
+    vocab_size=VOCABULARY, hidden_size=32, n_layer=3, n_head=4, pad_token_id=0, bos_token_id=1, eos_token_id=2
+)
+_FALCON = dict(
+    vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, ffn_hidden_size=48,
+    pad_token_id=0, bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
+_XGLM = dict(
+    vocab_size=VOCABULARY, d_model=32, num_layers=3, attention_heads=4, ffn_dim=48, max_position_embeddings=64,
+    pad_token_id=0, bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
+_MULTIPLIERS = dict(residual_multiplier=0.4, attention_multiplier=0.3, embedding_multiplier=3.0)
 
 CONFIGS: dict[str, tuple[Any, Any]] = {
     "gpt2": (tf.GPT2Config(**_GPT2), AutoModelForCausalLM),
@@ -43,6 +61,12 @@ CONFIGS: dict[str, tuple[Any, Any]] = {
     "roberta": (tf.RobertaConfig(**_TEXT), AutoModelForMaskedLM),
     "vit": (tf.ViTConfig(**_IMAGE), AutoModelForImageClassification),
     "deit": (tf.DeiTConfig(**_IMAGE, architectures=["DeiTForImageClassification"]), AutoModelForImageClassification),
+    # Blocks that return tuples; attention that adds the residual, ALiBi; parallel sublayers and scaled logits;
+    # multipliers on residuals.
+    "gptj": (tf.GPTJConfig(**_GPTJ), AutoModelForCausalLM),
+    "bloom": (tf.BloomConfig(**_BLOOM), AutoModelForCausalLM),
+    "cohere": (tf.CohereConfig(**_GROUPED, use_qk_norm=True, logit_scale=0.125), AutoModelForCausalLM),
+    "granite": (tf.GraniteConfig(**_GROUPED, **_MULTIPLIERS, logits_scaling=8.0), AutoModelForCausalLM),
 }
 # Mixtures of experts have tests of their own (test_experts.py): they would double the time of the whole suite.
 _EXPERTS = dict(_GROUPED, num_experts_per_tok=2)
@@ -55,14 +79,90 @@ MOE_CONFIGS: dict[str, tuple[Any, Any]] = {
     "flex_olmo": (tf.FlexOlmoConfig(**{**_EXPERTS, "intermediate_size": 20}, num_experts=5), AutoModelForCausalLM),
     "phimoe": (tf.PhimoeConfig(**{**_EXPERTS, "intermediate_size": 20}, num_local_experts=5), AutoModelForCausalLM),
 }
+# The rest of what is built in: of kinds that CONFIGS has. The descriptions are checked on all of these, every method is
+# tried on those.
+MORE_CONFIGS: dict[str, tuple[Any, Any]] = {
+    "apertus": (tf.ApertusConfig(**_GROUPED), AutoModelForCausalLM),
+    "arcee": (tf.ArceeConfig(**_WIDE), AutoModelForCausalLM),
+    "bert-generation": (tf.BertGenerationConfig(**_TEXT), tf.BertGenerationDecoder),
+    "biogpt": (tf.BioGptConfig(**_TEXT), AutoModelForCausalLM),
+    "camembert": (tf.CamembertConfig(**_TEXT), AutoModelForMaskedLM),
+    "cohere2": (tf.Cohere2Config(**_WIDE, sliding_window=8, layer_types=_KINDS), AutoModelForCausalLM),
+    "ctrl": (tf.CTRLConfig(vocab_size=VOCABULARY, n_positions=64, n_embd=32, dff=48, n_layer=3, n_head=4),
+             AutoModelForCausalLM),
+    "cwm": (tf.CwmConfig(**_WIDE, sliding_window=8, layer_types=_KINDS), AutoModelForCausalLM),
+    "data2vec-text": (tf.Data2VecTextConfig(**_TEXT), AutoModelForMaskedLM),
+    "distilbert": (tf.DistilBertConfig(vocab_size=VOCABULARY, max_position_embeddings=64, n_layers=3, n_heads=4, dim=32,
+                                       hidden_dim=48), AutoModelForMaskedLM),
+    "electra": (tf.ElectraConfig(**_TEXT, embedding_size=16), AutoModelForMaskedLM),
+    "ernie": (tf.ErnieConfig(**_TEXT), AutoModelForMaskedLM),
+    "ernie4_5": (tf.Ernie4_5Config(**_WIDE), AutoModelForCausalLM),
+    "esm": (tf.EsmConfig(**_TEXT, mask_token_id=3, position_embedding_type="rotary"), AutoModelForMaskedLM),
+    "eurobert": (tf.EuroBertConfig(**_WIDE), AutoModelForMaskedLM),
+    "exaone4": (tf.Exaone4Config(**_GROUPED, sliding_window=8, layer_types=_KINDS), AutoModelForCausalLM),
+    "falcon": (tf.FalconConfig(**_FALCON), AutoModelForCausalLM),  # one key/value head for all
+    "falcon-groups": (tf.FalconConfig(**_FALCON, new_decoder_architecture=True, num_kv_heads=2), AutoModelForCausalLM),
+    "falcon-alibi": (tf.FalconConfig(**_FALCON, alibi=True, multi_query=False, parallel_attn=False),
+                     AutoModelForCausalLM),
+    "gemma": (tf.GemmaConfig(**_WIDE), AutoModelForCausalLM),
+    "glm4": (tf.Glm4Config(**_WIDE), AutoModelForCausalLM),
+    "gpt_bigcode": (tf.GPTBigCodeConfig(**_GPT2, n_inner=48), AutoModelForCausalLM),
+    "gpt_bigcode-heads": (tf.GPTBigCodeConfig(**_GPT2, n_inner=48, multi_query=False), AutoModelForCausalLM),
+    "gpt_neo": (tf.GPTNeoConfig(vocab_size=VOCABULARY, hidden_size=32, num_layers=3, num_heads=4, intermediate_size=48,
+                                window_size=8, attention_types=[[["global", "local", "global"], 1]],
+                                max_position_embeddings=64, bos_token_id=1, eos_token_id=2), AutoModelForCausalLM),
+    "granite_swa": (tf.GraniteSWAConfig(**_GROUPED, **_MULTIPLIERS, logits_scaling=8.0), AutoModelForCausalLM),
+    "helium": (tf.HeliumConfig(**_WIDE), AutoModelForCausalLM),
+    "hunyuan_v1_dense": (tf.HunYuanDenseV1Config(**_WIDE), AutoModelForCausalLM),
+    "hyperclovax": (tf.HyperCLOVAXConfig(**_WIDE, **_MULTIPLIERS, logits_scaling=0.5, use_post_norm=True),
+                    AutoModelForCausalLM),
+    "jais2": (tf.Jais2Config(**_WIDE), AutoModelForCausalLM),
+    "jina_embeddings_v3": (tf.JinaEmbeddingsV3Config(**_TEXT), AutoModelForMaskedLM),
+    "layoutlm": (tf.LayoutLMConfig(**_TEXT), AutoModelForMaskedLM),
+    "megatron-bert": (tf.MegatronBertConfig(**_TEXT), AutoModelForMaskedLM),
+    "ministral": (tf.MinistralConfig(**_WIDE, sliding_window=8, layer_types=_KINDS), AutoModelForCausalLM),
+    "ministral3": (tf.Ministral3Config(**_WIDE), AutoModelForCausalLM),
+    "modernbert": (tf.ModernBertConfig(**_TEXT), AutoModelForMaskedLM),
+    "modernbert-decoder": (tf.ModernBertDecoderConfig(**_TEXT), AutoModelForCausalLM),
+    "mpnet": (tf.MPNetConfig(**_TEXT), AutoModelForMaskedLM),
+    "mpt": (tf.MptConfig(vocab_size=VOCABULARY, d_model=32, n_heads=4, n_layers=3, max_seq_len=64),
+            AutoModelForCausalLM),
+    "nanochat": (tf.NanoChatConfig(**_GROUPED, final_logit_softcapping=2.0), AutoModelForCausalLM),
+    "nemotron": (tf.NemotronConfig(**_WIDE), AutoModelForCausalLM),
+    "nomic_bert": (tf.NomicBertConfig(**_TEXT, head_dim=8), AutoModelForMaskedLM),
+    "olmo": (tf.OlmoConfig(**_GROUPED), AutoModelForCausalLM),
+    "olmo3": (tf.Olmo3Config(**_GROUPED, sliding_window=8, layer_types=_KINDS), AutoModelForCausalLM),
+    "persimmon": (tf.PersimmonConfig(**_TEXT), AutoModelForCausalLM),
+    "phi": (tf.PhiConfig(**_GROUPED, qk_layernorm=True), AutoModelForCausalLM),
+    "rembert": (tf.RemBertConfig(**_TEXT, input_embedding_size=16, output_embedding_size=24), AutoModelForMaskedLM),
+    "roberta-prelayernorm": (tf.RobertaPreLayerNormConfig(**_TEXT), AutoModelForMaskedLM),
+    "roc_bert": (tf.RoCBertConfig(**_TEXT, pronunciation_vocab_size=20, shape_vocab_size=20,
+                                  pronunciation_embed_dim=8, shape_embed_dim=8), AutoModelForMaskedLM),
+    "roformer": (tf.RoFormerConfig(**_TEXT, embedding_size=32), AutoModelForMaskedLM),
+    "seed_oss": (tf.SeedOssConfig(**_WIDE, attention_dropout=0.0, residual_dropout=0.0), AutoModelForCausalLM),
+    "smollm3": (tf.SmolLM3Config(**_GROUPED, no_rope_layers=[1, 0, 1], sliding_window=8, layer_types=_KINDS,
+                                 use_sliding_window=True), AutoModelForCausalLM),
+    "stablelm": (tf.StableLmConfig(**_GROUPED), AutoModelForCausalLM),
+    "stablelm-parallel": (tf.StableLmConfig(**_GROUPED, use_parallel_residual=True), AutoModelForCausalLM),
+    "starcoder2": (tf.Starcoder2Config(**_GROUPED), AutoModelForCausalLM),
+    "vaultgemma": (tf.VaultGemmaConfig(**_GEMMA, final_logit_softcapping=2.0), AutoModelForCausalLM),
+    "xglm": (tf.XGLMConfig(**_XGLM), AutoModelForCausalLM),
+    "xlm-roberta": (tf.XLMRobertaConfig(**_TEXT), AutoModelForMaskedLM),
+}  # fmt: skip
 CAUSAL = [name for name, (_, auto) in CONFIGS.items() if auto is AutoModelForCausalLM]
+
+
+def entry(name: str) -> tuple[Any, Any]:
+    """Config and class of the model of that name."""
+    return (CONFIGS | MORE_CONFIGS | MOE_CONFIGS)[name]
 
 
 def tiny(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
     """A random model with weights large enough that every part matters to the output."""
     torch.manual_seed(seed)
-    config, auto = (CONFIGS | MOE_CONFIGS)[name]
-    model = auto.from_config(type(config).from_dict(config.to_dict())).eval()
+    config, auto = entry(name)
+    config = type(config).from_dict(config.to_dict())
+    model = (auto.from_config if hasattr(auto, "from_config") else auto._from_config)(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -74,7 +174,7 @@ def inputs(
 ) -> dict[str, Any]:
     """One batch for the model of that name: token ids, or images (batch, 3, 32, 32)."""
     generator = torch.Generator().manual_seed(seed)
-    if (CONFIGS | MOE_CONFIGS)[name][1] is AutoModelForImageClassification:
+    if entry(name)[1] is AutoModelForImageClassification:
         return {
             "pixel_values": torch.randn(batch, 3, 32, 32, generator=generator, dtype=dtype),
             "labels": torch.randint(0, 5, (batch,), generator=generator),

@@ -27,7 +27,7 @@ from transect.cli import main_group
 from transect.compression import registry
 from transect.errors import UnknownArchitecture
 
-from . import models, test_anatomy, test_compress
+from . import models, test_anatomy, test_architectures, test_compress
 
 REPOSITORY = Path(__file__).parent.parent
 PAGE = (REPOSITORY / "CONTRIBUTING.md").read_text()
@@ -159,8 +159,8 @@ def glm(monkeypatch):
     """The page's line for tests/models.py, in place; the tiny model is `models.tiny("glm")`."""
     (line,) = [text for _, title, text in blocks("Add an architecture") if title == "tests/models.py"]
     ((name, entry),) = eval(f"{{{line}}}", vars(models)).items()
-    assert name not in models.CONFIGS
-    monkeypatch.setitem(models.CONFIGS, name, entry)
+    assert name not in models.CONFIGS and name not in models.MORE_CONFIGS
+    monkeypatch.setitem(models.MORE_CONFIGS, name, entry)
     return name
 
 
@@ -168,23 +168,25 @@ def test_the_architecture_of_a_user(here, monkeypatch):
     write_model(here / "my-glm", models.tiny(glm(monkeypatch)))
     with pytest.raises(UnknownArchitecture, match=r"'glm' is not described yet.*CONTRIBUTING\.md"):
         transect.compress("my-glm", "svd", 0.6)
-    ran = []
+    ran, printed = [], []
     for language, title, text in blocks("Add an architecture"):
         ran.append(language)
         if language == "json":
             (here / title).write_text(text)
         elif language == "console":
-            printed = say(text)
+            printed.append(say(text))
             architecture._registered.clear()
         elif title != "tests/models.py":
             exec(compile(text, "CONTRIBUTING.md", "exec"), {})
-    assert ran == ["json", "console", "python", "python"]
-    assert "kept" in printed[0] and "loss" in printed[1]
+    assert ran == ["json", "console", "console", "python", "python"]
+    (alone, with_model, listed), (compressed, evaluated) = printed
+    assert alone.count("holds") == with_model.count("holds") == 17 and "gpt_neox" in listed and "glm " not in listed
+    assert "kept" in compressed and "loss" in evaluated
 
 
 @pytest.fixture
 def dropped_in(here, monkeypatch):
-    """The JSON of the page lies beside the built-in ones, and the tiny model is one of `CONFIGS`."""
+    """The JSON of the page lies beside the built-in ones, and the tiny model is one of `MORE_CONFIGS`."""
     folder = here / "anatomy" / "architectures"
     shutil.copytree(PACKAGE / "anatomy" / "architectures", folder)
     ((title, text),) = [(title, text) for language, title, text in blocks("Add an architecture") if language == "json"]
@@ -196,7 +198,9 @@ def dropped_in(here, monkeypatch):
 
 
 def test_the_architecture_of_a_contributor(dropped_in, tmp_path):
-    """The tests that go over CONFIGS, for the architecture of the page."""
+    """The tests that go over all architectures and some that go over CONFIGS, for the architecture of the page."""
+    test_architectures.test_every_check_holds_of_every_built_in_description(dropped_in)
+    test_architectures.test_what_was_changed_is_saved_loads_and_generates(dropped_in, tmp_path / "changed")
     test_anatomy.test_every_matrix_maps_its_input_to_its_output(dropped_in)
     test_anatomy.test_permuting_neurons_and_heads_leaves_the_logits_unchanged(dropped_in)
     test_anatomy.test_removing_a_neuron_or_head_equals_zeroing_it(dropped_in)

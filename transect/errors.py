@@ -9,6 +9,10 @@ class UnknownArchitecture(TransectError):
     """The model's architecture has no definition yet."""
 
 
+class WrongDescription(TransectError):
+    """A description of an architecture is not true of the model; the message names what fails and where to look."""
+
+
 class BadCheckpoint(TransectError):
     """A model folder is incomplete, damaged or does not fit its own description."""
 

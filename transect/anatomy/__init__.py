@@ -6,7 +6,9 @@ from .architecture import (
     FusedMatrix,
     architecture_of,
     known_model_types,
+    read_architecture,
     register_architecture,
+    verify_with,
 )
 from .body import model_in, refuse_encoder_decoder
 from .matrix import Matrix
@@ -19,5 +21,6 @@ from .view import MLP, Anatomy, Attention, Block
 __all__ = [
     "MLP", "Anatomy", "Architecture", "Attention", "Block", "Expert", "ExpertMatrix", "ExpertPaths", "Experts",
     "FusedMatrix", "Matrix", "SkipAttention", "Stacked", "StructureRecord", "architecture_of", "experts_apart",
-    "known_model_types", "model_in", "record_of", "refuse_encoder_decoder", "register_architecture", "set_attribute",
+    "known_model_types", "model_in", "read_architecture", "record_of", "refuse_encoder_decoder",
+    "register_architecture", "set_attribute", "verify_with",
 ]  # fmt: skip

@@ -7,7 +7,7 @@ Paths are module paths relative to a block, except `blocks` and `final_norm`, wh
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
 from importlib import resources
@@ -24,8 +24,8 @@ class FusedMatrix:
     """One stored matrix that holds several: its rows are the parts' rows.
 
     parts: the roles in storage order, e.g. ("q", "k", "v").
-    interleaved: False where the parts lie one after another; True where each head stores its own q, k, v rows
-        together (GPT-NeoX).
+    interleaved: False where the parts lie one after another; True where each key/value head has its rows together: its
+        query heads, its key, its value (GPT-NeoX; Falcon, where one key/value head serves several query heads).
     """
 
     parts: tuple[str, ...]
@@ -61,8 +61,15 @@ class Architecture:
     blocks: the `ModuleList` of blocks, relative to the base model.
     matrices: role (q, k, v, o, gate, up, down) -> path within a block; roles stored together are in `fused` instead.
     fused: path within a block -> the parts that are stored there.
-    attention: path of the attention module within a block (its forward returns a 2-tuple).
-    norms: name -> path within a block, for every norm that the block has.
+    attention: path of the attention module within a block.
+    attention_returns: how many values its forward returns, the output first; 0 where it returns the output alone.
+    attention_adds: the argument of its forward that it adds to its output by itself (Bloom), or None.
+    head_bias: arguments of its forward that hold a slice for each head, in their third dimension from the end, as ALiBi
+        does: the kept heads keep their slices.
+    head_parameters: paths of parameters within the attention module that hold one entry for each query head, in their
+        first dimension (attention sinks).
+    block_returns: how many values a block's forward returns, the stream first; 0 where it returns the stream alone.
+    norms: name -> path within a block, for every norm that the block has; of several paths the first that exists.
     q_norm, k_norm: paths of the query and key norms within a block, where the architecture has them.
     activation: path of the MLP's activation within a block.
     final_norm: path of the norm after the last block, relative to the base model.
@@ -71,10 +78,18 @@ class Architecture:
         experts `experts` and `chosen_experts` (by each token).
     attributes: attribute of the attention module (or `config.<name>` for its private config) -> what it must hold
         when heads are removed: `heads`, `key_value_heads`, `heads_per_group` or `width` (= heads x head size).
+    per_block: entries of the config that are lists with one value a block; a dropped block takes its value along.
+    fixed_blocks: a block's own place enters what it computes, so that none can be dropped; either a bool, or the config
+        attribute that is True in that case.
+    residual_multiplier: the config's number by which a sublayer's output is multiplied where it enters the stream.
+    logits: what happens to the head's output, by the config's names: it is multiplied by `multiplier`, divided by
+        `divisor`, then `softcap` * tanh(logits / softcap) is taken.
+    head_transform: a map of its own stands between the final norm and the unembedding, so that there is no logit lens.
+    only_if: config attribute -> the value without which the description does not hold.
     post_norm: norms stand after the residual sum, so that a sublayer cannot be dropped; either a bool, or the
         config attribute that is False in that case.
     parallel: attention and MLP both read the block's input, so that the MLP does not see what attention added; either a
-        bool, or the config attribute that is True in that case.
+        bool, or the config attribute that is True in that case, or several of which one is.
     head_size_is_configurable: the config stores the head size, so fewer heads still make an ordinary config.
     """
 
@@ -84,7 +99,12 @@ class Architecture:
     matrices: Mapping[str, str]
     attention: str
     fused: Mapping[str, FusedMatrix] = field(default_factory=dict)
-    norms: Mapping[str, str] = field(default_factory=dict)
+    attention_returns: int = 2
+    attention_adds: str | None = None
+    head_bias: tuple[str, ...] = ()
+    head_parameters: tuple[str, ...] = ()
+    block_returns: int = 0
+    norms: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
     q_norm: str | None = None
     k_norm: str | None = None
     activation: str | None = None
@@ -92,8 +112,14 @@ class Architecture:
     experts: ExpertPaths | None = None
     config: Mapping[str, str] = field(default_factory=dict)
     attributes: Mapping[str, str] = field(default_factory=dict)
+    per_block: tuple[str, ...] = ("layer_types",)
+    fixed_blocks: bool | str = False
+    residual_multiplier: str | None = None
+    logits: Mapping[str, str] = field(default_factory=dict)
+    head_transform: bool = False
+    only_if: Mapping[str, Any] = field(default_factory=dict)
     post_norm: bool | str = False
-    parallel: bool | str = False
+    parallel: bool | str | tuple[str, ...] = False
     head_size_is_configurable: bool = False
 
     def __post_init__(self) -> None:
@@ -107,6 +133,12 @@ class Architecture:
         missing = set(MATRIX_ROLES) - optional - set(roles)
         if missing:
             raise TransectError(f"architecture {self.name!r}: no path is given for the roles {sorted(missing)}")
+        unknown = set(self.logits) - {"multiplier", "divisor", "softcap"}
+        if unknown:
+            raise TransectError(
+                f"architecture {self.name!r}: unknown entries {sorted(unknown)} under `logits`; known: multiplier, "
+                "divisor, softcap"
+            )
 
     @staticmethod
     def from_dict(description: Mapping[str, Any]) -> Architecture:
@@ -118,8 +150,7 @@ class Architecture:
         missing = {"name", "model_types", "blocks", "matrices", "attention"} - set(description)
         if missing:
             raise TransectError(f"architecture description lacks {sorted(missing)}")
-        values = dict(description)
-        values["model_types"] = tuple(values["model_types"])
+        values = {key: tuple(value) if isinstance(value, list) else value for key, value in description.items()}
         values["fused"] = {
             path: FusedMatrix(tuple(fused["parts"]), fused.get("interleaved", False))
             for path, fused in values.get("fused", {}).items()
@@ -133,6 +164,7 @@ class Architecture:
 
 
 _registered: dict[str, Architecture] = {}
+_verifiers: list[Callable[[Any, Architecture], None]] = []
 
 
 @cache
@@ -151,10 +183,14 @@ def known_model_types() -> list[str]:
 
 def register_architecture(description: Mapping[str, Any] | str | Path) -> Architecture:
     """Teach Transect an architecture, from a dict or a JSON file; it takes precedence over a built-in one."""
-    read = _read(Path(description)) if isinstance(description, (str, Path)) else description
-    architecture = Architecture.from_dict(read)
+    architecture = read_architecture(description)
     _registered.update(dict.fromkeys(architecture.model_types, architecture))
     return architecture
+
+
+def read_architecture(description: Mapping[str, Any] | str | Path) -> Architecture:
+    """An architecture from a dict or a JSON file, without registering it."""
+    return Architecture.from_dict(_read(Path(description)) if isinstance(description, (str, Path)) else description)
 
 
 def _read(path: Path) -> Any:
@@ -165,6 +201,21 @@ def _read(path: Path) -> Any:
     if not isinstance(read, dict):
         raise TransectError(f"the architecture description {path} holds a {type(read).__name__}, not a JSON object")
     return read
+
+
+def verify_with(verifier: Callable[[Any, Architecture], None]) -> None:
+    """Let a function look at every model that is opened with a description that is not built in.
+
+    It raises where the description is wrong. The self-check runs models, so it lives in a room above this one.
+    """
+    _verifiers.append(verifier)
+
+
+def verify(model: Any, architecture: Architecture) -> None:
+    """Have the description checked, unless it is built in."""
+    if all(architecture is not known for known in _built_in().values()):
+        for verifier in _verifiers:
+            verifier(model, architecture)
 
 
 def architecture_of(model_type: str) -> Architecture:

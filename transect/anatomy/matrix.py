@@ -83,16 +83,16 @@ class Matrix:
             return None
         total, parts = shape_of(self.host)[0], self.fused.parts
         index = parts.index(self.role)
-        if self.fused.interleaved:
-            positions = torch.arange(total).view(-1, len(parts), self.block.head_size)  # heads, parts, head_size
-            return positions[:, index].flatten()
-        if parts == ("q", "k", "v"):
+        if "q" in parts:
             queries = self.block.find("o").shape[1]
-            sizes = [queries, (total - queries) // 2, (total - queries) // 2]
+            sizes = [queries if part == "q" else (total - queries) // 2 for part in parts]
         else:
             sizes = [total // len(parts)] * len(parts)
-        start = sum(sizes[:index])
-        return slice(start, start + sizes[index])
+        groups = min(sizes) // self.block.head_size if self.fused.interleaved else 1
+        start, stop = sum(sizes[:index]) // groups, sum(sizes[: index + 1]) // groups
+        if groups == 1:
+            return slice(start, stop)
+        return torch.arange(total).view(groups, -1)[:, start:stop].flatten()
 
     @property
     def shape(self) -> tuple[int, int]:

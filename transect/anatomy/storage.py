@@ -17,8 +17,8 @@ class Stacked(nn.Module):
     """Several maps of one input whose outputs lie behind one another: what a fused matrix becomes once a part changes.
 
     parts: role -> map from d_in to that part's rows.
-    head_size: 0 where the parts' outputs are concatenated; otherwise each head's parts lie together, as GPT-NeoX
-        stores them: (..., heads, parts, head_size), flattened.
+    head_size: 0 where the parts' outputs are concatenated; otherwise each key/value head's queries, key and value lie
+        together, as GPT-NeoX and Falcon store them: see `FusedMatrix`.
     """
 
     def __init__(self, parts: dict[str, nn.Module], head_size: int = 0) -> None:
@@ -43,8 +43,8 @@ class Stacked(nn.Module):
         outputs = [part(x) for part in self.parts.values()]
         if not self.head_size:
             return torch.cat(outputs, dim=-1)
-        heads = [y.unflatten(-1, (-1, self.head_size)) for y in outputs]  # each (..., heads, head_size)
-        return torch.stack(heads, dim=-2).flatten(-3)
+        groups = min(y.shape[-1] for y in outputs) // self.head_size
+        return torch.cat([y.unflatten(-1, (groups, -1)) for y in outputs], dim=-1).flatten(-2)
 
     def describe(self) -> dict[str, Any]:
         # A list, since the order of a JSON object's keys does not survive: transformers sorts them.

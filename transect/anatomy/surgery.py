@@ -17,14 +17,23 @@ from .storage import Stacked, dense, describe, is_dense, read_weight, select
 class SkipAttention(nn.Module):
     """Stands for a dropped attention sublayer: adds nothing to the residual stream.
 
-    It still tells the key/value cache how many positions have passed, with keys of width 0, because transformers
-    reads the sequence length off the first layer of the cache, whichever sublayers are left.
+    It still tells the key/value cache how many positions have passed, with one key of width 1 for each, because
+    transformers reads the sequence length off the first layer of the cache, whichever sublayers are left, and takes
+    keys without numbers for no keys.
+
+    stand_in: path of the output matrix within the attention module. returns: how many values the attention's forward
+    returned (`Architecture.attention_returns`). adds: name and position of the argument that it added to its output
+    itself (`Architecture.attention_adds`), or None.
     """
 
-    def __init__(self, layer_idx: int | None, stand_in: str) -> None:
+    def __init__(
+        self, layer_idx: int | None, stand_in: str, returns: int = 2, adds: tuple[str, int] | None = None
+    ) -> None:
         super().__init__()
         self.layer_idx = layer_idx
         self.stand_in = stand_in
+        self.returns = returns
+        self.adds = adds
         # An empty tensor under the name of a matrix that is gone: see Stacked.
         *parents, name = stand_in.split(".")
         holder: nn.Module = self
@@ -33,16 +42,24 @@ class SkipAttention(nn.Module):
             holder = holder.get_submodule(part)
         holder.register_buffer("weight", torch.empty(0))
 
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
         if cache is not None:
-            empty = hidden.new_zeros(hidden.shape[0], 1, hidden.shape[1], 0)
-            cache.update(empty, empty, self.layer_idx)
-        return torch.zeros_like(hidden), None
+            counter = hidden.new_zeros(hidden.shape[0], 1, hidden.shape[1], 1)
+            cache.update(counter, counter, self.layer_idx)
+        if self.adds is None:
+            output = torch.zeros_like(hidden)
+        else:
+            name, position = self.adds
+            output = kwargs[name] if name in kwargs else args[position]
+        return (output, *[None] * (self.returns - 1)) if self.returns else output
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "skip_attention", "layer_idx": self.layer_idx, "stand_in": self.stand_in}
+        return {
+            "kind": "skip_attention", "layer_idx": self.layer_idx, "stand_in": self.stand_in, "returns": self.returns,
+            "adds": None if self.adds is None else list(self.adds),
+        }  # fmt: skip
 
 
 def keep_rows_and_columns(block: Home, rows: dict[str, Tensor], columns: dict[str, Tensor]) -> None:
@@ -73,8 +90,9 @@ def _select_fused(block: Home, path: str, fused: Any, rows: dict[str, Tensor]) -
     assert is_dense(host)
     positions = torch.arange(read_weight(host).shape[0])
     chosen = [positions[block.find(part).rows()][rows[part]] for part in fused.parts]
-    if fused.interleaved:  # (heads, head_size) of each part -> heads, parts, head_size
-        order = torch.stack([part.view(-1, block.head_size) for part in chosen], dim=1).flatten()
+    if fused.interleaved:  # a key/value head's queries, its key and its value lie together
+        groups = min(map(len, chosen)) // block.head_size
+        order = torch.cat([part.view(groups, -1) for part in chosen], dim=1).flatten()
     else:
         order = torch.cat(chosen)
     bias: Any = host.bias
@@ -85,13 +103,42 @@ def _select_fused(block: Home, path: str, fused: Any, rows: dict[str, Tensor]) -
 
 def set_attribute(model: nn.Module, path: str, attribute: str, value: Any) -> None:
     """Set an attribute of the module at `path` and record it. `config.x` goes to a private copy of its config."""
+    module: Any = model.get_submodule(path)
+    present = module
+    for name in attribute.split("."):
+        present = getattr(present, name, None) if attribute == KEPT_HEADS else getattr(present, name)
+    if present == value:
+        return
+    assign(module, attribute, value)
+    record_of(model).attributes.setdefault(path, {})[attribute] = value
+
+
+KEPT_HEADS = "kept_heads"  # an attribute of our own on an attention module: see `_select_head_bias`
+
+
+def assign(module: Any, attribute: str, value: Any) -> None:
+    """Set an attribute of a module; `config.x` goes to a private copy of the module's config."""
     *parents, name = attribute.split(".")
-    owner: Any = model.get_submodule(path)
+    owner = module
     for parent in parents:
         if parent == "config":
             owner.config = copy.copy(owner.config)
         owner = getattr(owner, parent)
-    if getattr(owner, name) == value:
-        return
+    if attribute == KEPT_HEADS and not hasattr(module, KEPT_HEADS):
+        module.register_forward_pre_hook(_select_head_bias, with_kwargs=True)
     setattr(owner, name, value)
-    record_of(model).attributes.setdefault(path, {})[attribute] = value
+
+
+def _select_head_bias(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Of arguments that hold a slice for each head (ALiBi), give the attention those of the heads that it still has.
+
+    The heads are the third dimension from the end, alone or behind the batch's; a mask for all heads alike has 1 there.
+    """
+    kept = module.kept_heads
+    chosen = dict(kwargs)
+    for name in kept["arguments"]:
+        bias = kwargs.get(name)
+        if isinstance(bias, Tensor) and bias.shape[-3] % kept["of"] == 0:
+            heads = bias.unflatten(-3, (-1, kept["of"]))
+            chosen[name] = heads[..., kept["heads"], :, :].flatten(-4, -3)
+    return args, chosen

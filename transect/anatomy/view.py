@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import NotApplicable, TransectError
 from ..parameters import listed
-from .architecture import MATRIX_ROLES, Architecture, architecture_of
+from .architecture import MATRIX_ROLES, Architecture, architecture_of, verify
 from .banks import hand_over_banks
 from .body import body_of, model_in, path_of, text_config_of
 from .experts import SkipExperts
@@ -20,7 +21,7 @@ from .matrix import Matrix
 from .mixture import Experts, has_module, one_mlp_needed, renumber_blocks
 from .record import StructureRecord, record_of
 from .storage import describe, weight_tensors
-from .surgery import SkipAttention, keep_rows_and_columns, set_attribute
+from .surgery import KEPT_HEADS, SkipAttention, keep_rows_and_columns, set_attribute
 
 
 class Anatomy:
@@ -54,6 +55,12 @@ class Anatomy:
             architecture = register_architecture(architecture)
         self.model = model
         self.architecture = architecture
+        for key, value in architecture.only_if.items():
+            if getattr(self.config, key, value) != value:
+                raise TransectError(
+                    f"the architecture description {architecture.name!r} holds for models with {key} = {value} only, "
+                    f"and this one has {key} = {getattr(self.config, key)}"
+                )
         self.body = body_of(model)
         self._prefix = path_of(model, self.body)
         try:
@@ -65,6 +72,7 @@ class Anatomy:
             ) from None
         if weights:
             refuse_other_than_plain_weights(model, self.block_list, architecture)
+        verify(model, architecture)
 
     @property
     def blocks(self) -> list[Block]:
@@ -127,13 +135,20 @@ class Anatomy:
     @property
     def can_drop_blocks(self) -> bool:
         """Whether the other blocks of the model stay the same when one is dropped."""
-        return not getattr(self.config, "scale_attn_by_inverse_layer_idx", False)
+        return not self._holds(self.architecture.fixed_blocks)
+
+    def _holds(self, condition: bool | str | tuple[str, ...]) -> bool:
+        """A condition of the description: itself, or whether one of the config's entries of these names is true."""
+        if isinstance(condition, bool):
+            return condition
+        names = (condition,) if isinstance(condition, str) else condition
+        return any(bool(getattr(self.config, name)) for name in names)
 
     def refuse_dropping_blocks(self) -> None:
         """Raise an error where no block can be dropped."""
         if not self.can_drop_blocks:
             raise TransectError(
-                "this model scales attention by the block's index: dropping a block would change others"
+                "in this model a block's place enters what it computes: dropping a block would change others"
             )
 
     def drop_block(self, index: int) -> None:
@@ -150,9 +165,10 @@ class Anatomy:
                 if isinstance(getattr(module, "layer_idx", None), int):
                     module.layer_idx = position
         setattr(self.config, self.architecture.config["blocks"], len(self.block_list))
-        layer_types = getattr(self.config, "layer_types", None)
-        if layer_types is not None:
-            self.config.layer_types = [kind for position, kind in enumerate(layer_types) if position != index]
+        for name in self.architecture.per_block:
+            values = getattr(self.config, name, None)
+            if values is not None:
+                setattr(self.config, name, [value for position, value in enumerate(values) if position != index])
         renumber_blocks(self)
         record = record_of(self.model)
         record.remove_block(self._prefix + self.architecture.blocks, index)
@@ -169,6 +185,12 @@ class Anatomy:
     def head_size(self) -> int:
         """Numbers in one attention head."""
         return self.config_value("head_size") or self.config_value("hidden") // self.config_value("heads")
+
+    @property
+    def residual_multiplier(self) -> float:
+        """What a sublayer's output is multiplied by where it enters the residual stream."""
+        key = self.architecture.residual_multiplier
+        return 1.0 if key is None else float(getattr(self.config, key))
 
 
 class Block:
@@ -210,8 +232,15 @@ class Block:
 
     @property
     def norms(self) -> dict[str, nn.Module]:
-        """Name -> norm, for the norms between this block's sublayers."""
-        return {name: self.module.get_submodule(path) for name, path in self.anatomy.architecture.norms.items()}
+        """Name -> norm, for the norms between this block's sublayers; without those that the config switched off."""
+        found = {}
+        for name, paths in self.anatomy.architecture.norms.items():
+            *options, last = (paths,) if isinstance(paths, str) else paths
+            path = next((path for path in options if _exists(self.module, path)), last)
+            norm = self.module.get_submodule(path)
+            if not isinstance(norm, nn.Identity):
+                found[name] = norm
+        return found
 
     def _has(self, unit: str) -> bool:
         if unit == "attention":
@@ -265,8 +294,12 @@ class Block:
     @property
     def parallel(self) -> bool:
         """Whether the MLP reads the block's input instead of what attention has added to it."""
-        parallel = self.anatomy.architecture.parallel
-        return getattr(self.anatomy.config, parallel) if isinstance(parallel, str) else parallel
+        return self.anatomy._holds(self.anatomy.architecture.parallel)
+
+    @property
+    def residual_multiplier(self) -> float:
+        """What a sublayer's output is multiplied by where it enters the residual stream."""
+        return self.anatomy.residual_multiplier
 
     @property
     def post_norm(self) -> bool:
@@ -275,7 +308,10 @@ class Block:
         return not getattr(self.anatomy.config, post_norm) if isinstance(post_norm, str) else post_norm
 
     def branch_output(self, unit: str) -> nn.Module | None:
-        """The module whose output `attention` or `mlp` adds to the residual stream; None if it was dropped."""
+        """The module whose output `attention` or `mlp` adds to the residual stream; None if it was dropped.
+
+        Where the model multiplies what it adds, that is not in the output: see `residual_multiplier`.
+        """
         if not self._has(unit):
             return None
         norm = self.norms.get(f"{unit}_output")
@@ -350,6 +386,7 @@ class Attention:
                 f"heads {heads} do not form equal groups: heads {group_size}*i to {group_size}*i+{group_size - 1} "
                 "share key/value head i; keep equally many heads of each kept group, side by side"
             )
+        present_heads = self.heads
         queries, keys = self._rows(heads), self._rows(groups)
         for norm, kept, present in (
             (self.q_norm, queries, self.q.shape[0]),
@@ -357,11 +394,35 @@ class Attention:
         ):
             weight: Any = getattr(norm, "weight", None)
             if norm is not None and weight is not None and weight.numel() == present != self.head_size:
-                norm.weight = nn.Parameter(weight.detach()[kept].clone())  # a norm over all heads at once (OLMo-2)
+                # A norm over all heads at once (OLMo-2), or one for each head (Cohere: heads x head size).
+                norm.weight = nn.Parameter(weight.detach().flatten()[kept].view(-1, *weight.shape[1:]).clone())
                 path = next(name for name, module in self.block.model.named_modules() if module is norm)
-                record_of(self.block.model).parameters[path + ".weight"] = list(kept.shape)
+                record_of(self.block.model).parameters[path + ".weight"] = list(norm.weight.shape)
         keep_rows_and_columns(self.block, {"q": queries, "k": keys, "v": keys}, {"o": queries})
         self._set_attributes(heads=len(heads), key_value_heads=len(groups))
+        self._keep_parameters(heads)
+        self._keep_bias(heads, present_heads)
+
+    def _keep_parameters(self, heads: list[int]) -> None:
+        """Let the kept heads keep the numbers that the attention module stores for each of them (sinks)."""
+        path = f"{self.block.path}.{self.block.anatomy.architecture.attention}"
+        for name in self.block.anatomy.architecture.head_parameters:
+            owner, _, leaf = f"{path}.{name}".rpartition(".")
+            new = nn.Parameter(self.block.model.get_parameter(f"{path}.{name}").detach()[heads].clone())
+            setattr(self.block.model.get_submodule(owner), leaf, new)
+            record_of(self.block.model).parameters[f"{path}.{name}"] = list(new.shape)
+
+    def _keep_bias(self, heads: list[int], present: int) -> None:
+        """Let the kept heads keep what the model adds to their scores by their number (ALiBi)."""
+        arguments = self.block.anatomy.architecture.head_bias
+        if not arguments:
+            return
+        path = f"{self.block.path}.{self.block.anatomy.architecture.attention}"
+        earlier = getattr(self.block.model.get_submodule(path), KEPT_HEADS, None)
+        of, chosen = (present, heads) if earlier is None else (earlier["of"], [earlier["heads"][h] for h in heads])
+        if earlier is not None or chosen != list(range(of)):
+            value = {"arguments": list(arguments), "of": of, "heads": chosen}
+            set_attribute(self.block.model, path, KEPT_HEADS, value)
 
     def _rows(self, heads: list[int]) -> Tensor:
         return (torch.tensor(heads)[:, None] * self.head_size + torch.arange(self.head_size)).flatten()
@@ -378,12 +439,16 @@ class Attention:
             set_attribute(self.block.model, path, attribute, values[meaning])
 
     def drop(self) -> None:
-        """Remove the sublayer: the block passes its residual stream on unchanged, and its key/value cache is empty."""
+        """Remove the sublayer: the block passes its residual stream on unchanged; its cache only counts positions."""
         self.block.refuse_dropping_sublayers()
         path = f"{self.block.path}.{self.block.anatomy.architecture.attention}"
-        layer_idx = getattr(self.block.model.get_submodule(path), "layer_idx", None)
-        stand_in = path + self.o.path.removeprefix(path)
-        skip = SkipAttention(layer_idx, stand_in.removeprefix(path + "."))
+        module: Any = self.block.model.get_submodule(path)
+        architecture = self.block.anatomy.architecture
+        name = architecture.attention_adds
+        adds = None if name is None else (name, list(inspect.signature(module.forward).parameters).index(name))
+        stand_in = self.o.path.removeprefix(path + ".")
+        layer_idx = getattr(module, "layer_idx", getattr(module, "layer_id", None))
+        skip = SkipAttention(layer_idx, stand_in, architecture.attention_returns, adds)
         hand_over_banks(self.block.model, self.block.model.get_submodule(path))
         self.block.model.set_submodule(path, skip)
         record = record_of(self.block.model)
@@ -433,3 +498,10 @@ class MLP:
         with torch.no_grad():
             if self.down.module.bias is not None:
                 self.down.module.bias.zero_()
+
+
+def _exists(module: nn.Module, path: str) -> bool:
+    try:
+        return module.get_submodule(path) is not None
+    except AttributeError:
+        return False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import nn
 
 from ..anatomy.banks import link_banks
 from ..anatomy.record import StructureRecord
+from ..anatomy.surgery import assign
 from ..errors import BadCheckpoint
 from ..operators.build import build
 
@@ -33,7 +33,7 @@ def replay(model: Any, record: StructureRecord) -> StructureRecord:
     link_banks(model)
     for path, attributes in record.attributes.items():
         for attribute, value in attributes.items():
-            _set(model.get_submodule(path), attribute, value)
+            assign(model.get_submodule(path), attribute, value)
     for path, shape in record.parameters.items():
         owner, _, name = path.rpartition(".")
         old = model.get_parameter(path)
@@ -66,14 +66,3 @@ def _built(model: Any, path: str, description: dict[str, Any]) -> nn.Module:
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise BadCheckpoint(f"the structure record's entry for {path!r} cannot be built: {error!r}") from error
     return new.to(like.dtype).train(old.training)
-
-
-def _set(module: Any, attribute: str, value: Any) -> None:
-    """Set an attribute; `config.x` goes to a private copy of the module's config."""
-    *parents, name = attribute.split(".")
-    owner = module
-    for parent in parents:
-        if parent == "config":
-            owner.config = copy.copy(owner.config)
-        owner = getattr(owner, parent)
-    setattr(owner, name, value)

@@ -3,6 +3,7 @@
 from .answers import answer_log_probabilities, next_logits, recitations
 from .blocks import Call, Feed, feeds_of, put_out, run_block, run_blocks
 from .change import changed
+from .check import Check, check_architecture, check_description
 from .head import backpropagate, logits_at, scored
 from .lens import Lens
 from .mode import at_rest
@@ -11,8 +12,8 @@ from .points import POINTS, Point, eager_attention
 from .watch import Seen, watch
 
 __all__ = [
-    "POINTS", "Batch", "Call", "Feed", "Lens", "Point", "Seen", "answer_log_probabilities", "at_rest", "backpropagate",
-    "changed", "eager_attention", "feeds_of", "inputs_of", "logits_at", "next_logits", "predictions", "put_out",
-    "real_positions", "recitations", "run_block", "run_blocks", "run_body", "scored", "summed_loss", "task_of",
-    "to_device", "watch",
+    "POINTS", "Batch", "Call", "Check", "Feed", "Lens", "Point", "Seen", "answer_log_probabilities", "at_rest",
+    "backpropagate", "changed", "check_architecture", "check_description", "eager_attention", "feeds_of", "inputs_of",
+    "logits_at", "next_logits", "predictions", "put_out", "real_positions", "recitations", "run_block", "run_blocks",
+    "run_body", "scored", "summed_loss", "task_of", "to_device", "watch",
 ]  # fmt: skip

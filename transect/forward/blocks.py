@@ -35,11 +35,12 @@ class Feed:
 
 
 class _StandIn(nn.Module):
-    """Passes the residual stream on unchanged and remembers how the block was called."""
+    """Passes the residual stream on unchanged, in the block's own form, and remembers how the block was called."""
 
-    def __init__(self, block: nn.Module, give: Tensor | None = None) -> None:
+    def __init__(self, block: nn.Module, returns: int, give: Tensor | None = None) -> None:
         super().__init__()
         self.__dict__["block"] = block  # not a submodule: its weights may be absent
+        self.returns = returns
         self.give = give
         self.hidden: Tensor | None = None
         self.call: Call | None = None
@@ -50,9 +51,10 @@ class _StandIn(nn.Module):
         except AttributeError:  # a model may read an attribute of its blocks, such as the attention type
             return getattr(self.__dict__["block"], name)
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.hidden, self.call = hidden_states, (args, kwargs)
-        return hidden_states if self.give is None else self.give
+        output = hidden_states if self.give is None else self.give
+        return (output, *[None] * (self.returns - 1)) if self.returns else output
 
 
 @contextmanager
@@ -60,7 +62,8 @@ def _stand_ins(anatomy: Anatomy, give: Tensor | None = None) -> Iterator[list[_S
     """Replace all blocks by stand-ins; the last one puts out `give` if that is not None."""
     blocks = anatomy.block_list
     originals = list(blocks)
-    stand_ins = [_StandIn(block, give if i == len(originals) - 1 else None) for i, block in enumerate(originals)]
+    last, returns = len(originals) - 1, anatomy.architecture.block_returns
+    stand_ins = [_StandIn(block, returns, give if i == last else None) for i, block in enumerate(originals)]
     try:
         for index, stand_in in enumerate(stand_ins):
             blocks[index] = stand_in

@@ -38,7 +38,8 @@ class Place:
     """Where a point is: what goes into a module (`before`) or comes out of it.
 
     rows: the part of the module's output, where it is stored with others. index: of the tensor in a tuple. block: the
-    block around it; some models (OPT) flatten batch and positions inside.
+    block around it; some models (OPT) flatten batch and positions inside. scale: what the model multiplies the tensor
+    by before it is what the point's table says.
     """
 
     module: nn.Module
@@ -46,6 +47,7 @@ class Place:
     rows: Tensor | slice | None = None
     index: int = 0
     block: nn.Module | None = None
+    scale: float = 1.0
 
 
 def place(anatomy: Anatomy, point: str, layer: int) -> Place | None:
@@ -67,12 +69,15 @@ def place(anatomy: Anatomy, point: str, layer: int) -> Place | None:
         return Place(anatomy.block_list[layers - 1]) if norm is None else Place(norm, before=True)
     block = anatomy.blocks[layer]
     if point == "patterns":
-        present = block.attention is not None
-        return Place(block.module.get_submodule(anatomy.architecture.attention), index=1) if present else None
+        if block.attention is None:
+            return None
+        if anatomy.architecture.attention_returns < 2:
+            raise NotApplicable(f"the attention of {type(anatomy.model).__name__} does not return its weights")
+        return Place(block.module.get_submodule(anatomy.architecture.attention), index=1)
     if point in ("attention", "mlp"):
         refuse_post_norm(block)
         branch = block.branch_output(point)
-        return None if branch is None else Place(branch, block=block.module)
+        return None if branch is None else Place(branch, block=block.module, scale=block.residual_multiplier)
     try:
         if point in ("heads", "neurons"):
             return Place(block.matrix("o" if point == "heads" else "down").host, before=True, block=block.module)
@@ -124,7 +129,9 @@ class Reader:
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if not isinstance(output, tuple):
-            return self._replaced(output)
+            new = self._replaced(output)
+            # What was only looked at is handed on as a copy: some models (Falcon) add to it in place.
+            return output.clone() if new is None else new
         new = self._replaced(output[self.place.index])
         return None if new is None else (*output[: self.place.index], new, *output[self.place.index + 1 :])
 
@@ -133,11 +140,14 @@ class Reader:
         if tensor is None:
             raise TransectError("the model does not return its attention weights; load it with eager attention")
         rows = self.place.rows
+        scale = self.place.scale
         part = tensor if rows is None else tensor[..., rows]
+        part = part if scale == 1 else part * scale
         flat = self.place.block is not None and part.dim() == 2 and len(self.leading) == 2
         new = self.apply(part.unflatten(0, self.leading) if flat else part)
         if new is None:
             return None
+        new = new if scale == 1 else new / scale
         if flat:
             new = new.flatten(0, 1)
         if rows is None:

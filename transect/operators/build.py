@@ -38,7 +38,9 @@ def build(description: dict[str, Any]) -> nn.Module:
         parts = {role: build(part) for role, part in description["parts"]}
         return Stacked(parts, description["head_size"])
     if kind == "skip_attention":
-        return SkipAttention(description["layer_idx"], description["stand_in"])
+        return SkipAttention(
+            description["layer_idx"], description["stand_in"], description.get("returns", 2), description.get("adds")
+        )
     if kind == "experts":
         each = [{role: build(part) for role, part in expert.items()} for expert in description["each"]]
         return SeparateExperts(each, description["activation"])

@@ -16,7 +16,7 @@ from ..anatomy import Block
 from ..errors import TransectError
 from ..forward import Lens
 from ..forward.change import Change
-from ..forward.lens import norm_gain
+from ..forward.lens import norm_centres, norm_gain
 
 Vector = Literal["up", "gate", "down"]
 KINDS: tuple[Vector, ...] = ("up", "gate", "down")
@@ -45,10 +45,10 @@ def vectors(block: Block, which: Vector, lens: Lens | None = None) -> Tensor | N
         if norm is None:
             continue
         gain = wide(norm_gain(norm))
-        if isinstance(norm, torch.nn.LayerNorm) and which == "down":  # it centres what it reads, then scales
+        if norm_centres(norm) and which == "down":  # it centres what it reads, then scales
             found = found - found.mean(1, keepdim=True)
         found = found * gain
-        if isinstance(norm, torch.nn.LayerNorm) and which != "down":  # read backwards, it scales and then centres
+        if norm_centres(norm) and which != "down":  # read backwards, it scales and then centres
             found = found - found.mean(1, keepdim=True)
     return found
 
@@ -65,7 +65,7 @@ def output_norms(block: Block) -> Tensor:
     norm = None if block.post_norm else block.norms.get("mlp_output")
     if norm is not None:
         columns = columns * wide(norm_gain(norm))[:, None]
-    return columns.norm(dim=0)
+    return columns.norm(dim=0) * block.residual_multiplier
 
 
 def scores(unembedding: Tensor, found: Tensor) -> Iterator[tuple[slice, Tensor]]:

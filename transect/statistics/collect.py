@@ -191,7 +191,9 @@ class Recorder:
 
         def keep(unit: str) -> Callable:
             def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-                added[unit] = self._sequences(output[0] if isinstance(output, tuple) else output)
+                output = output[0] if isinstance(output, tuple) else output
+                # A product is a tensor of its own: some models (Falcon) add to what they are given in place.
+                added[unit] = self._sequences(output * block.residual_multiplier)
 
             return hook
 

@@ -118,11 +118,12 @@ def spread(
 
 
 def gain(block: Block, output: Tensor) -> Tensor:
-    """What a small change of down's output (N x d) is multiplied by before it enters the stream: 1 without a norm."""
+    """What a small change of down's output (N x d) is multiplied by before it enters the stream."""
     norm: Any = block.norms.get("mlp_output")
     if norm is None:
-        return torch.ones_like(output)
-    factor = norm_gain(norm).double() / output.square().mean(1, keepdim=True).sqrt().clamp_min(1e-30)
+        return torch.full_like(output, block.residual_multiplier)
+    scale = output.square().mean(1, keepdim=True).sqrt().clamp_min(1e-30)
+    factor = block.residual_multiplier * norm_gain(norm).double() / scale
     return torch.where(
         factor.abs() > 1e-6, factor, torch.inf
     )  # a coordinate that the norm switches off cannot be moved

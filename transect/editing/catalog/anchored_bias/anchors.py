@@ -8,7 +8,6 @@ their options moved round the letters, so that no right answer is read (our desi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,8 +54,12 @@ def read_direction(lens: Lens, row: Tensor) -> Tensor:
 
 
 def written_direction(block: Block, direction: Tensor) -> Tensor:
-    """A direction of the residual stream (d) as one of the MLP's value vectors: times the gain of a norm in between."""
+    """A direction of the residual stream (d) as one of the MLP's value vectors: times what stands in between.
+
+    That is the model's multiplier and the gain of a norm, where there are such.
+    """
     norm = block.norms.get("mlp_output")
+    direction = direction * block.residual_multiplier
     return direction if norm is None else direction * norm_gain(norm).double()
 
 
@@ -111,12 +114,11 @@ def letter_lens(lens: Lens, states: Tensor, tokens: Tensor, letter: int) -> Tens
 
     Before the soft cap of models that have one.
     """
-    head: Any = lens.head
     normed = states if lens.norm is None else lens.norm(states)
     tokens = tokens.to(states.device)
-    logits = normed.double() @ head.weight[tokens].double().T
-    if getattr(head, "bias", None) is not None:
-        logits = logits + head.bias[tokens].double()
+    logits = normed.double() @ lens.weight[tokens].double().T
+    if lens.bias is not None:
+        logits = logits + lens.bias[tokens].double()
     others = (logits.sum(-1) - logits[..., letter]) / (len(tokens) - 1)
     return logits[..., letter] - others
 
@@ -131,7 +133,7 @@ def head_outputs(block: Block, heads: Tensor) -> Tensor:
     parts = heads.unflatten(-1, (-1, attention.head_size))
     weight = attention.o.weight.unflatten(-1, (-1, attention.head_size))
     norm = block.norms.get("attention_output")
-    outputs = torch.einsum("bhe,dhe->bhd", parts, weight)
+    outputs = torch.einsum("bhe,dhe->bhd", parts, weight) * block.residual_multiplier
     return outputs if norm is None else outputs * norm_gain(norm)
 
 
@@ -146,7 +148,8 @@ def value_logits(block: Block, active: Tensor, added: Tensor, towards: Tensor, s
     if norm is not None:
         raw = active @ down.weight.double().T
         raw = raw if down.bias is None else raw + down.bias.double()
-        scale = scale * (raw * norm_gain(norm).double()).norm(dim=-1) / added.double().norm(dim=-1)
+        raw = raw * norm_gain(norm).double() * block.residual_multiplier
+        scale = scale * raw.norm(dim=-1) / added.double().norm(dim=-1)
     return active * (direction @ down.weight.double()) / scale[:, None]
 
 

@@ -32,7 +32,7 @@ from ....anatomy import Attention, Block, Matrix
 from ....data import Specimen
 from ....errors import TransectError
 from ....forward import changed, eager_attention, watch
-from ....forward.lens import norm_gain
+from ....forward.lens import norm_centres, norm_gain
 
 _TAU = 1e-8
 Node = tuple[int, int, int]  # layer, position, head
@@ -155,10 +155,9 @@ class Decomposition:
         r_last, x_last = r[:, -1], x[:, -1]
         if self.lens.norm is not None:
             r_last, x_last = norm(self.lens.norm, r_last, x_last), self.lens.norm(x_last)
-        head = self.lens.head
-        logits = _linear(head.weight, getattr(head, "bias", None), r_last, x_last)
+        logits = _linear(self.lens.weight, self.lens.bias, r_last, x_last)
         if self.lens.softcap is not None:
-            whole = head(x_last)
+            whole = torch.nn.functional.linear(x_last, self.lens.weight, self.lens.bias)
             logits = self._capped(whole) - self._capped(whole - logits)
         return Parts(logits, nodes, r)
 
@@ -214,8 +213,8 @@ class Decomposition:
         return (r, x) if module is None else (norm(module, r, x), module(x))
 
     def _through_norm(self, block: Block, name: str, r: Tensor, matrix: Matrix, before: Tensor) -> Tensor:
-        """r of a sublayer's output behind the norm that some architectures put there."""
-        return self._normed(block, name, r, _whole(matrix, before))[0]
+        """r of what a sublayer adds: its output behind the norm and the multiplier that some architectures have."""
+        return self._normed(block, name, r, _whole(matrix, before))[0] * block.residual_multiplier
 
     def _note_call(self, block: Block) -> Any:
         def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -250,7 +249,7 @@ def norm(module: Any, r: Tensor, x: Tensor) -> Tensor:
     whole = module(x)
     if bias is not None:
         whole = whole - bias
-    if isinstance(module, torch.nn.LayerNorm):
+    if norm_centres(module):
         x_centred, r_centred = x - x.mean(-1, keepdim=True), r - r.mean(-1, keepdim=True)
     else:
         x_centred, r_centred = x, r

@@ -22,7 +22,7 @@ def head_outputs(block: Block, heads: Tensor, added: Tensor) -> Tensor:
     parts = torch.einsum("nhi,dhi->nhd", heads.unflatten(-1, (count, -1)), weight.unflatten(1, (count, -1)))
     norm = block.norms.get("attention_output")
     if norm is None:
-        return parts
+        return parts * block.residual_multiplier
     gain = norm_gain(norm).to(heads)
     whole = parts.sum(1) if o.bias is None else parts.sum(1) + o.bias.to(heads)
     return parts * gain * _scale(added, whole * gain)[:, None]

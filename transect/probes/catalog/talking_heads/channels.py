@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ....anatomy import Anatomy, Block
 from ....errors import NotApplicable
-from ....forward.lens import norm_gain
+from ....forward.lens import norm_centres, norm_gain
 
 READS = ("query", "key", "value")
 
@@ -120,7 +120,7 @@ def _reading(weight: Tensor, norm: Any) -> Tensor:
     if norm is None:
         return weight
     weight = weight * norm_gain(norm).double()
-    return weight - weight.mean(1, keepdim=True) if isinstance(norm, torch.nn.LayerNorm) else weight
+    return weight - weight.mean(1, keepdim=True) if norm_centres(norm) else weight
 
 
 def _gained(weight: Tensor, norm: Any) -> Tensor:
@@ -132,4 +132,4 @@ def _gained(weight: Tensor, norm: Any) -> Tensor:
 
 
 def _centres(anatomy: Anatomy) -> bool:
-    return isinstance(anatomy.final_norm, torch.nn.LayerNorm)
+    return norm_centres(anatomy.final_norm)
