@@ -180,7 +180,7 @@ class Recorder:
                     if statistic.needs == "both":
                         statistic.update(sums, x, part, mask)
                     else:
-                        statistic.update(sums, part, mask, self.trims)
+                        statistic.update(sums, part, self.mask, self.trims, None if routed is None else mask)
 
             output.register_hook(on_gradient)
 

@@ -160,10 +160,15 @@ class OutputGradientCovariance(Statistic):
             "count": torch.zeros((), dtype=torch.float64),
         }
 
-    def update(self, sums: Sums, g: Tensor, mask: Tensor | None, trims: bool) -> None:
-        """Add g gᵀ of every position that counts and is not trimmed. trims: whether positions are trimmed at all."""
+    def update(self, sums: Sums, g: Tensor, mask: Tensor | None, trims: bool, reached: Tensor | None = None) -> None:
+        """Add g gᵀ of every position that counts and is not trimmed. trims: whether positions are trimmed at all.
+
+        mask: the positions of each sequence. reached: those of them that count, in an expert of a mixture.
+        """
         if self.trim and trims:
             mask = _without_ends(torch.ones_like(g[..., 0], dtype=torch.bool) if mask is None else mask, self.trim)
+        if reached is not None:
+            mask = reached if mask is None else mask & reached
         if self.clip is not None:
             g = clip_norms(g, mask, *self.clip)
         rows = _rows(g, mask)
@@ -315,7 +320,7 @@ class ExpertLoad(Statistic):
 
     def update(self, sums: Sums, index: Tensor, weights: Tensor, mask: Tensor | None) -> None:
         """Add what every position that counts is sent to. index, weights: its experts and their weights (B, T, k)."""
-        chosen = _rows(index, mask)
+        chosen = _rows(index, mask).long()
         amounts = _rows(weights, mask).double() if self.weighted else torch.ones_like(chosen, dtype=torch.float64)
         sums["sum"].index_add_(0, chosen.flatten().cpu(), amounts.flatten().cpu())
         sums["count"] += len(chosen)
