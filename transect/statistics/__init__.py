@@ -17,7 +17,7 @@ from .kinds import (
 from .store import Statistics
 
 __all__ = [
-    "BlockSimilarity", "ExpertLoad", "FeatureNorm", "Fisher", "FisherDiagonal", "HeadContribution", "InputCovariance", "InputMean",
-    "OutputGradientCovariance", "Progress", "Recorder", "Statistic", "Statistics", "SublayerSimilarity", "Trace",
-    "collect", "key_of",
+    "BlockSimilarity", "ExpertLoad", "FeatureNorm", "Fisher", "FisherDiagonal", "HeadContribution", "InputCovariance",
+    "InputMean", "OutputGradientCovariance", "Progress", "Recorder", "Statistic", "Statistics", "SublayerSimilarity",
+    "Trace", "collect", "key_of",
 ]  # fmt: skip
