@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.models import CAUSAL, VOCABULARY, inputs, logits, tiny
 from transect.anatomy import Anatomy
-from transect.data import Choice, Specimen, load_choices
+from transect.claims import Verdict, run_claims
+from transect.data import Choice, Specimen, load, load_choices
 from transect.editing import Journal, edit_specimen
 from transect.editing.catalog.anchored_bias.anchored_bias import mean_lead, turn
 from transect.editing.catalog.anchored_bias.anchors import (
@@ -32,8 +34,17 @@ from transect.editing.catalog.anchored_bias.letters import (
     items_of,
     letter_logits,
     rotated,
+    swapped_letter_logits,
+    swapped_pattern,
 )
-from transect.editing.catalog.anchored_bias.told import Told, told_answers, told_change, told_neuron
+from transect.editing.catalog.anchored_bias.told import (
+    Told,
+    told_answers,
+    told_change,
+    told_heads,
+    told_neuron,
+    told_swap,
+)
 from transect.errors import BadData, NotApplicable, TransectError
 from transect.forward import changed, watch
 
@@ -210,6 +221,47 @@ def test_averaged_attention_is_that_of_changed_patterns(name):
     assert hooks(model) == 0
 
 
+def test_swapping_is_an_exchange():
+    pattern = torch.rand(2, 3, 9, dtype=torch.float64).softmax(-1)
+    first, second = torch.tensor([1, 8]), torch.tensor([4, 3])
+    swapped = swapped_pattern(pattern, first, second)
+    assert torch.equal(swapped.sort(-1).values, pattern.sort(-1).values)  # so the sums of rows stay
+    torch.testing.assert_close(swapped.sum(-1), pattern.sum(-1))
+    assert torch.equal(swapped[0, :, [1, 4]], pattern[0, :, [4, 1]])
+    assert torch.equal(swapped[1, :, [8, 3]], pattern[1, :, [3, 8]])
+    assert not torch.equal(swapped, pattern)
+    assert torch.equal(swapped_pattern(swapped, first, second), pattern)
+    assert torch.equal(swapped_pattern(pattern, second, first), swapped)
+    assert torch.equal(swapped_pattern(pattern, first, first), pattern)
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_swapped_attention_is_that_of_changed_patterns(name):
+    specimen = specimen_of(name, count=2)
+    model, items = specimen.model, items_of(specimen, specimen.choices[:1])
+    plain = letter_logits(specimen, items)
+    given = swapped_letter_logits(specimen, items, {2: [1, 3]}, 0)
+    block, size = blocks(specimen)[2], blocks(specimen)[2].attention.head_size
+    shared = block.attention.heads // block.attention.key_value_heads
+    for number, ids in enumerate(items.prompts[0]):
+        right = int(items.answers[0, number])
+        at, to = items.places[0][number][[0, right]].tolist()
+        with torch.no_grad(), watch(specimen.anatomy, ["patterns", "v"], [2]) as seen:
+            model(ids[None])
+        values = seen.v[2].unflatten(-1, (-1, size)).repeat_interleave(shared, 2)
+        pattern = seen.patterns[2].clone()
+        pattern[:, [1, 3], -1, at], pattern[:, [1, 3], -1, to] = (
+            seen.patterns[2][:, [1, 3], -1, to],
+            seen.patterns[2][:, [1, 3], -1, at],
+        )
+        wanted = torch.einsum("bhqt,bthe->bqhe", pattern, values).flatten(-2)
+        with torch.no_grad(), changed(specimen.anatomy, {("heads", 2): lambda heads, wanted=wanted: wanted}):
+            expected = model(ids[None]).logits[0, -1, items.tokens]
+        torch.testing.assert_close(given[0, number], expected, rtol=0, atol=1e-5)
+        assert torch.allclose(given[0, number], plain[0, number], rtol=0, atol=1e-9) == (right == 0)
+    assert hooks(model) == 0
+
+
 # The edit
 
 
@@ -334,6 +386,108 @@ def test_it_is_told_and_leaves_no_trace():
     assert torch.equal(given[untouched], plain[untouched])
     assert torch.equal(blocks(specimen)[layer].mlp.down.weight, before)
     assert told_neuron(specimen, items, 1, 1e9) is None
+
+
+def head_that_copies_letters() -> tuple[Specimen, dict[int, list[int]]]:
+    """GPT-2 whose head 0.1, at the last token, reads the letters' tokens, mostly A's, and writes what it reads.
+
+    Where its attention is swapped, it writes the right letter.
+    """
+    specimen = specimen_of("gpt2")
+    for one in blocks(specimen):
+        for matrix in (one.attention.o, one.mlp.down):
+            matrix.write(torch.zeros_like(matrix.weight), torch.zeros_like(matrix.bias))
+    embedding, head = specimen.anatomy.embedding, specimen.model.get_output_embeddings()
+    tokens = torch.tensor([specimen.single_token(letter) for letter in LETTERS])
+    asking = specimen.encode("w1 :")[-1]
+    with torch.no_grad():
+        specimen.model.transformer.wpe.weight.zero_()
+        embedding.weight.zero_()
+        embedding.weight[tokens, torch.arange(3)] = 1.0
+        embedding.weight[asking, 3] = 1.0
+        head.weight = nn.Parameter(torch.zeros_like(head.weight))
+        head.weight[tokens, torch.arange(4, 7)] = 1.0
+        block, size = blocks(specimen)[0], blocks(specimen)[0].attention.head_size
+        attention, rows = block.attention, slice(size, 2 * size)  # head 1
+        for matrix, pairs in (
+            (attention.q, [(0, 3, 8.0)]),
+            (attention.k, [(0, 0, 1.0), (0, 1, 0.5), (0, 2, 0.5)]),
+            (attention.v, [(number, number, 1.0) for number in range(3)]),
+        ):
+            weight = torch.zeros_like(matrix.weight)
+            for row, column, value in pairs:
+                weight[rows.start + row, column] = value
+            matrix.write(weight, torch.zeros_like(matrix.bias))
+        weight = torch.zeros_like(attention.o.weight)
+        weight[torch.arange(4, 7), rows.start + torch.arange(3)] = 4.0
+        attention.o.write(weight, torch.zeros_like(attention.o.bias))
+    return specimen, {0: [1]}
+
+
+def test_a_head_that_looks_at_the_letter_is_found_and_swapped():
+    specimen, wanted = head_that_copies_letters()
+    items = items_of(specimen, specimen.choices)
+    plain = Answers(letter_logits(specimen, items).argmax(-1), items.answers)
+    assert plain.bias_rate(0) == 1 and plain.accuracy == pytest.approx(1 / 3)
+    ((layer, head, lead),) = told_heads(specimen, items, 0, 0.0)
+    assert {layer: [head]} == wanted and lead > 0
+    assert told_heads(specimen, items, 0, 1e9) == []
+    before = {name: tensor.clone() for name, tensor in specimen.model.state_dict().items()}
+    assert Answers(told_swap(specimen, items, 0, wanted), items.answers).accuracy == 1
+    assert all(torch.equal(tensor, before[name]) for name, tensor in specimen.model.state_dict().items())
+    assert hooks(specimen.model) == 0
+
+
+def test_where_another_letter_or_the_right_one_was_said_the_swap_is_not_asked():
+    specimen = specimen_of()
+    items = items_of(specimen, specimen.choices)
+    plain = letter_logits(specimen, items).argmax(-1)
+    letter = int(torch.bincount(plain.flatten()).argmax())
+    given = told_swap(specimen, items, letter, {1: [0, 2]})
+    untouched = (plain != letter) | (items.answers == letter)
+    assert untouched.any() and torch.equal(given[untouched], plain[untouched])
+
+
+def test_the_signs_of_a_neuron_and_its_vector_mean_nothing_together():
+    specimen = specimen_of()
+    items = items_of(specimen, specimen.choices)
+    up, down = blocks(specimen)[2].mlp.up, blocks(specimen)[2].mlp.down
+    letter = int(letter_logits(specimen, items).argmax(-1).flatten().bincount().argmax())
+    found, told = leaning(specimen, items, letter), told_neuron(specimen, items, letter, -100.0)
+    assert told is not None
+    weight, written = up.weight.clone(), down.weight.clone()
+    weight[::2] *= -1
+    written[:, ::2] *= -1
+    up.write(weight)
+    down.write(written)
+    again, other = leaning(specimen, items, letter), told_neuron(specimen, items, letter, -100.0)
+    torch.testing.assert_close(again.neurons[2], found.neurons[2], rtol=0, atol=1e-9)
+    flipped = told.layer == 2 and told.neuron % 2 == 0
+    assert other == told._replace(sign=-told.sign if flipped else told.sign)
+
+
+def test_the_claims_say_what_their_numbers_say():
+    specimen, _, _ = planted()
+    ids = torch.randint(3, VOCABULARY, (4, 12), generator=torch.Generator().manual_seed(0))
+    text = load(ids, specimen.model)
+    outcomes = run_claims(specimen.model, text, text, ["anchored-bias"], specimen=replace(specimen, data=text))
+    results = {one.claim.name.partition("/")[2]: one.result for one in outcomes}
+    assert set(results) == {"spread", "bias-rate", "consistency", "attention-swap"}
+    assert all(result.verdict is not Verdict.NOT_APPLICABLE for result in results.values())
+    rows = {row["model"]: row for row in results["spread"].numbers}
+    plain, edited, swapped = rows["unedited"], rows["edited"], rows["told the answers, swapped (upper bound)"]
+    assert plain["bias_rate"] > 0.9 and plain["where_right"] > 0.9
+    control = [row["accuracy"] for name, row in rows.items() if name.startswith("told the answers, random")]
+    holds = {
+        "spread": edited["spread"] < plain["spread"],
+        "bias-rate": edited["bias_rate"] < plain["bias_rate"]
+        and edited["where_wrong"] > plain["where_wrong"]
+        and abs(edited["where_right"] - plain["where_right"]) < 0.05
+        and abs(math.exp(edited["loss"] - plain["loss"]) - 1) < 0.01,
+        "consistency": edited["consistent"] > plain["consistent"],
+        "attention-swap": swapped["accuracy"] > max(plain["accuracy"], sum(control) / len(control)),
+    }
+    assert {name: result.verdict is Verdict.HOLDS for name, result in results.items()} == holds
 
 
 # Refusals

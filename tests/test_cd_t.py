@@ -12,7 +12,7 @@ from transect.data import Batches, Specimen, load
 from transect.errors import NotApplicable, TransectError
 from transect.forward import Seen, changed, watch
 from transect.probes import drawings, run_probes
-from transect.probes.catalog.cd_t.circuits import alone, mean_heads
+from transect.probes.catalog.cd_t.circuits import alone, grow, mean_heads, prune, scores_on_nodes
 from transect.probes.catalog.cd_t.decomposition import Decomposition, stable
 
 
@@ -109,6 +109,128 @@ def test_the_stabiliser_keeps_the_sum_and_is_idempotent():
     assert torch.equal(stable(once, x), once)
     assert torch.equal(once[r * (x - r) >= 0], r[r * (x - r) >= 0])
     assert set(((once == x) | (once == 0))[r * (x - r) < 0].tolist()) == {True}
+
+
+def test_the_layers_of_gpt2_written_out():
+    """Both parts of every activation, by the rules of the card; the stabiliser acts three times in a layer."""
+    made = opened("gpt2")
+    model = made.specimen.model
+    tau = 1e-8
+
+    def linear(r, i, weight, bias):
+        r, i = r @ weight, i @ weight
+        size = r.abs() + i.abs() + tau
+        return r + bias * r.abs() / size, i + bias * i.abs() / size
+
+    def norm(r, i, module):
+        spread = ((r + i).var(-1, correction=0, keepdim=True) + module.eps).sqrt()
+        size = r.abs() + i.abs() + tau
+        return tuple(
+            module.weight * (x - x.mean(-1, keepdim=True)) / spread + module.bias * x.abs() / size for x in (r, i)
+        )
+
+    def stabilised(r, i):
+        whole, apart, first = r + i, r * i < 0, r.abs() >= i.abs()
+        return (
+            torch.where(apart, torch.where(first, whole, 0.0), r),
+            torch.where(apart, torch.where(first, 0.0, whole), i),
+        )
+
+    def heads(x):
+        return x.unflatten(-1, (4, 8)).transpose(0, 1)
+
+    mask = torch.full((6, 6), float("-inf"), dtype=torch.float64).triu(1)
+    positions = torch.tensor([False, True, False, True, False, False])
+    with torch.no_grad():
+        x = made.seen.residual[0][0]
+        r, i = x * positions[:, None], x * ~positions[:, None]
+        for block in model.transformer.h:
+            normed = norm(r, i, block.ln_1)
+            both = linear(*normed, block.attn.c_attn.weight, block.attn.c_attn.bias)
+            (q, k, v), (q_i, k_i, v_i) = ([heads(part) for part in one.split(32, -1)] for one in both)
+            whole = ((q + q_i) @ (k + k_i).mT / 8**0.5 + mask).softmax(-1) @ (v + v_i)
+            z = (q @ k.mT / 8**0.5 + mask).softmax(-1) @ v
+            z, z_i = (one.transpose(0, 1).flatten(1) for one in (z, whole - z))
+            added, added_i = linear(z, z_i, block.attn.c_proj.weight, block.attn.c_proj.bias)
+            r, i = r + added, i + added_i
+            up, up_i = stabilised(*linear(*norm(r, i, block.ln_2), block.mlp.c_fc.weight, block.mlp.c_fc.bias))
+            neurons_i = block.mlp.act(up_i)
+            neurons = block.mlp.act(up + up_i) - neurons_i
+            out, out_i = stabilised(*linear(neurons, neurons_i, block.mlp.c_proj.weight, block.mlp.c_proj.bias))
+            assert not torch.equal(stabilised(r + out, i + out_i)[0], r + out)
+            r, i = stabilised(r + out, i + out_i)
+    torch.testing.assert_close(made.words(positions[None]).stream[0], r, rtol=1e-5, atol=1e-6)
+
+
+def test_shares_of_targets_add_up_and_nothing_reaches_a_target_from_behind():
+    made = opened("gpt2")
+    nodes, targets = [(0, 1, 0), (1, 2, 3), (1, 5, 1), (2, 5, 2)], [(1, 5, 0), (2, 5, 1)]
+    found = scores_on_nodes(made, nodes, targets, None)
+    for number, node in enumerate(nodes):
+        total = 0.0
+        for target in targets:
+            if target[0] > node[0]:
+                r, x = made.heads([node], targets=[target]).nodes[target]
+                total += float(r.abs().mean() / (r.abs().mean() + (x - r).abs().mean()))
+        assert float(found[number]) == pytest.approx(total, abs=1e-12)
+    assert found[0] > 0 and found[3] == 0
+    torch.testing.assert_close(scores_on_nodes(made, nodes, targets, None, batch=3), found, rtol=0, atol=1e-9)
+
+
+def test_a_circuit_grows_from_what_raises_the_answer_through_all_layers_in_front():
+    made = opened("gpt2")
+    high, low = (2, 5, 0), (0, 5, 1)
+    scores = torch.tensor([{high: 3.0, low: 2.0, (2, 5, 3): -9.0}.get(node, 0.5) for node in made.nodes])
+    rounds = grow(made, scores, None, 2, 0.0)
+    assert rounds[0] == [high, low]  # not the one that lowers the answer most
+    asked = [node for node in made.nodes if node[0] < 2 and node != low]
+    shares = scores_on_nodes(made, asked, [high], None)
+    for layer in (0, 1):
+        mine = torch.tensor([node[0] == layer for node in asked])
+        shares[mine] /= shares[mine].sum()
+    assert rounds[1] == [asked[int(number)] for number in shares.topk(2).indices]
+    tops = [max(layer for layer, _, _ in one) for one in rounds]
+    assert tops == sorted(set(tops), reverse=True)
+    assert grow(made, -torch.ones(len(made.nodes)), None, 2, 0.0) == [[]]
+    assert len(grow(made, scores, None, 2, 0.7)[0]) == 1
+
+
+def test_pruning_drops_what_the_circuit_does_better_without():
+    worth = {"a": 1.0, "b": -2.0, "c": 0.5, "d": -1.0, "e": -0.1}
+    asked = []
+
+    def score(some):
+        asked.append(tuple(some))
+        together = 3.0 if "c" in some and "d" in some else 0.0  # d hurts alone, and helps c
+        return sum(worth[one] for one in some) + together
+
+    assert prune(list("abcde"), ["b"], score, 10) == list("abcd")
+    assert prune(list("abcde"), [], score, 10) == list("acd")
+    assert ("a", "c", "d", "e") in asked
+    assert prune(list("abcde"), [], score, 1) == list("acde")
+    assert prune(list("abcde"), [], score, 0) == list("abcde")
+    assert prune(list("abde"), [], score, 10) == ["a"]
+    assert prune([], [], score, 3) == []
+
+
+def test_the_prompts_that_judge_do_not_prune(monkeypatch):
+    model = tiny("gpt2")
+    rows = [inputs("gpt2", batch=1, length=9, seed=seed)["input_ids"][0].tolist() for seed in range(4)]
+    specimen = Specimen(Anatomy(model), data=load(rows, model), tokenizer=Letters())
+    seen = []
+
+    def counted(specimen, ids, circuit, means):
+        seen.append(ids)
+        return alone(specimen, ids, circuit, means)
+
+    monkeypatch.setattr("transect.probes.catalog.cd_t.cd_t.alone", counted)
+    settings = {"prompts": 4, "length": 5, "most": 8, "threshold": 0.0}
+    plain = run_probes(specimen, {"cd-t": {**settings, "pruned": 0}})["cd-t"]
+    pruned = run_probes(specimen, {"cd-t": {**settings, "pruned": 3}})["cd-t"]
+    assert (pruned["sizes"] <= plain["sizes"]).all() and (pruned["sizes"] < plain["sizes"]).any()
+    assert (pruned["sizes"] >= plain["sizes"] - 3).all()
+    halves = {tuple(ids.flatten().tolist()) for ids in seen}
+    assert len(halves) == 2 and all(len(ids) == 2 for ids in seen)
 
 
 @pytest.mark.parametrize("name", CAUSAL)

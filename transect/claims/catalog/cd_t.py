@@ -97,8 +97,8 @@ def copying(context: Context) -> Result:
     """On random tokens that are said twice; the answer is the last of them.
 
     Known are the heads that attend to what came behind a token's earlier occurrence. A head's score is its largest part
-    of the answer over positions, in absolute value, the mean of four prompts. One of them should be among the first
-    three (ours).
+    of the answer over positions, with its sign, the mean of four prompts. One of them should be among the first three
+    (ours).
     """
     specimen = context.specimen
     specimen.require_causal()
@@ -109,10 +109,10 @@ def copying(context: Context) -> Result:
     means, scores = mean_heads(specimen, prompts), {}
     for row, answer in zip(prompts[:4], answers, strict=False):
         made = Decomposition(specimen, row)
-        found = scores_on_logits(made, made.nodes, direction_to(answer, len(made.logits)), means).abs().tolist()
+        found = scores_on_logits(made, made.nodes, direction_to(answer, len(made.logits)), means).tolist()
         best: dict[tuple[int, int], float] = {}
         for (layer, _, head), score in zip(made.nodes, found, strict=True):
-            best[layer, head] = max(score, best.get((layer, head), 0.0))
+            best[layer, head] = max(score, best.get((layer, head), score))
         for place, score in best.items():
             scores[place] = scores.get(place, 0.0) + score / 4
     order = sorted(scores, key=lambda place: -scores[place])

@@ -13,13 +13,20 @@ from ....errors import BadData, NotApplicable, TransectError
 from ....parameters import Range
 from ...journal import Journal
 from ...registry import editing
-from .anchors import Leaning, leaning, letter_direction, project_out, written_direction
+from .anchors import (
+    Leaning,
+    by_layer,
+    leaning,
+    leaning_heads,
+    letter_direction,
+    project_out,
+    written_direction,
+)
 from .letters import Answers, Items, averaged_letter_logits, items_of, letter_logits, usual
-from .told import told_answers, told_neuron
+from .told import told_answers, told_heads, told_neuron, told_swap
 
 MOST = "most"
 CALIBRATION, JUDGED = 200, 300  # items, at most
-HEADS = 5  # that the notes name and that attention averaging is measured with
 
 
 def split(specimen: Specimen) -> tuple[list[Choice], list[Choice]]:
@@ -91,16 +98,21 @@ def anchored_bias(
     two remedies would do that no plain checkpoint can hold: averaging the attention of the leaning heads over the
     letters, and subtracting each letter's mean logit, measured on the first items.
 
-    anchor: the letter, or most for the one that is answered most often.
-    neurons: how many are turned, over all layers, at most.
+    Every default here but the paper's own remedies is ours.
+
+    anchor: the letter, or most for the one that is answered most often. The paper takes A.
+    neurons: how many are turned, over all layers, at most. The paper changes one of a layer.
     beta: how much of what cancel names goes; 0 changes nothing, 1 all of it.
     cancel: lead takes out of these neurons, in equal shares, only by how much the letter's mean logit exceeds the mean
         of the others on the first items, as far as it reaches the logits directly; all takes out everything that they
         have of ŵ, which can turn a letter that is favoured a little into one that is never answered.
     threshold: an MLP or head counts if it leans to the letter by more, in logits. The paper takes 4 for GPT-2, against
         the right letter; the scale depends on the model.
-    oracle_upper_bound: also measure the published edit, v - W_U[letter] + 8 W_U[right letter] in one neuron, which is
-        told each item's right letter. It is an upper bound and no remedy; nothing of it stays in the model.
+    oracle_upper_bound: also measure the two published remedies, which are told each item's right letter: the edit of
+        one neuron, v - W_U[letter] + 8 W_U[right letter], and the swap of attention, where the last token looks at
+        the right letter as it did at the letter, and the other way round, in at most five heads that lean to the letter
+        against the right one. They are upper bounds and no remedies, for they are another change for every item:
+        nothing of them stays in the model, and no checkpoint could hold them.
     """
     choosing, judging = (items_of(specimen, part) for part in split(specimen))
     before = letter_logits(specimen, choosing)
@@ -117,7 +129,7 @@ def anchored_bias(
         "items left out, with other letters": len(specimen.choices) - len(usual(specimen.choices)),
         "MLPs lean by": ", ".join(f"{layer}: {float(value):+.2f}" for layer, value in enumerate(found.mlps)),
     }
-    heads = leaning_heads(found, threshold)
+    heads = leaning_heads(found.heads, threshold)
     notes["heads that lean most"] = ", ".join(f"{layer}.{head}: {by:+.2f}" for layer, head, by in heads) or "none"
     notes |= _other_remedies(specimen, judging, before, heads)
     if oracle_upper_bound:
@@ -178,30 +190,14 @@ def turned(found: Leaning, count: int, threshold: float) -> list[tuple[int, int]
     return [(layer, neuron) for _, layer, neuron in sorted(scores, key=lambda one: -one[0])[:count]]
 
 
-def leaning_heads(found: Leaning, threshold: float) -> list[tuple[int, int, float]]:
-    """(layer, head, D) of the heads that lean most, at most `HEADS`."""
-    if found.heads.numel() == 0:
-        return []
-    values, places = found.heads.flatten().topk(min(HEADS, found.heads.numel()))
-    width = found.heads.shape[1]
-    return [
-        (int(place) // width, int(place) % width, float(value))
-        for value, place in zip(values, places, strict=True)
-        if value > threshold
-    ]
-
-
 def _other_remedies(
     specimen: Specimen, judging: Items, calibration: Tensor, heads: Sequence[tuple[int, int, float]]
 ) -> dict[str, str]:
     """Attention averaging and letter calibration on the unedited model, in words."""
     plain = letter_logits(specimen, judging)
-    by_layer: dict[int, list[int]] = {}
-    for layer, head, _ in heads:
-        by_layer.setdefault(layer, []).append(head)
     told = {"unedited": described(answers(plain, judging))}
-    if by_layer:
-        averaged = averaged_letter_logits(specimen, judging, by_layer)
+    if heads:
+        averaged = averaged_letter_logits(specimen, judging, by_layer(heads))
         told["attention of these heads averaged over the letters"] = described(answers(averaged, judging))
     told["mean logit of each letter subtracted"] = described(answers(plain - calibration.mean((0, 1)), judging))
     return told
@@ -212,12 +208,24 @@ def described(given: Answers) -> str:
 
 
 def _upper_bound(specimen: Specimen, choosing: Items, judging: Items, letter: int, threshold: float) -> dict[str, str]:
+    """What the published remedies do, in words."""
+    told = {}
     neuron = told_neuron(specimen, choosing, letter, threshold)
     if neuron is None:
-        return {"upper bound": "no neuron leans to the letter, against the right one, by more than the threshold"}
-    name = f"upper bound: published edit of neuron {neuron.layer}:{neuron.neuron}, told every right letter"
-    both, alone = (
-        described(Answers(told_answers(specimen, judging, letter, neuron, away), judging.answers))
-        for away in (1.0, 0.0)
-    )
-    return {name: both, f"{name}, but nothing taken away": alone}
+        told["upper bound, published edit"] = "no neuron leans to the letter by more than the threshold"
+    else:
+        name = f"upper bound: published edit of neuron {neuron.layer}:{neuron.neuron}, told every right letter"
+        told[name], told[f"{name}, but nothing taken away"] = (
+            described(Answers(told_answers(specimen, judging, letter, neuron, away), judging.answers))
+            for away in (1.0, 0.0)
+        )
+    heads = told_heads(specimen, choosing, letter, threshold)
+    if not heads:
+        told["upper bound, published swap"] = "no head leans to the letter by more than the threshold"
+    else:
+        names = ", ".join(f"{layer}.{head}" for layer, head, _ in heads)
+        swapped = told_swap(specimen, judging, letter, by_layer(heads))
+        told[f"upper bound: published swap of attention in heads {names}, told every right letter"] = described(
+            Answers(swapped, judging.answers)
+        )
+    return told

@@ -7,6 +7,7 @@ their options moved round the letters, so that no right answer is read (our desi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,8 @@ from ....data import Specimen
 from ....forward import watch
 from ....forward.lens import Lens, norm_gain
 from .letters import Items, alike
+
+HEADS = 5  # that count as leaning, at most
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,27 @@ def project_out(vectors: Tensor, direction: Tensor, beta: float) -> Tensor:
     """v - β P v for each column (d x m), P the projector on the direction (d); in the vectors' precision or wider."""
     unit = (direction / direction.norm()).to(vectors)
     return vectors - beta * unit[:, None] * (unit @ vectors)
+
+
+def leaning_heads(leans: Tensor, threshold: float) -> list[tuple[int, int, float]]:
+    """(layer, head, D) of the heads that lean most, at most `HEADS`, by more than the threshold. leans: L x H."""
+    if leans.numel() == 0:
+        return []
+    values, places = leans.flatten().topk(min(HEADS, leans.numel()))
+    width = leans.shape[1]
+    return [
+        (int(place) // width, int(place) % width, float(value))
+        for value, place in zip(values, places, strict=True)
+        if value > threshold
+    ]
+
+
+def by_layer(heads: Sequence[tuple[int, int, float]]) -> dict[int, list[int]]:
+    """Heads as numbers by layer."""
+    found: dict[int, list[int]] = {}
+    for layer, head, _ in heads:
+        found.setdefault(layer, []).append(head)
+    return found
 
 
 @torch.no_grad()

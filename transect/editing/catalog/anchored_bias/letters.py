@@ -22,6 +22,7 @@ from ....forward import Seen, changed, watch
 SEPARATOR = ", "  # between two options of a prompt
 _TOGETHER = 64  # prompts in one forward pass
 Change = Callable[[Tensor], Tensor]
+Recalibration = Callable[[Tensor, Tensor, Tensor], Tensor]  # weights B x h x T, letters' places B x c, right ones B
 
 
 @dataclass(frozen=True)
@@ -155,45 +156,77 @@ def letter_logits(specimen: Specimen, items: Items) -> Tensor:
 
 
 @torch.no_grad()
-def averaged_letter_logits(specimen: Specimen, items: Items, heads: Mapping[int, Sequence[int]]) -> Tensor:
-    """The same where some heads, by layer, look at all listed letters alike: n x c x c, float64, on the CPU.
+def recalibrated_letter_logits(
+    specimen: Specimen, items: Items, heads: Mapping[int, Sequence[int]], recalibrated: Recalibration
+) -> Tensor:
+    """The same where the last row of some heads' patterns, by layer, is another: n x c x c, float64, on the CPU.
 
-    In the last row of each such head's pattern the weights on the letters' tokens are replaced by their mean, so that
-    the row's sum stays. A head's output then changes by the sum over the letters of (mean - weight) v. Layer by layer,
-    since what a later head sees depends on the earlier ones: one pass for each layer, and one for the logits.
+    recalibrated: the new weights, from the old ones (B x h x T), where the letters are (B x c), and which is right (B).
+    A head's output changes by the sum over tokens of (new - old) v. Layer by layer, since what a later head sees
+    depends on the earlier ones: one pass for each layer, and one for the logits.
     """
     model, out = specimen.model, _table(items)
     for where, ids, places in alike(items):
-        ids, places = ids.to(model.device), places.to(model.device)
+        ids, places, right = (one.to(model.device) for one in (ids, places, items.answers[where]))
         changes: dict[tuple[str, int], Change] = {}
         for layer in sorted(heads):
             with changed(specimen.anatomy, changes), watch(specimen.anatomy, ["patterns", "v"], [layer]) as seen:
                 model.base_model(input_ids=ids, use_cache=False)
-            changes["heads", layer] = _averaging(specimen, seen, layer, heads[layer], places)
+            pattern = seen.patterns[layer][:, list(heads[layer]), -1]  # B x h x T
+            more = recalibrated(pattern, places, right) - pattern
+            changes["heads", layer] = _attending(specimen, seen, layer, heads[layer], more)
         with changed(specimen.anatomy, changes):
             out[where] = model(input_ids=ids, use_cache=False).logits[:, -1].cpu()[:, items.tokens].double()
     return out
 
 
+def averaged_letter_logits(specimen: Specimen, items: Items, heads: Mapping[int, Sequence[int]]) -> Tensor:
+    """Logits where these heads look at all listed letters alike, see `averaged_pattern`."""
+    return recalibrated_letter_logits(
+        specimen, items, heads, lambda pattern, places, right: averaged_pattern(pattern, places)
+    )
+
+
+def swapped_letter_logits(specimen: Specimen, items: Items, heads: Mapping[int, Sequence[int]], letter: int) -> Tensor:
+    """Logits where these heads look at the right letter as they do at `letter`, and the other way round."""
+    return recalibrated_letter_logits(
+        specimen, items, heads,
+        lambda pattern, places, right: swapped_pattern(pattern, places[:, letter], _chosen(places, right)),
+    )  # fmt: skip
+
+
 def averaged_pattern(pattern: Tensor, places: Tensor) -> Tensor:
-    """Attention weights (B x h x T) with those at each prompt's places (B x c) replaced by their mean."""
+    """Attention weights (B x h x T) with those at each prompt's places (B x c) replaced by their mean.
+
+    The sum of a row stays.
+    """
     index = places[:, None].expand(-1, pattern.shape[1], -1)
     mean = pattern.gather(-1, index).mean(-1, keepdim=True)
     return pattern.scatter(-1, index, mean.expand_as(index))
 
 
-def _averaging(specimen: Specimen, seen: Seen, layer: int, heads: Sequence[int], places: Tensor) -> Change:
-    """What replaces the outputs of all heads of a layer (B x T x (H d_h))."""
+def swapped_pattern(pattern: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Attention weights (B x h x T) with those at two places of each prompt (B each) exchanged; the row's sum stays."""
+    index = torch.stack([first, second], -1)[:, None].expand(-1, pattern.shape[1], -1)
+    return pattern.scatter(-1, index, pattern.gather(-1, index.flip(-1)))
+
+
+def _chosen(places: Tensor, letter: Tensor) -> Tensor:
+    """The place (B) of each prompt's own letter (B)."""
+    return places.gather(1, letter[:, None])[:, 0]
+
+
+def _attending(specimen: Specimen, seen: Seen, layer: int, heads: Sequence[int], more: Tensor) -> Change:
+    """What changes the outputs of all heads (B x T x (H d_h)) where the last token attends by `more` (B x h x T)."""
     attention = specimen.anatomy.blocks[layer].attention
     assert attention is not None  # it has a pattern
     size, shared = attention.head_size, attention.heads // attention.key_value_heads
-    pattern = seen.patterns[layer][:, list(heads), -1]  # B x h x T
     values = seen.v[layer].unflatten(-1, (-1, size))[:, :, [head // shared for head in heads]]  # B x T x h x d_h
-    more = torch.einsum("bht,bthd->bhd", averaged_pattern(pattern, places) - pattern, values)
+    added = torch.einsum("bht,bthd->bhd", more, values)
 
     def change(outputs: Tensor) -> Tensor:
         new = outputs.clone()
-        new.unflatten(-1, (-1, size))[:, -1, list(heads)] += more
+        new.unflatten(-1, (-1, size))[:, -1, list(heads)] += added
         return new
 
     return change

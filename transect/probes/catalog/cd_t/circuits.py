@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -44,49 +44,69 @@ def scores_on_nodes(
     means: Mapping[int, Tensor] | None,
     batch: int = 64,
 ) -> Tensor:
-    """How much of the targets' outputs comes of each earlier node: Σ_targets mean|r| / (mean|r| + mean|i|) (n)."""
+    """How much of the targets' outputs comes of each node: Σ_targets mean|r| / (mean|r| + mean|i|) (n).
+
+    A target that is not behind a node counts nothing for it.
+    """
     parts = []
     for start in range(0, len(nodes), batch):
-        found = made.heads(nodes[start : start + batch], means, targets).nodes
-        shares = []
-        for r, x in found.values():
+        some = nodes[start : start + batch]
+        first = min(layer for layer, _, _ in some)
+        total = torch.zeros(len(some)).to(made.logits)
+        for r, x in made.heads(some, means, [target for target in targets if target[0] > first]).nodes.values():
             relevant, rest = r.abs().mean(-1), (x - r).abs().mean(-1)
-            shares.append(relevant / (relevant + rest).clamp_min(1e-30))
-        parts.append(torch.stack(shares).sum(0))
+            total += relevant / (relevant + rest).clamp_min(1e-30)
+        parts.append(total)
     return torch.cat(parts)
 
 
 def grow(
     made: Decomposition, scores: Tensor, means: Mapping[int, Tensor] | None, most: int, threshold: float
-) -> list[Node]:
-    """Nodes that matter, from the output down: the strongest on the logits, then the strongest on those, and so on.
+) -> list[list[Node]]:
+    """Nodes that matter, in rounds from the output down: those that add most to the logits, then what those come of.
 
-    scores: of all of `made.nodes` on the logits (n). most: nodes that a round adds at most. threshold: a node is added
-    only where it scores at least this share of its round's best (ours; the authors' demonstration has no rule to stop).
-    Scores are divided by their layer's mean, as the authors do, in the rounds after the first.
+    scores: of all of `made.nodes` on the logits (n), with their signs: what lowers them is not looked for. most: nodes
+    of a round at most. threshold: a node counts only where it scores at least this share of its round's best (ours; the
+    authors' demonstration has no such rule). In the rounds after the first, every node in front of any of the last
+    round's is asked, and scores are divided by their layer's sum. It ends where nothing is in front of them.
     """
     nodes = made.nodes
-    circuit = _best(nodes, scores.abs(), most, threshold)
-    frontier = circuit
-    while frontier:
-        lowest = min(layer for layer, _, _ in frontier)
-        targets = [node for node in frontier if node[0] > 0]
-        earlier = [node for node in nodes if node[0] < lowest and node not in circuit]
-        if not targets or not earlier:
-            break
+    rounds = [_best(nodes, scores, most, threshold)]
+    while True:
+        targets = [node for node in rounds[-1] if node[0] > 0]
+        last = max((layer for layer, _, _ in targets), default=0)
+        earlier = [node for node in nodes if node[0] < last and node not in targets]
+        if not earlier:
+            return rounds
         scores = scores_on_nodes(made, earlier, targets, means)
         layers = torch.tensor([layer for layer, _, _ in earlier])
         for layer in layers.unique():
-            scores[layers == layer] /= scores[layers == layer].mean().clamp_min(1e-30)
-        frontier = _best(earlier, scores, most, threshold)
-        circuit = [*circuit, *frontier]
-    return sorted(circuit)
+            scores[layers == layer] /= scores[layers == layer].sum().clamp_min(1e-30)
+        rounds.append(_best(earlier, scores, most, threshold))
 
 
 def _best(nodes: Sequence[Node], scores: Tensor, most: int, threshold: float) -> list[Node]:
+    """The largest scores above 0."""
     values, order = scores.topk(min(most, len(nodes)))
-    chosen = values >= threshold * values[0].clamp_min(1e-30)
+    chosen = (values > 0) & (values >= threshold * values[0])
     return [nodes[int(number)] for number in order[chosen]]
+
+
+def prune(
+    circuit: Sequence[Node], protected: Collection[Node], score: Callable[[Sequence[Node]], float], most: int
+) -> list[Node]:
+    """A circuit without the nodes that it does better without, greedily: as long as one is found whose removal raises
+    the score, the one that raises it most goes; `most` at most. Protected nodes stay.
+    """
+    kept, best = list(circuit), score(circuit)
+    for _ in range(most):
+        without = [(score([one for one in kept if one != node]), node) for node in kept if node not in protected]
+        value, node = max(without, default=(best, None))
+        if node is None or value <= best:
+            break
+        kept.remove(node)
+        best = value
+    return kept
 
 
 @torch.no_grad()

@@ -12,7 +12,8 @@ what a rule leaves over goes to i.
   model's own attention module, so that rotation, masks and shared heads are its own; or A v_r with the weights of x
   ("fixed", their rule for BERT). Norms on queries and keys would scale a part as if it were the whole: there they are
   fixed.
-- after the MLP's linear maps: where r and i have opposite signs, the larger takes the sum and the other is 0.
+- after each of the MLP's linear maps, and after the sum with what it is added to: where r and i have opposite signs,
+  the larger takes all of x and the other is 0. Where a block has lost its MLP, nothing is moved (ours).
 
 It is a decomposition under these rules: others give other parts, and in a nonlinear network parts do not add over
 sources.
@@ -108,12 +109,13 @@ class Decomposition:
         """Parts that come from heads, one node a source.
 
         means: for each layer the heads' mean output over a reference (T x H d_h); the source is then what the head says
-        beyond its mean. Default: all that it says.
+        beyond its mean. Default: all that it says. targets: heads behind some source; of one that is not in front of a
+        target, nothing is in it.
         """
         first = min(layer for layer, _, _ in sources)
-        late = [target for target in targets if target[0] <= max(layer for layer, _, _ in sources)]
-        if late:
-            raise TransectError(f"head {late[0]} is not behind every source, so nothing of a source can reach it")
+        early = [target for target in targets if target[0] <= first]
+        if early:
+            raise TransectError(f"head {early[0]} is not behind any source, so nothing of one can reach it")
         started = torch.zeros(len(sources), *self.seen.residual[first].shape[1:]).to(self.seen.residual[first])
         at: dict[int, list[tuple[int, Node]]] = {}
         for number, node in enumerate(sources):
@@ -149,7 +151,7 @@ class Decomposition:
             r_mid = r + added
             if block.mlp is not None:
                 before = (r, x) if block.parallel else (r_mid, x_mid)
-                r_mid = r_mid + self._mlp(block, *before)
+                r_mid = stable(r_mid + self._mlp(block, *before), self.seen.residual[block.index + 1])
             r = r_mid
         x = self.seen.residual[len(self.anatomy.block_list)]
         r_last, x_last = r[:, -1], x[:, -1]
