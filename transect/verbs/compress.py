@@ -53,8 +53,8 @@ def compress(
     method: see `transect.methods()`. keep: share of the block matrices' bytes to keep, in (0, 1].
     data: calibration data: texts, a path, a hub data set, token ids or batches; see `transect.data.load`.
     stream_to: a folder to write the result to, with one block in memory at a time, so that memory is bounded. The model
-        is then a folder of safetensors (or a hub name, which is downloaded). Unfinished work lies beside `stream_to`, and
-        the same call goes on from there. It goes without refit, roles and cache, and with any allocation that does
+        is then a folder of safetensors (or a hub name, which is downloaded). Unfinished work lies beside `stream_to`,
+        and the same call goes on from there. It goes without refit, roles and cache, and with any allocation that does
         not run the model (`ilp` does). Returned is what was kept: matrix_bytes, dense_matrix_bytes and their ratio.
     overwrite: replace what is in `stream_to`.
     tokenizer: tokenizer or image processor. Default: found beside the model.
@@ -69,7 +69,7 @@ def compress(
     revision, architecture, dtype, device: of a model that is given by its name; see `transect.checkpoint.open_model`.
     settings: the method's parameters; those of the allocation with the prefix `allocation_`.
 
-    Raises TransectError before any change if something cannot be done. If something fails later, the model is as before.
+    Raises TransectError before any change if something cannot be done. If it fails later, the model is as before.
     """
     loading = {"architecture": architecture, "dtype": dtype, "device": device}
     if stream_to is None:
