@@ -115,9 +115,10 @@ def test_it_is_said(llama, caplog):
     with caplog.at_level(logging.INFO, "transect"):
         load([words(4)], llama, bos_tokenizer())
         load([words(4)], llama, bos_tokenizer(), special_tokens="none")
+        load([words(4)], llama, word_tokenizer())  # nothing to say
     assert caplog.messages == [
-        "sequences begin with <bos> (as this tokenizer's texts do)",
-        "sequences begin with no special token (special_tokens is none)",
+        "sequences begin with <bos>, as this tokenizer's texts do",
+        "sequences begin with no special token, as was chosen",
     ]
 
 
@@ -139,9 +140,9 @@ def test_commands_say_it_once_and_pass_the_option_on(tmp_path):
     for run in runs.values():
         said = CliRunner().invoke(main_group, run)
         assert said.exit_code == 0, said.output
-        assert said.stderr.count("sequences begin with <bos> (as this tokenizer's texts do)") == 1
+        assert said.stderr.count("sequences begin with <bos>, as this tokenizer's texts do") == 1
     said = CliRunner().invoke(main_group, [*runs["eval"], "--special-tokens", "none", "--json"])
-    assert "sequences begin with no special token (special_tokens is none)" in said.stderr
+    assert "sequences begin with no special token, as was chosen" in said.stderr
     assert json.loads(said.stdout)["tokens"] == 400 - 25  # 25 sequences of 16 tokens; else 26 of 15 and one of 10
     assert transect.evaluate(model, str(tmp_path / "a.txt"), sequence_length=16)["tokens"] == 400
 

@@ -79,8 +79,7 @@ def history(folder):
 
 def test_compress_writes_a_checkpoint_that_eval_measures(place, tmp_path):
     said = run(SVD_LLM, "--out", tmp_path / "small")
-    assert "kept 5" in said.stdout
-    assert said.stderr == "sequences begin with no special token (as this tokenizer's texts do)\n"
+    assert "kept 5" in said.stdout and said.stderr == ""
     check_folder(tmp_path / "small")
     assert open_model(tmp_path / "small").tokenizer("w5 w7")["input_ids"] == [5, 7]
     measured = json.loads(run("eval --data held_out.txt --json", tmp_path / "small").stdout)

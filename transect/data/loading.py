@@ -187,11 +187,14 @@ def _sees_images(model: Any) -> bool:
 
 
 def _special(tokenizer: Any, task: str, special_tokens: SpecialTokens) -> tuple[list[int], list[int]]:
-    """What stands before and after each sequence of text, with a note that says it."""
-    before, after = specials_of(tokenizer) if special_tokens == "auto" else ([], [])
-    said = " ".join(map(str, tokenizer.convert_ids_to_tokens(before))) or "no special token"
-    why = "as this tokenizer's texts do" if special_tokens == "auto" else "special_tokens is none"
-    _logger.info("sequences begin with %s (%s)", said, why)
+    """What stands before and after each sequence of text. A note says it, where it is something or was chosen."""
+    if special_tokens == "none":
+        _logger.info("sequences begin with no special token, as was chosen")
+        return [], []
+    before, after = specials_of(tokenizer)
+    if before:
+        said = " ".join(map(str, tokenizer.convert_ids_to_tokens(before)))
+        _logger.info("sequences begin with %s, as this tokenizer's texts do", said)
     return before, [] if task == "causal" else after  # to a causal model a cut is no end
 
 
