@@ -65,7 +65,7 @@ def compare(
     """
     opened = opened_of(model, tokenizer)
     anatomy = Anatomy(opened.model)
-    methods, allocations, keep = listed(methods), listed(allocations), listed(keep)
+    methods, allocations, keep = listed(methods), listed(allocations or ()), listed(keep)
     for name in methods:
         registered(name)
     calibration = calibration_of(data, opened, sequence_length, sequences, batch_size, seed, special_tokens)
@@ -74,11 +74,11 @@ def compare(
         model="" if opened.source == "" else str(opened.path or opened.source),
         dtype=str(opened.model.dtype).removeprefix("torch."), device=str(opened.model.device),
         architecture=asdict(anatomy.architecture),
-        weights=model_fingerprint(opened.model), methods=tuple(methods), allocations=tuple(allocations or ()),
+        weights=model_fingerprint(opened.model), methods=tuple(methods), allocations=tuple(allocations),
         keeps=tuple(float(share) for share in keep),
         settings={name: dict(values) for name, values in (settings or {}).items()},
         calibration=calibration.fingerprint, evaluation=held_out.fingerprint,
-        roles=None if roles is None else tuple(roles), fisher=fisher, accumulate=str(accumulate).split(".")[1],
+        roles=None if roles is None else tuple(listed(roles)), fisher=fisher, accumulate=str(accumulate).split(".")[1],
         seed=seed, sequential=sequential, refit=refit,
     )  # fmt: skip
     folder = Path(out)
