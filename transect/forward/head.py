@@ -66,8 +66,9 @@ class _Body:
     """One pass through a model's body, and then its head on any of the positions.
 
     The body is what the model's forward calls first of what puts out `last_hidden_state`: the base model, or one of its
-    parts (OPT's decoder). Where there is none, or the head wants all positions at once (a classifier's), the hidden
-    states are the logits themselves and the head does nothing: the result is right and takes the memory of all logits.
+    parts (OPT's decoder). Where there is none or more than one, or the head wants all positions at once (a
+    classifier's), the hidden states are the logits themselves and the head does nothing: the result is right and takes
+    the memory of all logits.
     """
 
     def __init__(self, model: Any, batch: Batch) -> None:
@@ -75,9 +76,9 @@ class _Body:
         self.found: nn.Module | None = None
         self.output: Any = None
         self.given: Tensor | None = None
-        self.inside = False
+        self.inside = self.several = False
         logits = None if task_of(model) == "classification" else self._run()  # of one position
-        if logits is None or (self.found is not None and logits.shape[:-1] != (1, 1)):
+        if logits is None or (self.found is not None and (self.several or logits.shape[:-1] != (1, 1))):
             self.found, logits = None, model(**self.inputs).logits
         self.hidden: Tensor = logits if self.found is None else self.output.last_hidden_state
         self.rows = max(1, NUMBERS // logits.shape[-1])
@@ -126,5 +127,7 @@ class _Body:
                 return output
             self.found, self.output, self.given = module, output, hidden[:1, :1]
         elif module is not self.found:
-            return forward(*args, **kwargs)
+            output = forward(*args, **kwargs)
+            self.several |= not self.inside and hasattr(output, "last_hidden_state")
+            return output
         return type(self.output)(**{**self.output, "last_hidden_state": self.given})
