@@ -56,8 +56,8 @@ def _exchange(new: Path, target: Path) -> None:
     gone = {entry.name for entry in target.iterdir() if replacing and _MODEL_FILES.fullmatch(entry.name)}
     gone |= {name for name in names if (target / name).exists()}
     previous = target / f".{target.name}.previous-{os.getpid()}"
-    previous.mkdir()
     try:
+        previous.mkdir()
         for name in sorted(gone, key=lambda name: name != "config.json"):
             os.rename(target / name, previous / name)
         for name in names:
