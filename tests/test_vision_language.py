@@ -164,8 +164,8 @@ def test_from_folder_to_folder_with_text_alone(tmp_path):
     assert opened.tokenizer is not None
     dense = transect.evaluate(opened, IDS)
     assert dense["tokens"] == 22 and dense["loss"] > 0
-    found = transect.inspect(opened, ["nuclear-norm", "depth-efficiency"], IDS)
-    assert set(found) == {"nuclear-norm", "depth-efficiency"} and not found.refused
+    found = transect.inspect(opened, ["nuclear-norm", "lazy-neuron"], IDS)
+    assert set(found) == {"nuclear-norm", "lazy-neuron"} and not found.refused
     model = transect.compress(opened, "asvd", keep=0.5, data=IDS)
     save(model, tmp_path / "small", opened.tokenizer)
     assert (tmp_path / "small" / "processor_config.json").exists()
