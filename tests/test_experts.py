@@ -74,12 +74,12 @@ def test_every_matrix_maps_its_input_to_its_output_and_counts_in_the_bytes(name)
     expert = mixture.experts[3]
     assert torch.equal(torch.cat([expert.gate.weight, expert.up.weight]), mixture.host.gate_up_proj[3])
     assert torch.equal(expert.down.weight, mixture.host.down_proj[3])
-    stored = sum(p.numel() for n, p in model.named_parameters() if "layers." in n and "norm" not in n)
-    outside = sum(
-        p.numel() for n, p in model.named_parameters()
-        if "layers." in n and "norm" not in n and (n.endswith((".gate.weight", ".router.weight", "shared_expert_gate.weight")) or n.endswith("bias"))
+    routing = ("mlp.gate.weight", ".router.weight", "shared_expert_gate.weight")
+    stored = sum(
+        parameter.numel() for path, parameter in model.named_parameters()
+        if "layers." in path and "norm" not in path and not path.endswith((*routing, "bias"))
     )  # fmt: skip
-    assert anatomy.matrix_bytes() == 8 * (stored - outside)
+    assert anatomy.matrix_bytes() == 8 * stored
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -283,7 +283,7 @@ def test_without_any_position_there_is_nothing_to_borrow():
     model = tiny("mixtral")
     anatomy = Anatomy(model)
     store = collect(anatomy, [{"input_ids": DATA[:1], "attention_mask": torch.zeros(1, 16)}], [InputCovariance()])
-    with pytest.raises(TransectError, match="experts.0.input has seen no data"):
+    with pytest.raises(TransectError, match=r"experts\.0\.input has seen no data"):
         store.value(key_of(mixtures(anatomy)[0].experts[0].up, InputCovariance()), InputCovariance())
 
 
@@ -378,7 +378,7 @@ def test_expert_count_refuses_what_it_cannot_do():
         transect.compress(tiny("llama"), "expert-count", 0.7, DATA)
     mixture = mixtures(Anatomy(tiny("phimoe")))[0]
     for experts in ([], [0], [0, 0], [1, 5], [-1, 2]):
-        with pytest.raises(TransectError, match="kept|distinct"):
+        with pytest.raises(TransectError, match=r"kept|distinct"):
             mixture.keep(experts)
 
 
@@ -465,7 +465,7 @@ def test_a_refit_is_least_squares_on_what_each_expert_is_sent_in_the_compressed_
 def test_methods_that_need_one_mlp_a_block_say_so_and_change_nothing(method):
     model = tiny("mixtral")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(OutOfReach, match="mixture of experts|stores those of its experts together"):
+    with pytest.raises(OutOfReach, match=r"mixture of experts|stores those of its experts together"):
         transect.compress(model, method, 0.7, DATA)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 

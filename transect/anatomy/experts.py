@@ -96,7 +96,7 @@ def check_layout(module: Any, name: str) -> None:
 
 
 class StoredTogether(nn.Linear):
-    """One expert's matrix as it lies in a fused module's tensor: writing to it writes there. The model never calls it."""
+    """One expert's matrix where it lies in a fused module's tensor: writing to it writes there. Nothing calls it."""
 
     def register_forward_hook(self, *args: Any, **kwargs: Any) -> Any:
         raise NotApplicable("experts that are stored together run together: a single one cannot be listened to")

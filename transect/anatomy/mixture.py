@@ -34,7 +34,7 @@ class ExpertMatrix(Matrix):
 
     @property
     def module(self) -> Any:
-        """The module that holds this matrix alone; a linear layer made for the occasion where it is stored with others."""
+        """The module that holds this matrix alone; made for the occasion where it is stored with others."""
         host = self.host
         if isinstance(host, SeparateExperts):
             return host.each[self.expert][self.role]  # type: ignore[index]

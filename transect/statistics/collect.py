@@ -121,13 +121,13 @@ class Recorder:
 
     def _routing_hook(self, path: str, members: list[ExpertMatrix]) -> Callable:
         """Notes where an experts module sends each position, before it runs."""
-        loads = [
+        loads: list[tuple[Any, Any]] = [
             (statistic, self.store.sums(mixture.name, statistic, (len(mixture.experts), 0), mixture.host))
             for mixture in [Experts(members[0].block)]
             for statistic in self.wanted
             if statistic.needs == "routing"
         ]
-        of_examples = [
+        of_examples: list[tuple[ExpertMatrix, Any, Any]] = [
             (matrix, statistic, self.store.sums(key_of(matrix, statistic), statistic, matrix.shape, matrix.module))
             for matrix in members
             for statistic in self.wanted

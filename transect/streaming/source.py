@@ -105,7 +105,7 @@ class StreamedModel:
                     self._put(name, file.get_tensor(self._stored[name]))
 
     def _put(self, name: str, stored: torch.Tensor) -> None:
-        """Fill a tensor of the model with a copy of the stored one; an error if it is of another shape or not finite."""
+        """Fill a tensor of the model with a copy of the stored one, which must be finite and of its shape."""
         empty = _get(self.model, name)
         self._check_shape(name, tuple(stored.shape))
         tensor = stored.to(self.device, empty.dtype, copy=True)
