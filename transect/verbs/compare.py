@@ -65,7 +65,7 @@ def compare(
     """
     opened = opened_of(model, tokenizer)
     anatomy = Anatomy(opened.model)
-    methods, allocations, keep = listed(methods), listed(allocations), listed(keep)
+    methods, allocations, keep = listed(methods), listed(allocations or ()), listed(keep)
     for name in methods:
         registered(name)
     calibration = calibration_of(data, opened, sequence_length, sequences, batch_size, seed, special_tokens)
