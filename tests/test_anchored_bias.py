@@ -398,7 +398,7 @@ def head_that_copies_letters() -> tuple[Specimen, dict[int, list[int]]]:
         for matrix in (one.attention.o, one.mlp.down):
             matrix.write(torch.zeros_like(matrix.weight), torch.zeros_like(matrix.bias))
     embedding, head = specimen.anatomy.embedding, specimen.model.get_output_embeddings()
-    tokens = torch.tensor([specimen.single_token(letter) for letter in LETTERS])
+    tokens = torch.tensor([specimen.single_token("Answer:", letter) for letter in LETTERS])
     asking = specimen.encode("w1 :")[-1]
     with torch.no_grad():
         specimen.model.transformer.wpe.weight.zero_()

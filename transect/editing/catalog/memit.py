@@ -79,7 +79,7 @@ def memit(
         which in a small model leads at once to the longest change that is allowed.
     drift: weight of KL(edited || original) of what the model says after the subject alone; MEMIT's.
     decay: weight of the length of z - h over the square of h's; MEMIT's.
-    longest: how long z - h may be, in lengths of h (ours; MEMIT takes 0.75, which is too short for the bundled model).
+    longest: how long z - h may be, in lengths of h (ours; MEMIT takes 0.75).
     noise: on the subject, in standard deviations of the embeddings (reversal, forcing); three, as in ROME's tracing.
     """
     span = chosen(specimen, layers)

@@ -72,6 +72,9 @@ def attention_sinks(
     (magnitude above 100 and 1000 times the median) is counted beside it. A massive activation starts in the half of a
     block that adds the larger number, in its direction, to that feature. Cosines are with the first token's state.
 
+    This only looks. The paper's remedy, a loss in training that decorrelates hidden states from the first token's, is
+    not here yet: it comes with training.
+
     threshold: share of attention above which a token is a sink.
     ratio: how many times the median a massive activation is.
     queries: positions after a token that must be able to look at it, or its score is not judged.
