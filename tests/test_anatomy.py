@@ -145,7 +145,9 @@ def test_an_unknown_architecture_says_how_to_describe_it_and_can_be_described():
         "name": "novel", "model_types": ["novel"], "blocks": "layers", "attention": "self_attn",
         "matrices": {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj",
                      "o": "self_attn.o_proj", "up": "mlp.up_proj", "gate": "mlp.gate_proj", "down": "mlp.down_proj"},
-        "config": {"heads": "num_attention_heads", "hidden": "hidden_size"},
+        "config": {"heads": "num_attention_heads", "hidden": "hidden_size"}, "final_norm": "norm",
+        "norms": {"attention_input": "input_layernorm", "mlp_input": "post_attention_layernorm"},
+        "attributes": {"num_key_value_groups": "heads_per_group"},
     }  # fmt: skip
     with pytest.raises(TransectError, match="no path is given"):
         register_architecture({**description, "matrices": {"q": "x"}})

@@ -131,6 +131,7 @@ def test_neurons_add_up_to_the_mlp_and_the_stream_to_the_logits(name):
     against = torch.tensor([-0.5, 1, -0.5], dtype=torch.float64)
     offset = 0.0 if bias is None else float(against @ lens.weight[tokens] @ bias.detach())
     close: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}  # transformers takes RMS norms in float32
+    offset += 0.0 if lens.bias is None else float(against @ lens.bias[tokens].double())
     torch.testing.assert_close(state @ towards / scale + offset, lead, **close)
     if lens.softcap is None:
         torch.testing.assert_close(given[:, tokens[1]] - given[:, tokens[[0, 2]]].mean(-1), lead, **close)
@@ -139,7 +140,7 @@ def test_neurons_add_up_to_the_mlp_and_the_stream_to_the_logits(name):
         down = block.mlp.down
         if block.norms.get("mlp_output") is None:
             whole = active @ down.weight.T + (0 if down.bias is None else down.bias)
-            torch.testing.assert_close(whole, added, rtol=0, atol=1e-9)
+            torch.testing.assert_close(whole * block.residual_multiplier, added, rtol=0, atol=1e-9)
         shares = value_logits(block, active, added, towards, scale).sum(-1)
         from_bias = 0 if down.bias is None else down.bias @ written_direction(block, towards) / scale
         torch.testing.assert_close(shares + from_bias, added @ towards / scale, **close)

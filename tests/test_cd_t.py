@@ -23,7 +23,7 @@ class Letters:
         return "".join(chr(97 + int(number) % 26) for number in ids)
 
 
-BIASED = ("gpt2", "opt", "gpt_neox", "qwen2")
+BIASED = ("gpt2", "opt", "gpt_neox", "qwen2", "gptj")
 
 
 def opened(name, pattern="recomputed", length=6):

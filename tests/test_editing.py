@@ -21,7 +21,15 @@ from .models import CAUSAL, CONFIGS, TOLERANCE, inputs, logits, tiny
 from .test_checkpoint import tokenizer
 
 NAME = "neuron-clamp"
-BIASED = ("gpt2", "opt", "gpt_neox", "llama")  # whose MLP can have biases in a plain checkpoint
+BIASED = (
+    "gpt2",
+    "opt",
+    "gpt_neox",
+    "llama",
+    "gptj",
+    "bloom",
+    "granite",
+)  # whose MLP can have biases in a plain checkpoint
 CLAMP = {"neurons": "1:3=1.5, 2:7=-0.25, 2:40=0"}
 
 

@@ -18,7 +18,6 @@ from transect.compression.catalog.modegpt import (
     _slice_neurons,
     _slice_queries_and_keys,
     _slice_values,
-    rotary_width,
     widths_for,
 )
 from transect.compression.head_width import narrower_values, output_power, strongest_channels
@@ -43,7 +42,7 @@ from .models import (
 
 DATA = torch.randint(3, VOCABULARY, (12, 16), generator=torch.Generator().manual_seed(5))
 NEEDS = [InputCovariance(), InputMean()]
-NORMALISED = ["qwen3", "gemma3", "olmo2"]
+NORMALISED = ["qwen3", "gemma3", "olmo2", "cohere"]
 
 
 def randn(*shape, seed=0):
@@ -179,10 +178,18 @@ def test_the_strongest_channels_are_those_of_a_search_over_all_sets(rotary, coun
         assert chosen[head].tolist() == sorted(best)
 
 
+def test_neighbours_that_are_turned_together_are_kept_together():
+    power = torch.rand(3, 6, generator=torch.Generator().manual_seed(4))
+    sets = [{0, 1, 2, 3}, {0, 1, 4, 5}, {2, 3, 4, 5}]  # two pairs, or a pair and both singles
+    for head, chosen in enumerate(strongest_channels(power, 4, 4, neighbours=True).tolist()):
+        assert chosen == sorted(max(sets, key=lambda kept: power[head, sorted(kept)].sum().item()))
+
+
 def test_rotary_positions_are_read_from_the_config():
-    widths = {name: rotary_width(Anatomy(tiny(name)).blocks[0]) for name in CONFIGS}
-    none = {"gpt2", "opt", "bert", "roberta", "vit", "deit"}
-    assert widths == {name: 0 if name in none else 2 if name == "gpt_neox" else 8 for name in CONFIGS}
+    widths = {name: Anatomy(tiny(name)).blocks[0].rotary_width for name in CONFIGS}
+    some = dict.fromkeys(("gpt2", "opt", "bert", "roberta", "vit", "deit", "bloom"), 0) | {"gpt_neox": 2, "gptj": 4}
+    assert widths == {name: some.get(name, 8) for name in CONFIGS}
+    assert {name for name in CONFIGS if Anatomy(tiny(name)).blocks[0].rotates_neighbours} == {"gptj", "cohere"}
 
 
 def silence(matrix, channels, size):
@@ -200,7 +207,7 @@ def silence(matrix, channels, size):
 def test_channels_that_are_zero_in_queries_or_keys_are_dropped_without_a_trace(name, side):
     model = tiny(name, dtype=torch.float64)
     anatomy = Anatomy(model)
-    dead = [1, 5] if rotary_width(anatomy.blocks[0]) == 8 else [3, 6]
+    dead = [2, 3] if name == "gptj" else [1, 5] if anatomy.blocks[0].rotary_width == 8 else [3, 6]
     for block in anatomy.blocks:
         silence(getattr(block.attention, side), dead, 8)
     batches = [inputs(name, batch=4, seed=seed, dtype=torch.float64) for seed in range(3)]
@@ -347,7 +354,7 @@ def test_every_architecture_is_cut_within_its_budget(name):
     for block, widths in zip(anatomy.blocks, planned, strict=True):
         attention, mlp = block.attention, block.mlp
         assert attention.heads == 4 and attention.head_size == 8  # what the model's own code sees
-        assert mlp.neurons == widths.neurons < (128 if name == "gpt2" else 48)
+        assert mlp.neurons == widths.neurons < (128 if name in ("gpt2", "bloom") else 48)
         assert attention.v.module.inner.weight.shape == (attention.key_value_heads * widths.values, 32)
         assert attention.o.module.inner.weight.shape == (32, 4 * widths.values)
         if name in NORMALISED:
@@ -396,7 +403,7 @@ def test_planned_widths_spend_the_budget_and_no_more(name, keep, removal):
         return
     heads, key_heads = block.attention.heads, block.attention.key_value_heads
     gated = 2 if block.mlp.gate is None else 3
-    index = 2 if rotary_width(block) > 0 and widths.channels < 8 else 0
+    index = 2 if block.rotary_width > 0 and widths.channels < 8 else 0
     stored = (heads + key_heads) * (widths.channels * (32 * 4 + index) + widths.values * 32 * 4)
     stored += widths.neurons * gated * 32 * 4
     dense = sum(m.weight.numel() for m in block.matrices()) * 4

@@ -69,7 +69,7 @@ def serial_neox():
 def test_similarities_equal_those_of_the_model_with_a_sublayer_taken_out(name):
     model = serial_neox() if name.startswith("serial") else tiny(name, dtype=torch.float64)
     data = batches(name.removeprefix("serial "))
-    store = collect(Anatomy(model), data, ALL)
+    store, parallel = collect(Anatomy(model), data, ALL), Anatomy(model).blocks[0].parallel
     assert not any(module._forward_hooks for module in model.modules())
     for index in range(3):
         without = {}
@@ -80,7 +80,7 @@ def test_similarities_equal_those_of_the_model_with_a_sublayer_taken_out(name):
         before, after = stream(model, index, data)
         attention = cosine(before, without["mlp"])
         # A parallel block's MLP starts from the block's input, a serial one's from what attention has added to it.
-        mlp = cosine(before, without["attention"]) if name == "gpt_neox" else cosine(without["mlp"], after)
+        mlp = cosine(before, without["attention"]) if parallel else cosine(without["mlp"], after)
         key = f"blocks.{index}"
         torch.testing.assert_close(store.value(key, SUBLAYER), torch.stack([attention, mlp]), rtol=0, atol=1e-10)
         torch.testing.assert_close(store.value(key, BLOCK), cosine(before, after), rtol=0, atol=1e-10)

@@ -62,6 +62,7 @@ def test_all_statistics_against_brute_force(name):
     store = collect(anatomy, data, EVERYTHING)
     assert not any(module._forward_hooks for module in model.modules())
     assert all(parameter.requires_grad for parameter in model.parameters())
+    rounding = 1e-4 if name == "gptj" else 1e-8  # its attention computes in float32
     for matrix in anatomy.blocks[1].matrices():
         seen = []
 
@@ -90,7 +91,8 @@ def test_all_statistics_against_brute_force(name):
         }  # fmt: skip
         for statistic, value in expected.items():
             got = store.value(key_of(matrix, statistic), statistic)
-            torch.testing.assert_close(got, value, rtol=1e-8, atol=1e-12, msg=f"{matrix.name} {statistic}")
+            atol = rounding * 1e-2 * float(value.abs().max())
+            torch.testing.assert_close(got, value, rtol=rounding, atol=atol, msg=f"{matrix.name} {statistic}")
     assert -1 <= store.value("blocks.0", BlockSimilarity()) <= 1
 
 

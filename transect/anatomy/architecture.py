@@ -71,6 +71,9 @@ class Architecture:
     block_returns: how many values a block's forward returns, the stream first; 0 where it returns the stream alone.
     norms: name -> path within a block, for every norm that the block has; of several paths the first that exists.
     q_norm, k_norm: paths of the query and key norms within a block, where the architecture has them.
+    rotation: how rotary positions turn a head's first channels: `pairs` is "halves" (i and i + width/2, the default) or
+        "neighbours" (2i and 2i + 1), `width` the config's number of channels that are turned; default: as
+        `rope_parameters` say, or all where there is no such entry.
     activation: path of the MLP's activation within a block.
     final_norm: path of the norm after the last block, relative to the base model.
     experts: where the experts are, in a mixture of them; gate, up and down are then those of blocks without experts.
@@ -107,6 +110,7 @@ class Architecture:
     norms: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
     q_norm: str | None = None
     k_norm: str | None = None
+    rotation: Mapping[str, str] = field(default_factory=dict)
     activation: str | None = None
     final_norm: str | None = None
     experts: ExpertPaths | None = None
@@ -133,11 +137,16 @@ class Architecture:
         missing = set(MATRIX_ROLES) - optional - set(roles)
         if missing:
             raise TransectError(f"architecture {self.name!r}: no path is given for the roles {sorted(missing)}")
-        unknown = set(self.logits) - {"multiplier", "divisor", "softcap"}
-        if unknown:
+        for key, known in (("logits", ("multiplier", "divisor", "softcap")), ("rotation", ("pairs", "width"))):
+            unknown = set(getattr(self, key)) - set(known)
+            if unknown:
+                raise TransectError(
+                    f"architecture {self.name!r}: unknown entries {sorted(unknown)} under `{key}`; known: {known}"
+                )
+        if self.rotation.get("pairs", "halves") not in ("halves", "neighbours"):
             raise TransectError(
-                f"architecture {self.name!r}: unknown entries {sorted(unknown)} under `logits`; known: multiplier, "
-                "divisor, softcap"
+                f"architecture {self.name!r}: rotation pairs are 'halves' or 'neighbours', not "
+                f"{self.rotation['pairs']!r}"
             )
 
     @staticmethod

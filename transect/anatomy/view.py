@@ -135,7 +135,7 @@ class Anatomy:
     @property
     def can_drop_blocks(self) -> bool:
         """Whether the other blocks of the model stay the same when one is dropped."""
-        return not self._holds(self.architecture.fixed_blocks)
+        return "blocks" in self.architecture.config and not self._holds(self.architecture.fixed_blocks)
 
     def _holds(self, condition: bool | str | tuple[str, ...]) -> bool:
         """A condition of the description: itself, or whether one of the config's entries of these names is true."""
@@ -148,7 +148,8 @@ class Anatomy:
         """Raise an error where no block can be dropped."""
         if not self.can_drop_blocks:
             raise TransectError(
-                "in this model a block's place enters what it computes: dropping a block would change others"
+                "in this model a block's place enters what it computes, or its config does not count blocks: dropping "
+                "a block would change others"
             )
 
     def drop_block(self, index: int) -> None:
@@ -300,6 +301,27 @@ class Block:
     def residual_multiplier(self) -> float:
         """What a sublayer's output is multiplied by where it enters the residual stream."""
         return self.anatomy.residual_multiplier
+
+    @property
+    def rotary_width(self) -> int:
+        """Of how many of a head's first channels rotary positions turn pairs; 0 without rotation.
+
+        Read from the config's `rope_parameters`, one set or one for each kind of layer, where the description names no
+        other entry.
+        """
+        rotation, config = self.anatomy.architecture.rotation, self.anatomy.config
+        rope = getattr(config, "rope_parameters", None)
+        if "width" in rotation:
+            return getattr(config, rotation["width"]) or self.head_size
+        if not rope:
+            return self.head_size if rotation else 0
+        first = next((value for value in rope.values() if isinstance(value, dict)), rope)
+        return int(self.head_size * (first.get("partial_rotary_factor") or 1.0)) // 2 * 2
+
+    @property
+    def rotates_neighbours(self) -> bool:
+        """Whether channels 2i and 2i + 1 are turned together, instead of i and i + width/2."""
+        return self.anatomy.architecture.rotation.get("pairs") == "neighbours"
 
     @property
     def post_norm(self) -> bool:

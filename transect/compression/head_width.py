@@ -14,12 +14,17 @@ def output_power(weight: Tensor, bias: Tensor | None, covariance: Tensor, mean: 
     return power.clamp_min(0)
 
 
-def strongest_channels(power: Tensor, rotary: int, count: int) -> Tensor:
+def strongest_channels(power: Tensor, rotary: int, count: int, neighbours: bool = False) -> Tensor:
     """The `count` channels of each head (heads x count, ascending) with the largest summed power.
 
     power: (heads x head_size), non-negative. rotary: of a head's first `rotary` channels, i and i + rotary/2 are one
-    pair, kept or dropped together; the rest are single. Where there are only pairs, `count` must be even.
+    pair, kept or dropped together, or 2i and 2i + 1 if `neighbours`; the rest are single. Where there are only pairs,
+    `count` must be even.
     """
+    if neighbours:
+        order = torch.arange(power.shape[1], device=power.device)
+        order[:rotary] = order[:rotary].view(-1, 2).T.flatten()  # as if they were halves
+        return order[strongest_channels(power[:, order], rotary, count)].sort(dim=1).values
     half = rotary // 2
     pairs, pair_order = (power[:, :half] + power[:, half:rotary]).sort(dim=1, descending=True, stable=True)
     singles, single_order = power[:, rotary:].sort(dim=1, descending=True, stable=True)

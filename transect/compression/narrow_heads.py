@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..anatomy import Attention, Block, Matrix
+from ..anatomy import Attention, Matrix
 from ..operators import Operator
 from ..operators.scattered import LeadingColumns, LeadingRows, ScatteredRows, position_dtype
 
@@ -30,26 +30,13 @@ def are_normalised(attention: Attention) -> bool:
     return attention.q_norm is not None or attention.k_norm is not None
 
 
-def rotary_width(block: Block) -> int:
-    """Of how many of a head's channels the position encoding turns i and i + width/2 together; 0 without rotation.
-
-    Read from the config's `rope_parameters`, one set or one for each kind of layer. A model that pairs neighbours
-    instead (GLM) also works, but half a pair may be dropped there, and its score is not the paper's.
-    """
-    rope = getattr(block.anatomy.config, "rope_parameters", None)
-    if not rope:
-        return 0
-    first = next((value for value in rope.values() if isinstance(value, dict)), rope)
-    return int(block.head_size * (first.get("partial_rotary_factor") or 1.0)) // 2 * 2
-
-
 def query_key_bytes(attention: Attention, channels: int) -> int:
     """Of q and k with so many channels a head, the positions of the channels included where they are stored."""
     total = 0
     for matrix in (attention.q, attention.k):
         rows = matrix.shape[0] // attention.head_size * channels
         total += rows * matrix.shape[1] * matrix.module.weight.element_size()
-        if channels < attention.head_size and rotary_width(attention.block):
+        if channels < attention.head_size and attention.block.rotary_width:
             total += rows * position_dtype(matrix.shape[0]).itemsize
     return total
 
@@ -68,7 +55,7 @@ def keep_channels(attention: Attention, channels: Tensor) -> None:
     the front, and no positions are stored.
     """
     size, count = attention.head_size, channels.shape[1]
-    rotary = rotary_width(attention.block)
+    rotary = attention.block.rotary_width
     for matrix in (attention.q, attention.k):
         heads = matrix.shape[0] // size
         starts = torch.arange(heads, device=channels.device)[:, None] * size

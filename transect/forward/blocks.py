@@ -118,6 +118,9 @@ def run_blocks(anatomy: Anatomy, feed: Feed, first: int, hidden: Tensor) -> Tens
 
     hidden: of the feed's batch, or of any number of copies if that is one sequence.
     """
+    if anatomy.architecture.head_bias and len(hidden) > len(feed.hidden):  # the bias may be laid out for these rows
+        parts = hidden.split(len(feed.hidden))
+        return torch.cat([run_blocks(anatomy, feed, first, part) for part in parts])
     for block, call in zip(anatomy.block_list[first:], feed.calls[first:], strict=True):
         hidden = run_block(block, hidden, call)
     return hidden

@@ -295,6 +295,33 @@ def _heads(bench: Bench, change: tuple[Any, Callable[[Tensor], Tensor]] | None =
     return seen.heads[0]
 
 
+@check("rotary positions turn the pairs of channels that are said", "rotation")
+def _rotation(bench: Bench) -> float:
+    """A pair of channels gives a score nothing if it is zero in the queries, and also if it is zero in the keys."""
+    anatomy = bench.anatomy
+    block = anatomy.blocks[1]
+    attention, size, width = block.attention, block.head_size, block.rotary_width
+    assert attention is not None  # nothing was dropped
+    if attention.q_norm is not None or attention.k_norm is not None:
+        raise NotApplicable("a norm mixes the channels of queries or keys")
+    sets = [[width]] if width < size else []
+    if width:
+        sets.append([2, 3] if block.rotates_neighbours and width > 2 else [width // 2 - 1, width - 1])
+
+    def silenced(role: Any, channels: list[int]) -> Tensor:
+        def change(x: Tensor) -> Tensor:
+            new = x.clone()
+            for channel in channels:
+                new[..., channel::size] = 0
+            return new
+
+        with torch.no_grad(), changed(anatomy, {(role, 1): change}), watch(anatomy, ["heads"], [1]) as seen:
+            bench.run(bench.model)
+        return seen.heads[1]
+
+    return max(distance(silenced("q", channels), silenced("k", channels)) for channels in sets)
+
+
 @check("neurons are activation(up x), or activation(gate x) * up x", "matrices", "fused", "activation")
 def _neurons(bench: Bench) -> float:
     anatomy = bench.anatomy

@@ -13,7 +13,8 @@ from ..anatomy import Architecture
 from ..errors import TransectError
 
 # In our names for sizes. Heads of 8 numbers, so that a rotation of a quarter of them still has a pair.
-SIZES = {"blocks": 3, "hidden": 32, "heads": 4, "head_size": 8, "neurons": 48, "rotary": 4}
+SIZES = {"blocks": 3, "hidden": 32, "heads": 4, "head_size": 8, "neurons": 48}
+ROTATED = 4
 VOCABULARY = 64
 LARGEST = 20_000_000  # parameters: a config that cannot be made smaller than this is not a tiny model's
 
@@ -31,8 +32,13 @@ def small_config(config: Any, architecture: Architecture) -> Any:
     sizes = dict(SIZES)
     sizes["key_value_heads"] = sizes["heads"] if shared and shared == heads else 1 if shared == 1 else 2
     for name, key in names.items():
-        if name in sizes and hasattr(text, key) and not (name == "rotary" and getattr(text, key) is None):
+        if name in sizes and hasattr(text, key):
             setattr(text, key, sizes[name])
+    rotated = architecture.rotation.get("width", "")
+    if getattr(text, rotated, None) is not None:
+        setattr(text, rotated, ROTATED)
+    for key, value in architecture.only_if.items():  # of a default config
+        setattr(text, key, value)
     for key in architecture.per_block:
         values = getattr(text, key, None)
         if values:

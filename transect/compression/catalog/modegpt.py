@@ -19,7 +19,6 @@ from ..narrow_heads import (
     put_values,
     queries_are_keys,
     query_key_bytes,
-    rotary_width,
     value_bytes,
 )
 from ..nystrom import leverage_scores, nystrom_update
@@ -84,7 +83,7 @@ def widths_for(block: Block, keep: float, query_key_removal: float) -> Widths:
     removed = (1 - keep) * dense / removable  # φ
     if removed >= 1:
         raise OutOfReach(_too_little(block, keep))
-    step = 2 if rotary_width(block) == size else 1
+    step = 2 if block.rotary_width == size else 1
     channels = max(step, int((1 - relative * removed) * size + 1e-9) // step * step) if relative else size
     values = max(1, int((1 - removed) * size + 1e-9))
 
@@ -184,7 +183,9 @@ def _slice_queries_and_keys(attention: Attention, statistics: Statistics, count:
             matrix.weight.double(), None if bias is None else bias.double(), _covariance(matrix, statistics), mean
         )
         powers.append(power.view(key_heads, -1, size).sum(1))  # over the query heads of a group
-    channels = strongest_channels(powers[0] * powers[1], rotary_width(attention.block), count)  # key heads x count
+    channels = strongest_channels(  # key heads x count
+        powers[0] * powers[1], attention.block.rotary_width, count, attention.block.rotates_neighbours
+    )
     keep_channels(attention, channels)
 
 

@@ -30,7 +30,6 @@ from ...narrow_heads import (
     put_values,
     queries_are_keys,
     query_key_bytes,
-    rotary_width,
     value_bytes,
 )
 from ...nystrom import leverage_scores, nystrom_update
@@ -183,13 +182,15 @@ def narrow_query_key_options(metrics: Sequence[Metric], shares: Sequence[float])
     attention = metrics[0].matrix.block.attention
     if attention is None or not can_narrow_queries(attention):
         return
-    size, key_heads, rotary = attention.head_size, attention.key_value_heads, rotary_width(attention.block)
+    size, key_heads, rotary = attention.head_size, attention.key_value_heads, attention.block.rotary_width
     query, key = by_role["q"], by_role["k"]
     prices = [metric.gradients * _output_moments(metric) for metric in (query, key)]  # of zeroing rows i and j: Σ_ij
     power = sum(price.diagonal().view(key_heads, -1, size).sum(1) for price in prices)
     names = (query.matrix.name, key.matrix.name)
     for count in channel_counts(attention, shares):
-        channels = strongest_channels(torch.as_tensor(power).clamp_min(0), rotary, count)
+        channels = strongest_channels(
+            torch.as_tensor(power).clamp_min(0), rotary, count, attention.block.rotates_neighbours
+        )
         loss = 0.0
         for price in prices:
             heads = len(price) // size
@@ -207,7 +208,7 @@ def narrow_query_key_options(metrics: Sequence[Metric], shares: Sequence[float])
 def channel_counts(attention: Attention, shares: Sequence[float]) -> list[int]:
     """Channels of a query/key head at these shares of its width, even where there are only rotary pairs."""
     size = attention.head_size
-    step = 2 if rotary_width(attention.block) == size else 1
+    step = 2 if attention.block.rotary_width == size else 1
     return sorted({int(share * size) // step * step for share in shares} - {0})
 
 

@@ -179,6 +179,8 @@ class Decomposition:
 
     def _own_attention(self, block: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """What o would read if the projections had given these q, k and v."""
+        if self.anatomy.architecture.head_bias and len(q) > 1:  # the bias is laid out for one sequence
+            return torch.cat([self._own_attention(block, *(x[i : i + 1] for x in (q, k, v))) for i in range(len(q))])
         args, kwargs = self.calls[block.index]
         module = block.module.get_submodule(self.anatomy.architecture.attention)
         empty = q.new_zeros(*q.shape[:2], self.anatomy.config_value("hidden"))
