@@ -154,7 +154,7 @@ def modegpt(
         _slice_queries_and_keys(attention, statistics, widths.channels)
     if attention is not None and widths.values < attention.head_size:
         _slice_values(attention, statistics, widths.values)
-    if mlp is not None and widths.neurons < mlp.neurons:
+    if isinstance(mlp, MLP) and widths.neurons < mlp.neurons:
         _slice_neurons(mlp, statistics, widths.neurons, ridge, selection, update)
 
 

@@ -82,8 +82,8 @@ def mixed(
     for low rank alone; the assembled models are measured against the dense one on 32 calibration sequences, and the
     closest wins. Then the operators are refitted, block by block, to the dense model's outputs.
 
-    Experts of a mixture do not become narrower, and are not refitted: they may see other tokens than in the dense model.
-    Each is priced as if every token passed it.
+    Experts of a mixture do not become narrower, and are not refitted: they may see other tokens than in the dense
+    model. Each is priced as if every token passed it.
 
     Dictionaries take long to learn. So they are priced after a few rounds, with `all` only near the size that a matrix
     gets without them, and those that are chosen are learned to the end.
