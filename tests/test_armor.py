@@ -224,7 +224,7 @@ def test_6_the_fold_gives_the_weight_back_as_the_fit_had_it():
     made = method("armor").function(weight, rms, output_block=8, input_block=8, rounds=60)
     bar, rows, columns = normalized(weight.float())
     fit = Wrapping(bar, usable(rms.square()).float(), 8, 8)
-    a, c, _, b = fit.run(60, 3e-3)
+    a, c, _, b = fit.run(60, method("armor").settings({})["learning_rate"])
     expected = rows[:, None] * (torch.block_diag(*a) @ c @ torch.block_diag(*b)) * columns
     torch.testing.assert_close(made.to_dense(), expected, rtol=1e-4, atol=1e-5)
 

@@ -66,7 +66,7 @@ def converted(name, keep=None, **settings):
 
 def keep_of_attention(model, share, projections="qkv"):
     anatomy = Anatomy(model)
-    return 1 - (1 - share) * anatomy.matrix_bytes(projections) / anatomy.matrix_bytes()
+    return 1 - (1 - share) * anatomy.matrix_bytes(list(projections)) / anatomy.matrix_bytes()
 
 
 # The operator
@@ -466,9 +466,9 @@ def test_fresh_processes_load_converted_and_trained_models(mode, tmp_path):
 @pytest.mark.parametrize("projections", ["qkv", "qkvo"])
 def test_attention_has_the_cards_number_of_parameters(name, projections):
     dense = tiny(name)
-    whole = Anatomy(dense).matrix_bytes(projections) / 4
+    whole = Anatomy(dense).matrix_bytes(list(projections)) / 4
     model = store_coefficients(share_attention(copy.deepcopy(dense), 1, projections))
-    assert Anatomy(model).matrix_bytes(projections) / 4 == whole / 3 + 3 * len(projections)  # S/L of it, and L S
+    assert Anatomy(model).matrix_bytes(list(projections)) / 4 == whole / 3 + 3 * len(projections)  # S/L of it, and L S
     assert parameters(dense) - parameters(model) == whole * 2 / 3 - 3 * len(projections)
 
 

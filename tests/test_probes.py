@@ -107,6 +107,50 @@ def test_the_model_is_as_before_also_after_an_error(scratch):
     assert torch.equal(logits(one.model.eval(), batch), before)
 
 
+def test_a_probe_that_fails_does_not_end_the_others(scratch, tmp_path):
+    log = []
+    looking("fine", ["residual"], log)
+
+    @probing("broken", title="Broken", paper="ours", watches=["residual"])
+    def broken(specimen):
+        """Break at the second batch."""
+        yield
+        yield
+        raise KeyError("no such head")
+
+    @probing("undrawn", title="Undrawn", paper="ours", draw=lambda result: 1 / 0)
+    def undrawn(specimen):
+        """Find what cannot be drawn."""
+        return Result({}, ["found"])
+
+    @probing("stopped", title="Stopped", paper="ours")
+    def stopped(specimen):
+        """Ctrl-C."""
+        raise KeyboardInterrupt
+
+    one = specimen()
+    found = transect.inspect(one.model, ["fine", "broken", "undrawn"], one.data, out=tmp_path)
+    assert list(found) == ["fine", "undrawn"] and found["fine"].findings == ["3 batches"] and not found.refused
+    assert found.failed["broken"].message == "KeyError: 'no such head'" and "in broken" in found.failed["broken"].traceback
+    assert "ZeroDivisionError" in found.failed["undrawn"].message
+    page = (tmp_path / "index.html").read_text()
+    assert "no such head" in page and "found" in page and "3 batches" in page
+    with pytest.raises(KeyError, match="no such head"):  # nothing is left to tell
+        run_probes(one, {"broken": {}})
+    with pytest.raises(KeyboardInterrupt):
+        run_probes(one, {"fine": {}, "stopped": {}})
+
+
+def test_a_pass_that_fails_is_the_failure_of_those_that_watch_it(scratch):
+    looking("one", ["residual"], [])
+    subject = specimen()
+    handle = subject.model.lm_head.register_forward_hook(lambda *args: 1 / 0)
+    looking("two", ["logits"], [])
+    found = run_probes(subject, {"one": {}, "two": {}, "spectra": {}})
+    handle.remove()
+    assert list(found) == ["spectra"] and set(found.failed) == {"one", "two"}
+
+
 def test_what_cannot_be_done_is_said_before_any_work():
     one = specimen()
     with pytest.raises(TransectError, match="unknown probe 'nothing'"):

@@ -7,19 +7,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ..anatomy import record_of
+from ..anatomy import StructureRecord
 
 _STRUCTURE = ("_modules", "_parameters", "_buffers")
 
 
 @contextmanager
 def all_or_nothing(model: Any) -> Iterator[None]:
-    """Where what runs inside fails, the model is as it was: its modules, attributes, tensors, configs and record.
+    """Where what runs inside fails, the model is as it was: its modules, attributes, tensors, configs and records.
 
     Nothing is copied but references, so the tensors that are exchanged inside stay in memory until the end, and what is
     written into one in place is not taken back: exchange `parameter.data` instead.
     """
-    record = copy.deepcopy(record_of(model))
     modules = [(module, _state(module)) for module in model.modules()]
     tensors = [(tensor, tensor.data) for tensor in [*model.parameters(), *model.buffers()]]
     configs = {id(one): one for module, _ in modules if (one := getattr(module, "config", None)) is not None}
@@ -32,10 +31,11 @@ def all_or_nothing(model: Any) -> Iterator[None]:
             owner.__dict__.update(state)
         for tensor, data in tensors:
             tensor.data = data
-        model.__dict__["_structure_record"] = record
         raise
 
 
 def _state(module: Any) -> dict[str, Any]:
-    """A module's attributes, with tables of its own of what stands in it."""
-    return {name: dict(value) if name in _STRUCTURE else value for name, value in module.__dict__.items()}
+    """A module's attributes, with copies of the tables of what stands in it and of its structure record."""
+    state = dict(module.__dict__)
+    state |= {name: dict(state[name]) for name in _STRUCTURE}
+    return state | {key: copy.deepcopy(one) for key, one in state.items() if isinstance(one, StructureRecord)}

@@ -34,7 +34,7 @@ def _run(matrix: Matrix, method: Method, settings: Mapping[str, Any], statistics
     """What a method of one matrix makes of it; an error names the matrix."""
     try:
         return method.function(*_arguments(matrix, method, statistics), **settings)
-    except torch.linalg.LinAlgError as error:
+    except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
         raise TransectError(f"{method.name} cannot decompose {matrix.name}: {error}") from None
 
 

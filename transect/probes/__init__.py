@@ -7,9 +7,9 @@ from . import catalog  # noqa: F401 - importing a probe registers it
 from .draw import Drawing, Plot, Table
 from .registry import Looking, Probe, drawings, probe, probes, probing
 from .result import Quantity, Result
-from .run import Inspection, run_probes
+from .run import Failure, Inspection, run_probes
 
 __all__ = [
-    "Drawing", "Inspection", "Looking", "Plot", "Probe", "Quantity", "Result", "Table", "drawings", "probe", "probes",
+    "Drawing", "Failure", "Inspection", "Looking", "Plot", "Probe", "Quantity", "Result", "Table", "drawings", "probe", "probes",
     "probing", "run_probes",
 ]  # fmt: skip

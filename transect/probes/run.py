@@ -5,25 +5,43 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from traceback import format_exception
 from typing import Any
 
 import torch
 
 from ..data import Specimen
-from ..errors import NotApplicable
+from ..errors import NotApplicable, TransectError
 from ..forward import Seen, at_rest, inputs_of, run_body, to_device, watch
 from .registry import Probe, probe
 from .result import Result
 
 
+@dataclass(frozen=True)
+class Failure:
+    """What went wrong in a probe. message: in a line; traceback: for whoever is to mend it."""
+
+    message: str
+    traceback: str
+
+    @staticmethod
+    def of(error: Exception) -> Failure:
+        """From the exception; the name of its class goes before what a user is not meant to read."""
+        kind = "" if isinstance(error, TransectError) else f"{type(error).__name__}: "
+        return Failure(f"{kind}{' '.join(str(error).split())}", "".join(format_exception(error)))
+
+
 @dataclass
 class Inspection(Mapping[str, Result]):
-    """Results by probe. refused: why the other probes that were asked for say nothing about this model or data."""
+    """Results by probe. refused: why others that were asked for say nothing about this model or data. failed: what went
+    wrong in others."""
 
     results: dict[str, Result]
     refused: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, Failure] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Result:
         return self.results[name]
@@ -47,10 +65,25 @@ def run_probes(
     wanted: settings by probe name. folder: where each result is written as soon as it is there; one that is there
     already, under the same key and settings, is read instead of computed. key: names model, data and questions.
     on_result: called with each probe's name when its result is there.
+    A probe that fails is among `failed`, and the others go on; if all fail, the first error is raised.
     Raises TransectError for an unknown probe or setting, before any work.
     """
     chosen = {name: (probe(name), probe(name).settings(settings)) for name, settings in wanted.items()}
     inspection = Inspection({})
+    errors: list[Exception] = []
+
+    @contextmanager
+    def noting(*names: str) -> Iterator[None]:
+        """An exception inside is these probes' outcome."""
+        try:
+            yield
+        except Exception as error:
+            going = [name for name in names if name not in inspection.refused and name not in inspection.failed]
+            if isinstance(error, NotApplicable):
+                inspection.refused |= dict.fromkeys(going, str(error))
+            else:
+                errors.append(error)
+                inspection.failed |= dict.fromkeys(going, Failure.of(error))
 
     def done(name: str, result: Result) -> None:
         result.probe, result.settings = name, chosen[name][1]
@@ -67,46 +100,41 @@ def run_probes(
                 inspection.results[name] = found
                 on_result(name)
                 continue
-            try:
-                if one.streams:
+            if one.streams:
+                with noting(name):
                     looker = one.function(specimen, **settings)
                     next(looker)
                     looking[name] = (one, looker)
-            except NotApplicable as reason:
-                inspection.refused[name] = str(reason)
         if looking:
-            _show_text(specimen, looking, inspection)
+            _show_text(specimen, looking, noting)
         for name, (one, settings) in chosen.items():
-            if name in inspection.results or name in inspection.refused:
+            if any(name in found for found in (inspection.results, inspection.refused, inspection.failed)):
                 continue
-            try:
-                if name in looking:
-                    done(name, _finished(looking[name][1]))
-                else:
-                    done(name, one.function(specimen, **settings))
-            except NotApplicable as reason:
-                inspection.refused[name] = str(reason)
+            result = None
+            with noting(name):
+                result = _finished(looking[name][1]) if name in looking else one.function(specimen, **settings)
+            if result is not None:
+                done(name, result)
+    if errors and not inspection.results and not inspection.refused:
+        raise errors[0]
     inspection.results = {name: inspection.results[name] for name in wanted if name in inspection.results}
     return inspection
 
 
-def _show_text(specimen: Specimen, looking: dict[str, Any], inspection: Inspection) -> None:
-    """Send every batch's activations to every probe that looks at them."""
-    try:
-        text = specimen.text
-    except NotApplicable as reason:
-        inspection.refused |= dict.fromkeys(looking, str(reason))
-        return
+def _show_text(specimen: Specimen, looking: dict[str, Any], noting: Callable[..., Any]) -> None:
+    """Send every batch's activations to every probe that looks at them, as long as it can go on."""
     points = dict.fromkeys(point for one, _ in looking.values() for point in one.watches)
-    for batch in specimen.shown(text, "text"):
-        with torch.no_grad(), watch(specimen.anatomy, [point for point in points if point != "logits"]) as seen:  # type: ignore[misc]
-            _forward(specimen, batch, seen, "logits" in points)
-        for name, (_, looker) in list(looking.items()):
-            try:
-                looker.send(seen)
-            except NotApplicable as reason:
-                inspection.refused[name] = str(reason)
-                del looking[name]
+    with noting(*looking):  # what is wrong with the text or with the pass is so for all
+        for batch in specimen.shown(specimen.text, "text"):
+            with torch.no_grad(), watch(specimen.anatomy, [point for point in points if point != "logits"]) as seen:  # type: ignore[misc]
+                _forward(specimen, batch, seen, "logits" in points)
+            for name, (_, looker) in list(looking.items()):
+                going = False
+                with noting(name):
+                    looker.send(seen)
+                    going = True
+                if not going:
+                    del looking[name]
 
 
 def _forward(specimen: Specimen, batch: Mapping[str, Any], seen: Seen, logits: bool) -> None:

@@ -12,16 +12,17 @@ from markupsafe import Markup
 
 from ..data import Specimen
 from ..files import replacing
-from ..probes import Drawing, Inspection, Plot, Result, drawings, probe
+from ..probes import Drawing, Failure, Inspection, Plot, Result, drawings, probe
 
 
 def write_report(folder: Path, found: Inspection, specimen: Specimen) -> Path:
     """Write index.html into the folder whose `data` holds the results; returns its path."""
     environment = Environment(loader=PackageLoader("transect.report"), autoescape=select_autoescape())
-    sections = [_section(name, result) for name, result in found.items()]
+    sections = [_section(name, result, found.failed) for name, result in found.items()]
     plots = any("figure" in drawing for section in sections for drawing in section["drawings"])
     page = environment.get_template("inspection.html").render(
-        model=_model(specimen), sections=sections, refused=list(found.refused.items()), plots=plots,
+        model=_model(specimen), sections=sections, refused=list(found.refused.items()), failed=list(found.failed.items()),
+        plots=plots,
         plotly=_plotly() if plots else "",
     )  # fmt: skip
     path = folder / "index.html"
@@ -65,14 +66,19 @@ def _model(specimen: Specimen) -> dict[str, Any]:
     }
 
 
-def _section(name: str, result: Result) -> dict[str, Any]:
-    one = probe(name)
+def _section(name: str, result: Result, failed: dict[str, Failure]) -> dict[str, Any]:
+    """One probe's part of the page. Where its plots cannot be drawn, that is a failure of the probe; the rest stands."""
+    one, drawn = probe(name), []
+    try:
+        drawn = drawings(result)
+    except Exception as error:
+        failed[name] = Failure.of(error)
     return {
         "name": name, "title": one.title, "summary": one.summary,
         "papers": [{"name": paper, "link": _link(paper)} for paper in one.paper.split(", ")],
         "findings": list(result.findings), "caveats": list(result.caveats),
         "settings": ", ".join(f"{key}={value}" for key, value in result.settings.items()),
-        "drawings": [_drawing(f"{name}-{number}", drawing) for number, drawing in enumerate(drawings(result))],
+        "drawings": [_drawing(f"{name}-{number}", drawing) for number, drawing in enumerate(drawn)],
     }  # fmt: skip
 
 

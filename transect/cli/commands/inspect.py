@@ -29,6 +29,7 @@ def inspect(
 ) -> None:
     """Look inside MODEL: its weight matrices, MLP layers, heads and depth, as one HTML report."""
     from ...checkpoint import open_model
+    from ...errors import TransectError
     from ...probes import probe
     from ...probes import probes as all_probes
     from ...verbs import inspect as inspect_model
@@ -50,10 +51,20 @@ def inspect(
         )
     if as_json:
         findings = {name: list(result.findings) for name, result in found.items()}
-        click.echo(json.dumps({"out": str(out), "findings": findings, "refused": found.refused}))
-        return
+        failed = {name: failure.message for name, failure in found.failed.items()}
+        click.echo(json.dumps({"out": str(out), "findings": findings, "refused": found.refused, "failed": failed}))
+    else:
+        _print(found, out)
+    if found.failed:
+        raise TransectError(f"{', '.join(found.failed)} failed; {out / 'index.html'} says where")
+
+
+def _print(found: Any, out: Path) -> None:
+    """A line for every probe of an `Inspection`."""
     for name, result in found.items():
         print_whole(f"{name}: {result.findings[0] if result.findings else 'nothing to say'}")
     for name, reason in found.refused.items():
         print_whole(f"{name} was not run: {reason}")
+    for name, failure in found.failed.items():
+        print_whole(f"{name} failed: {failure.message}")
     print_whole(f"\nreport: {out / 'index.html'}   raw data: {out / 'data'}")
