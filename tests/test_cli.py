@@ -1,6 +1,7 @@
 """The command line: what it prints, what it refuses, and how it exits."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -424,3 +425,16 @@ def test_a_row_out_of_reach_is_a_dash_with_a_note():
     with console.capture() as captured:
         console.print(rich_table(frame))
     assert "wanda at 0.5: 2:4 needs 0.53" in captured.get()
+
+
+def test_a_failing_probe_is_named_with_exit_code_1_and_the_others_are_there(tmp_path, monkeypatch):
+    from transect.probes import registry
+
+    broken = dataclasses.replace(
+        registry._probes["nuclear-norm"], function=lambda specimen, **settings: 1 / 0, watches=()
+    )
+    monkeypatch.setitem(registry._probes, "nuclear-norm", broken)
+    line = f"inspect model --probes spectra,nuclear-norm --data held_out.txt --out {tmp_path / 'report'}"
+    assert "nuclear-norm failed" in refused(line)
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert "division by zero" in page and (tmp_path / "report" / "data" / "spectra.json").exists()

@@ -131,7 +131,9 @@ def test_a_probe_that_fails_does_not_end_the_others(scratch, tmp_path):
     one = specimen()
     found = transect.inspect(one.model, ["fine", "broken", "undrawn"], one.data, out=tmp_path)
     assert list(found) == ["fine", "undrawn"] and found["fine"].findings == ["3 batches"] and not found.refused
-    assert found.failed["broken"].message == "KeyError: 'no such head'" and "in broken" in found.failed["broken"].traceback
+    assert (
+        found.failed["broken"].message == "KeyError: 'no such head'" and "in broken" in found.failed["broken"].traceback
+    )
     assert "ZeroDivisionError" in found.failed["undrawn"].message
     page = (tmp_path / "index.html").read_text()
     assert "no such head" in page and "found" in page and "3 batches" in page
