@@ -10,6 +10,6 @@ from .result import Quantity, Result
 from .run import Failure, Inspection, run_probes
 
 __all__ = [
-    "Drawing", "Failure", "Inspection", "Looking", "Plot", "Probe", "Quantity", "Result", "Table", "drawings", "probe", "probes",
-    "probing", "run_probes",
+    "Drawing", "Failure", "Inspection", "Looking", "Plot", "Probe", "Quantity", "Result", "Table", "drawings", "probe",
+    "probes", "probing", "run_probes",
 ]  # fmt: skip

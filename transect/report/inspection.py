@@ -21,8 +21,8 @@ def write_report(folder: Path, found: Inspection, specimen: Specimen) -> Path:
     sections = [_section(name, result, found.failed) for name, result in found.items()]
     plots = any("figure" in drawing for section in sections for drawing in section["drawings"])
     page = environment.get_template("inspection.html").render(
-        model=_model(specimen), sections=sections, refused=list(found.refused.items()), failed=list(found.failed.items()),
-        plots=plots,
+        model=_model(specimen), sections=sections, plots=plots,
+        refused=list(found.refused.items()), failed=list(found.failed.items()),
         plotly=_plotly() if plots else "",
     )  # fmt: skip
     path = folder / "index.html"
@@ -67,7 +67,7 @@ def _model(specimen: Specimen) -> dict[str, Any]:
 
 
 def _section(name: str, result: Result, failed: dict[str, Failure]) -> dict[str, Any]:
-    """One probe's part of the page. Where its plots cannot be drawn, that is a failure of the probe; the rest stands."""
+    """One probe's part of the page. Plots that cannot be drawn are a failure of the probe; the rest stands."""
     one, drawn = probe(name), []
     try:
         drawn = drawings(result)

@@ -54,8 +54,8 @@ def inspect(
     on_result: called with a probe's name when its result is there.
 
     Raises TransectError for an unknown probe or setting before any work. A probe that was asked for by name and cannot
-    say anything is among `refused`, with the reason. One that fails is among `failed`, and the others go on; if all fail,
-    the first error is raised.
+    say anything is among `refused`, with the reason. One that fails is among `failed`, and the others go on; if all
+    fail, the first error is raised.
     """
     settings = dict(settings or {})
     names = [one.name for one in all_probes()] if probes is None else listed(probes)
