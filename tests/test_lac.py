@@ -100,6 +100,21 @@ def test_rules_of_activity():
     assert threshold(changes, 1.0, "middle") < 2 < 98 < threshold(changes, 1.0, "range")
 
 
+def test_at_alpha_0_only_shrinking_states_are_void_and_growing_ones_exit_at_the_end():
+    lengths = norms()
+    assert torch.equal(activity(lengths, 0.0), lengths.diff(dim=0) >= 0)
+    one = specimen("gpt2")
+    for block in one.anatomy.blocks:  # every layer adds the same long vector, and nothing else
+        for matrix in (block.attention.o, block.mlp.down):
+            matrix.write(torch.zeros_like(matrix.weight), torch.zeros_like(matrix.bias))
+        block.mlp.down.module.bias.data[:] = 100 * torch.linspace(-1, 1, len(block.mlp.down.bias))
+    found = run_probes(one, {"lac": {**SMALL["lac"], "alpha": 0.0}})["lac"]
+    at = found.labels["alpha"].index("0")
+    assert bool((found["share"][:, at] == 1).all())
+    plain, exit_ = found["loss"][:2, at]
+    assert float(exit_) == pytest.approx(float(plain), rel=1e-9)
+
+
 def test_exit_reads_the_last_active_state():
     one, ids = specimen("llama"), tokens()
     seen, out = states(one, ids)

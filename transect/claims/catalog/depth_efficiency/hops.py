@@ -1,0 +1,115 @@
+"""Questions that need several steps: are their layers deeper? (Csordas et al. 2025, arXiv:2505.13898, depth score.)"""
+
+from __future__ import annotations
+
+import random
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from ....data import Specimen
+from ....forward import changed, feeds_of, watch
+from ....probes.catalog.depth_efficiency.skipping import depth_score, run, skips
+from ...context import Context
+from ...registry import NotApplicable, Result, Verdict, claim
+
+HOPS, PROMPTS = (1, 2, 3, 4), 32
+NAMES = [
+    "Anna",
+    "Ben",
+    "Carl",
+    "Dora",
+    "Emma",
+    "Fred",
+    "Grace",
+    "Henry",
+    "Ida",
+    "Jack",
+    "Kate",
+    "Leo",
+    "Mary",
+    "Nick",
+    "Olga",
+    "Paul",
+]
+
+
+@claim(
+    "depth-efficiency/hops",
+    method="depth-efficiency",
+    paper="arXiv:2505.13898",
+    statement="A question that needs more steps is not answered by deeper layers.",
+)
+def hops(context: Context) -> Result:
+    """The depth score of chains of friends, by the number of steps that the question asks for.
+
+    Prompts say who is whose friend, in random order, and then ask for the friend of the friend of ... one of them. The
+    depth score of a prompt is the mean layer, weighted by how far skipping it everywhere but at the first token moves
+    the probabilities of the answer, which is the last position. It is regressed on the number of steps; the claim
+    holds where the slope is not above 0 by two standard errors. The prompts stand for the paper's MQuAKE, and are our
+    design. Whether the model answers is shown beside it: where it guesses, the claim says little.
+    """
+    specimen = context.specimen
+    specimen.require_causal()
+    if specimen.layers < 4:
+        raise NotApplicable(f"a depth needs at least 4 layers, the model has {specimen.layers}")
+    generator = random.Random(specimen.seed)
+    rows, scores, steps = [], [], []
+    for count in HOPS:
+        asked = [question(generator, count) for _ in range(PROMPTS)]
+        effects, right = zip(*(answered(specimen, prompt, answer) for prompt, answer in asked), strict=True)
+        found = depth_score(torch.stack(effects, 1))
+        found = found[torch.isfinite(found)]
+        scores.append(found)
+        steps.append(torch.full_like(found, count))
+        rows.append({
+            "steps": count,
+            "depth score": float(found.mean()),
+            "standard error": float(found.std() / len(found) ** 0.5),
+            "right, of the names in the prompt": sum(right) / len(right),
+        })  # fmt: skip
+    slope, error = line(torch.cat(steps), torch.cat(scores))
+    told = (
+        f"The depth score is {rows[0]['depth score']:.2f} of {specimen.layers - 1} layers for one step and "
+        f"{rows[-1]['depth score']:.2f} for {HOPS[-1]}; the slope is {slope:+.3f} layers a step (standard error "
+        f"{error:.3f}). The right name comes first of the names in {rows[0]['right, of the names in the prompt']:.0%} "
+        f"and {rows[-1]['right, of the names in the prompt']:.0%} of the prompts."
+    )
+    return Result(Verdict.HOLDS if slope <= 2 * error else Verdict.DOES_NOT_HOLD, told, rows)
+
+
+def question(generator: random.Random, steps: int) -> tuple[str, list[str]]:
+    """A prompt and the names in its chain, the right one first."""
+    chain = generator.sample(NAMES, HOPS[-1] + 2)
+    said = [f"{one}'s friend is {other}." for one, other in pairwise(chain)]
+    generator.shuffle(said)
+    asked = "The friend of " * steps + f"{chain[0]} is"
+    right = chain[steps]
+    return " ".join([*said, asked]), [right, *(name for name in chain if name != right)]
+
+
+@torch.no_grad()
+def answered(specimen: Specimen, prompt: str, names: list[str]) -> tuple[Tensor, bool]:
+    """How far skipping each layer moves the last position's probabilities (L); whether the first name comes first."""
+    ids = specimen.encode(prompt)[None].to(specimen.model.device)
+    (feed,) = feeds_of(specimen.anatomy, [{"input_ids": ids}])
+    with watch(specimen.anatomy, ["residual"]) as clean:
+        logits = run(specimen, feed, 0, feed.hidden).logits[0, -1]
+    where = torch.ones_like(ids, dtype=torch.bool)
+    where[:, 0] = False
+    moved = []
+    for layer in range(specimen.layers):
+        with changed(specimen.anatomy, skips(specimen.anatomy, layer, where, ("attention", "mlp"))):
+            now = run(specimen, feed, layer, clean.residual[layer]).logits[0, -1]
+        moved.append((now.softmax(-1) - logits.softmax(-1)).norm().cpu())
+    firsts = [int(specimen.continuation(prompt, name)[0]) for name in names]
+    return torch.stack(moved), int(logits[firsts].argmax()) == 0
+
+
+def line(x: Tensor, y: Tensor) -> tuple[float, float]:
+    """Slope of the least-squares line, and its standard error."""
+    centred = x - x.mean()
+    slope = (centred * y).sum() / centred.square().sum()
+    rest = y - y.mean() - slope * centred
+    return float(slope), float((rest.square().sum() / (len(x) - 2) / centred.square().sum()).sqrt())
