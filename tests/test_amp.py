@@ -150,7 +150,7 @@ def test_scores_follow_permutations_and_survive_a_change_of_basis_within_a_head(
 def meta_llama(**sizes):
     config = LlamaConfig(vocab_size=8, num_hidden_layers=1, **sizes)
     with torch.device("meta"):
-        return Anatomy(LlamaForCausalLM(config)).blocks[0]
+        return Anatomy(LlamaForCausalLM(config), weights=False).blocks[0]
 
 
 def test_amounts_at_llama_2_7b():

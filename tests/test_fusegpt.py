@@ -499,7 +499,7 @@ def test_models_that_cannot_be_fused_are_refused_before_any_work(monkeypatch):
         transect.compress(factored, "fusegpt", 0.7, DATA)
     scaled = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS["gpt2"][0]))
     scaled.config.scale_attn_by_inverse_layer_idx = True
-    with pytest.raises(TransectError, match="index"):
+    with pytest.raises(TransectError, match="place enters what it computes"):
         transect.compress(scaled, "fusegpt", 0.7, DATA)
     with pytest.raises(TransectError, match="data="):
         transect.compress(tiny("llama"), "fusegpt", 0.7)

@@ -44,8 +44,9 @@ PAD = 9  # a token like any other: the mask says where padding is
 
 
 def exact(name: str) -> torch.dtype:
-    """float64; but eager attention, which Gemma 2 needs, gives NaN in it where a position sees nothing but padding."""
-    return torch.float32 if name == "gemma2" else torch.float64
+    """float64; but the attention of Gemma 2 and BLOOM gives NaN in it where a position sees nothing but padding, and
+    GPT-J's computes in float32 whatever the type."""
+    return torch.float32 if name in ("gemma2", "bloom", "gptj") else torch.float64
 
 
 def rows(lengths: tuple[int, ...] = (16, 9, 1)) -> list[Tensor]:

@@ -205,7 +205,7 @@ def test_how_the_model_generates_is_kept(folder, tmp_path):
 
 def test_of_a_hub_model_all_is_fetched_that_the_result_needs(monkeypatch):
     asked = {}
-    monkeypatch.setattr("transect.streaming.source.snapshot_download", lambda name, **more: asked.update(more) or name)
+    monkeypatch.setattr("transect.checkpoint.open.snapshot_download", lambda name, **more: asked.update(more) or name)
     folder_of("someone/some-model")
     for file in (
         "model-00001-of-00002.safetensors",

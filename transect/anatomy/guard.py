@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import TransectError
 from .architecture import Architecture
 from .body import ADAPTED
-from .storage import is_dense, shape_of
+from .storage import is_dense, read_weight, shape_of
 
 _NUMBERS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _COMPUTED = {"parametrizations", "weight_g", "weight_v", "weight_orig", "weight_u", "weight_mask"}  # of torch.nn.utils
@@ -74,8 +74,21 @@ def _check_dense(path: str, module: Any) -> None:
     if weight.dtype not in _NUMBERS or tuple(weight.shape) != expected:
         held = f"{str(weight.dtype).removeprefix('torch.')} {list(weight.shape)}"
         raise _error(path, module, f"its weight is {held}, where {list(expected)} is expected: {_QUANTIZED}")
-    if type(module).forward not in (nn.Linear.forward, Conv1D.forward):
+    if type(module).forward not in (nn.Linear.forward, Conv1D.forward) and not _computes_its_weight(module):
         raise _error(path, module, f"it computes something of its own, not only Wx + b; {_QUANTIZED}")
+
+
+@torch.no_grad()
+def _computes_its_weight(module: Any) -> bool:
+    """Whether a forward of its own (Falcon has one) gives Wx + b all the same: tried on one vector, to a hundredth."""
+    weight = read_weight(module)
+    x = torch.linspace(-1, 1, weight.shape[1], dtype=weight.dtype, device=weight.device)[None]
+    try:
+        found = type(module).forward(module, x)
+    except Exception:  # whatever it is, it is no linear map of x
+        return False
+    expected = x @ weight.T if module.bias is None else x @ weight.T + module.bias
+    return found.shape == expected.shape and bool((found - expected).abs().max() <= 0.01 * expected.abs().max())
 
 
 def _check_matrix(path: str, module: Any) -> None:

@@ -141,7 +141,7 @@ def _peeked(rows: Iterator[Row]) -> tuple[Row, Iterator[Row]]:
 
 def _ready(batches: Iterable[Row], model: Any, tokenizer: Any, seed: int) -> list[dict[str, Tensor]]:
     ready = ready_batches(batches, model)
-    if task_of(model) != "masked":
+    if task_of(model) != "masked" or getattr(tokenizer, "mask_token_id", None) is None:  # then without a loss
         return ready
     return [batch if "labels" in batch else _hidden(batch, model, tokenizer, seed + n) for n, batch in enumerate(ready)]
 
