@@ -15,12 +15,15 @@ from transect.cli import main_group
 from transect.errors import NotApplicable, TransectError, WrongDescription
 from transect.forward import Lens, check, check_description, watch
 from transect.forward.lens import norm_centres, norm_gain
+from transect.forward.twin import plain_experts
 from transect.operators import LowRank
 from transect.statistics import SublayerSimilarity, collect
 
-from .models import CONFIGS, MORE_CONFIGS, entry, inputs, logits, tiny
+from .models import CONFIGS, MOE_CONFIGS, MORE_CONFIGS, entry, inputs, logits, tiny
 
-ALL = [*CONFIGS, *MORE_CONFIGS]
+DENSE = [*CONFIGS, *MORE_CONFIGS]
+ALL = [*DENSE, *MOE_CONFIGS]
+SEEING = {"qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text"}  # inside others only: see test_vision_language
 
 
 @pytest.fixture
@@ -34,7 +37,7 @@ def small(name):
     """A model for the checks: eager, and in float64 where the architecture can compute in that."""
     model = tiny(name, dtype=torch.float32 if name == "xglm" else torch.float64)
     model.set_attn_implementation("eager")
-    return model
+    return plain_experts(model)
 
 
 def described(name):
@@ -42,7 +45,7 @@ def described(name):
 
 
 def test_there_is_a_model_of_every_built_in_type():
-    assert {entry(name)[0].model_type for name in ALL} == set(architecture._built_in())
+    assert {entry(name)[0].model_type for name in ALL} == set(architecture._built_in()) - SEEING
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -50,9 +53,8 @@ def test_every_check_holds_of_every_built_in_description(name):
     made = check_description(small(name), described(name))
     assert not [one.complaint for one in made if not one.passed]
     skipped = {one.what for one in made if not one.applies}
-    assert len(made) == len(check._checks) and len(skipped) <= (
-        7 if entry(name)[1] is not AutoModelForCausalLM else 3
-    ), skipped
+    assert len(made) == len(check._checks)
+    assert len(skipped) <= (4 if entry(name)[1] is AutoModelForCausalLM else 7), skipped
 
 
 def wrong(name, **changes):
@@ -191,7 +193,7 @@ def changed(model):
     return anatomy
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", DENSE)
 def test_what_was_changed_is_saved_loads_and_generates(name, tmp_path):
     model = tiny(name)
     anatomy = changed(model)

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..anatomy import Anatomy, Architecture, Block, verify_with
+from ..anatomy import MLP, Anatomy, Architecture, Block, ExpertMatrix, Experts, experts_apart, verify_with
 from ..errors import NotApplicable, TransectError, WrongDescription
 from .blocks import feeds_of, run_blocks
 from .change import changed
 from .lens import Lens
 from .objective import task_of
-from .twin import batch_for, class_and_config, small_config, twin
+from .twin import batch_for, class_and_config, plain_experts, small_config, twin
 from .watch import watch
 
 # Of the largest value. Norms compute in float32 inside; a wrong description is off by a hundredth or more.
@@ -204,11 +204,15 @@ def _sizes(bench: Bench) -> float:
     for block in anatomy.blocks:
         attention, mlp = block.attention, block.mlp
         assert attention is not None and mlp is not None  # nothing was dropped
-        rows = {role: block.matrix(role).shape for role in ("q", "k", "v", "o", "up", "down")}
+        rows = {role: block.matrix(role).shape for role in ("q", "k", "v", "o")}
         found = {
             "blocks": len(anatomy.block_list), "hidden": rows["o"][0], "heads": rows["o"][1] // block.head_size,
-            "key_value_heads": rows["k"][0] // block.head_size, "neurons": rows["down"][1],
+            "key_value_heads": rows["k"][0] // block.head_size,
         }  # fmt: skip
+        if isinstance(mlp, Experts):
+            found |= {"experts": len(mlp.experts), "chosen_experts": mlp.chosen}
+        else:
+            found["neurons"] = mlp.down.shape[1]
         for name, size in found.items():
             said = anatomy.config_value(name)
             optional = name == "key_value_heads" and size == 1  # some configs count none where all heads share one
@@ -222,25 +226,22 @@ def _sizes(bench: Bench) -> float:
 @check("each matrix gives what its module gives", "matrices", "fused")
 def _matrices(bench: Bench) -> float:
     anatomy, worst, seen = bench.anatomy, [0.0], set()
-    handles = []
-    for matrix in anatomy.matrices():
+    matrices = anatomy.matrices()
+    with experts_apart(matrices), _hooks() as handles:
+        for matrix in matrices:
 
-        def compare(module: nn.Module, args: tuple[Any, ...], output: Tensor, matrix: Any = matrix) -> None:
-            rows = matrix.rows()
-            bias = None if matrix.bias is None else matrix.bias
-            expected = nn.functional.linear(args[0], matrix.weight, bias)
-            worst.append(distance(output if rows is None else output[..., rows], expected))
-            seen.add(matrix.name)
+            def compare(module: nn.Module, args: tuple[Any, ...], output: Tensor, matrix: Any = matrix) -> None:
+                rows = matrix.rows()
+                seen.add(matrix.name)
+                if output.numel():  # some tokens are sent to this expert
+                    expected = nn.functional.linear(args[0], matrix.weight, matrix.bias)
+                    worst.append(distance(output if rows is None else output[..., rows], expected))
 
-        handles.append(matrix.module.register_forward_hook(compare))
-    try:
+            handles.append(matrix.module.register_forward_hook(compare))
         bench.run(bench.model)
-    finally:
-        for handle in handles:
-            handle.remove()
-    idle = [matrix.name for matrix in anatomy.matrices() if matrix.name not in seen]
+    idle = [one for one in matrices if one.name not in seen and not isinstance(one, ExpertMatrix)]
     if idle:
-        raise TransectError(f"the model does not call {idle[0]} ({anatomy.matrices()[0].path})")
+        raise TransectError(f"the model does not call {idle[0].name} ({idle[0].path})")
     return max(worst)
 
 
@@ -330,7 +331,7 @@ def _neurons(bench: Bench) -> float:
     errors = []
     for block in anatomy.blocks:
         mlp, up, neurons = block.mlp, seen.up[block.index], seen.neurons[block.index]
-        assert mlp is not None  # nothing was dropped
+        assert isinstance(mlp, MLP)  # it has these points
         if mlp.activation is None and mlp.gate is None:
             raise NotApplicable("the description names no activation")
         if mlp.activation is None:
@@ -362,7 +363,7 @@ def _norms(bench: Bench) -> float:
                 )
             for role in ("q", "up"):
                 handles.append(
-                    block.matrix(role).module.register_forward_pre_hook(
+                    _reader(block, role).register_forward_pre_hook(
                         lambda module, args, key=(role, block.index): inputs.update({key: args[0]})
                     )
                 )
@@ -386,6 +387,12 @@ def _norms(bench: Bench) -> float:
             found = inputs[role, layer]
             errors.append(distance(found, state.flatten(0, 1) if found.dim() < state.dim() else state))
     return max(errors)
+
+
+def _reader(block: Block, role: str) -> nn.Module:
+    """The module that reads what q or up do; the sublayer itself where that is a mixture of experts."""
+    mlp = block.mlp
+    return mlp.module if role == "up" and isinstance(mlp, Experts) else block.matrix(role).module
 
 
 class _hooks:
@@ -456,12 +463,13 @@ def _order_of_heads(bench: Bench) -> float:
     return bench.off(anatomy)
 
 
-@check("another order of neurons changes nothing", "matrices", "fused")
+@check("another order of neurons or experts changes nothing", "matrices", "fused", "experts")
 def _order_of_neurons(bench: Bench) -> float:
     anatomy = bench.copy()
     for block in anatomy.blocks:
-        assert block.mlp is not None  # nothing was dropped
-        block.mlp.keep(range(block.mlp.neurons - 1, -1, -1))
+        mlp = block.mlp
+        assert mlp is not None  # nothing was dropped
+        mlp.keep(reversed(range(len(mlp.experts) if isinstance(mlp, Experts) else mlp.neurons)))
     return bench.off(anatomy)
 
 
@@ -492,17 +500,23 @@ def _fewer_heads(bench: Bench) -> float:
     return error
 
 
-@check("without some neurons it is as if they gave nothing", "matrices", "fused")
+@check("without some neurons it is as if they gave nothing", "matrices", "fused", "experts")
 def _fewer_neurons(bench: Bench) -> float:
     anatomy, zeroed = bench.copy(), bench.copy()
-    mlp = anatomy.blocks[1].mlp
-    assert mlp is not None  # nothing was dropped
-    mlp.keep(range(1, mlp.neurons))
-    down = zeroed.blocks[1].matrix("down")
-    weight = down.weight.clone()
-    weight[:, 0] = 0
-    down.write(weight)
+    for narrower, whole in zip(_mlps(anatomy.blocks[1]), _mlps(zeroed.blocks[1]), strict=True):
+        narrower.keep(range(1, narrower.neurons))
+        weight = whole.down.weight.clone()
+        weight[:, 0] = 0
+        whole.down.write(weight)
     return bench.off(anatomy, zeroed)
+
+
+def _mlps(block: Block) -> list[Any]:
+    """The block's MLP, or each expert of its mixture."""
+    mlp = block.mlp
+    if isinstance(mlp, Experts):
+        return [*mlp.experts, *([] if mlp.shared is None else [mlp.shared])]
+    return [mlp]
 
 
 @check("dropping attention equals zeroing its output", "attention", "attention_returns", "attention_adds", "post_norm")
@@ -510,7 +524,7 @@ def _dropped_attention(bench: Bench) -> float:
     return max(_dropped(bench, "attention", index) for index in range(len(bench.anatomy.block_list)))
 
 
-@check("dropping the MLP equals zeroing its output", "matrices", "post_norm")
+@check("dropping the MLP equals zeroing its output", "matrices", "experts", "post_norm")
 def _dropped_mlp(bench: Bench) -> float:
     return max(_dropped(bench, "mlp", index) for index in range(len(bench.anatomy.block_list)))
 
@@ -521,14 +535,14 @@ def _dropped(bench: Bench, unit: str, index: int) -> float:
     if block.post_norm:
         raise NotApplicable("a sublayer of a post-norm model cannot be dropped")
     getattr(block, unit).drop()
-    silence(zeroed.blocks[index], "o" if unit == "attention" else "down")
+    silence(zeroed.blocks[index], unit)
     return bench.off(anatomy, zeroed)
 
 
-def silence(block: Block, role: str) -> None:
-    """Let a matrix and its bias be zero."""
-    matrix = block.matrix(role)
-    matrix.write(torch.zeros(matrix.shape), None if matrix.bias is None else torch.zeros(matrix.shape[0]))
+def silence(block: Block, unit: str) -> None:
+    """Let the matrices that write a sublayer's output, and their biases, be zero."""
+    for matrix in [block.matrix("o")] if unit == "attention" else [mlp.down for mlp in _mlps(block)]:
+        matrix.write(torch.zeros(matrix.shape), None if matrix.bias is None else torch.zeros(matrix.shape[0]))
 
 
 @check("without attention in the first block, the cache still counts positions", "attention")
@@ -572,8 +586,8 @@ def _fewer_blocks(bench: Bench) -> float:
         raise NotApplicable("the description says that no block can be dropped")
     errors = []
     if not anatomy.blocks[0].post_norm:
-        for role in ("o", "down"):
-            silence(zeroed.blocks[0], role)
+        for unit in ("attention", "mlp"):
+            silence(zeroed.blocks[0], unit)
         anatomy.drop_block(0)
         errors.append(bench.off(anatomy, zeroed))
     else:
@@ -581,5 +595,6 @@ def _fewer_blocks(bench: Bench) -> float:
     model = anatomy.model
     same = model.config._attn_implementation
     again = type(model)._from_config(copy.deepcopy(model.config), attn_implementation=same).eval().to(model.dtype)
+    plain_experts(again)
     again.load_state_dict(model.state_dict())
     return max([*errors, distance(bench.run(again), bench.run(model))])

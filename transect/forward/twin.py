@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -13,7 +14,9 @@ from ..anatomy import Architecture
 from ..errors import TransectError
 
 # In our names for sizes. Heads of 8 numbers, so that a rotation of a quarter of them still has a pair.
-SIZES = {"blocks": 3, "hidden": 32, "heads": 4, "head_size": 8, "neurons": 48}
+SIZES = {
+    "blocks": 3, "hidden": 32, "heads": 4, "head_size": 8, "neurons": 48, "experts": 4, "chosen_experts": 2,
+}  # fmt: skip
 ROTATED = 4
 VOCABULARY = 64
 LARGEST = 20_000_000  # parameters: a config that cannot be made smaller than this is not a tiny model's
@@ -82,7 +85,7 @@ def twin(cls: Any, config: Any, architecture: Architecture) -> Any:
             f"the sizes {sorted(architecture.config)} under `config`"
         )
     torch.manual_seed(0)
-    model = cls._from_config(config, attn_implementation="eager").eval()
+    model = plain_experts(cls._from_config(config, attn_implementation="eager").eval())
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -91,6 +94,13 @@ def twin(cls: Any, config: Any, architecture: Architecture) -> Any:
             model.double()(**batch_for(model))
     except RuntimeError:  # XGLM mixes in a number of the default type
         model.float()
+    return model
+
+
+def plain_experts(model: Any) -> Any:
+    """The model, with experts computed one by one: the fast way takes no float64."""
+    with suppress(AttributeError, ValueError):  # it has none
+        model.set_experts_implementation("eager")
     return model
 
 
