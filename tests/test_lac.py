@@ -110,7 +110,7 @@ def test_at_alpha_0_only_shrinking_states_are_void_and_growing_ones_exit_at_the_
         block.mlp.down.module.bias.data[:] = 100 * torch.linspace(-1, 1, len(block.mlp.down.bias))
     found = run_probes(one, {"lac": {**SMALL["lac"], "alpha": 0.0}})["lac"]
     at = found.labels["alpha"].index("0")
-    assert bool((found["share"][:, at] == 1).all())
+    assert bool((found["active_share"][:, at] == 1).all())
     plain, exit_ = found["loss"][:2, at]
     assert float(exit_) == pytest.approx(float(plain), rel=1e-9)
 

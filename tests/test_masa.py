@@ -403,14 +403,14 @@ def test_copies_casts_and_optimizers_see_every_atom_once():
     before = logits(model, batch)
     twin = copy.deepcopy(model)
     assert_same_model(twin, model, batch)
-    banks = {id(matrix.module.bank) for matrix in Anatomy(twin).matrices("qkv")}
-    assert len(banks) == 3 and not banks & {id(matrix.module.bank) for matrix in Anatomy(model).matrices("qkv")}
+    banks = {id(matrix.module.bank) for matrix in Anatomy(twin).matrices(list("qkv"))}
+    assert len(banks) == 3 and not banks & {id(matrix.module.bank) for matrix in Anatomy(model).matrices(list("qkv"))}
     with torch.no_grad():
         Anatomy(twin).blocks[0].matrix("v").module.bank.weight.zero_()
     assert not torch.equal(logits(twin, batch), before) and torch.equal(logits(model, batch), before)
     listed = [id(parameter) for parameter in model.parameters()]
     assert len(listed) == len(set(listed))
-    atoms = {id(matrix.module.bank.weight) for matrix in Anatomy(model).matrices("qkv")}
+    atoms = {id(matrix.module.bank.weight) for matrix in Anatomy(model).matrices(list("qkv"))}
     assert atoms <= set(listed)
     torch.testing.assert_close(logits(copy.deepcopy(model).double(), batch).float(), before, rtol=1e-4, atol=1e-4)
     half = copy.deepcopy(model).bfloat16()
@@ -476,7 +476,7 @@ def test_training_reaches_every_atom_and_storing_the_coefficients_changes_nothin
     model, batch = share_attention(tiny("llama"), 2, "qkvo"), inputs("llama")
     listed = [id(parameter) for parameter in model.parameters()]
     assert len(listed) == len(set(listed))
-    matrices = Anatomy(model).matrices("qkvo")
+    matrices = Anatomy(model).matrices(list("qkvo"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
     for _ in range(12):
@@ -495,7 +495,7 @@ def test_training_reaches_every_atom_and_storing_the_coefficients_changes_nothin
     assert_same_model(resumed, model, batch)
     assert isinstance(Anatomy(resumed).blocks[1].matrix("k").module, EmbeddedAtoms)
     store_coefficients(resumed)
-    assert all(isinstance(matrix.module, Atoms) for matrix in Anatomy(resumed).matrices("qkvo"))
+    assert all(isinstance(matrix.module, Atoms) for matrix in Anatomy(resumed).matrices(list("qkvo")))
     assert_alike(logits(resumed, batch), trained)
     resumed.save_pretrained(tmp_path / "done")
     done = AutoModelForCausalLM.from_pretrained(tmp_path / "done")

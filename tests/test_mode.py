@@ -117,9 +117,11 @@ def test_also_after_an_error():
                 progress=lambda items, label: 1 / 0,
             )  # fmt: skip
         handle = model.transformer.h[2].register_forward_hook(lambda *_: 1 / 0)
-        for function in (evaluate_loss, measure_speed, collected, inspected):
+        for function in (evaluate_loss, measure_speed, collected):
             with pytest.raises(ZeroDivisionError):
                 function(model, *([load(DATA, model)] if function is evaluate_loss else []))
+        failed = run_probes(specimen(model), {probe.name: {} for probe in probes()}).failed
+        assert {"lac", "lazy-neuron", "depth-efficiency"} <= set(failed)
         handle.remove()
         return "failed"
 
@@ -130,14 +132,18 @@ def collected(model: Any) -> dict[str, torch.Tensor]:
     return collect(Anatomy(model), load(DATA, model), [InputCovariance()]).state()
 
 
-def inspected(model: Any) -> dict[str, Any]:
-    """Every probe that says something about a small model with a text, facts, choices and passages."""
+def specimen(model: Any) -> Specimen:
+    """A small model with a text, facts, choices and passages."""
     text = torch.randint(3, VOCABULARY, (8, 48), generator=torch.Generator().manual_seed(5))
     facts = [Fact("w3 {} w5", f"w{n} w11", "w20", "w21") for n in (10, 12, 14)]
     passages = [Passage("w3 w4 w5 w6", "w7 w8"), Passage("w9 w4 w5 w6", "w7 w9")]
-    one = Specimen(Anatomy(model), word_tokenizer(), load(text, model), facts, (), passages)
-    found = run_probes(one, {probe.name: {} for probe in probes()})
-    assert len(found) >= 6, found.refused
+    return Specimen(Anatomy(model), word_tokenizer(), load(text, model), facts, (), passages)
+
+
+def inspected(model: Any) -> dict[str, Any]:
+    """Every probe that says something about it."""
+    found = run_probes(specimen(model), {probe.name: {} for probe in probes()})
+    assert len(found) >= 6 and not found.failed, (found.refused, found.failed)
     return {
         f"{name} {quantity}": found[name].quantities[quantity].values
         for name in found

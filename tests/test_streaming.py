@@ -244,7 +244,8 @@ class Gated(LlamaForCausalLM):
         self.model.norm.register_forward_hook(lambda norm, args, out: out * norm.gate)
 
 
-Gated.__name__ = "LlamaForCausalLM"  # what a config names, and what the task is known by
+# What a config names, what the task is known by, and where the class that a checkpoint names is looked for.
+Gated.__name__, Gated.__module__ = LlamaForCausalLM.__name__, LlamaForCausalLM.__module__
 
 
 @pytest.mark.parametrize("method", ["svd-llm", "kfac-svd"])
