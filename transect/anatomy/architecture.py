@@ -159,7 +159,9 @@ class Architecture:
         missing = {"name", "model_types", "blocks", "matrices", "attention"} - set(description)
         if missing:
             raise TransectError(f"architecture description lacks {sorted(missing)}")
-        values = {key: tuple(value) if isinstance(value, list) else value for key, value in description.items()}
+        values: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in description.items()
+        }
         values["fused"] = {
             path: FusedMatrix(tuple(fused["parts"]), fused.get("interleaved", False))
             for path, fused in values.get("fused", {}).items()

@@ -284,7 +284,7 @@ class Block:
         The last three of each expert after the other, in a mixture of experts.
         """
         found = []
-        mlp = self.mlp if self.has_experts else None
+        mlp: Any = self.mlp if self.has_experts else None
         for role in MATRIX_ROLES[:4] if self.has_experts else MATRIX_ROLES:
             try:
                 found.append(self.matrix(role))

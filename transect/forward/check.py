@@ -353,18 +353,18 @@ def _norms(bench: Bench) -> float:
     In a post-norm model up reads what `attention_output` gives, and the next block what `mlp_output` does.
     """
     anatomy = bench.anatomy
-    outputs: dict[int, Tensor] = {}
-    inputs: dict[tuple[str, int], Tensor] = {}
+    outputs: dict[Any, Any] = {}  # by the norm's id
+    inputs: dict[Any, Any] = {}  # by role and block
     with _hooks() as handles:
         for block in anatomy.blocks:
             for norm in block.norms.values():
                 handles.append(
-                    norm.register_forward_hook(lambda module, args, output: outputs.update({id(module): output}))
+                    norm.register_forward_hook(lambda module, args, output: outputs.update([(id(module), output)]))
                 )
             for role in ("q", "up"):
                 handles.append(
                     _reader(block, role).register_forward_pre_hook(
-                        lambda module, args, key=(role, block.index): inputs.update({key: args[0]})
+                        lambda module, args, key=(role, block.index): inputs.update([(key, args[0])])
                     )
                 )
         points: Any = ["residual"] if anatomy.blocks[0].post_norm else ["residual", "attention"]

@@ -108,11 +108,12 @@ def class_and_config(model_type: str) -> tuple[Any, Any]:
     """The class of transformers that a model of this type has, with its task's head, and its default config."""
     import transformers
 
-    for table in (
+    tables: Any = (
         modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
         modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
-    ):
+    )
+    for table in tables:
         names = table.get(model_type)
         if names is not None:
             return getattr(transformers, names if isinstance(names, str) else names[0]), AutoConfig.for_model(

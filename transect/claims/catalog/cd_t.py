@@ -106,13 +106,14 @@ def copying(context: Context) -> Result:
     known = heads_that(copying_heads(specimen)[1], "attends to what came behind a token's earlier occurrence")
     ids = repeated(specimen, 16)
     prompts, answers = ids[:, :-1], ids[:, -1].tolist()
-    means, scores = mean_heads(specimen, prompts), {}
+    means = mean_heads(specimen, prompts)
+    scores: dict[tuple[int, int | None], float] = {}
     for row, answer in zip(prompts[:4], answers, strict=False):
         made = Decomposition(specimen, row)
         found = scores_on_logits(made, made.nodes, direction_to(answer, len(made.logits)), means).tolist()
-        best: dict[tuple[int, int], float] = {}
+        best: dict[tuple[int, int | None], float] = {}
         for (layer, _, head), score in zip(made.nodes, found, strict=True):
-            best[layer, head] = max(score, best.get((layer, head), score))
+            best[layer, head] = max(score, best.get((layer, head), float("-inf")))
         for place, score in best.items():
             scores[place] = scores.get(place, 0.0) + score / 4
     order = sorted(scores, key=lambda place: -scores[place])

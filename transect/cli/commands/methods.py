@@ -31,7 +31,7 @@ def _print_by_purpose(entries: Sequence[Any]) -> None:
     """A line an entry, whole where the output is not a terminal; a narrow terminal gets more lines, indented."""
     groups: dict[str, list[Any]] = {purpose: [] for purpose in PURPOSES.values()}
     for entry in entries:
-        groups.setdefault(PURPOSES.get(entry.family, entry.family), []).append(entry)
+        groups.setdefault(PURPOSES.get(entry.family) or entry.family, []).append(entry)
     left = max(len(entry.name) for entry in entries) + 4
     right = max(stdout.width - left, 30) if stdout.is_terminal else None
     for purpose, members in groups.items():
