@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -58,8 +59,8 @@ def hops(context: Context) -> Result:
     rows, scores, steps = [], [], []
     for count in HOPS:
         asked = [question(generator, count) for _ in range(PROMPTS)]
-        effects, right = zip(*(answered(specimen, prompt, answer) for prompt, answer in asked), strict=True)
-        found = depth_score(torch.stack(effects, 1))
+        effects, right = answered(specimen, asked)
+        found = depth_score(effects)
         found = found[torch.isfinite(found)]
         scores.append(found)
         steps.append(torch.full_like(found, count))
@@ -67,7 +68,7 @@ def hops(context: Context) -> Result:
             "steps": count,
             "depth score": float(found.mean()),
             "standard error": float(found.std() / len(found) ** 0.5),
-            "right, of the names in the prompt": sum(right) / len(right),
+            "right, of the names in the prompt": right,
         })  # fmt: skip
     slope, error = line(torch.cat(steps), torch.cat(scores))
     told = (
@@ -90,21 +91,32 @@ def question(generator: random.Random, steps: int) -> tuple[str, list[str]]:
 
 
 @torch.no_grad()
-def answered(specimen: Specimen, prompt: str, names: list[str]) -> tuple[Tensor, bool]:
-    """How far skipping each layer moves the last position's probabilities (L); whether the first name comes first."""
-    ids = specimen.encode(prompt)[None].to(specimen.model.device)
-    (feed,) = feeds_of(specimen.anatomy, [{"input_ids": ids}])
-    with watch(specimen.anatomy, ["residual"]) as clean:
-        logits = run(specimen, feed, 0, feed.hidden).logits[0, -1]
-    where = torch.ones_like(ids, dtype=torch.bool)
-    where[:, 0] = False
-    moved = []
-    for layer in range(specimen.layers):
-        with changed(specimen.anatomy, skips(specimen.anatomy, layer, where, ("attention", "mlp"))):
-            now = run(specimen, feed, layer, clean.residual[layer]).logits[0, -1]
-        moved.append((now.softmax(-1) - logits.softmax(-1)).norm().cpu())
-    firsts = [int(specimen.continuation(prompt, name)[0]) for name in names]
-    return torch.stack(moved), int(logits[firsts].argmax()) == 0
+def answered(specimen: Specimen, asked: Sequence[tuple[str, list[str]]]) -> tuple[Tensor, float]:
+    """How far skipping each layer moves the last position's probabilities (L x prompts); how often the right name wins.
+
+    Prompts of equal length run together.
+    """
+    encoded = [specimen.encode(prompt) for prompt, _ in asked]
+    effects, right = [], 0
+    for length in sorted({len(ids) for ids in encoded}):
+        numbers = [number for number, ids in enumerate(encoded) if len(ids) == length]
+        ids = torch.stack([encoded[number] for number in numbers]).to(specimen.model.device)
+        (feed,) = feeds_of(specimen.anatomy, [{"input_ids": ids}])
+        with watch(specimen.anatomy, ["residual"]) as clean:
+            logits = run(specimen, feed, 0, feed.hidden).logits[:, -1]
+        where = torch.ones_like(ids, dtype=torch.bool)
+        where[:, 0] = False
+        moved = []
+        for layer in specimen.shown(range(specimen.layers), "skipped layers"):
+            with changed(specimen.anatomy, skips(specimen.anatomy, layer, where, ("attention", "mlp"))):
+                now = run(specimen, feed, layer, clean.residual[layer]).logits[:, -1]
+            moved.append((now.softmax(-1) - logits.softmax(-1)).norm(dim=-1).cpu())
+        effects.append(torch.stack(moved))
+        for number, scores in zip(numbers, logits, strict=True):
+            prompt, names = asked[number]
+            firsts = [int(specimen.continuation(prompt, name)[0]) for name in names]
+            right += int(scores[firsts].argmax()) == 0
+    return torch.cat(effects, 1), right / len(asked)
 
 
 def line(x: Tensor, y: Tensor) -> tuple[float, float]:
