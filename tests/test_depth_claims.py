@@ -1,16 +1,20 @@
 """depth-efficiency: maps between models of two depths, and the claims."""
 
 import itertools
+import random
+import re
 
 import pytest
 import torch
 import transformers
+from scipy.stats import linregress
 
 from tests.depth import silence, specimen
 from tests.models import inputs, logits, tiny
 from transect.anatomy import Anatomy
 from transect.claims import Context, Verdict, claims, run_claims
 from transect.claims.catalog.depth_efficiency.depth_efficiency import share_as_near
+from transect.claims.catalog.depth_efficiency.hops import HOPS, line, question
 from transect.claims.catalog.depth_efficiency.shallower import text_of, train, untrained
 from transect.data import Batches
 from transect.errors import BadData, NotApplicable, TransectError
@@ -159,3 +163,21 @@ def test_the_claim_also_leaves_out_the_layers_that_decide_it_by_construction():
     )
     assert added[1] == later[1] == later[3] == 0 < min(added[0], later[0], later[2])
     assert result.verdict == Verdict.DOES_NOT_HOLD
+
+
+@pytest.mark.parametrize("steps", HOPS)
+def test_the_right_name_is_as_many_friends_away_as_the_question_asks(steps):
+    prompt, names = question(random.Random(steps), steps)
+    friends = dict(re.findall(r"(\w+)'s friend is (\w+)\.", prompt))
+    asked, person = re.search(r"((?:[Tt]he friend of )+)(\w+) is$", prompt).groups()
+    assert asked.count("friend") == steps
+    for _ in range(steps):
+        person = friends[person]
+    assert person == names[0] and len(set(names)) == len(names) == len(friends) + 1
+
+
+def test_the_slope_and_its_error_are_those_of_least_squares():
+    x = torch.tensor([1.0, 1, 2, 2, 3, 4, 4], dtype=torch.float64)
+    y = torch.tensor([0.3, 0.1, 0.9, 0.2, 1.1, 1.0, 1.7], dtype=torch.float64)
+    expected = linregress(x, y)
+    assert line(x, y) == pytest.approx((expected.slope, expected.stderr), rel=1e-12)

@@ -85,7 +85,7 @@ def question(generator: random.Random, steps: int) -> tuple[str, list[str]]:
     chain = generator.sample(NAMES, HOPS[-1] + 2)
     said = [f"{one}'s friend is {other}." for one, other in pairwise(chain)]
     generator.shuffle(said)
-    asked = "The friend of " * steps + f"{chain[0]} is"
+    asked = "The friend of " + "the friend of " * (steps - 1) + f"{chain[0]} is"
     right = chain[steps]
     return " ".join([*said, asked]), [right, *(name for name in chain if name != right)]
 
