@@ -101,3 +101,13 @@ def test_an_error_on_the_way_takes_everything_back(monkeypatch: pytest.MonkeyPat
         edit_specimen(specimen, "rome", QUICK["rome"])
     assert len(calls) == 2 and hooks(specimen.model) == 0
     assert_same(specimen.model, before)
+
+
+@pytest.mark.parametrize(("edit", "settings"), [("rome", {"layer": 2}), ("memit", {"layers": "1-2"})])
+def test_the_last_layer_reaches_no_answer(edit, settings):
+    """There the search would follow the rounding of its drift and decay terms."""
+    specimen = specimen_of()
+    before = state(specimen.model)
+    with pytest.raises(NotApplicable, match="choose an earlier layer"):
+        edit_specimen(specimen, edit, {**QUICK[edit], **settings})
+    assert_same(specimen.model, before)

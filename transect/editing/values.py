@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..data import Specimen
+from ..errors import NotApplicable
 from ..forward import Point
 from .contexts import ESSENCE, Rows, wide
 
@@ -63,12 +64,14 @@ def _values(specimen: Specimen, rows: Rows, point: Point, layer: int, search: Se
     before: Tensor | None = None
     done = torch.zeros(rows.requests, dtype=torch.bool, device=start.device)
     changes: dict[tuple[str, int], Any] = {}
-    for _ in range(search.steps):
+    for step in range(search.steps):
         with torch.enable_grad():
             delta = change * unit
             changes[(point, layer)] = rows.adding(delta)
             logits = rows.logits(specimen, changes)
             loss = rows.in_context(rows.answer_losses(logits, search.lowers))
+            if step == 0:
+                _check_reach(loss, change, point, layer)
             if search.drift and essence.any():
                 drifted = wide(logits[numbers, rows.edit][essence]).log_softmax(-1)
                 before = drifted.detach() if before is None else before
@@ -87,3 +90,16 @@ def _values(specimen: Specimen, rows: Rows, point: Point, layer: int, search: Se
             length = (change * unit).norm(dim=1, keepdim=True)
             change *= (search.longest * size / length.clamp_min(1e-30)).clamp_max(1)
     return (change * unit).detach().double(), start
+
+
+def _check_reach(loss: Tensor, change: Tensor, point: Point, layer: int) -> None:
+    """NotApplicable where no answer depends on the value: the search would follow the rounding of its other terms.
+
+    So it is in the last layer, unless the prompt ends with the subject: what is written there reaches no later token.
+    """
+    (gradient,) = torch.autograd.grad(loss.sum(), change, retain_graph=True)
+    if not gradient.any():
+        raise NotApplicable(
+            f"no answer depends on {point} {layer} at the subject's last token, so nothing can be written there (what "
+            "the last layer adds reaches no later token); choose an earlier layer"
+        )
