@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from transect.anatomy import Anatomy
 from transect.checkpoint import open_model, save
+from transect.checkpoint.base import note_base, place_of_base
 from transect.data import Batches, Fact, Specimen
 from transect.editing import Card, Edit, edit, edit_specimen, edits, registry, undo_folder
 from transect.errors import BadCheckpoint, NotApplicable, TransectError
@@ -200,6 +201,20 @@ def test_an_edit_on_disk_is_taken_back_bit_for_bit(folders, case, tmp_path):
     assert not {"edit.json", "edit.md", "undo.safetensors"} & {path.name for path in out.iterdir()}
     with pytest.raises(BadCheckpoint, match="holds no edit"):
         undo_folder(out)
+
+
+def test_an_edit_is_in_the_models_history_so_that_an_adapter_does_not_name_the_unedited_one(tmp_path):
+    one = specimen("llama", torch.float32, tokenizer=tokenizer())
+    note_base(one.model, "somebody/llama")
+    edited = edit_specimen(one, NAME, CLAMP)
+    assert one.anatomy.record.history[-1]["edit"] == NAME and place_of_base(one.model) is None
+    folder = edited.save(tmp_path / "edited", one.tokenizer)
+    assert json.loads((folder / "config.json").read_text())["transect"]["history"][-1]["edit"] == NAME
+    assert place_of_base(one.model) == str(folder)
+    undo_folder(folder)
+    assert "transect" not in json.loads((folder / "config.json").read_text())
+    edited.undo()
+    assert not one.anatomy.record.history
 
 
 def test_undo_in_place_and_of_a_folder_that_was_changed_since(folders, tmp_path):

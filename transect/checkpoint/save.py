@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from ..anatomy import SkipAttention, Stacked, StructureRecord, model_in
 from ..anatomy.body import ADAPTED
+from ..anatomy.experts import SeparateExperts, SkipExperts
 from ..anatomy.record import gathered_record, plain_path
 from ..errors import TransectError
 from ..operators import Operator
@@ -156,7 +157,7 @@ class _Structure:
         return structure
 
 
-_CHANGED = (Operator, Stacked, SkipAttention)
+_CHANGED = (Operator, Stacked, SkipAttention, SeparateExperts, SkipExperts)
 _UNKNOWN = (
     "so the folder would not load. Something changed the model's modules without Transect's knowing: put operators in "
     "place with Matrix.replace, and heads, neurons and sublayers away with the units' keep and drop"

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..anatomy import Matrix, record_of
 from ..anatomy.storage import describe
+from ..version import __version__
 
 
 class Journal:
@@ -25,6 +26,7 @@ class Journal:
         self.added: list[str] = []
         self.matrices: dict[str, Matrix] = {}
         self._dense: dict[str, Tensor] = {}  # matrices as they were, for the size of the change
+        self._noted: dict[str, Any] | None = None
 
     def write(self, matrix: Matrix, weight: Tensor, bias: Tensor | None = None) -> None:
         """Overwrite a matrix W (d_out x d_in), and its bias if given.
@@ -58,10 +60,18 @@ class Journal:
         self.config.setdefault(name, getattr(self.model.config, name))
         setattr(self.model.config, name, value)
 
+    def note(self, name: str, settings: dict[str, Any]) -> None:
+        """Write the finished edit into the model's history, so that an adapter trained on it names this model."""
+        self._noted = {"transect": __version__, "edit": name, "settings": settings}
+        record_of(self.model).history.append(self._noted)
+
     @torch.no_grad()
     def undo(self) -> None:
         """Everything as it was, bit for bit."""
         restore(self.model, self.before, self.config, self.added)
+        if self._noted is not None:
+            record_of(self.model).history.remove(self._noted)
+            self._noted = None
         self.before, self.config, self.added, self.matrices, self._dense = {}, {}, [], {}, {}
 
     def changes(self) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
+from ..anatomy import record_of
 from ..checkpoint import check_output, open_model, save
 from ..compression.fingerprint import model_fingerprint
 from ..data import Batches, Specimen
@@ -72,6 +73,7 @@ def edit_specimen(
         except BaseException:
             journal.undo()
             raise
+    journal.note(name, complete)
     measured = [(key, before[key], after.get(key, float("nan"))) for key in before]
     return Edited(model, Card(name, complete, measured, journal.changes(), dict(notes)), journal)
 
@@ -108,4 +110,7 @@ def undo_folder(folder: str | Path, out: str | Path | None = None, *, overwrite:
             f"bit; what they were before it is in {UNDO}"
         )
     restore(opened.model, before, undo["config"], undo["added"])
+    history = record_of(opened.model).history
+    if history and "edit" in history[-1]:
+        history.pop()
     return save(opened.model, target, opened.tokenizer or opened.processor, overwrite=out is None or overwrite)
