@@ -29,6 +29,7 @@ print(f"  {prompt} -> {tokenizer.decode(answer)}")
 
 
 def main(folder: str) -> None:
+    """Compress, save and load again; exit with a message where anything differs."""
     model, tokenizer = organism.load()
     prompt = organism.examples("facts", n=1)[0].prompt
     transect.compress(model, "kfac-svd", keep=0.9, data="organism:calibration", tokenizer=tokenizer, sequences=64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from typing import Any
@@ -14,7 +15,7 @@ from tests.models import VOCABULARY, inputs, logits, tiny
 from tests.test_data import word_tokenizer, words
 from transect.anatomy import Anatomy
 from transect.checkpoint import save
-from transect.claims import Context, Measured, Verdict, claims, run_claims
+from transect.claims import Context, Measured, Verdict, claims, registry, run_claims
 from transect.claims.catalog.kfac_svd import RELEASED, as_released
 from transect.claims.catalog.svd_llm import mean_squared_outputs
 from transect.claims.context import Variant
@@ -204,6 +205,17 @@ def test_without_calibration_data_only_what_needs_it_is_left_out():
     model = tiny("llama")
     (outcome,) = run_claims(model, None, random_data(model)[1], ["fwsvd/below-svd"])
     assert outcome.result.verdict == Verdict.NOT_APPLICABLE and "calibration" in outcome.result.explanation
+
+
+def test_a_claim_that_fails_does_not_end_the_others(monkeypatch):
+    whole = registry._claims["fwsvd/below-svd"]
+    broken = dataclasses.replace(whole, function=lambda context: {}["no such matrix"])
+    monkeypatch.setitem(registry._claims, whole.name, broken)
+    model = tiny("llama")
+    outcomes = run_claims(model, *random_data(model), ["fwsvd/below-svd", "svd-llm/below-svd"])
+    first, second = (outcome.result for outcome in outcomes)
+    assert first.verdict == Verdict.FAILED and first.explanation == "KeyError: 'no such matrix'"
+    assert second.verdict in (Verdict.HOLDS, Verdict.DOES_NOT_HOLD)
 
 
 def test_claims_about_language_models_do_not_apply_to_a_classifier():

@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 
 
 class Verdict(StrEnum):
-    """What the numbers say."""
+    """What the numbers say; FAILED where a fault of our own kept them from being measured."""
 
     HOLDS = "holds"
     DOES_NOT_HOLD = "does not hold"
     NOT_APPLICABLE = "not applicable"
+    FAILED = "failed"
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,6 +13,8 @@ from ..forward import at_rest
 from ..statistics import Progress
 from .context import Context
 from .registry import Claim, NotApplicable, Result, Verdict, claims
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -58,3 +61,6 @@ def _check(one: Claim, context: Context) -> Result:
         return Result(Verdict.NOT_APPLICABLE, str(reason))
     except TransectError as error:  # a compressed model that computes NaN, say; the other claims go on
         return Result(Verdict.NOT_APPLICABLE, f"It could not be measured: {error}")
+    except Exception as error:  # a fault of the claim's own must not cost the others
+        _logger.exception("the claim %s failed", one.name)
+        return Result(Verdict.FAILED, f"{type(error).__name__}: {error}")

@@ -11,7 +11,12 @@ from rich.text import Text
 from .registry import Verdict
 from .run import Outcome
 
-_STYLE = {Verdict.HOLDS: "green", Verdict.DOES_NOT_HOLD: "bold red", Verdict.NOT_APPLICABLE: "dim"}
+_STYLE = {
+    Verdict.HOLDS: "green",
+    Verdict.DOES_NOT_HOLD: "bold red",
+    Verdict.NOT_APPLICABLE: "dim",
+    Verdict.FAILED: "bold red",
+}
 
 
 def rich_outcome(outcome: Outcome) -> Group:

@@ -25,7 +25,9 @@ def check_claims(
     names: tuple[str, ...], model: str, data: str | None, eval_data: str | None, as_json: bool, **options: Any
 ) -> None:
     """Check what papers claim of their methods on MODEL (in float32); each NAME is a claim or a method."""
+    from ...claims import Verdict
     from ...claims.show import rich_outcome
+    from ...errors import TransectError
     from ...verbs import check_claims as check
 
     options["dtype"] = options["dtype"] or "float32"
@@ -33,8 +35,11 @@ def check_claims(
         outcomes = check(names, model, data, eval_data, progress=show, **options)
     if as_json:
         click.echo(json.dumps([outcome.to_dict() for outcome in outcomes], indent=2))
-        return
-    for outcome in outcomes:
-        stdout.print(rich_outcome(outcome), crop=False)
-    verdicts = [str(outcome.result.verdict) for outcome in outcomes]
-    stdout.print(", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in dict.fromkeys(verdicts)))
+    else:
+        for outcome in outcomes:
+            stdout.print(rich_outcome(outcome), crop=False)
+        verdicts = [str(outcome.result.verdict) for outcome in outcomes]
+        stdout.print(", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in dict.fromkeys(verdicts)))
+    failed = [outcome.claim.name for outcome in outcomes if outcome.result.verdict == Verdict.FAILED]
+    if failed:
+        raise TransectError(f"{', '.join(failed)} failed; what went wrong stands above")
