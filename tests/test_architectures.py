@@ -13,9 +13,11 @@ from transformers import AutoModelForCausalLM
 from transect.anatomy import Anatomy, architecture, known_model_types
 from transect.cli import main_group
 from transect.errors import NotApplicable, TransectError, WrongDescription
-from transect.forward import Lens, check, check_description, watch
+from transect.forward import Lens, check_description, watch
+from transect.forward.description import check
+from transect.forward.description.bench import CHECKS
+from transect.forward.description.twin import plain_experts
 from transect.forward.lens import norm_centres, norm_gain
-from transect.forward.twin import plain_experts
 from transect.operators import LowRank
 from transect.statistics import SublayerSimilarity, collect
 
@@ -53,7 +55,7 @@ def test_every_check_holds_of_every_built_in_description(name):
     made = check_description(small(name), described(name))
     assert not [one.complaint for one in made if not one.passed]
     skipped = {one.what for one in made if not one.applies}
-    assert len(made) == len(check._checks)
+    assert len(made) == len(CHECKS)
     assert len(skipped) <= (4 if entry(name)[1] is AutoModelForCausalLM else 7), skipped
 
 
@@ -161,7 +163,7 @@ def test_the_command_line(tmp_path, registry):
     bad.write_text(json.dumps(plain(wrong("bloom", attention_adds=None))))
     broken.write_text("{")
     result = run(good)
-    assert result.exit_code == 0 and result.stdout.count("holds") == len(check._checks) and "FAILS" not in result.stdout
+    assert result.exit_code == 0 and result.stdout.count("holds") == len(CHECKS) and "FAILS" not in result.stdout
     result = run(bad, "--json")
     failed = [one["what"] for one in json.loads(result.stdout) if not one["passed"]]
     assert failed == ["dropping attention equals zeroing its output"]

@@ -26,7 +26,7 @@ from transect.claims import registry as claim_registry
 from transect.cli import main_group
 from transect.compression import registry
 from transect.errors import UnknownArchitecture
-from transect.forward import check
+from transect.forward.description.bench import CHECKS
 
 from . import models, test_anatomy, test_architectures, test_compress
 
@@ -181,7 +181,7 @@ def test_the_architecture_of_a_user(here, monkeypatch):
             exec(compile(text, "CONTRIBUTING.md", "exec"), {})
     assert ran == ["json", "console", "console", "python", "python"]
     (alone, with_model, listed), (compressed, evaluated) = printed
-    assert alone.count("holds") == with_model.count("holds") == len(check._checks) and "FAILS" not in alone
+    assert alone.count("holds") == with_model.count("holds") == len(CHECKS) and "FAILS" not in alone
     assert "gpt_neox" in listed and " glm " not in listed
     assert "kept" in compressed and "loss" in evaluated
 

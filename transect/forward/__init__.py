@@ -3,7 +3,7 @@
 from .answers import answer_log_probabilities, next_logits, recitations
 from .blocks import Call, Feed, feeds_of, put_out, run_block, run_blocks
 from .change import changed
-from .check import Check, check_architecture, check_description
+from .description import Check, check_architecture, check_description
 from .head import backpropagate, logits_at, scored
 from .lens import Lens
 from .mode import at_rest

@@ -10,8 +10,8 @@ import torch
 from transformers import AutoConfig
 from transformers.models.auto import modeling_auto
 
-from ..anatomy import Architecture
-from ..errors import TransectError
+from ...anatomy import Architecture
+from ...errors import TransectError
 
 # In our names for sizes. Heads of 8 numbers, so that a rotation of a quarter of them still has a pair.
 SIZES = {
