@@ -18,7 +18,7 @@ from transect.checkpoint import folder_of, open_model
 from transect.checkpoint.save import hugging_face_save
 from transect.errors import BadCheckpoint, TransectError
 from transect.evaluation import matrix_bytes
-from transect.files import link
+from transect.store import link
 from transect.streaming import passes
 
 from .models import CONFIGS, VOCABULARY, assert_alike, assert_same_tensors, tiny

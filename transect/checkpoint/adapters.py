@@ -14,7 +14,7 @@ from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import Any
 
-from ..files import replacing
+from ..store import replacing
 from .base import place_of_base
 from .save import is_changed, save_base
 

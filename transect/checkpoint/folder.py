@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import torch
 from ..anatomy.record import StructureRecord
 from ..errors import BadCheckpoint
 from ..operators.build import build
+from ..store import finish_exchange, read_json
+from .place import LAST
 from .quantizer import METHOD
 
 _BITS = {
@@ -31,6 +34,8 @@ def check_folder(folder: str | Path) -> None:
     folder = Path(folder)
     if not folder.is_dir():
         raise BadCheckpoint(f"there is no folder {folder}")
+    if os.access(folder, os.W_OK):
+        finish_exchange(folder, LAST)
     left = sorted(folder.glob(".*.previous-*/config.json"))
     if left and not (folder / "config.json").exists():
         raise BadCheckpoint(
@@ -39,6 +44,8 @@ def check_folder(folder: str | Path) -> None:
         )
     if not (folder / "config.json").exists():
         _refuse_other_contents(folder)
+    if not (folder / "config.json").exists():
+        raise BadCheckpoint(f"{folder} has no config.json, so it is not a model folder")
     config = read_json(folder / "config.json")
     shapes: Shapes = {}
     for file in weight_files(folder):
@@ -59,19 +66,6 @@ def _refuse_other_contents(folder: Path) -> None:
         )
     if packed:
         raise BadCheckpoint(f"{folder} has no config.json, but GGUF files; name the file: {packed[0]}")
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file; BadCheckpoint if it is missing or damaged."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BadCheckpoint(f"{file.parent} has no {file.name}, so it is not a model folder") from None
-    except (OSError, ValueError) as error:
-        raise BadCheckpoint(f"{file} cannot be read: {error}") from None
-    if not isinstance(content, dict):
-        raise BadCheckpoint(f"{file} should hold a JSON object, but holds a {type(content).__name__}")
-    return content
 
 
 def read_header(file: Path) -> Shapes:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from ..errors import TransectError
+from ..store import finish_exchange, place_folder, remove, sweep, temporary
 from .modeling_file import MODULE
 
 # Files of an earlier model in the same folder that must not outlive it. Everything else in the folder is kept.
@@ -19,56 +18,50 @@ _MODEL_FILES = re.compile(
     rf"(config|generation_config)\.json|(model|pytorch_model)[^/]*\.(safetensors|bin)(\.index\.json)?|{MODULE}\.py"
     r"|edit\.(json|md)|undo\.safetensors"  # of an edit of that model, see `transect.editing`
 )
+LAST = "config.json"  # without it nobody takes a folder for a model's
 
 
 @contextmanager
 def placed(target: Path) -> Iterator[Path]:
     """An empty folder to write a checkpoint into; at the end of the `with` it becomes `target`, or its files join it.
 
-    A folder that is there stays the folder that it is, with everything in it that is not of an earlier model: it may
-    be the current directory, or a mount. A checkpoint in it is exchanged by renaming, file by file: config.json is the
-    first to go and the last to come, so that at no moment a mixture of two models can be loaded.
-    On any exception, Ctrl-C included, `target` is left as it was and nothing else remains.
+    A checkpoint that is there is exchanged for the new one, in one step where the system can (see `store.exchange`);
+    what is not of an earlier model stays. The current directory, or a mount, stays the folder that it is.
+    On any exception, Ctrl-C included, `target` is left as it was and nothing else remains. What a run that was killed
+    has left there is finished, or removed, first.
 
     Raises TransectError if the disk is full or the place cannot be written.
     """
-    there = target.is_dir()
-    partial = (target if there else target.parent) / f".{target.name}.partial-{os.getpid()}"
+    there, partial = target.is_dir(), None
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
         if there:
-            _exchange(partial, target)
-        else:
-            os.rename(partial, target)
+            finish_exchange(target, LAST)
+        sweep(target)
+        partial = _beside(target)
+        yield partial
+        is_model = there and (target / LAST).exists()
+        place_folder(partial, target, lambda name: is_model and _MODEL_FILES.fullmatch(name) is not None, LAST)
     except (OSError, SafetensorError) as error:
         was = "; what was there before is untouched" if there else ""
         raise TransectError(f"the checkpoint could not be written to {target}: {error}{was}") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if partial is not None:
+            remove(partial)
 
 
-def _exchange(new: Path, target: Path) -> None:
-    """Move every entry of `new` into `target`, in place of an earlier model's files; all, or nothing."""
-    names = sorted((entry.name for entry in new.iterdir()), key=lambda name: name == "config.json")
-    replacing = (target / "config.json").exists()
-    gone = {entry.name for entry in target.iterdir() if replacing and _MODEL_FILES.fullmatch(entry.name)}
-    gone |= {name for name in names if (target / name).exists()}
-    previous = target / f".{target.name}.previous-{os.getpid()}"
+def _beside(target: Path) -> Path:
+    """An empty folder on the same file system: beside the target, or in it where only that can be written, or is it."""
     try:
-        previous.mkdir()
-        for name in sorted(gone, key=lambda name: name != "config.json"):
-            os.rename(target / name, previous / name)
-        for name in names:
-            os.rename(new / name, target / name)
-    except BaseException:
-        for name in reversed(names):
-            if not (new / name).exists():  # it has arrived
-                os.rename(target / name, new / name)
-        for name in sorted(gone, key=lambda name: name == "config.json"):
-            if (previous / name).exists():
-                os.rename(previous / name, target / name)
-        raise
-    finally:
-        shutil.rmtree(previous, ignore_errors=True)
+        if not target.is_mount():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            return _made(temporary(target))
+    except PermissionError:
+        if not target.is_dir():
+            raise
+    return _made(target / temporary(target).name)
+
+
+def _made(folder: Path) -> Path:
+    remove(folder)
+    folder.mkdir()
+    return folder

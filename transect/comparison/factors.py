@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ..compression import Factorization
-from ..files import replacing
+from ..store import replacing
 
 
 def save_factors(path: Path, factors: Mapping[str, Factorization], seconds: float) -> None:

@@ -13,8 +13,8 @@ from ..compression import Recipe, method
 from ..compression.allocation import needs_measure
 from ..compression.recipe import goes_with
 from ..errors import TransectError
-from ..files import replacing
 from ..statistics import Statistic
+from ..store import replacing
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..files import replacing
+from ..store import replacing
 
 T = TypeVar("T")
 

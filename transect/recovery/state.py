@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import TransectError
-from ..files import replacing
+from ..store import replacing
 
 
 class State:

@@ -11,8 +11,8 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 from markupsafe import Markup
 
 from ..data import Specimen
-from ..files import replacing
 from ..probes import Drawing, Failure, Inspection, Plot, Result, drawings, probe
+from ..store import replacing
 
 
 def write_report(folder: Path, found: Inspection, specimen: Specimen) -> Path:

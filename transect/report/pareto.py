@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from ..files import replacing
+from ..store import replacing
 
 # Distinguishable with the common forms of colour blindness (Okabe and Ito), and by marker where printed without colour.
 _COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]

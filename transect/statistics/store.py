@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import TransectError
-from ..files import replacing
+from ..store import replacing
 from .kinds import Statistic, Sums
 from .unreached import of_the_others
 

@@ -22,9 +22,9 @@ from ..compression.compressors import Compressor, RankCompressor, compressor_of
 from ..compression.frame import factorize_matrix, rank_table
 from ..compression.sequential import block_statistics
 from ..errors import TransectError
-from ..files import link
 from ..forward.blocks import Feed, feeds_of, run_block
 from ..statistics import Fisher, Progress, Statistics
+from ..store import link
 from .passes import Workspace, backward_pass, forward_pass
 from .source import StreamedModel
 

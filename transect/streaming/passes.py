@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..files import replacing
 from ..forward import backpropagate, task_of
 from ..forward.blocks import Feed, put_out, run_block
 from ..statistics import Fisher, Progress, Recorder, Statistic, Statistics
 from ..statistics.collect import loss_for_gradients
+from ..store import replacing
 from .source import StreamedModel
 
 

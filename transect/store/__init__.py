@@ -1,0 +1,27 @@
+"""Files that can be trusted: written whole or not at all, read back only if they are what they should be."""
+
+from .exchange import finish_exchange, place_folder
+from .folder import Folder
+from .kept import Kept, keep, keep_json, kept, kept_json, tensor_bytes
+from .text import read_any_json, read_json
+from .write import link, remove, replacing, sweep, temporary, write_text
+
+__all__ = [
+    "Folder",
+    "Kept",
+    "finish_exchange",
+    "keep",
+    "keep_json",
+    "kept",
+    "kept_json",
+    "link",
+    "place_folder",
+    "read_any_json",
+    "read_json",
+    "remove",
+    "replacing",
+    "sweep",
+    "temporary",
+    "tensor_bytes",
+    "write_text",
+]

@@ -1,0 +1,132 @@
+"""Folders of ours: what may be replaced and deleted in them is what we have written there, and nothing else.
+
+A file `.transect` in such a folder says of which kind it is, and lists, a line each, the files that we wrote. A name is
+in the list before the file is there, so that however a run ends, the next one knows what is its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from ..errors import TransectError
+from ..version import __version__
+from .write import flush, leftovers, sweep, write_text
+
+MARK = ".transect"
+
+
+class Folder:
+    """A folder that carries our mark, or is about to.
+
+    path: it need not exist. kind: what it is, in two or three words for a user ("a comparison").
+    """
+
+    def __init__(self, path: Path, kind: str) -> None:
+        self.path, self.kind = path, kind
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it carries the mark of this kind."""
+        return self._marked() == self.kind
+
+    @property
+    def is_free(self) -> bool:
+        """Whether nothing is there, or an empty folder, but for what a run that is no more has left."""
+        if not os.path.lexists(self.path):
+            return True
+        mine = leftovers(self.path / MARK)
+        return self.path.is_dir() and all(entry in mine for entry in self.path.iterdir())
+
+    def take(self, *, among_others: bool = False) -> None:
+        """Make the folder and its mark, if they are not there.
+
+        among_others: whether other files may lie in it. Raises TransectError for a folder that is somebody else's.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise TransectError(f"{self.path} is a file; name a folder for {self.kind}")
+        if self.is_ours:
+            return
+        found = self._marked()
+        if found is not None or not (among_others or self.is_free):
+            raise TransectError(
+                f"the folder {self.path} exists and holds {found or f'something that is not {self.kind}'}; "
+                "choose another"
+            )
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_text(self.path / MARK, json.dumps({"transect": __version__, "kind": self.kind}))
+
+    def check(self, *names: str) -> None:
+        """Raise TransectError if a file of one of these names is there and is not ours."""
+        listed = self.listed()
+        for name in names:
+            if os.path.lexists(self.path / name) and name not in listed:
+                raise TransectError(
+                    f"{self.path / name} is there and was not written by Transect as part of {self.kind}; move it "
+                    "away, or name another folder"
+                )
+
+    def file(self, name: str) -> Path:
+        """The path of a file to write, which is ours from now on; TransectError if it is there and is not ours."""
+        self.check(name)
+        path = self.path / name
+        if name not in self.listed():
+            with (self.path / MARK).open("a", encoding="utf-8") as stream:
+                stream.write("\n" + json.dumps(name))  # a line that a kill has cut off ends here
+                stream.flush()
+                os.fsync(stream.fileno())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sweep(path)
+        return path
+
+    def listed(self) -> set[str]:
+        """Names, relative to the folder, of the files that are ours, whether they are there or not."""
+        names = set()
+        for line in self._lines()[1:]:
+            with suppress(ValueError, RecursionError):
+                name = json.loads(line)
+                if isinstance(name, str) and self._lies_inside(name):
+                    names.add(name)
+        return names
+
+    def clear(self) -> None:
+        """Delete what is ours, the mark last; the folder too, if nothing else is in it."""
+        folders = set()
+        for name in sorted(self.listed()):
+            path = self.path / name
+            sweep(path)
+            path.unlink(missing_ok=True)
+            folders.update(path.parents[: len(Path(name).parents) - 1])
+        for folder in sorted(folders, key=lambda folder: len(folder.parts), reverse=True):
+            with suppress(OSError):  # something else lies in it
+                folder.rmdir()
+        sweep(self.path / MARK)
+        (self.path / MARK).unlink(missing_ok=True)
+        with suppress(OSError):
+            self.path.rmdir()
+        if self.path.parent.is_dir():
+            flush(self.path.parent)
+
+    def _marked(self) -> str | None:
+        """The kind that stands in the mark; None without one."""
+        lines = self._lines()
+        if not lines:
+            return None
+        with suppress(ValueError, KeyError, TypeError, RecursionError):
+            return str(json.loads(lines[0])["kind"])
+        return "something with a damaged mark of Transect's"
+
+    def _lines(self) -> list[str]:
+        path = self.path / MARK
+        if not path.is_file():
+            return []
+        return path.read_text(encoding="utf-8", errors="replace").split("\n")
+
+    def _lies_inside(self, name: str) -> bool:
+        """Whether deleting the file of this name deletes something in the folder, and not what a link leads to."""
+        parts = Path(name).parts
+        if not parts or Path(name).is_absolute() or ".." in parts or name == MARK or "\0" in name:
+            return False
+        return not any((self.path / Path(*parts[:i])).is_symlink() for i in range(1, len(parts)))

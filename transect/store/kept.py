@@ -1,0 +1,111 @@
+"""Files that are read back later: each carries what it belongs to, and a checksum.
+
+One that belongs to something else, or is damaged, is never used: who asks for it gets None, and a note says why.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .write import replacing, write_text
+
+logger = logging.getLogger(__name__)
+_OF, _NOTE, _SUM = "transect.of", "transect.note", "transect.checksum"
+
+
+class Kept(Mapping[str, Tensor]):
+    """Tensors of a file that was checked; each is read when it is asked for. note: what was kept with them."""
+
+    def __init__(self, path: Path, note: Any) -> None:
+        self.note = note
+        self._file = safe_open(path, "pt")
+        self._names = sorted(self._file.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def keep(path: Path, tensors: Mapping[str, Tensor], of: str, note: Any = None) -> None:
+    """Write tensors as safetensors. of: names all that decides the numbers; note: JSON that goes with them."""
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    written = json.dumps(note)
+    marks = {"format": "pt", _OF: of, _NOTE: written, _SUM: _checksum(of, written, sorted(stored.items()))}
+    with replacing(path) as partial:
+        save_file(stored, partial, metadata=marks)
+
+
+def kept(path: Path, of: str) -> Kept | None:
+    """What `keep` wrote of the same thing; None if there is nothing, or it is of something else, or damaged."""
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            marks = dict(file.metadata() or {})
+            if marks.get(_OF) != of:
+                return _unused(path, "it is of something else")
+            tensors = ((name, file.get_tensor(name)) for name in sorted(file.keys()))
+            if marks.get(_SUM) != _checksum(of, marks[_NOTE], tensors):
+                return _unused(path, "its checksum is wrong")
+        return Kept(path, json.loads(marks[_NOTE]))
+    except Exception as error:  # safetensors, JSON and the file system have an exception each
+        return _unused(path, f"it is damaged ({' '.join(str(error).split())[:200]})")
+
+
+def keep_json(path: Path, value: Mapping[str, Any], of: str) -> None:
+    """Write a JSON object, with what it belongs to and a checksum under two keys of our own."""
+    text = json.dumps(value, sort_keys=True)
+    write_text(path, json.dumps({**value, _OF: of, _SUM: _checksum(of, text, ())}, indent=2) + "\n")
+
+
+def kept_json(path: Path, of: str) -> dict[str, Any] | None:
+    """What `keep_json` wrote of the same thing; None as for `kept`."""
+    if not path.exists():
+        return None
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        belongs, checksum = value.pop(_OF, None), value.pop(_SUM, None)
+        if belongs != of:
+            return _unused(path, "it is of something else")
+        if checksum != _checksum(of, json.dumps(value, sort_keys=True), ()):
+            return _unused(path, "its checksum is wrong")
+        return value
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
+        return _unused(path, f"it is damaged ({' '.join(str(error).split())[:200]})")
+
+
+def _unused(path: Path, why: str) -> None:
+    logger.info("%s is not used, since %s: it is computed anew", path, why)
+
+
+def _checksum(of: str, note: str, tensors: Iterable[tuple[str, Tensor]]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for text in (of, note):
+        digest.update(f"{len(text)};{text}".encode())
+    for name, tensor in tensors:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        digest.update(tensor_bytes(tensor))
+    return digest.hexdigest()
+
+
+def tensor_bytes(tensor: Tensor) -> Any:
+    """The numbers of a tensor as they are stored, for a hash; not copied where they lie in order on the CPU."""
+    data = tensor.detach().cpu().contiguous().as_strided((tensor.numel(),), (1,))  # one number may have any stride
+    return data.view(torch.uint8).numpy().data if data.numel() else b""
