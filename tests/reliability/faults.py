@@ -33,6 +33,8 @@ def _hook(event: str, arguments: tuple) -> None:
     where = arguments[0]
     if not isinstance(where, (str, bytes, os.PathLike)):
         return
+    if event == "open" and arguments[2] & os.O_APPEND:
+        event = "append"
     path = Path(os.fsdecode(where))
     number = arguments[-1] if event in ("os.remove", "os.rmdir", "os.mkdir") else -1
     listener = _listener.pop()  # what it does itself is not listened to

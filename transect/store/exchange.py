@@ -57,6 +57,7 @@ def finish_exchange(target: Path, last: str) -> None:
 
     last: as for `place_folder`. Raises TransectError if that cannot be done here, or if the process is still at it.
     """
+    sweep(target / JOURNAL)
     if not (target / JOURNAL).exists():
         if (target / last).exists():  # otherwise they may be all that there is
             sweep(target / target.name)
