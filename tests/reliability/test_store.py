@@ -172,7 +172,7 @@ def test_a_folder_that_is_being_written_is_waited_for(tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [{"new": "../m"}, {"new": "/etc"}, {"gone": ["../x"]}, {"names": [".."]}, {"process": "x"}, {"gone": 5}, {"new": 1}],
+    [{"new": "../m"}, {"new": "/etc"}, {"gone": ["../x"]}, {"names": [".."]}, {"process": ""}, {"gone": 5}, {"new": 1}],
 )  # fmt: skip
 def test_a_journal_that_leads_out_of_the_folder_is_refused(tmp_path, change):
     target = whole(tmp_path / "m", "old")

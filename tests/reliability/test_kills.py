@@ -1,0 +1,163 @@
+"""Commands that write a model, killed at each of their changes of files, and run again: as if nothing had happened.
+
+Comparisons, inspections, repairs and streamed compressions, which go on where they stopped, have files of their own.
+"""
+
+import contextlib
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
+
+from transect.checkpoint import check_folder, save
+from transect.cli import main_group
+from transect.errors import TransectError
+
+from ..models import tiny
+from ..test_checkpoint import tokenizer
+from .faults import Failing, Kills
+
+CLAMP = ["--method", "neuron-clamp", "--neurons", "1:3=0,2:7=0"]
+
+OTHER = ["--method", "neuron-clamp", "--neurons", "2:9=0"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "m"
+    save(tiny("llama"), folder, tokenizer())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def edited(model, tmp_path_factory):
+    out = tmp_path_factory.mktemp("edited") / "m"
+    run("edit", model, *CLAMP, "--out", out)
+    return out
+
+
+def run(*words):
+    result = CliRunner().invoke(main_group, list(map(str, words)), catch_exceptions=False, standalone_mode=False)
+    if result.exception:
+        raise result.exception
+
+
+def tensors(folder):
+    files = sorted(Path(folder).glob("*.safetensors"))
+    return {f"{file.name} {name}": tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def same(found, expected):
+    return list(found) == list(expected) and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+CASES = {
+    "compress": (None, lambda model, root: ["compress", model, "--method", "svd", "--keep", 0.6, "--out", root / "m"]),
+    "compress over another": (
+        "model", lambda model, root: ["compress", model, "--method", "svd", "--keep", 0.6, "--out", root / "m",
+                                      "--overwrite"]),
+    "edit": (None, lambda model, root: ["edit", model, *CLAMP, "--out", root / "m"]),
+    "edit over another": ("edited", lambda model, root: ["edit", model, *OTHER, "--out", root / "m", "--overwrite"]),
+    "undo in place": ("edited", lambda model, root: ["edit", root / "m", "--undo"]),
+    "undo": ("edited", lambda model, root: ["edit", root / "m", "--undo", "--out", root / "back"]),
+}  # fmt: skip
+
+
+@pytest.fixture(params=CASES)
+def case(request, model, edited):
+    """What is there before, the command, and the folder that it writes."""
+    before, words = CASES[request.param]
+    start = {"model": model, "edited": edited, None: None}[before]
+    return request.param, start, lambda root: words(model, root), "back" if request.param == "undo" else "m"
+
+
+def prepared(root, start):
+    root.mkdir(parents=True)
+    if start is not None:
+        shutil.copytree(start, root / "m")
+        (root / "m" / "notes.txt").write_text("mine")
+
+
+def test_killed_at_any_change_and_run_again(case, tmp_path):
+    """At no moment is there anything but the old model or the new one, and the rerun gives the new one and no more."""
+    name, start, words, out = case
+    root = tmp_path / "root"
+    prepared(root, start)
+    old = tensors(root / out)
+    kills = Kills(root, tmp_path / "states")
+    with kills.recorded():
+        run(*words(root))
+    new, names = tensors(root / out), sorted(os.listdir(root / out))
+    assert len(kills.states) > 5
+    for state in kills.states:
+        if (state / out).exists():
+            check_folder(state / out)
+        found = tensors(state / out)
+        assert same(found, old) or same(found, new)
+        command = words(state)
+        if name == "undo in place" and same(found, new):
+            continue  # it has been taken back, and cannot be twice
+        if "--out" in command and same(found, new) and "--overwrite" not in command:
+            command.append("--overwrite")
+        run(*command)
+        assert same(tensors(state / out), new) and sorted(os.listdir(state / out)) == names
+        assert sorted(os.listdir(state)) == sorted(os.listdir(root))
+        assert start is None or (state / "m" / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
+def test_whichever_change_fails_it_is_one_error_and_the_old_or_the_new(case, tmp_path, error):
+    _, start, words, out = case
+    n, fired = 0, True
+    while fired:
+        n += 1
+        root = tmp_path / str(n)
+        prepared(root, start)
+        old = tensors(root / out)
+        expected = click.Abort if isinstance(error, KeyboardInterrupt) else (TransectError, OSError)
+        with Failing(root, n, error) as failing, contextlib.suppress(expected):
+            run(*words(root))
+        fired = failing.fired
+        found = tensors(root / out)
+        if not same(found, old):
+            check_folder(root / out)
+        assert start is None or (root / "m" / "notes.txt").read_text() == "mine"
+        if fired:
+            left = [entry for entry in os.listdir(root) if entry.startswith(".")]
+            assert not left or not same(found, old)  # it was stopped while it took away the old one
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no kills on this system")
+def test_a_real_kill_while_a_model_is_exchanged_again_and_again(tmp_path):
+    """A process saves two models over one another until it is killed, some times: what is there is one of the two."""
+    code = (
+        "import sys; from tests.models import tiny; from transect.checkpoint import save\n"
+        "one, two = tiny('llama', seed=1), tiny('llama', seed=2)\n"
+        "while True:\n"
+        "    save(one, sys.argv[1], overwrite=True); save(two, sys.argv[1], overwrite=True); print('.', flush=True)\n"
+    )
+    folder, models = tmp_path / "m", []
+    for seed in (1, 2):
+        save(tiny("llama", seed=seed), tmp_path / "one of two", overwrite=True)
+        models.append(tensors(tmp_path / "one of two"))
+    shutil.rmtree(tmp_path / "one of two")
+    for rounds in (1, 2):
+        process = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE,
+                                   cwd=Path(__file__).parents[2])  # fmt: skip
+        for _ in range(rounds):
+            process.stdout.readline()
+        process.kill()
+        process.wait()
+        check_folder(folder)
+        assert any(same(tensors(folder), model) for model in models)
+    save(tiny("llama", seed=1), folder, overwrite=True)
+    assert os.listdir(tmp_path) == ["m"]
