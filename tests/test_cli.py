@@ -140,7 +140,7 @@ def test_compare_prints_a_table_and_continues(tmp_path, monkeypatch):
     table = run(line).stdout
     assert "…" not in table and str(tmp_path / "run" / "pareto.png") in table
     written = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert written["settings"] == {"kfac-svd": {"input_shrinkage": "0.2"}}
+    assert written["settings"] == {"kfac-svd": {"input_shrinkage": 0.2}}
     monkeypatch.setattr("transect.comparison.worker.Worker.compute", lambda *_: pytest.fail("computed again"))
     rows = json.loads(run(f"{line} --json").stdout)
     assert [(row["method"], row["allocation"], row["keep"]) for row in rows] == [

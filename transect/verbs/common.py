@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,15 @@ from transformers import Pipeline
 
 from ..anatomy import Anatomy, model_in
 from ..checkpoint import Opened, open_model, tokenizer_of
-from ..compression import Recipe
+from ..compression import Recipe, allocation_named
+from ..compression import method as registered
 from ..data import Batches, SpecialTokens, Specimen, load, load_choices, load_facts, load_passages
+from ..errors import TransectError
 from ..statistics import Progress
 
 CALIBRATION_SEQUENCES = 256
 OF_ALLOCATION = "allocation_"
+Settings = Mapping[str, Mapping[str, Any]]  # method, allocation, probe or edit -> its parameters
 
 
 def opened_of(model: Any, tokenizer: Any) -> Opened:
@@ -35,12 +38,52 @@ def opened_of(model: Any, tokenizer: Any) -> Opened:
 
 
 def recipe_of(
-    method: str, keep: float, allocation: str | None, sequential: bool, refit: bool, settings: Mapping[str, Any]
+    method: str,
+    keep: float,
+    allocation: str | None,
+    sequential: bool,
+    refit: bool,
+    settings: Settings | None,
+    parameters: Mapping[str, Any],
 ) -> Recipe:
-    """The recipe of these arguments; settings of the allocation begin with its prefix."""
-    of_allocation = {k.removeprefix(OF_ALLOCATION): v for k, v in settings.items() if k.startswith(OF_ALLOCATION)}
-    of_method = {key: value for key, value in settings.items() if not key.startswith(OF_ALLOCATION)}
-    return Recipe(method, float(keep), allocation or "", of_method, of_allocation, sequential, refit)
+    """The recipe of these arguments. parameters: of the method, and with a prefix of the allocation; see `one_of`."""
+    of_allocation = {k.removeprefix(OF_ALLOCATION): v for k, v in parameters.items() if k.startswith(OF_ALLOCATION)}
+    of_method = {key: value for key, value in parameters.items() if not key.startswith(OF_ALLOCATION)}
+    recipe = Recipe(method, float(keep), allocation or "", sequential=sequential, refit=refit)
+    chosen = one_of(settings, {recipe.method: of_method, recipe.allocation: of_allocation})
+    return replace(recipe, settings=chosen[recipe.method], allocation_settings=chosen[recipe.allocation])
+
+
+def one_of(settings: Settings | None, parameters: Settings) -> dict[str, dict[str, Any]]:
+    """What was chosen of each of the entries that are used, whichever way it was given.
+
+    settings: by the entry's name, as `compare` and `inspect` take them; there no parameter meets an argument of the
+    verb. parameters: for each entry that is used, those that came as arguments of their own. TransectError for
+    settings of something else, and for a parameter that was given twice.
+    """
+    given = {name: dict(values) for name, values in (settings or {}).items()}
+    unused = [name for name in given if name not in parameters]
+    if unused:
+        raise TransectError(
+            f"there are settings for {', '.join(unused)}, but only {', '.join(parameters)} can have any here"
+        )
+    for name, values in parameters.items():
+        twice = sorted(given.get(name, {}).keys() & values.keys())
+        if twice:
+            raise TransectError(f"{name}: {', '.join(twice)} was given twice, in settings and beside them")
+    return {name: {**given.get(name, {}), **values} for name, values in parameters.items()}
+
+
+def given_of(settings: Settings | None, methods: Sequence[str], allocations: Sequence[str]) -> dict[str, Any]:
+    """The settings of a comparison as they were given, each accepted by the method or allocation that it is for."""
+    entries = [registered(name) for name in methods]
+    entries += [allocation_named(name) for name in allocations or dict.fromkeys(one.allocation for one in entries)]
+    chosen = one_of(settings, {entry.name: {} for entry in entries})
+    return {
+        entry.name: {name: entry.settings(chosen[entry.name])[name] for name in chosen[entry.name]}
+        for entry in entries
+        if entry.name in (settings or {})
+    }
 
 
 def calibration_of(

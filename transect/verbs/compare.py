@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,11 @@ import torch
 from ..anatomy import Anatomy
 from ..comparison import Engine, Plan, Row, compare_anatomy
 from ..compression.fingerprint import model_fingerprint
-from ..compression.registry import method as registered
 from ..data import SpecialTokens
 from ..parameters import listed
 from ..report import markdown_table, pareto_plot
 from ..statistics import Fisher, Progress
-from .common import CALIBRATION_SEQUENCES, calibration_of, held_out_of, opened_of
+from .common import CALIBRATION_SEQUENCES, Settings, calibration_of, given_of, held_out_of, opened_of
 
 
 def compare(
@@ -31,7 +30,7 @@ def compare(
     *,
     tokenizer: Any = None,
     allocations: Sequence[str] | None = None,
-    settings: Mapping[str, Mapping[str, Any]] | None = None,
+    settings: Settings | None = None,
     sequential: bool = False,
     refit: bool = False,
     roles: Iterable[str] | None = None,
@@ -63,11 +62,10 @@ def compare(
     parameters, loss (nats), perplexity, accuracy, tokens, prefill and decode tokens per second, peak_memory (bytes),
     compress_seconds (statistics, factorization and replacement, as if the row were computed alone).
     """
+    methods, allocations, keep = listed(methods), listed(allocations or ()), listed(keep)
+    settings = given_of(settings, methods, allocations)  # an unknown name is an error before anything is loaded
     opened = opened_of(model, tokenizer)
     anatomy = Anatomy(opened.model)
-    methods, allocations, keep = listed(methods), listed(allocations or ()), listed(keep)
-    for name in methods:
-        registered(name)
     calibration = calibration_of(data, opened, sequence_length, sequences, batch_size, seed, special_tokens)
     held_out = held_out_of(eval_data, opened, sequence_length, eval_sequences, batch_size, seed, special_tokens)
     plan = Plan(
@@ -76,7 +74,7 @@ def compare(
         architecture=asdict(anatomy.architecture),
         weights=model_fingerprint(opened.model), methods=tuple(methods), allocations=tuple(allocations),
         keeps=tuple(float(share) for share in keep),
-        settings={name: dict(values) for name, values in (settings or {}).items()},
+        settings=settings,
         calibration=calibration.fingerprint, evaluation=held_out.fingerprint,
         roles=None if roles is None else tuple(listed(roles)), fisher=fisher, accumulate=str(accumulate).split(".")[1],
         seed=seed, sequential=sequential, refit=refit,

@@ -16,7 +16,7 @@ from ..errors import TransectError
 from ..forward import at_rest
 from ..statistics import Fisher, Progress
 from ..streaming import StreamedModel, compress_streamed
-from .common import CALIBRATION_SEQUENCES, calibration_of, opened_of, recipe_of
+from .common import CALIBRATION_SEQUENCES, Settings, calibration_of, opened_of, recipe_of
 
 
 def compress(
@@ -44,8 +44,9 @@ def compress(
     architecture: Any = None,
     dtype: torch.dtype | str | None = None,
     device: str | None = None,
+    settings: Settings | None = None,
     progress: Progress | None = None,
-    **settings: Any,
+    **parameters: Any,
 ) -> Any:
     """Compress a model in place and return it; `model.save_pretrained(folder)` then writes it with its structure.
 
@@ -67,7 +68,9 @@ def compress(
     fisher: gradients against the data's labels ("empirical") or labels drawn from the model ("sampled").
     accumulate: precision of the statistics' sums. cache: a file to keep the statistics in.
     revision, architecture, dtype, device: of a model that is given by its name; see `transect.checkpoint.open_model`.
-    settings: the method's parameters; those of the allocation with the prefix `allocation_`.
+    parameters: the method's; those of the allocation with the prefix `allocation_`.
+    settings: the same by the name of the method or allocation, for a parameter that is called as an argument of this
+        function is: {"armor": {"seed": 1}}, where `seed` alone is that of sampled labels and masked tokens.
 
     Raises TransectError before any change if something cannot be done. If it fails later, the model is as before.
     """
@@ -86,7 +89,7 @@ def compress(
         beside = tokenizer_of(source.model) if tokenizer is None else tokenizer
         opened, anatomy = Opened(source.model, beside, beside, str(model), source.folder), source.anatomy
     matrices = anatomy.matrices(roles)
-    recipe = recipe_of(method, keep, allocation, sequential, refit, settings).resolved(anatomy, matrices)
+    recipe = recipe_of(method, keep, allocation, sequential, refit, settings, parameters).resolved(anatomy, matrices)
     batches = None
     if recipe.needs_data and data is not None:
         batches = calibration_of(data, opened, sequence_length, sequences, batch_size, seed, special_tokens)

@@ -10,7 +10,7 @@ from ..data import SpecialTokens
 from ..editing import Edited, edit_specimen
 from ..editing import edit as edit_named
 from ..statistics import Progress
-from .common import CALIBRATION_SEQUENCES, held_out_of, opened_of, specimen_of
+from .common import CALIBRATION_SEQUENCES, Settings, held_out_of, one_of, opened_of, specimen_of
 
 
 def edit(
@@ -31,8 +31,9 @@ def edit(
     batch_size: int = 8,
     seed: int = 0,
     overwrite: bool = False,
+    settings: Settings | None = None,
     progress: Progress | None = None,
-    **settings: Any,
+    **parameters: Any,
 ) -> Edited:
     """Edit a model in place. `result.card` shows before and after, `result.undo()` takes it back bit for bit.
 
@@ -41,12 +42,14 @@ def edit(
     data: text for statistics. eval_data: held-out text for the general loss on the card. The bundled model, called by
         its name, has its own as defaults, except for the facts to rewrite.
     out: a folder for the result, an ordinary checkpoint, with the card and undo.safetensors beside it.
-    sequence_length, sequences, batch_size, special_tokens: of the text, see `transect.data.load`. settings: the edit's.
+    sequence_length, sequences, batch_size, special_tokens: of the text, see `transect.data.load`.
+    parameters: the edit's. settings: the same by the edit's name, as {"rome": {"layer": 3}}, for a parameter that is
+        called as an argument of this function is.
 
     Raises TransectError before any change if something cannot be done; after any error the weights are bit for bit as
     they were.
     """
-    edit_named(method).settings(settings)
+    chosen = edit_named(method).settings(one_of(settings, {method: parameters})[method])
     if out is not None:
         check_output(out, overwrite)
     opened = opened_of(model, tokenizer)
@@ -62,7 +65,7 @@ def edit(
         None if eval_data is None
         else held_out_of(eval_data, opened, sequence_length, eval_sequences, batch_size, seed, special_tokens)
     )  # fmt: skip
-    edited = edit_specimen(specimen, method, settings, evaluation)
+    edited = edit_specimen(specimen, method, chosen, evaluation)
     if out is not None:
         edited.save(out, opened.tokenizer or opened.processor, overwrite=overwrite)
     return edited

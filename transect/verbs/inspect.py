@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from ..probes import probes as all_probes
 from ..report import write_report
 from ..statistics import Progress
 from ..version import __version__
-from .common import specimen_of
+from .common import Settings, specimen_of
 
 INSPECTION_SEQUENCES = 64
 
@@ -36,7 +36,7 @@ def inspect(
     sequences: int | None = INSPECTION_SEQUENCES,
     batch_size: int = 4,
     seed: int = 0,
-    settings: Mapping[str, Mapping[str, Any]] | None = None,
+    settings: Settings | None = None,
     progress: Progress | None = None,
     on_result: Callable[[str], None] = lambda name: None,
 ) -> Inspection:

@@ -38,11 +38,11 @@ def compress(context: click.Context, model: str, out: Path, stream: bool, as_jso
     from ...verbs import compress as compress_model
 
     settings = method_settings(context.obj, options["method"])
-    own = method(options["method"]).settings(settings.pop(options["method"], {}))
-    options["allocation"] = options["allocation"] or method(options["method"]).allocation
-    sharing = allocation_named(options["allocation"]).settings(settings.pop(options["allocation"], {}))
-    own |= {f"allocation_{name}": value for name, value in sharing.items()}
-    refuse_unused(settings, (options["method"], options["allocation"]))
+    chosen = method(options["method"])
+    sharing = allocation_named(options["allocation"] or chosen.allocation)
+    refuse_unused(settings, (chosen.name, sharing.name))
+    for one in (chosen, sharing):
+        one.settings(settings.get(one.name, {}))
     overwrite = options.pop("overwrite")
     loading = opening(options)
     options["accumulate"] = getattr(torch, options["accumulate"])
@@ -53,11 +53,11 @@ def compress(context: click.Context, model: str, out: Path, stream: bool, as_jso
                 if options.pop(name):
                     raise click.UsageError(f"--{name} cannot be combined with --stream")
             outcome = compress_model(
-                model, stream_to=out, overwrite=overwrite, progress=show, **loading, **options, **own
-            )  # fmt: skip
+                model, stream_to=out, overwrite=overwrite, settings=settings, progress=show, **loading, **options
+            )
         else:
             opened = open_model(model, **loading)
-            compressed = compress_model(opened, progress=show, **options, **own)
+            compressed = compress_model(opened, settings=settings, progress=show, **options)
             save(compressed, out, opened.tokenizer or opened.processor, overwrite=overwrite)
             outcome = record_of(compressed).history[-1]
     outcome = {"out": str(out), **{key: outcome[key] for key in ("kept", "matrix_bytes", "dense_matrix_bytes")}}

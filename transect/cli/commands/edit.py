@@ -45,12 +45,15 @@ def edit(
     if method is None or out is None:
         raise click.UsageError("--method and --out are needed (or --undo)")
     settings = method_settings(context.obj, method)
-    own = edit_named(method).settings(settings.pop(method, {}))
+    chosen = edit_named(method)
     refuse_unused(settings, (method,))
+    chosen.settings(settings.get(method, {}))
     check_output(out, overwrite)
     opened = open_model(model, **opening(options))
     with progress_bar(as_json) as (_, show):
-        edited = edit_model(opened, method, out=out, overwrite=overwrite, progress=show, **options, **own)
+        edited = edit_model(
+            opened, method, out=out, overwrite=overwrite, settings=settings, progress=show, **options
+        )  # fmt: skip
     if as_json:
         click.echo(edited.card.to_json())
         return

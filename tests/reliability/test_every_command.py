@@ -1,0 +1,253 @@
+"""Everything that is registered, run once through the command line as it stands, and once with every option given.
+
+The cases come from the registries and from the commands themselves: a new method, probe, edit, claim, command or option
+is tried without being named here. An option without a default needs a value that makes sense in `VALUES`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from dataclasses import asdict
+
+import click
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import transect
+from tests.models import VOCABULARY, tiny
+from tests.test_every_method import KEEPS, QUICK
+from transect.anatomy import architecture_of
+from transect.checkpoint import open_model
+from transect.cli import main, main_group
+from transect.compression import allocations, methods
+from transect.compression.recipe import goes_with
+from transect.editing import edits
+from transect.errors import TransectError
+from transect.probes import probes
+
+SEED = 3  # of the run; of a method that has a `seed` of its own, another
+# What takes long at its defaults, made short where every option is given.
+SHORT = {
+    **QUICK, "depth-efficiency": {"prompts": 2, "length": 16, "steps": 2, "cuts": 1},
+    "fusegpt": {"epochs": 1, "rank": 4}, "causal-trace": {"samples": 2, "facts": 2},
+    "rome": {"steps": 2, "rounds": 1, "contexts": 1}, "memit": {"steps": 2, "contexts": 1},
+    "constrained-ft": {"steps": 2}, "neuron-clamp": {"neurons": "0:1=0,2:5=1.5"},
+}  # fmt: skip
+# The values of options that have no default.
+VALUES = {
+    "data": "text.txt", "eval_data": "text.txt", "facts": "facts.json", "choices": "choices.json",
+    "passages": "passages.json", "sequence_length": "16", "eval_sequences": "2", "sequences": "4", "dtype": "float32",
+    "device": "cpu", "roles": "q,k,v,o,gate,up,down", "allocation": "uniform",
+    "allocations": "uniform", "keep": "0.8", "methods": "svd", "probes": "spectra", "method": None, "out": "out",
+    "cache": "statistics.safetensors", "architecture": "architecture.json", "teacher": "model", "train": "full",
+    "lr": "1e-4", "steps": "2", "every": "1", "model": "model",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a model, its tokenizer, a text and questions of each kind."""
+    folder = tmp_path_factory.mktemp("every")
+    names = ["<unk>", "<pad>", *(f"w{i}" for i in range(2, VOCABULARY - 4)), *"ABCD"]
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(names)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    for name in ("llama", "mixtral"):
+        where = folder / ("model" if name == "llama" else name)
+        tiny(name).save_pretrained(where)
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", pad_token="<pad>")
+        tokenizer.save_pretrained(where)
+    (folder / "text.txt").write_text(" ".join(f"w{(i * 7 + i * i // 5) % 55 + 3}" for i in range(600)))
+    facts = [
+        {"prompt": "w3 {} w4", "subject": f"w{5 + i} w{8 + i}", "answer": f"w{20 + i}", "new_answer": f"w{40 + i}",
+         "paraphrases": [f"w6 w7 w{5 + i} w{8 + i} w4"],
+         "neighbours": [{"prompt": f"w3 w{30 + i} w4", "answer": f"w{21 + i}"}]}
+        for i in range(8)
+    ]  # fmt: skip
+    choices = [
+        {"question": f"w{3 + i} w{4 + i}", "options": [f"w{10 + i + j}" for j in range(4)], "answer": i % 4,
+         "template": "{question} {options} w9"}
+        for i in range(8)
+    ]  # fmt: skip
+    passages = [{"prompt": f"w{3 + i} w{9 + i} w{4 + i}", "answer": f"w{12 + i} w{13 + i}"} for i in range(4)]
+    (folder / "architecture.json").write_text(json.dumps(asdict(architecture_of("llama"))))
+    for name, entries in (("facts", facts), ("choices", choices), ("passages", passages)):
+        (folder / f"{name}.json").write_text(json.dumps(entries))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def here(place, monkeypatch, tmp_path):
+    monkeypatch.chdir(place)
+    monkeypatch.setattr("transect.evaluation.speed.BUDGET", 0.01)
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs a command line as a user does; gives what it prints, or the one line that refuses it."""
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["transect", *map(str, words)])
+        code = 0
+        with contextlib.suppress(SystemExit):
+            try:
+                main()
+            except SystemExit as stop:
+                code = stop.code
+                raise
+        said = capsys.readouterr()
+        assert code in (0, 1), said.err
+        lines = [line for line in said.err.splitlines() if line.startswith("error: ")]
+        assert len(lines) == code, said.err
+        return lines[0] if lines else said.out
+
+    return run
+
+
+def chosen(entry):
+    """A value for each parameter of an entry: its default, a short one, or for a name of a common option another."""
+    common = {option.name for one in main_group.commands.values() for option in one.params}
+    short = SHORT.get(entry.name, {})
+    values = {}
+    for parameter in entry.parameters:
+        value = parameter.default
+        if parameter.name in common and parameter.kind is int:
+            value = value + 5
+        values[parameter.name] = short.get(parameter.name, value)
+    return values
+
+
+def spelled(entry, values):
+    return [f"--{entry.name}.{name.replace('_', '-')}={value}" for name, value in values.items()]
+
+
+def given(entry, complete):
+    """Words for the parameters: all of them, or where the defaults take long those that make it short."""
+    values = chosen(entry) if complete else {
+        name: value for name, value in SHORT.get(entry.name, {}).items() if name in {p.name for p in entry.parameters}
+    }  # fmt: skip
+    return values, spelled(entry, values)
+
+
+def history(folder):
+    return transect.Anatomy(open_model(folder).model).record.history[-1]
+
+
+def ids(entries):
+    return [entry.name for entry in entries]
+
+
+def test_names_are_of_one_thing():
+    """Settings go by the name of what they are for, and options too."""
+    for together in ([*methods(), *allocations()], probes(), edits()):
+        assert len({entry.name for entry in together}) == len(together)
+    for entry in [*methods(), *allocations(), *probes(), *edits()]:
+        assert "." not in entry.name and "=" not in entry.name
+
+
+@pytest.mark.parametrize("complete", [False, True], ids=["plain", "options"])
+@pytest.mark.parametrize("entry", methods(), ids=ids(methods()))
+def test_methods(entry, complete, command, tmp_path):
+    model = "mixtral" if entry.name == "expert-count" else "model"
+    values, words = given(entry, complete)
+    keep = KEEPS.get(entry.name, 0.7)
+    line = ["compress", model, "--method", entry.name, "--keep", keep, "--data", "text.txt", "--out", tmp_path / "out"]
+    said = command(*line, "--seed", SEED, "--sequences", 4, "--sequence-length", 16, *words)
+    assert f"{tmp_path / 'out'}: kept" in said
+    noted = history(tmp_path / "out")["compress"]
+    assert noted["method"] == entry.name and values.items() <= noted["settings"].items()
+
+
+@pytest.mark.parametrize("complete", [False, True], ids=["plain", "options"])
+@pytest.mark.parametrize("entry", allocations(), ids=ids(allocations()))
+def test_allocations(entry, complete, command, tmp_path):
+    values, words = given(entry, complete)
+    assert goes_with(next(one for one in methods() if one.name == "svd"), entry.name)
+    line = ["compress", "model", "--method", "svd", "--allocation", entry.name, "--keep", 0.7, "--data", "text.txt"]
+    said = command(*line, "--sequences", 4, "--sequence-length", 16, "--out", tmp_path / "out", *words)
+    assert f"{tmp_path / 'out'}: kept" in said
+    noted = history(tmp_path / "out")["compress"]
+    assert noted["allocation"] == entry.name and values.items() <= noted["allocation_settings"].items()
+
+
+@pytest.mark.parametrize("complete", [False, True], ids=["plain", "options"])
+def test_probes(complete, command, tmp_path):
+    """All of them in one inspection; each says something or why it does not, and none fails."""
+    words = [word for entry in probes() for word in given(entry, complete)[1]]
+    asked = ["--facts", "facts.json", "--choices", "choices.json", "--passages", "passages.json", "--json"]
+    line = ["inspect", "model", "--data", "text.txt", "--sequences", 4, "--sequence-length", 16, *asked]
+    found = json.loads(command(*line, "--out", tmp_path / "out", *words))
+    assert not found["failed"]
+    assert {*found["findings"], *found["refused"]} == {entry.name for entry in probes()}
+
+
+@pytest.mark.parametrize("complete", [False, True], ids=["plain", "options"])
+@pytest.mark.parametrize("entry", edits(), ids=ids(edits()))
+def test_edits(entry, complete, command, tmp_path):
+    """It is written, or refused in a line for a reason of its own; it does not fail."""
+    values, words = given(entry, complete)
+    asked = ["--edits", "facts.json", "--choices", "choices.json", "--passages", "passages.json", "--json"]
+    line = ["edit", "model", "--method", entry.name, "--data", "text.txt", *asked, "--out", tmp_path / "out"]
+    said = command(*line, "--sequences", 4, "--sequence-length", 16, *words)
+    if said.startswith("error: "):
+        assert entry.name in said and not (tmp_path / "out").exists()
+    else:
+        card = json.loads(said)
+        assert card["edit"] == entry.name and values.items() <= card["settings"].items()
+        assert history(tmp_path / "out")["edit"] == entry.name
+
+
+# A command: its arguments, what it needs beside `VALUES`, and flags that do not go with the others.
+COMMANDS = {
+    "check-architecture": (["architecture.json"], {}, []),
+    "claims": (["fwsvd/below-svd"], {}, []),
+    "compare": (["model"], {"methods": "svd,svd-llm", "keep": "0.8,0.6", "sequence_length": "12"}, []),
+    "compress": (["model"], {"method": "svd-llm"}, ["stream"]),
+    "edit": (["model"], {"method": "kfac-edit"}, ["undo"]),
+    "eval": (["model"], {}, []),
+    "inspect": (["model"], {}, []),
+    "methods": (["svd"], {}, []),
+    "recover": (["model"], {"how": "distill"}, []),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", main_group.commands)
+def test_commands_with_what_they_require_and_with_every_option(name, command, place, tmp_path):
+    assert name in COMMANDS, f"{name} is new: say in COMMANDS what its arguments are"
+    arguments, special, left_out = COMMANDS[name]
+    plain, complete = [], []
+    for option in main_group.commands[name].params:
+        if not isinstance(option, click.Option) or option.name in (*left_out, "revision"):
+            continue  # a local folder has no revisions
+        if option.is_flag:
+            complete.append(option.opts[0])
+            continue
+        known = {**VALUES, **special}
+        assert option.name in known or option.default is not None, f"give {option.opts[0]} a value in VALUES"
+        value = known.get(option.name) or option.default
+        words = [option.opts[0], tmp_path / value if option.name in ("out", "cache") else value]
+        complete += words
+        if option.required or option.name in ("model", "method", "data", "eval_data", "passages"):
+            plain += words
+    if "out" in {option.name for option in main_group.commands[name].params}:
+        plain += [] if "--out" in plain else ["--out", tmp_path / "out"]
+    for words in (plain, complete):
+        said = command(name, *arguments, *words)
+        assert said and not said.startswith("error"), (name, said)
+
+
+def test_a_parameter_that_is_called_as_an_argument_is_given_by_the_name_of_its_method():
+    data = torch.randint(3, VOCABULARY, (4, 16), generator=torch.Generator().manual_seed(5))
+    model = transect.compress(tiny("llama"), "armor", 0.7, data, seed=3, settings={"armor": {"seed": 8}}, rounds=1)
+    noted = transect.Anatomy(model).record.history[-1]["compress"]["settings"]
+    assert noted["seed"] == 8 and noted["rounds"] == 1
+    for settings, message in [
+        ({"armor": {"rounds": 2}}, "armor: rounds was given twice"),
+        ({"svd-llm": {"shrinkage": 0.1}}, "settings for svd-llm, but only armor, uniform can"),
+        ({"armor": {"turns": 2}}, "armor has no parameter turns"),
+    ]:
+        with pytest.raises(TransectError, match=message):
+            transect.compress(tiny("llama"), "armor", 0.7, data, settings=settings, rounds=1)
