@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
@@ -250,7 +249,7 @@ Gated.__name__, Gated.__module__ = LlamaForCausalLM.__name__, LlamaForCausalLM._
 
 @pytest.mark.parametrize("method", ["svd-llm", "kfac-svd"])
 def test_stored_buffers_are_read_and_written_and_others_survive(tmp_path, monkeypatch, method):
-    monkeypatch.setattr(transformers, "LlamaForCausalLM", Gated)
+    monkeypatch.setattr("transect.checkpoint.open.transformers.LlamaForCausalLM", Gated)
     model = Gated(CONFIGS["llama"][0])
     model.load_state_dict(tiny("llama").state_dict(), strict=False)
     for name, buffer in model.named_buffers():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ def calibrate(
     batches: iterable with a `fingerprint`, see `transect.data.Batches`.
     """
     wanted = list(dict.fromkeys(wanted))
-    settings = {
+    of = json.dumps({
         "transect": __version__,
         "model": computation_fingerprint(anatomy.model),
         "data": batches.fingerprint,
@@ -40,13 +41,13 @@ def calibrate(
         "fisher": fisher,
         "accumulate": str(accumulate),
         "seed": str(seed),
-    }
-    found = Statistics.load(cache, settings) if cache else None
+    })  # fmt: skip
+    found = Statistics.load(cache, of) if cache else None
     if found is not None:
         return found
     store = collect(
         anatomy, batches, wanted, matrices, fisher=fisher, accumulate=accumulate, seed=seed, progress=progress
     )
     if cache:
-        store.save(cache, settings)
+        store.save(cache, of)
     return store

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import TransectError
-from ..store import replacing
+from ..store import carries_mark, keep, kept
 from .kinds import Statistic, Sums
 from .unreached import of_the_others
 
@@ -98,23 +97,26 @@ class Statistics:
             for name, tensor in sums.items()
         }
 
-    def save(self, path: Path, settings: dict[str, str]) -> None:
-        """`settings` say what the sums are of; `load` wants the same."""
-        with replacing(path) as partial:
-            save_file(self.state(), partial, metadata={**settings, "dtype": str(self.dtype)})
+    @staticmethod
+    def of_state(state: Mapping[str, Tensor], dtype: str) -> Statistics:
+        """The sums that `state` gave, and the precision in which they were added up, as torch writes it."""
+        store = Statistics(getattr(torch, dtype.removeprefix("torch.")))
+        for name in state:
+            key, label, part = name.split(_SEPARATOR)
+            store._sums.setdefault((key, label), {})[part] = state[name]
+        return store
+
+    def save(self, path: Path, of: str) -> None:
+        """Write the sums to a file. of: what they are of; `load` wants the same.
+
+        Raises TransectError where the file is there and is not one that Transect has written.
+        """
+        if path.exists() and not carries_mark(path):
+            raise TransectError(f"{path} is there and holds no statistics of Transect's; name another file for them")
+        keep(path, self.state(), of, str(self.dtype))
 
     @staticmethod
-    def load(path: Path, settings: dict[str, str]) -> Statistics | None:
-        """Read saved sums; None if there are none, or if they are of another model, data or setting."""
-        if not path.is_file():
-            return None
-        with safe_open(path, "pt") as file:
-            metadata = dict(file.metadata() or {})
-            dtype = metadata.pop("dtype", "")
-            if metadata != settings:
-                return None
-            store = Statistics(getattr(torch, dtype.removeprefix("torch.")))
-            for name in file.keys():  # noqa: SIM118 - a safetensors file is not a dict
-                key, label, part = name.split(_SEPARATOR)
-                store._sums.setdefault((key, label), {})[part] = file.get_tensor(name)
-        return store
+    def load(path: Path, of: str) -> Statistics | None:
+        """Read saved sums; None if there are none, if they are of another model, data or setting, or damaged."""
+        found = kept(path, of)
+        return None if found is None else Statistics.of_state(found, found.note)

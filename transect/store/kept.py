@@ -69,6 +69,17 @@ def kept(path: Path, of: str) -> Kept | None:
         return _unused(path, f"it is damaged ({' '.join(str(error).split())[:200]})")
 
 
+def carries_mark(path: Path) -> bool:
+    """Whether `keep` wrote the file, however damaged its numbers are by now."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(length, 100_000_000)))
+        return _OF in header["__metadata__"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
+
+
 def keep_json(path: Path, value: Mapping[str, Any], of: str) -> None:
     """Write a JSON object, with what it belongs to and a checksum under two keys of our own."""
     text = json.dumps(value, sort_keys=True)

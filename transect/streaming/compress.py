@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ..anatomy import Block, StructureRecord
 from ..checkpoint import check_output, placed, replay, write_description
 from ..compression import Factorization, Recipe
-from ..compression.allocation import allocate_ranks, allocation_named, is_ranking, needs_measure, share_out
+from ..compression.allocation import Ranks, allocate_ranks, allocation_named, is_ranking, needs_measure, share_out
 from ..compression.allocation.registry import scores_of
 from ..compression.compress import note_in_record, outcome_of
 from ..compression.compressors import Compressor, RankCompressor, compressor_of
@@ -24,9 +24,11 @@ from ..compression.sequential import block_statistics
 from ..errors import TransectError
 from ..forward.blocks import Feed, feeds_of, run_block
 from ..statistics import Fisher, Progress, Statistics
-from ..store import link
-from .passes import Workspace, backward_pass, forward_pass
+from ..store import link, write_text
+from ..version import __version__
+from .passes import backward_pass, forward_pass
 from .source import StreamedModel
+from .workspace import Workspace
 
 
 def compress_streamed(
@@ -57,8 +59,7 @@ def compress_streamed(
     if recipe.needs_data and batches is None:
         raise TransectError(f"{recipe.method} needs calibration data: pass data=")
     check_output(out, overwrite)
-    work = Workspace(out.parent / f".{out.name}.streaming")
-    _same_run(work, source, recipe, batches, fisher, accumulate, seed)
+    work = Workspace(out.parent / f".{out.name}.streaming", _run(source, recipe, batches, fisher, accumulate, seed))
     dense_bytes = anatomy.matrix_bytes()
     gradients = [s for s in recipe.needs if s.needs in ("gradient", "both")]
     inputs = [s for s in recipe.needs if s not in gradients]
@@ -77,53 +78,73 @@ def compress_streamed(
     return outcome
 
 
-def _same_run(work: Workspace, source: StreamedModel, recipe: Recipe, batches: Any, *settings: Any) -> None:
-    """Start over if what lies in the workspace is of another model, data or recipe."""
-    plan = json.dumps(
-        [source.fingerprint, recipe.to_dict(), None if batches is None else batches.fingerprint, *map(str, settings)]
-    )
-    path = work.folder / "run.json"
-    if not path.is_file() or path.read_text() != plan:
-        for file in work.folder.iterdir():
-            file.unlink()
-        path.write_text(plan)
+def _run(source: StreamedModel, recipe: Recipe, batches: Any, *settings: Any) -> str:
+    """All that decides the numbers of a run."""
+    data = None if batches is None else batches.fingerprint
+    described = json.dumps([__version__, source.fingerprint, recipe.to_dict(), data, *map(str, settings)])
+    return hashlib.blake2b(described.encode(), digest_size=16).hexdigest()
 
 
 def _statistics(work: Workspace, index: int) -> Statistics:
     """A block's input and gradient statistics from disk."""
     store = Statistics()
     for kind in ("inputs", "gradients"):
-        found = Statistics.load(work.path(kind, index), {})
-        if found is not None:
-            store.merge(found)
+        if work.has(kind, index):
+            store.merge(work.read_statistics(kind, index))
     return store
 
 
 def _make_compressor(source: StreamedModel, recipe: Recipe, work: Workspace, progress: Progress | None) -> Compressor:
-    """What compresses each block. Spectra for a ranking, or scores, take one more pass over the blocks."""
+    """What compresses each block. Spectra for a ranking, or scores, take one more pass over the blocks.
+
+    What came of that pass is kept, since what it went by goes block by block when the blocks are compressed.
+    """
     anatomy, chosen = source.anatomy, recipe.registered
-    matrices, blocks = anatomy.matrices(), anatomy.blocks
-    shown = progress(blocks, recipe.allocation) if progress else blocks
+    matrices = anatomy.matrices()
     if is_ranking(recipe.allocation):
-        tables = []
-        for block in shown:
-            if not work.path("factors", block.index).is_file():
-                statistics = _statistics(work, block.index)
-                with source.block(block.index):
-                    made = {m.name: factorize_matrix(m, chosen, recipe.settings, statistics) for m in block.matrices()}
-                work.write_named("factors", block.index, _flat(made))
-            made = _factors(work, block)
-            tables += [rank_table(matrix, made[matrix.name]) for matrix in block.matrices()]
-        ranks = allocate_ranks(recipe.allocation, tables, recipe.keep, None, recipe.allocation_settings)
-        return RankCompressor(chosen, recipe.settings, ranks)
+        if work.done("plan") is None:
+            work.write_json("plan", 0, _ranks(source, recipe, work, progress))
+            work.advance("plan", 0)
+        return RankCompressor(chosen, recipe.settings, work.read_json("plan", 0))
     scores: dict[str, float] = {}
     if allocation_named(recipe.allocation).plan is not None:
-        for block in shown:
-            statistics = _statistics(work, block.index)
-            with source.block(block.index):
-                scores |= scores_of(recipe.allocation, block.matrices(), statistics, recipe.allocation_settings)
+        if work.done("plan") is None:
+            work.write_json("plan", 0, _scores(source, recipe, work, progress))
+            work.advance("plan", 0)
+        scores = work.read_json("plan", 0)
     shares = share_out(recipe.allocation, matrices, recipe.keep, scores, recipe.allocation_settings)
     return compressor_of(anatomy, matrices, chosen, recipe.settings, shares, recipe.allocation)
+
+
+def _ranks(source: StreamedModel, recipe: Recipe, work: Workspace, progress: Progress | None) -> Ranks:
+    tables, done = [], work.done("factors") or 0
+    for block in _shown(source, recipe.allocation, progress):
+        if block.index >= done:
+            statistics = _statistics(work, block.index)
+            with source.block(block.index):
+                made = {
+                    matrix.name: factorize_matrix(matrix, recipe.registered, recipe.settings, statistics)
+                    for matrix in block.matrices()
+                }
+            work.write_named("factors", block.index, _flat(made))
+            work.advance("factors", block.index + 1)
+        made = _factors(work, block)
+        tables += [rank_table(matrix, made[matrix.name]) for matrix in block.matrices()]
+    return allocate_ranks(recipe.allocation, tables, recipe.keep, None, recipe.allocation_settings)
+
+
+def _scores(source: StreamedModel, recipe: Recipe, work: Workspace, progress: Progress | None) -> dict[str, float]:
+    scores: dict[str, float] = {}
+    for block in _shown(source, recipe.allocation, progress):
+        statistics = _statistics(work, block.index)
+        with source.block(block.index):
+            scores |= scores_of(recipe.allocation, block.matrices(), statistics, recipe.allocation_settings)
+    return scores
+
+
+def _shown(source: StreamedModel, label: str, progress: Progress | None) -> Iterable[Block]:
+    blocks = source.anatomy.blocks
+    return progress(blocks, label) if progress else blocks
 
 
 def _flat(factors: dict[str, Factorization]) -> dict[str, Tensor]:
@@ -135,7 +156,7 @@ def _flat(factors: dict[str, Factorization]) -> dict[str, Tensor]:
 
 
 def _factors(work: Workspace, block: Block) -> dict[str, Factorization]:
-    tensors = load_file(work.path("factors", block.index))
+    tensors = work.read_named("factors", block.index)
     return {
         m.name: Factorization(*(tensors[f"{m.name}|{part}"] for part in ("left", "singular_values", "right")))
         for m in block.matrices()
@@ -153,13 +174,13 @@ def _compress_blocks(
     progress: Progress | None,
 ) -> None:
     """Write every block's shard. A block whose shard is there is only given its structure again."""
-    blocks = source.anatomy.blocks
-    for block in progress(blocks, f"{recipe.method}, writing") if progress else blocks:
+    last, done = len(source.anatomy.blocks) - 1, work.done("compressed") or 0
+    for block in _shown(source, f"{recipe.method}, writing", progress):
         i = block.index
-        if work.path("shard", i).is_file():
+        if i < done:
             _restore_structure(source, block, work)
             continue
-        if recipe.sequential and i and work.path("compressed", i).is_file():
+        if recipe.sequential and 0 < i == done:
             for item, hidden in zip(feeds, work.read("compressed", i), strict=True):
                 item.hidden = hidden.to(item.hidden.device)
         with source.block(i) as module:
@@ -169,21 +190,19 @@ def _compress_blocks(
                     statistics = block_statistics(
                         block, matrices, recipe.registered.needs, feeds, statistics, accumulate
                     )
-                elif work.path("factors", i).is_file():
+                elif work.has("factors", i):
                     assert isinstance(compressor, RankCompressor)
                     compressor = replace(compressor, factors=_factors(work, block))
                 compressor(block, matrices, statistics)
             module.requires_grad_(False)
-            if recipe.sequential:
+            if recipe.sequential and i < last:
                 for item in feeds:
                     item.hidden = run_block(module, item.hidden, item.calls[i])
                 work.write("compressed", i + 1, [item.hidden for item in feeds])
-                work.remove("compressed", i)
-            tensors = {f"{block.path}.{name}": t.contiguous().cpu() for name, t in module.state_dict().items()}
-            work.path("structure", i).with_suffix(".json").write_text(json.dumps(_structure(source, block).to_dict()))
-            work.write_named("shard", i, tensors)
-        for kind in ("inputs", "gradients", "factors"):
-            work.remove(kind, i)
+            work.write_json("structure", i, _structure(source, block).to_dict())
+            work.write_named("shard", i, {f"{block.path}.{name}": t for name, t in module.state_dict().items()})
+        used = ("inputs", "gradients", "factors", "compressed")
+        work.advance("compressed", i + 1, without=[(kind, i) for kind in used])
 
 
 def _structure(source: StreamedModel, block: Block) -> StructureRecord:
@@ -198,8 +217,7 @@ def _structure(source: StreamedModel, block: Block) -> StructureRecord:
 
 def _restore_structure(source: StreamedModel, block: Block, work: Workspace) -> None:
     """Give an empty block the structure that its finished shard has."""
-    text = work.path("structure", block.index).with_suffix(".json").read_text()
-    found, record = StructureRecord.from_dict(json.loads(text)), source.anatomy.record
+    found, record = StructureRecord.from_dict(work.read_json("structure", block.index)), source.anatomy.record
     replay(source.model, found)
     for part in ("modules", "attributes", "parameters"):
         getattr(record, part).update(getattr(found, part))
@@ -211,8 +229,7 @@ def _finish(source: StreamedModel, work: Workspace, out: Path, tokenizer: Any) -
     count = len(source.anatomy.blocks) + 1
     weight_map, total = {}, 0
     state = model.state_dict()
-    outside = {name: state[name].contiguous().cpu() for name in source.outside}
-    work.write_named("shard", count - 1, outside)
+    work.write_named("shard", count - 1, {name: state[name] for name in source.outside})
     with placed(out) as folder:
         write_description(model, folder, state)
         for index in range(count):
@@ -223,12 +240,10 @@ def _finish(source: StreamedModel, work: Workspace, out: Path, tokenizer: Any) -
             total += sum(sizes.values())
             link(shard, folder / name)
         index_file = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index_file, indent=2) + "\n")
+        write_text(folder / "model.safetensors.index.json", json.dumps(index_file, indent=2) + "\n")
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-    for file in work.folder.iterdir():
-        file.unlink()
-    work.folder.rmdir()
+    work.remove()
 
 
 def _sizes(path: Path) -> dict[str, int]:

@@ -8,47 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from ..forward import backpropagate, task_of
 from ..forward.blocks import Feed, put_out, run_block
 from ..statistics import Fisher, Progress, Recorder, Statistic, Statistics
 from ..statistics.collect import loss_for_gradients
-from ..store import replacing
 from .source import StreamedModel
-
-
-class Workspace:
-    """The folder in which an unfinished run keeps its sums, activations and finished shards."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def path(self, kind: str, index: int) -> Path:
-        """Of the file of one kind and block."""
-        return self.folder / f"{kind}-{index:05d}.safetensors"
-
-    def write(self, kind: str, index: int, tensors: Sequence[Tensor]) -> None:
-        """Keep tensors, in order."""
-        self.write_named(kind, index, {f"{i:06d}": t.contiguous() for i, t in enumerate(tensors)})
-
-    def write_named(self, kind: str, index: int, tensors: dict[str, Tensor]) -> None:
-        """Keep tensors by name; the file appears whole or not at all."""
-        with replacing(self.path(kind, index)) as partial:
-            save_file(tensors, partial, metadata={"format": "pt"})  # transformers asks for the format
-
-    def read(self, kind: str, index: int) -> list[Tensor]:
-        """What `write` kept, in order."""
-        return [tensor for _, tensor in sorted(load_file(self.path(kind, index)).items())]
-
-    def remove(self, kind: str, index: int) -> None:
-        """Delete what was kept, if it is there."""
-        self.path(kind, index).unlink(missing_ok=True)
+from .workspace import Workspace
 
 
 @torch.no_grad()
@@ -63,11 +31,13 @@ def forward_pass(
 ) -> None:
     """Input statistics of every block of the dense model. keep_hidden: keep each block's input for `backward_pass`."""
     blocks = source.anatomy.blocks
-    if not work.path("inputs", 0).is_file():
+    done = work.done("forward")
+    if done is None:
         work.write("hidden", 0, [item.hidden for item in feeds])
+        work.advance("forward", done := 0)
     for block in _shown(blocks, "statistics", progress):
         i = block.index
-        if work.path("inputs", i).is_file():
+        if i < done:
             continue
         for item, hidden in zip(feeds, work.read("hidden", i), strict=True):
             item.hidden = hidden.to(source.device)
@@ -79,9 +49,8 @@ def forward_pass(
                     item.hidden = run_block(module, item.hidden, item.calls[i])
             store.check_finite()
         work.write("hidden", i + 1, [item.hidden for item in feeds])
-        store.save(work.path("inputs", i), {})
-        if not keep_hidden:
-            work.remove("hidden", i)
+        work.write_statistics("inputs", i, store)
+        work.advance("forward", i + 1, without=[] if keep_hidden else [("hidden", i)])
 
 
 def backward_pass(
@@ -98,7 +67,8 @@ def backward_pass(
     anatomy = source.anatomy
     last = len(anatomy.blocks)
     loss = partial(loss_for_gradients, fisher=fisher, generator=torch.Generator().manual_seed(seed))
-    if not work.path("gradient", last).is_file():
+    done = work.done("backward")
+    if done is None:
         gradients = []
         for item, hidden in zip(feeds, work.read("hidden", last), strict=True):
             hidden = hidden.to(source.device).requires_grad_(True)
@@ -107,10 +77,10 @@ def backward_pass(
             assert hidden.grad is not None
             gradients.append(hidden.grad)
         work.write("gradient", last, gradients)
-        work.remove("hidden", last)
+        work.advance("backward", done := 0, without=[("hidden", last)])
     for block in _shown(list(reversed(anatomy.blocks)), "gradients", progress):
         i = block.index
-        if work.path("gradients", i).is_file():
+        if last - i <= done:
             continue
         arriving, leaving = work.read("gradient", i + 1), []
         inputs = work.read("hidden", i)
@@ -126,9 +96,8 @@ def backward_pass(
                     leaving.append(hidden.grad)
             store.check_finite()
         work.write("gradient", i, leaving)
-        store.save(work.path("gradients", i), {})
-        work.remove("hidden", i)
-        work.remove("gradient", i + 1)
+        work.write_statistics("gradients", i, store)
+        work.advance("backward", last - i, without=[("hidden", i), ("gradient", i + 1)])
 
 
 def _shown(items: list, label: str, progress: Progress | None) -> Iterable:

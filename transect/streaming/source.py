@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import json
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -77,9 +79,11 @@ class StreamedModel:
 
     @property
     def fingerprint(self) -> str:
-        """The dtype, and names, sizes and times of the weight files: whether a resumed run's model has changed."""
+        """Of all that decides the numbers: the dtype, the config, and of the weight files, which are too large to be
+        read for that, names, sizes, times and headers."""
         files = (f"{path.name}:{path.stat().st_size}:{path.stat().st_mtime_ns}" for path in self._files)
-        return " ".join([str(self.dtype), *files])
+        described = json.dumps([self.model.config.to_dict(), sorted(self._shapes.items())], default=str, sort_keys=True)
+        return " ".join([str(self.dtype), *files, hashlib.blake2b(described.encode(), digest_size=16).hexdigest()])
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
