@@ -59,6 +59,7 @@ class Folder:
     def take(self, *, among_others: bool = False) -> None:
         """Make the folder and its mark, if they are not there; see `check_place`."""
         self.check_place(among_others=among_others)
+        sweep(self.path / MARK)
         if not self.is_ours:
             self.path.mkdir(parents=True, exist_ok=True)
             self._write_mark()
@@ -95,9 +96,7 @@ class Folder:
             path.parent.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
             raise TransectError(f"{path.parent} is not a folder, and {self.kind} has one there; move it away") from None
-        if _is_folder(path):
-            _remove(path)
-        if _is_folder(path):
+        if _is_folder(path) and any(path.iterdir()):
             raise TransectError(f"{path} is a folder with something in it, where {self.kind} has a file; move it away")
         sweep(path)
         return path
