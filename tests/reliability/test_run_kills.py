@@ -1,6 +1,6 @@
 """Comparisons, inspections and repairs, killed at each of their changes of files, and run again: the same result.
 
-A command has 40 to 130 different states; `STATES` of each are tried, evenly spaced, and all with TRANSECT_STATES=1000.
+A command has 20 to 70 different states; `STATES` of each are tried, evenly spaced, and all with TRANSECT_STATES=1000.
 """
 
 import os
@@ -22,7 +22,7 @@ from ..models import VOCABULARY, apart, tiny
 from ..test_compare import SAME
 from .faults import Kills
 
-STATES = int(os.environ.get("TRANSECT_STATES", "12"))
+STATES = int(os.environ.get("TRANSECT_STATES", "8"))
 DATA = torch.randint(3, VOCABULARY, (6, 8), generator=torch.Generator().manual_seed(5))
 OTHER = torch.randint(3, VOCABULARY, (4, 8), generator=torch.Generator().manual_seed(6))
 
@@ -76,7 +76,6 @@ def states(command, root, into):
     with kills.recorded():
         command(root)
     assert len(kills.states) > 20
-    print(len(kills.states), "states")
     return evenly_spaced(kills.states, STATES)
 
 
