@@ -1,4 +1,5 @@
 import json
+import os
 
 import pandas as pd
 import pytest
@@ -6,7 +7,7 @@ import torch
 
 import transect
 from transect.checkpoint import open_model
-from transect.comparison import worker
+from transect.comparison import engines, worker
 from transect.errors import TransectError
 from transect.evaluation import Speed
 
@@ -96,7 +97,7 @@ def test_an_interrupted_comparison_goes_on_and_can_be_widened(tmp_path, monkeypa
     assert len(compare(tmp_path / "run", model=tiny("llama", seed=3), overwrite=True)) == 5
 
 
-def test_processes_and_ray_give_the_same_table(tmp_path):
+def test_processes_and_ray_give_the_same_table(tmp_path, monkeypatch):
     folder = tmp_path / "model"
     tiny("llama").save_pretrained(folder)
     rows = {"methods": ("svd-llm",), "keep": (0.5,), "allocations": ("uniform", "ilp")}
@@ -106,7 +107,17 @@ def test_processes_and_ray_give_the_same_table(tmp_path):
     assert (narrow["bytes"] <= 0.55 * expected["bytes"]).all()
     pd.testing.assert_frame_equal(compare(tmp_path / "two", str(folder), workers=2, **rows)[SAME], expected[SAME])
     pytest.importorskip("ray")
+
+    class DiesOnce(engines._RayWorker):
+        def compute(self, rows):
+            if rows[0].allocation == "ilp" and not (self.worker.folder / "died").exists():
+                (self.worker.folder / "died").touch()
+                os._exit(1)
+            super().compute(rows)
+
+    monkeypatch.setattr(engines, "_RayWorker", DiesOnce)
     on_ray = compare(tmp_path / "ray", workers=2, engine="ray", **rows)  # the model comes from memory
+    assert (tmp_path / "ray" / "died").exists()  # and the row was tried again, by another actor
     pd.testing.assert_frame_equal(on_ray[SAME], expected[SAME])
 
 

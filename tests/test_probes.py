@@ -11,9 +11,10 @@ import transect
 from tests.models import inputs, logits, tiny
 from transect import Anatomy
 from transect.data import Specimen, load
-from transect.errors import BadCheckpoint, NotApplicable, TransectError
-from transect.probes import Quantity, Result, probes, probing, run_probes
+from transect.errors import NotApplicable, TransectError
+from transect.probes import KIND, Quantity, Result, probes, probing, run_probes
 from transect.probes import registry as registered
+from transect.store import Folder
 
 
 @pytest.fixture
@@ -70,19 +71,21 @@ def test_results_come_back_from_disk_and_are_not_computed_again(scratch, tmp_pat
     log = []
     looking("one", ["residual"], log)
     one = specimen()
-    first = run_probes(one, {"one": {}}, tmp_path, "key")["one"]
+    folder = Folder(tmp_path, KIND)
+    folder.take()
+    first = run_probes(one, {"one": {}}, folder, "key")["one"]
     computed = len(log)
-    again = run_probes(one, {"one": {}}, tmp_path, "key")["one"]
+    again = run_probes(one, {"one": {}}, folder, "key")["one"]
     assert len(log) == computed and torch.equal(first["sum"], again["sum"]) and again.findings == ["3 batches"]
-    run_probes(one, {"one": {}}, tmp_path, "another model")
-    run_probes(one, {"one": {"scale": 3}}, tmp_path, "another model")
+    run_probes(one, {"one": {}}, folder, "another model")
+    run_probes(one, {"one": {"scale": 3}}, folder, "another model")
     assert len(log) == 3 * computed
-    described = json.loads((tmp_path / "one.json").read_text())
+    described = json.loads((tmp_path / "data" / "one.json").read_text())
     assert described["quantities"]["sum"] == {"axes": [], "unit": "", "about": "sum", "shape": []}
-    assert set(load_file(tmp_path / "one.safetensors")) == {"sum"}
-    (tmp_path / "one.safetensors").write_bytes(b"\0" * 20)
-    with pytest.raises(BadCheckpoint, match="damaged"):
-        run_probes(one, {"one": {"scale": 3}}, tmp_path, "another model")
+    assert set(load_file(tmp_path / "data" / "one.safetensors")) == {"sum"}
+    (tmp_path / "data" / "one.safetensors").write_bytes(b"\0" * 20)
+    run_probes(one, {"one": {"scale": 3}}, folder, "another model")
+    assert len(log) == 4 * computed
 
 
 def test_the_model_is_as_before_also_after_an_error(scratch):

@@ -128,7 +128,7 @@ def test_an_interrupted_repair_goes_on_bit_for_bit(how, dense, small, tmp_path):
         transect.recover(interrupted, DATA[:12], how, **options, checkpoint=place, on_check=stop)
     assert str(interrupted) == str(start)  # no adapter is left in it
     files = {path.name for path in place.iterdir()}
-    assert files == {"run.json", "state.safetensors"} | ({"block-00000.safetensors"} if how == "blocks" else set())
+    assert files == {".transect", "state.safetensors"} | ({"block-00000.safetensors"} if how == "blocks" else set())
     more = []
     transect.recover(start, DATA[:12], how, **options, checkpoint=place, on_check=more.append)
     assert equal(weights(start), weights(small)) and not place.exists()
@@ -150,7 +150,7 @@ def test_another_repair_starts_over_and_other_folders_are_refused(small, tmp_pat
     assert equal(weights(alone), weights(other))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").touch()
-    with pytest.raises(TransectError, match="no unfinished repair"):
+    with pytest.raises(TransectError, match="not an unfinished repair"):
         transect.recover(small, DATA, "full", checkpoint=tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.txt").is_file()
 

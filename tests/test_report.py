@@ -10,10 +10,11 @@ import torch
 from tests.models import tiny
 from transect import Anatomy
 from transect.data import Specimen
-from transect.probes import Inspection, Quantity, Result, Table, probing
+from transect.probes import KIND, Inspection, Quantity, Result, Table, probing
 from transect.probes import registry as registered
 from transect.probes.draw import bars, heatmap, lines, scatter
 from transect.report import write_report
+from transect.store import Folder
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = (
@@ -34,6 +35,12 @@ def draw(result):
     ]
 
 
+def folder(path):
+    taken = Folder(path, KIND)
+    taken.take(among_others=True)
+    return taken
+
+
 @pytest.fixture
 def page(tmp_path):
     @probing("scratch", title="A scratch probe", paper="arXiv:0000.00000", draw=draw)
@@ -45,7 +52,7 @@ def page(tmp_path):
         {"values": Quantity(values, ("a", "b"), "", "values")}, [NASTY], ["It shows nothing."], {}, "scratch"
     )
     found = Inspection({"scratch": result}, {"other": "It needs text."})
-    yield write_report(tmp_path, found, Specimen(Anatomy(tiny("llama")), name="a model"))
+    yield write_report(folder(tmp_path), found, Specimen(Anatomy(tiny("llama")), name="a model"))
     del registered._probes["scratch"]
 
 
@@ -61,7 +68,7 @@ def test_the_page_is_whole_and_names_nothing_outside_itself(page):
 def test_every_type_that_weights_have_is_named(tmp_path):
     model = tiny("llama", dtype=torch.bfloat16)
     model.model.norm.float()
-    text = write_report(tmp_path, Inspection({}, {}), Specimen(Anatomy(model))).read_text()
+    text = write_report(folder(tmp_path), Inspection({}, {}), Specimen(Anatomy(model))).read_text()
     assert "bfloat16, float32" in text
 
 

@@ -2,6 +2,6 @@
 
 from .compare import compare_anatomy
 from .engines import Engine
-from .plan import Plan, Row
+from .plan import KIND, Plan, Row
 
-__all__ = ["Engine", "Plan", "Row", "compare_anatomy"]
+__all__ = ["KIND", "Engine", "Plan", "Row", "compare_anatomy"]

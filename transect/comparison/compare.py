@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,20 +11,19 @@ import pandas as pd
 
 from ..anatomy import Anatomy
 from ..checkpoint import save
-from ..compression import method
-from ..compression.frame import factorize
 from ..errors import OutOfReach, TransectError
 from ..statistics import Progress
+from ..store import Folder
 from .engines import Engine, run_here, run_in_processes, run_on_ray
-from .factors import save_factors
-from .plan import Plan, Row, finished
-from .worker import Worker, calibrate_plan, factors_path
+from .plan import RUN, Plan, Row, factors_file
+from .prepared import STATISTICS, TIMED, prepare
+from .worker import Worker
 
 
 def compare_anatomy(
     anatomy: Anatomy,
     plan: Plan,
-    folder: Path,
+    folder: Folder,
     calibration: Any,
     evaluation: Any,
     *,
@@ -40,25 +37,29 @@ def compare_anatomy(
 
     A folder that holds a run of the same model, data and settings is continued: its rows, statistics and
     factorizations are kept, whichever methods and budgets they were for. A folder with another run is replaced only
-    with `overwrite`, and one that holds anything else is always refused.
+    with `overwrite`, but for what others have put there, and one that holds anything else is always refused.
+    A row that was lost with its process, twice, has a note in the table and is named in the table's `attrs["lost"]`.
     """
     check_plan(anatomy, plan)
-    _take_folder(folder, plan, overwrite)
-    if engine == "ray" or workers > 1:
-        plan = _for_other_processes(anatomy, plan, folder, calibration, evaluation)
-    waiting = [row for row in plan.rows if finished(folder, row) is None]
+    take_folder(folder, plan, overwrite)
+    done = {row for row in plan.rows if plan.finished(folder.path, row) is not None}
+    waiting = [row for row in dict.fromkeys(plan.rows) if row not in done]
     for row in plan.rows:
-        if row not in waiting:
+        if row in done:
             on_row(row)
-    prepare(anatomy, plan, folder, calibration, waiting, progress)
-    groups = plan.groups(waiting)
-    if engine == "ray":
-        run_on_ray(folder, plan, groups, max(workers, 1), on_row)
-    elif workers > 1:
-        run_in_processes(folder, plan, groups, workers, on_row)
-    else:
-        run_here(Worker(folder, plan, anatomy.model, calibration, evaluation), groups, on_row)
-    return table(plan, folder)
+    lost: dict[Row, str] = {}
+    if waiting:
+        for name in [STATISTICS, TIMED, *(row.file for row in waiting), *map(factors_file, plan.methods)]:
+            folder.file(name)
+        prepare(anatomy, plan, folder.path, calibration, waiting, progress)
+        groups = plan.groups(waiting)
+        if engine == "ray" or workers > 1:
+            plan = _for_other_processes(anatomy, plan, folder, calibration, evaluation)
+            run = run_on_ray if engine == "ray" else run_in_processes
+            lost = run(folder.path, plan, groups, max(workers, 1), on_row)
+        else:
+            run_here(Worker(folder.path, plan, anatomy.model, calibration, evaluation), groups, on_row)
+    return table(plan, folder.path, lost)
 
 
 def check_plan(anatomy: Anatomy, plan: Plan) -> None:
@@ -82,59 +83,44 @@ def check_plan(anatomy: Anatomy, plan: Plan) -> None:
     anatomy.check_finite()
 
 
-def prepare(
-    anatomy: Anatomy, plan: Plan, folder: Path, calibration: Any, rows: Iterable[Row], progress: Progress | None
-) -> None:
-    """Collect the statistics of all methods in one pass and factorize every matrix once a method; all of it on disk."""
-    rows = [row for row in rows if row.method is not None]
-    missing = [
-        name
-        for name in dict.fromkeys(row.method for row in rows)
-        if name is not None
-        and method(name).family == "factorization"
-        and not factors_path(folder, name).is_file()
-        and not (plan.sequential and method(name).needs)  # such a row calibrates and factorizes on its own
+def table(plan: Plan, folder: Path, lost: Mapping[Row, str]) -> pd.DataFrame:
+    """The rows of the plan, in its order. lost: why some were not computed."""
+    dense, *_ = plan.rows
+    if dense in lost:
+        raise TransectError(f"{dense}: {lost[dense]}. The rows that are finished are kept; the same call goes on")
+    rows = [
+        plan.finished(folder, row)
+        or {"method": row.method, "allocation": row.allocation, "keep": row.keep, "note": lost[row]}
+        for row in plan.rows
     ]
-    statistics = None
-    if any(plan.recipe(row).needs for row in rows):
-        statistics = calibrate_plan(anatomy, plan, folder, calibration, progress)
-    matrices = anatomy.matrices(plan.roles)
-    for name in missing:
-        started = time.perf_counter()
-        chosen = method(name)
-        settings = chosen.settings(plan.settings.get(name, {}))
-        factors = factorize(matrices, chosen, settings, statistics, progress)
-        save_factors(factors_path(folder, name), factors, time.perf_counter() - started)
+    frame = pd.DataFrame(rows)
+    frame.attrs["lost"] = [str(row) for row in lost]
+    return frame
 
 
-def table(plan: Plan, folder: Path) -> pd.DataFrame:
-    """The finished rows of the plan, in its order."""
-    found = [finished(folder, row) for row in plan.rows]
-    return pd.DataFrame([row for row in found if row is not None])
-
-
-def _take_folder(folder: Path, plan: Plan, overwrite: bool) -> None:
-    before = Plan.load(folder)
-    if before is None and folder.exists() and any(folder.iterdir()):
-        raise TransectError(f"the folder {folder} exists and holds something that is not a comparison; choose another")
-    if before is not None and before.fingerprint != plan.fingerprint:
+def take_folder(folder: Folder, plan: Plan, overwrite: bool) -> None:
+    """Make the run folder, or go on in it; TransectError if it holds something else."""
+    folder.take()
+    if not plan.is_in(folder.path) and not folder.is_empty:
         if not overwrite:
             raise TransectError(
-                f"the folder {folder} holds a run with another model, data or settings; pass overwrite=True "
-                "(--overwrite) to replace it, or choose another folder"
+                f"the folder {folder.path} holds a run with another model, data or settings, or of another version; "
+                "pass overwrite=True (--overwrite) to replace it, or choose another folder"
             )
-        shutil.rmtree(folder)
-    for part in ("rows", "factors"):
-        (folder / part).mkdir(parents=True, exist_ok=True)
-    plan.save(folder)
+        folder.empty(last=RUN)
+    plan.save(folder.file(RUN))
 
 
-def _for_other_processes(anatomy: Anatomy, plan: Plan, folder: Path, calibration: Any, evaluation: Any) -> Plan:
+def _for_other_processes(anatomy: Anatomy, plan: Plan, folder: Folder, calibration: Any, evaluation: Any) -> Plan:
     """Put the data, and a model that exists only in memory, where other processes find them."""
-    calibration.save(folder / "calibration.safetensors")
-    evaluation.save(folder / "evaluation.safetensors")
-    if not plan.model:
-        if not (folder / "dense").is_dir():
-            save(anatomy.model, folder / "dense")
-        plan = replace(plan, model=str(folder / "dense"))
-    return plan
+    calibration.save(folder.file("calibration.safetensors"))
+    evaluation.save(folder.file("evaluation.safetensors"))
+    if plan.model:
+        return plan
+    dense = folder.path / "dense"
+
+    def listed(written: Path) -> None:
+        folder.add(*(str(Path("dense", file.relative_to(written))) for file in written.rglob("*") if file.is_file()))
+
+    save(anatomy.model, dense, overwrite=True, beside=listed)
+    return replace(plan, model=str(dense))

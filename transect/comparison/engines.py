@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import TransectError
+from .losses import Losses
 from .plan import Plan, Row
-from .worker import Worker
+from .processes import run_in_processes
+from .worker import Worker, load_worker
 
 Engine = Literal["local", "ray"]
 OnRow = Callable[[Row], None]
 
-_worker: Worker | None = None  # of a pool process: the model is loaded once and serves every group it is given
+__all__ = ["Engine", "run_here", "run_in_processes", "run_on_ray"]
 
 
 def run_here(worker: Worker, groups: Sequence[list[Row]], on_row: OnRow) -> None:
@@ -25,55 +25,54 @@ def run_here(worker: Worker, groups: Sequence[list[Row]], on_row: OnRow) -> None
         worker.run(rows, on_row)
 
 
-def run_in_processes(folder: Path, plan: Plan, groups: Sequence[list[Row]], workers: int, on_row: OnRow) -> None:
-    """Spread the groups over processes; the cores are shared out among them."""
-    threads = max(1, (os.cpu_count() or 1) // workers)
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start, initargs=(folder, plan, threads))
-    with pool:
-        futures = {pool.submit(_compute, rows): rows for rows in groups}
-        try:
-            for future in as_completed(futures):
-                future.result()
-                for row in futures[future]:
-                    on_row(row)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+def run_on_ray(folder: Path, plan: Plan, groups: Sequence[list[Row]], workers: int, on_row: OnRow) -> dict[Row, str]:
+    """Spread the groups over a Ray cluster (the running one, or a local one). `folder` must be visible to all nodes.
 
-
-def run_on_ray(folder: Path, plan: Plan, groups: Sequence[list[Row]], workers: int, on_row: OnRow) -> None:
-    """Spread the groups over a Ray cluster (the running one, or a local one). `folder` must be visible to all nodes."""
+    An actor that is lost costs the row that it was computing a second try; returned is why, for each lost twice.
+    """
     try:
         import ray
+        from ray.exceptions import RayActorError
     except ImportError:
         raise TransectError("the engine ray needs an extra: pip install 'transect[ray]'") from None
     started = not ray.is_initialized()
     if started:
         ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False, configure_logging=False)
+    losses, waiting, running = Losses(), list(groups), {}
     try:
         total = ray.cluster_resources()
         gpus = int(total.get("GPU", 0))
         actor: Any = ray.remote(num_cpus=max(1, int(total["CPU"]) // workers), num_gpus=gpus / workers if gpus else 0)(
             _RayWorker
         )
-        pool = [actor.remote(str(folder.resolve()), plan) for _ in range(workers)]
-        waiting, running = list(groups), {}
-        for idle in pool:
+
+        def begin(idle: Any) -> None:
             if waiting:
                 rows = waiting.pop(0)
+                idle = idle or actor.remote(str(folder.resolve()), plan)
                 running[idle.compute.remote(rows)] = (idle, rows)
+
+        for _ in range(workers):
+            begin(None)
         while running:
             (done,), _ = ray.wait(list(running), num_returns=1)
             idle, rows = running.pop(done)
-            ray.get(done)
+            try:
+                ray.get(done)
+            except RayActorError as error:
+                if error.actor_init_failed:
+                    raise
+                idle, left = None, [row for row in rows if plan.finished(folder, row) is None]
+                rows = [row for row in rows if row not in left]
+                if rest := losses.rest(left, "was lost"):
+                    waiting.insert(0, rest)
             for row in rows:
                 on_row(row)
-            if waiting:
-                rows = waiting.pop(0)
-                running[idle.compute.remote(rows)] = (idle, rows)
+            begin(idle)
     finally:
         if started:
             ray.shutdown()
+    return losses.why
 
 
 class _RayWorker:
@@ -82,26 +81,3 @@ class _RayWorker:
 
     def compute(self, rows: list[Row]) -> None:
         self.worker.run(rows, lambda row: None)
-
-
-def load_worker(folder: Path, plan: Plan) -> Worker:
-    """A worker in a fresh process: the model from its folder or hub name, the data from the run folder."""
-    from ..checkpoint import open_model
-    from ..data import Batches
-
-    opened = open_model(plan.model, dtype=plan.dtype, device=plan.device, architecture=plan.architecture)
-    data = {name: Batches.load(folder / f"{name}.safetensors") for name in ("calibration", "evaluation")}
-    return Worker(folder, plan, opened.model, data["calibration"], data["evaluation"])
-
-
-def _start(folder: Path, plan: Plan, threads: int) -> None:
-    global _worker
-    import torch
-
-    torch.set_num_threads(threads)
-    _worker = load_worker(folder, plan)
-
-
-def _compute(rows: list[Row]) -> None:
-    assert _worker is not None
-    _worker.run(rows, lambda row: None)

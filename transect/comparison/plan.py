@@ -6,15 +6,21 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
-from ..compression import Recipe, method
+from ..compression import Recipe, allocation_named, method
 from ..compression.allocation import needs_measure
 from ..compression.recipe import goes_with
 from ..errors import TransectError
 from ..statistics import Statistic
-from ..store import replacing
+from ..store import kept_json, read_json, write_text
+from ..version import __version__
+
+KIND = "a comparison"  # what its folder is, see `transect.store.Folder`
+RUN = "run.json"  # the first file that is there, and the last that goes
 
 
 @dataclass(frozen=True)
@@ -26,16 +32,23 @@ class Row:
     keep: float
 
     @property
-    def name(self) -> str:
-        """Of the row's file, without its ending."""
-        return "dense" if self.method is None else f"{self.method}_{self.allocation}_{self.keep:g}"
+    def file(self) -> str:
+        """Where it lies in the run folder; no two rows lie in one place."""
+        if self.method is None:
+            return "rows/dense.json"
+        parts = (self.method, self.allocation, repr(self.keep))
+        return f"rows/{'_'.join(quote(part, safe='').replace('_', '%5F') for part in parts)}.json"
+
+    def __str__(self) -> str:
+        return "the dense model" if self.method is None else f"{self.method} at {self.keep!r} ({self.allocation})"
 
 
 @dataclass(frozen=True)
 class Plan:
     """The settings of a comparison, as they stand in run.json. Data are named by their fingerprints.
 
-    model: folder or hub name, from which every process loads the same weights; `weights` is their fingerprint.
+    model: folder or hub name, from which every process loads the same weights; `weights` is their fingerprint, and
+        `computation` that of the weights and all else that decides what the model puts out.
     dtype, device, architecture: how another process opens it. settings: per method or allocation, its parameters.
     allocations: none for the own default of each method.
     """
@@ -45,6 +58,7 @@ class Plan:
     device: str
     architecture: dict[str, Any]
     weights: str
+    computation: str
     methods: tuple[str, ...]
     allocations: tuple[str, ...]
     keeps: tuple[float, ...]
@@ -109,47 +123,55 @@ class Plan:
             together.setdefault((row.method, row.allocation) if shared else row, []).append(row)
         return list(together.values())
 
-    @property
+    def is_factorized(self, name: str) -> bool:
+        """Whether each matrix is factorized once by this method, for all of its rows."""
+        chosen = method(name)
+        in_order = self.sequential and chosen.needs  # such a row calibrates and factorizes on its own
+        return chosen.family == "factorization" and not in_order
+
+    @cached_property
     def fingerprint(self) -> str:
-        """Hash of everything that decides a row's numbers, but not which rows there are."""
-        kept = {
-            k: v for k, v in asdict(self).items() if k not in ("model", "device", "methods", "allocations", "keeps")
-        }
-        return hashlib.blake2b(json.dumps(kept, sort_keys=True).encode(), digest_size=8).hexdigest()
+        """Hash (32 hexadecimal digits) of everything that decides a row's numbers, but not which rows there are.
 
-    def save(self, folder: Path) -> None:
-        """Write it into a run folder."""
-        write_json(folder / "run.json", {**asdict(self), "fingerprint": self.fingerprint})
+        The kind of device is part of it, since every row holds speeds.
+        """
+        no_part = ("model", "device", "methods", "allocations", "keeps", "settings")
+        decides = {key: value for key, value in asdict(self).items() if key not in no_part}
+        decides |= {"transect": __version__, "device": self.device.split(":")[0]}
+        decides["settings"] = {name: self._settings_of(name) for name, given in self.settings.items() if given}
+        described = json.dumps(decides, sort_keys=True, default=str)
+        return hashlib.blake2b(described.encode(), digest_size=16).hexdigest()
 
-    @staticmethod
-    def load(folder: Path) -> Plan | None:
-        """The plan of a run folder, or None if it has none."""
-        path = folder / "run.json"
-        if not path.is_file():
-            return None
+    def _settings_of(self, name: str) -> dict[str, Any]:
+        """As they are used, however they were written."""
+        chosen = method(name) if name in self.methods else allocation_named(name)
+        return chosen.settings(self.settings[name])
+
+    def of(self, *what: Any) -> str:
+        """What a file of the run belongs to; what: of the run it holds."""
+        return json.dumps([self.fingerprint, *what])
+
+    def save(self, path: Path) -> None:
+        """Write it as a run folder's run.json."""
+        described = {**asdict(self), "fingerprint": self.fingerprint}
+        write_text(path, json.dumps(described, indent=2, default=str) + "\n")
+
+    def is_in(self, folder: Path) -> bool:
+        """Whether the run in a run folder is this one, whichever rows it has."""
         try:
-            data = json.loads(path.read_text())
-            data.pop("fingerprint")
-            lists = {key: tuple(value) for key, value in data.items() if isinstance(value, list)}
-            return Plan(**{**data, **lists})
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise TransectError(f"{path} is not a run of this version: {error}; choose another folder") from None
+            return read_json(folder / RUN).get("fingerprint") == self.fingerprint
+        except TransectError:  # there is none, or it is damaged
+            return False
+
+    def finished(self, folder: Path, row: Row) -> dict[str, Any] | None:
+        """The row's result if it is in the run folder."""
+        return kept_json(folder / row.file, self.of_row(row))
+
+    def of_row(self, row: Row) -> str:
+        """What the row's file belongs to."""
+        return self.of("row", row.method, row.allocation, repr(row.keep))
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a file as a whole or not at all."""
-    with replacing(path) as partial:
-        partial.write_text(json.dumps(value, indent=2) + "\n")
-
-
-def row_path(folder: Path, row: Row) -> Path:
-    """Where a row of the table lies in its run folder."""
-    return folder / "rows" / f"{row.name}.json"
-
-
-def finished(folder: Path, row: Row) -> dict[str, Any] | None:
-    """The row's result if it is there and whole."""
-    try:
-        return json.loads(row_path(folder, row).read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        return None
+def factors_file(name: str) -> str:
+    """Where a method's factorizations lie in the run folder."""
+    return f"factors/{quote(name, safe='')}.safetensors"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -15,18 +14,20 @@ from ..anatomy import Anatomy
 from ..compression import compress_anatomy
 from ..compression import method as registered
 from ..compression.allocation import Scores
-from ..compression.calibrate import calibrate
 from ..compression.compress import outcome_of, run_compressor
 from ..compression.compressors import RankCompressor
 from ..compression.copying import working_copy
 from ..compression.factorized import Factorized
+from ..compression.fingerprint import model_fingerprint
 from ..compression.frame import temporarily
-from ..errors import OutOfReach
+from ..errors import OutOfReach, TransectError
 from ..evaluation import evaluate
 from ..forward import at_rest
 from ..statistics import Statistics
+from ..store import keep_json
 from .factors import Factors
-from .plan import Plan, Row, finished, row_path, write_json
+from .plan import Plan, Row
+from .prepared import calibrate_plan, calibration_seconds, factors_of
 
 
 class Worker:
@@ -39,14 +40,13 @@ class Worker:
         self.folder, self.plan = folder, plan
         self.anatomy = Anatomy(model)
         self.calibration, self.evaluation = calibration, evaluation
-        self._factorized: dict[str, Factorized] = {}
+        self._factorized: dict[str, tuple[Factorized, Factors]] = {}
         self._scores = Scores(self.anatomy.matrices(plan.roles))  # the first row that needs some pays for them
 
     def run(self, rows: Sequence[Row], on_row: Callable[[Row], None]) -> None:
-        """Compute the rows that are not finished, and write each as soon as it is."""
+        """Compute the rows, and write each as soon as it is there."""
         for row in rows:
-            if finished(self.folder, row) is None:
-                write_json(row_path(self.folder, row), self.compute(row))
+            keep_json(self.folder / row.file, self.compute(row), self.plan.of_row(row))
             on_row(row)
 
     def compute(self, row: Row) -> dict[str, Any]:
@@ -56,7 +56,7 @@ class Worker:
             try:
                 if row.method is None:
                     return described | self._evaluated(self.anatomy, 1.0, 0.0)
-                if factors_path(self.folder, row.method).is_file():
+                if self.plan.is_factorized(row.method):
                     return described | self._truncated(row)
                 return described | self._compressed(row)
             except OutOfReach as reason:
@@ -75,18 +75,18 @@ class Worker:
         roles = {matrix.role for matrix in matrices}
         recipe = self.plan.recipe(row).resolved(self.anatomy, matrices)
         dense_bytes = self.anatomy.matrix_bytes(roles)
+        statistics = self.statistics if recipe.needs else None
         with temporarily(self.anatomy, matrices):
-            started = time.perf_counter()
-            factorized = self._factorized.get(row.method)
-            if factorized is None:
-                factors = Factors(factors_path(self.folder, row.method))
+            if row.method not in self._factorized:
+                factors = factors_of(self.anatomy, self.plan, self.folder, row.method, statistics)
                 factorized = Factorized(self.anatomy, matrices, factors, self.calibration, self._scores)
-                self._factorized = {row.method: factorized}  # one method's at a time
-            statistics = self.statistics if recipe.needs else None
+                self._factorized = {row.method: (factorized, factors)}  # one method's at a time
+            started = time.perf_counter()
+            factorized, factors = self._factorized[row.method]
             ranks = factorized.ranks(row.allocation, row.keep, recipe.allocation_settings, statistics)
             compressor = RankCompressor(recipe.registered, recipe.settings, ranks, factorized.factors)
             run_compressor(self.anatomy, matrices, recipe, compressor, statistics, self.calibration)
-            seconds = time.perf_counter() - started + self._preparation_seconds(row)
+            seconds = time.perf_counter() - started + factors.seconds + self._calibration_seconds(row)
             return self._evaluated(self.anatomy, outcome_of(self.anatomy, roles, dense_bytes)["kept"], seconds)
 
     def _compressed(self, row: Row) -> dict[str, Any]:
@@ -100,7 +100,7 @@ class Worker:
             scores=self._scores, accumulate=getattr(torch, self.plan.accumulate), seed=self.plan.seed,
             fisher=self.plan.fisher,  # type: ignore[arg-type]
         )  # fmt: skip
-        seconds = time.perf_counter() - started + self._preparation_seconds(row)
+        seconds = time.perf_counter() - started + self._calibration_seconds(row)
         return self._evaluated(anatomy, outcome["kept"], seconds)
 
     @cached_property
@@ -108,32 +108,28 @@ class Worker:
         """What all rows of the plan need, from the run folder."""
         return calibrate_plan(self.anatomy, self.plan, self.folder, self.calibration)
 
-    def _preparation_seconds(self, row: Row) -> float:
-        """What a run of this row alone would have spent before: the shared statistics pass, and its factorization."""
+    def _calibration_seconds(self, row: Row) -> float:
+        """What a run of this row alone would have spent on the shared statistics pass."""
         assert row.method is not None
-        seconds = 0.0
-        if factors_path(self.folder, row.method).is_file():
-            seconds += Factors(factors_path(self.folder, row.method)).seconds
-        timed = self.folder / "statistics.json"
-        if registered(row.method).needs and timed.is_file():
-            seconds += json.loads(timed.read_text())["seconds"]
-        return seconds
+        return calibration_seconds(self.plan, self.folder) if registered(row.method).needs else 0.0
 
 
-def calibrate_plan(anatomy: Anatomy, plan: Plan, folder: Path, calibration: Any, progress: Any = None) -> Statistics:
-    """The union of all rows' statistics, in one pass, or as it lies in the run folder."""
-    cache, started = folder / "statistics.safetensors", time.perf_counter()
-    known = cache.is_file()
-    statistics = calibrate(
-        anatomy, anatomy.matrices(plan.roles), plan.needs, calibration,
-        fisher=plan.fisher, accumulate=getattr(torch, plan.accumulate), seed=plan.seed,  # type: ignore[arg-type]
-        cache=cache, progress=progress,
-    )  # fmt: skip
-    if not known:
-        write_json(folder / "statistics.json", {"seconds": time.perf_counter() - started})
-    return statistics
+def load_worker(folder: Path, plan: Plan) -> Worker:
+    """A worker in a fresh process: the model from its folder or hub name, the data from the run folder.
 
+    Raises TransectError if they are not those of the plan.
+    """
+    from ..checkpoint import open_model
+    from ..data import Batches
 
-def factors_path(folder: Path, method: str) -> Path:
-    """Where a method's factorizations lie in the run folder."""
-    return folder / "factors" / f"{method}.safetensors"
+    opened = open_model(plan.model, dtype=plan.dtype, device=plan.device, architecture=plan.architecture)
+    if model_fingerprint(opened.model) != plan.weights:
+        raise TransectError(
+            f"{plan.model} holds other weights than the model that is compared, so that other processes cannot load "
+            "it: save the model first and name its folder, or use one process (workers=1, --workers 1)"
+        )
+    data = {name: Batches.load(folder / f"{name}.safetensors") for name in ("calibration", "evaluation")}
+    for name, batches in data.items():
+        if batches.fingerprint != getattr(plan, name):
+            raise TransectError(f"{folder / name}.safetensors holds other data than it should; remove it")
+    return Worker(folder, plan, opened.model, data["calibration"], data["evaluation"])

@@ -6,10 +6,10 @@ One file (or folder) a probe in `catalog`; a file put there registers its probe.
 from . import catalog  # noqa: F401 - importing a probe registers it
 from .draw import Drawing, Plot, Table
 from .registry import Looking, Probe, drawings, probe, probes, probing
-from .result import Quantity, Result
+from .result import KIND, Quantity, Result
 from .run import Failure, Inspection, run_probes
 
 __all__ = [
-    "Drawing", "Failure", "Inspection", "Looking", "Plot", "Probe", "Quantity", "Result", "Table", "drawings", "probe",
-    "probes", "probing", "run_probes",
+    "KIND", "Drawing", "Failure", "Inspection", "Looking", "Plot", "Probe", "Quantity", "Result", "Table", "drawings",
+    "probe", "probes", "probing", "run_probes",
 ]  # fmt: skip

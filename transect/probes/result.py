@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..errors import BadCheckpoint
-from ..store import replacing
+from ..store import Folder, keep, kept, write_text
+
+KIND = "an inspection"  # what a folder of results is, see `transect.store.Folder`
 
 
 @dataclass(frozen=True)
@@ -59,40 +58,39 @@ class Result:
         """Names of an axis's entries: its labels, or 0, 1, 2 ..."""
         return list(self.labels.get(axis, map(str, range(count))))
 
-    def save(self, folder: Path, key: str = "") -> None:
-        """Write <probe>.safetensors and <probe>.json. key: by which `load` is to recognise it."""
-        described = {
-            "probe": self.probe, "key": key, "settings": dict(self.settings), "findings": list(self.findings),
+    @staticmethod
+    def files(probe: str) -> tuple[str, str]:
+        """Names in the folder of what `save` writes for a probe: the arrays with all that was found, and that alone."""
+        return f"data/{probe}.safetensors", f"data/{probe}.json"
+
+    def save(self, folder: Folder, key: str = "") -> None:
+        """Write the result. The JSON is for other programs and is never read back. key: what `load` is to ask for."""
+        arrays, described = self.files(self.probe)
+        tensors = {name: one.values for name, one in self.quantities.items()}
+        keep(folder.file(arrays), tensors, key, self._described())
+        write_text(folder.file(described), json.dumps(self._described(), indent=1))
+
+    @staticmethod
+    def load(folder: Folder, probe: str, key: str) -> Result | None:
+        """What `save` wrote of that key; None where there is nothing, nothing of that key, or something damaged."""
+        found = kept(folder.path / Result.files(probe)[0], key)
+        if found is None:
+            return None
+        said = found.note
+        quantities = {
+            name: Quantity(found[name], tuple(one["axes"]), one["unit"], one["about"])
+            for name, one in said["quantities"].items()
+        }
+        result = Result(quantities, said["findings"], said["caveats"], said["labels"], probe, said["settings"])
+        write_text(folder.file(Result.files(probe)[1]), json.dumps(said, indent=1))  # a kill may have been between them
+        return result
+
+    def _described(self) -> dict[str, Any]:
+        return {
+            "probe": self.probe, "settings": dict(self.settings), "findings": list(self.findings),
             "caveats": list(self.caveats), "labels": {axis: list(names) for axis, names in self.labels.items()},
             "quantities": {
                 name: {"axes": one.axes, "unit": one.unit, "about": one.about, "shape": list(one.values.shape)}
                 for name, one in self.quantities.items()
             },
         }  # fmt: skip
-        with replacing(folder / f"{self.probe}.safetensors") as partial:
-            save_file({name: one.values for name, one in self.quantities.items()}, partial)
-        with replacing(folder / f"{self.probe}.json") as partial:
-            partial.write_text(json.dumps(described, indent=1), encoding="utf-8")
-
-    @staticmethod
-    def load(folder: Path, probe: str, key: str | None = None) -> Result | None:
-        """Read what `save` wrote; None where there is nothing, or nothing of that key.
-
-        Raises BadCheckpoint for files that are damaged.
-        """
-        if not (folder / f"{probe}.json").exists():
-            return None
-        try:
-            described = json.loads((folder / f"{probe}.json").read_text(encoding="utf-8"))
-            if key is not None and described["key"] != key:
-                return None
-            arrays = load_file(folder / f"{probe}.safetensors")
-            quantities = {
-                name: Quantity(arrays[name], tuple(one["axes"]), one["unit"], one["about"])
-                for name, one in described["quantities"].items()
-            }
-        except Exception as error:
-            raise BadCheckpoint(f"the result of {probe} in {folder} is damaged ({error}); remove it") from error
-        return Result(
-            quantities, described["findings"], described["caveats"], described["labels"], probe, described["settings"]
-        )

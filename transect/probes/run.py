@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ import torch
 from ..data import Specimen
 from ..errors import NotApplicable, TransectError
 from ..forward import Seen, at_rest, inputs_of, run_body, to_device, watch
+from ..store import Folder
 from .registry import Probe, probe
 from .result import Result
 
@@ -56,19 +58,21 @@ class Inspection(Mapping[str, Result]):
 def run_probes(
     specimen: Specimen,
     wanted: Mapping[str, Mapping[str, Any]],
-    folder: Path | None = None,
+    folder: Folder | None = None,
     key: str = "",
     on_result: Callable[[str], None] = lambda name: None,
 ) -> Inspection:
     """Run probes. The model is as before afterwards, also after an error: its weights, mode and hooks.
 
-    wanted: settings by probe name. folder: where each result is written as soon as it is there; one that is there
-    already, under the same key and settings, is read instead of computed. key: names model, data and questions.
+    wanted: settings by probe name. folder: one of ours, where each result is written as soon as it is there; one
+    that is there already, under the same key and settings, is read instead of computed. key: names model, data and
+    questions.
     on_result: called with each probe's name when its result is there.
     A probe that fails is among `failed`, and the others go on; if all fail, the first error is raised.
     Raises TransectError for an unknown probe or setting, before any work.
     """
     chosen = {name: (probe(name), probe(name).settings(settings)) for name, settings in wanted.items()}
+    keys = {name: _key(key, settings) for name, (_, settings) in chosen.items()}
     inspection = Inspection({})
     errors: list[Exception] = []
 
@@ -89,13 +93,13 @@ def run_probes(
         result.probe, result.settings = name, chosen[name][1]
         inspection.results[name] = result
         if folder is not None:
-            result.save(folder, _key(key, result.settings))
+            result.save(folder, keys[name])
         on_result(name)
 
     with at_rest(specimen.model, frozen=True):
         looking: dict[str, tuple[Probe, Generator[None, Seen | None, Result]]] = {}
         for name, (one, settings) in chosen.items():
-            found = None if folder is None else Result.load(folder, name, _key(key, settings))
+            found = None if folder is None else Result.load(folder, name, keys[name])
             if found is not None:
                 inspection.results[name] = found
                 on_result(name)
@@ -158,4 +162,8 @@ def _finished(looker: Generator[None, Seen | None, Result]) -> Result:
 
 
 def _key(key: str, settings: Mapping[str, Any]) -> str:
-    return hashlib.blake2b(f"{key} {json.dumps(settings, sort_keys=True)}".encode(), digest_size=16).hexdigest()
+    """Names all that decides a result; where a setting names a file, what is in it too."""
+    files = [value for value in settings.values() if isinstance(value, str) and os.path.isfile(value)]
+    contents = [hashlib.blake2b(Path(file).read_bytes(), digest_size=16).hexdigest() for file in files]
+    described = json.dumps([key, settings, contents], sort_keys=True)
+    return hashlib.blake2b(described.encode(), digest_size=16).hexdigest()

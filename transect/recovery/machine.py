@@ -43,6 +43,11 @@ class Machine:
         """Whether this process writes the files."""
         return self.accelerator.is_main_process
 
+    def to_dict(self) -> dict[str, Any]:
+        """What of it decides the numbers of a training, as JSON; the same in every process."""
+        precision = self.accelerator.mixed_precision
+        return {"device": self.device.type, "processes": self.count, "mixed_precision": precision}
+
     def total(self, tensor: Tensor) -> Tensor:
         """The sum over all processes, where the tensor was."""
         if self.count == 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from ..anatomy import Anatomy
-from ..compression.fingerprint import model_fingerprint
+from ..compression.fingerprint import computation_fingerprint
 from ..data import Batches
 from ..errors import TransectError
 from ..forward import at_rest
@@ -63,9 +64,10 @@ def recover_anatomy(
     machine, state = machine or Machine(), state or State(None)
     plan = {
         "transect": __version__, "recover": settings.to_dict(), "data": data.fingerprint,
-        "model": model_fingerprint(model), "teacher": None if teacher is None else model_fingerprint(teacher),
+        "model": computation_fingerprint(model),
+        "teacher": None if teacher is None else computation_fingerprint(teacher), "machine": machine.to_dict(),
     }  # fmt: skip
-    state.begin(plan)
+    state.begin(json.dumps(plan, sort_keys=True))
     machine.wait()
     job = Job(
         settings, machine, state, share(training, machine.index, machine.count),

@@ -1,65 +1,54 @@
-"""Unfinished work on disk: safetensors and JSON, each file written beside its place and renamed."""
+"""Unfinished work on disk, in a folder of ours; what is of another repair, or damaged, is not gone on from."""
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..errors import TransectError
-from ..store import replacing
+from ..store import Folder, keep, kept
+
+KIND = "an unfinished repair"
 
 
 class State:
-    """A folder with `run.json` (which repair this is), `state.safetensors` (how far the training in progress is), and
-    in the repair block by block `block-00000.safetensors` ... (what is finished).
+    """A folder with `state.safetensors` (how far the training in progress is), and in the repair block by block
+    `block-00000.safetensors` ... (what is finished).
 
     folder: None to keep nothing. writes: False in all processes but one.
     """
 
     def __init__(self, folder: Path | None, writes: bool = True) -> None:
-        self.folder, self.writes = folder, writes
+        self.folder, self.writes = None if folder is None else Folder(folder, KIND), writes
+        self._of = ""
 
-    def begin(self, plan: Mapping[str, Any]) -> None:
-        """Keep what is there if it is of this very repair, and start over if it is of another one.
+    def check_place(self) -> None:
+        """Raise TransectError for a folder in which something else lies."""
+        if self.folder is not None and self.writes:
+            self.folder.check_place()
+
+    def begin(self, of: str) -> None:
+        """What is there of this very repair will be gone on from. of: names all that decides how it goes.
 
         Raises TransectError for a folder in which something else lies.
         """
-        if self.folder is None or not self.writes:
-            return
-        file, text = self.folder / "run.json", json.dumps(plan, sort_keys=True)
-        if self.folder.exists() and not file.is_file() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-            raise TransectError(f"{self.folder} exists and is no unfinished repair: name another place for it")
-        if not file.is_file() or file.read_text() != text:
-            self.remove()
-            self.folder.mkdir(parents=True)
-            with replacing(file) as partial:
-                partial.write_text(text)
+        self._of = of
+        if self.folder is not None and self.writes:
+            self.folder.take()
 
     def write(self, name: str, tensors: Mapping[str, Tensor], note: Mapping[str, Any]) -> None:
         """Write `name`.safetensors, with a note as JSON in its header."""
-        if self.folder is None or not self.writes:
-            return
-        with replacing(self.folder / f"{name}.safetensors") as partial:
-            save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, partial,
-                      metadata={"note": json.dumps(note)})  # fmt: skip
+        if self.folder is not None and self.writes:
+            keep(self.folder.file(f"{name}.safetensors"), tensors, self._of, note)
 
     def read(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """What `write` wrote, or None."""
-        path = None if self.folder is None else self.folder / f"{name}.safetensors"
-        if path is None or not path.is_file():
-            return None
-        with safe_open(path, "pt") as file:
-            note = json.loads(file.metadata()["note"])
-        return load_file(path), note
+        """What `write` wrote in this very repair, or None."""
+        found = None if self.folder is None else kept(self.folder.path / f"{name}.safetensors", self._of)
+        return None if found is None else (dict(found), found.note)
 
     def remove(self) -> None:
-        """The repair is finished, or is another one now."""
-        if self.folder is not None and self.writes and self.folder.exists():
-            shutil.rmtree(self.folder)
+        """The repair is finished."""
+        if self.folder is not None and self.writes:
+            self.folder.clear()

@@ -12,10 +12,12 @@ from markupsafe import Markup
 
 from ..data import Specimen
 from ..probes import Drawing, Failure, Inspection, Plot, Result, drawings, probe
-from ..store import replacing
+from ..store import Folder, write_text
+
+INDEX = "index.html"
 
 
-def write_report(folder: Path, found: Inspection, specimen: Specimen) -> Path:
+def write_report(folder: Folder, found: Inspection, specimen: Specimen) -> Path:
     """Write index.html into the folder whose `data` holds the results; returns its path."""
     environment = Environment(loader=PackageLoader("transect.report"), autoescape=select_autoescape())
     sections = [_section(name, result, found.failed) for name, result in found.items()]
@@ -25,9 +27,8 @@ def write_report(folder: Path, found: Inspection, specimen: Specimen) -> Path:
         refused=list(found.refused.items()), failed=list(found.failed.items()),
         plotly=_plotly() if plots else "",
     )  # fmt: skip
-    path = folder / "index.html"
-    with replacing(path) as partial:
-        partial.write_text(page, encoding="utf-8")
+    path = folder.file(INDEX)
+    write_text(path, page)
     return path
 
 

@@ -40,23 +40,29 @@ class Folder:
         mine = leftovers(self.path / MARK)
         return self.path.is_dir() and all(entry in mine for entry in self.path.iterdir())
 
-    def take(self, *, among_others: bool = False) -> None:
-        """Make the folder and its mark, if they are not there.
+    @property
+    def is_empty(self) -> bool:
+        """Whether none of the files that are ours is there."""
+        return not any(os.path.lexists(self.path / name) for name in self.listed())
 
-        among_others: whether other files may lie in it. Raises TransectError for a folder that is somebody else's.
-        """
-        if self.path.exists() and not self.path.is_dir():
+    def check_place(self, *, among_others: bool = False) -> None:
+        """Raise TransectError if the folder is somebody else's. among_others: whether other files may lie in it."""
+        if os.path.lexists(self.path) and not self.path.is_dir():
             raise TransectError(f"{self.path} is a file; name a folder for {self.kind}")
-        if self.is_ours:
-            return
         found = self._marked()
-        if found is not None or not (among_others or self.is_free):
+        if found not in (None, self.kind) or not (found or among_others or self.is_free):
             raise TransectError(
                 f"the folder {self.path} exists and holds {found or f'something that is not {self.kind}'}; "
                 "choose another"
             )
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_text(self.path / MARK, json.dumps({"transect": __version__, "kind": self.kind}))
+
+    def take(self, *, among_others: bool = False) -> None:
+        """Make the folder and its mark, if they are not there; see `check_place`."""
+        self.check_place(among_others=among_others)
+        sweep(self.path / MARK)
+        if not self.is_ours:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._write_mark()
 
     def check(self, *names: str) -> None:
         """Raise TransectError if a file of one of these names is there and is not ours."""
@@ -68,16 +74,30 @@ class Folder:
                     "away, or name another folder"
                 )
 
-    def file(self, name: str) -> Path:
-        """The path of a file to write, which is ours from now on; TransectError if it is there and is not ours."""
-        self.check(name)
-        path = self.path / name
-        if name not in self.listed():
+    def add(self, *names: str) -> None:
+        """List files that are to be written: they are ours from now on; TransectError if one is there and is not."""
+        self.check(*names)
+        listed = self.listed()
+        added = [name for name in dict.fromkeys(names) if name not in listed]
+        for name in added:
+            if not self._lies_inside(name):
+                raise TransectError(f"{self.path / name} is reached through a link, and would not lie in {self.path}")
+        if added:
             with (self.path / MARK).open("a", encoding="utf-8") as stream:
-                stream.write("\n" + json.dumps(name))  # a line that a kill has cut off ends here
+                stream.write("".join("\n" + json.dumps(name) for name in added))  # a line that a kill cut off ends here
                 stream.flush()
                 os.fsync(stream.fileno())
-        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def file(self, name: str) -> Path:
+        """The path of a file to write, which is ours from now on; TransectError if that cannot be."""
+        self.add(name)
+        path = self.path / name
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise TransectError(f"{path.parent} is not a folder, and {self.kind} has one there; move it away") from None
+        if _is_folder(path) and any(path.iterdir()):
+            raise TransectError(f"{path} is a folder with something in it, where {self.kind} has a file; move it away")
         sweep(path)
         return path
 
@@ -91,23 +111,33 @@ class Folder:
                     names.add(name)
         return names
 
-    def clear(self) -> None:
-        """Delete what is ours, the mark last; the folder too, if nothing else is in it."""
+    def empty(self, last: str = "") -> None:
+        """Delete what is ours but the mark, so that the folder can be filled anew. last: the file that goes last."""
         folders = set()
-        for name in sorted(self.listed()):
+        for name in sorted(self.listed(), key=lambda name: (name == last, name)):
             path = self.path / name
             sweep(path)
-            path.unlink(missing_ok=True)
+            _remove(path)
             folders.update(path.parents[: len(Path(name).parents) - 1])
         for folder in sorted(folders, key=lambda folder: len(folder.parts), reverse=True):
             with suppress(OSError):  # something else lies in it
                 folder.rmdir()
+        if self._marked() is not None:
+            self._write_mark()
+
+    def clear(self) -> None:
+        """Delete what is ours, the mark last; the folder too, if nothing else is in it."""
+        self.empty()
         sweep(self.path / MARK)
         (self.path / MARK).unlink(missing_ok=True)
         with suppress(OSError):
             self.path.rmdir()
         if self.path.parent.is_dir():
             flush(self.path.parent)
+
+    def _write_mark(self) -> None:
+        """A mark that lists nothing."""
+        write_text(self.path / MARK, json.dumps({"transect": __version__, "kind": self.kind}))
 
     def _marked(self) -> str | None:
         """The kind that stands in the mark; None without one."""
@@ -130,3 +160,16 @@ class Folder:
         if not parts or Path(name).is_absolute() or ".." in parts or name == MARK or "\0" in name:
             return False
         return not any((self.path / Path(*parts[:i])).is_symlink() for i in range(1, len(parts)))
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def _remove(path: Path) -> None:
+    """Delete a file. Of a folder that somebody made in its place, what is in it is theirs, and it stays."""
+    if _is_folder(path):
+        with suppress(OSError):
+            path.rmdir()
+    elif os.path.lexists(path):
+        path.unlink(missing_ok=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .text import read_json
 from .write import replacing, write_text
 
 logger = logging.getLogger(__name__)
@@ -54,8 +56,10 @@ def keep(path: Path, tensors: Mapping[str, Tensor], of: str, note: Any = None) -
 
 def kept(path: Path, of: str) -> Kept | None:
     """What `keep` wrote of the same thing; None if there is nothing, or it is of something else, or damaged."""
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
+    if not path.is_file():  # a named pipe would be waited for
+        return _unused(path, "it is not a file")
     try:
         with safe_open(path, "pt") as file:
             marks = dict(file.metadata() or {})
@@ -88,17 +92,17 @@ def keep_json(path: Path, value: Mapping[str, Any], of: str) -> None:
 
 def kept_json(path: Path, of: str) -> dict[str, Any] | None:
     """What `keep_json` wrote of the same thing; None as for `kept`."""
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_json(path)
         belongs, checksum = value.pop(_OF, None), value.pop(_SUM, None)
         if belongs != of:
             return _unused(path, "it is of something else")
         if checksum != _checksum(of, json.dumps(value, sort_keys=True), ()):
             return _unused(path, "its checksum is wrong")
         return value
-    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # BadCheckpoint is a ValueError
         return _unused(path, f"it is damaged ({' '.join(str(error).split())[:200]})")
 
 

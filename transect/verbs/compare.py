@@ -11,12 +11,13 @@ import pandas as pd
 import torch
 
 from ..anatomy import Anatomy
-from ..comparison import Engine, Plan, Row, compare_anatomy
-from ..compression.fingerprint import model_fingerprint
+from ..comparison import KIND, Engine, Plan, Row, compare_anatomy
+from ..compression.fingerprint import computation_fingerprint, model_fingerprint
 from ..data import SpecialTokens
 from ..parameters import listed
 from ..report import markdown_table, pareto_plot
 from ..statistics import Fisher, Progress
+from ..store import Folder, write_text
 from .common import CALIBRATION_SEQUENCES, Settings, calibration_of, given_of, held_out_of, opened_of
 
 
@@ -60,10 +61,14 @@ def compare(
 
     Returns the table: method, allocation, keep, kept (share of the matrices' bytes), bytes (of the whole model),
     parameters, loss (nats), perplexity, accuracy, tokens, prefill and decode tokens per second, peak_memory (bytes),
-    compress_seconds (statistics, factorization and replacement, as if the row were computed alone).
+    compress_seconds (statistics, factorization and replacement, as if the row were computed alone). A row whose process
+    was lost twice, such as for want of memory, has a note instead, and is named in the table's `attrs["lost"]`; the
+    same call tries it again.
     """
     methods, allocations, keep = listed(methods), listed(allocations or ()), listed(keep)
     settings = given_of(settings, methods, allocations)  # an unknown name is an error before anything is loaded
+    folder = Folder(Path(out).expanduser(), KIND)
+    folder.check_place()
     opened = opened_of(model, tokenizer)
     anatomy = Anatomy(opened.model)
     calibration = calibration_of(data, opened, sequence_length, sequences, batch_size, seed, special_tokens)
@@ -72,19 +77,20 @@ def compare(
         model="" if opened.source == "" else str(opened.path or opened.source),
         dtype=str(opened.model.dtype).removeprefix("torch."), device=str(opened.model.device),
         architecture=asdict(anatomy.architecture),
-        weights=model_fingerprint(opened.model), methods=tuple(methods), allocations=tuple(allocations),
+        weights=model_fingerprint(opened.model), computation=computation_fingerprint(opened.model),
+        methods=tuple(methods), allocations=tuple(allocations),
         keeps=tuple(float(share) for share in keep),
         settings=settings,
         calibration=calibration.fingerprint, evaluation=held_out.fingerprint,
         roles=None if roles is None else tuple(listed(roles)), fisher=fisher, accumulate=str(accumulate).split(".")[1],
         seed=seed, sequential=sequential, refit=refit,
     )  # fmt: skip
-    folder = Path(out)
+    folder.check("table.csv", "table.md", "pareto.png")
     frame = compare_anatomy(
         anatomy, plan, folder, calibration, held_out,
         workers=workers, engine=engine, overwrite=overwrite, progress=progress, on_row=on_row,
     )  # fmt: skip
-    frame.to_csv(folder / "table.csv", index=False)
-    (folder / "table.md").write_text(markdown_table(frame))
-    pareto_plot(frame, folder / "pareto.png", title=f"{opened.source or type(opened.model).__name__}")
+    write_text(folder.file("table.csv"), frame.to_csv(index=False))
+    write_text(folder.file("table.md"), markdown_table(frame))
+    pareto_plot(frame, folder.file("pareto.png"), title=f"{opened.source or type(opened.model).__name__}")
     return frame

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,10 +12,11 @@ from typing import Any
 from ..compression.fingerprint import computation_fingerprint
 from ..data import SpecialTokens, Specimen
 from ..parameters import listed
-from ..probes import Inspection, probe, run_probes
+from ..probes import KIND, Inspection, Result, probe, run_probes
 from ..probes import probes as all_probes
-from ..report import write_report
+from ..report import INDEX, write_report
 from ..statistics import Progress
+from ..store import Folder
 from ..version import __version__
 from .common import Settings, specimen_of
 
@@ -47,7 +49,8 @@ def inspect(
     data: text as for `compress`. facts, choices, passages: questions about what the model knows, see
         `transect.data.load_facts`, `load_choices` and `load_passages`. The bundled model, called by its name, has all
         of these as defaults.
-    out: a folder for the report (index.html) and the raw results. The same call goes on where it was interrupted.
+    out: a folder for the report (index.html) and the raw results (data). The same call goes on where it was
+        interrupted. Other files may lie in it and are left alone; one of a name that the report needs is refused.
     sequence_length, sequences, batch_size, special_tokens: of the text, see `transect.data.load`; sequences are spread
         evenly over it, None takes all. Memory is that of one batch's activations, whatever the amount of text.
     settings: of the probes, by name: {"lazy-neuron": {"mass": 0.9}}.
@@ -61,17 +64,18 @@ def inspect(
     names = [one.name for one in all_probes()] if probes is None else listed(probes)
     for name in [*names, *settings]:
         probe(name).settings(settings.get(name, {}))
+    folder = None if out is None else Folder(Path(out).expanduser(), KIND)
+    if folder is not None:
+        folder.check_place(among_others=True)
+        folder.check(INDEX, *(file for name in names for file in Result.files(name)))
     specimen = specimen_of(
         model, data, facts=facts, choices=choices, passages=passages, tokenizer=tokenizer,
         length=sequence_length, sequences=sequences, batch_size=batch_size, seed=seed, special_tokens=special_tokens,
         progress=progress,
     )  # fmt: skip
-    folder = None
-    if out is not None:
-        folder = Path(out).expanduser()
-        (folder / "data").mkdir(parents=True, exist_ok=True)
-    raw = None if folder is None else folder / "data"
-    found = run_probes(specimen, {name: settings.get(name, {}) for name in names}, raw, _key(specimen), on_result)
+    if folder is not None:
+        folder.take(among_others=True)
+    found = run_probes(specimen, {name: settings.get(name, {}) for name in names}, folder, _key(specimen), on_result)
     if folder is not None:
         write_report(folder, found, specimen)
     return found
@@ -84,5 +88,19 @@ def _key(specimen: Specimen) -> str:
     digest.update(b"" if specimen.data is None else specimen.data.fingerprint.encode())
     for questions in (specimen.known_facts, specimen.known_choices, specimen.known_passages):
         digest.update(repr([asdict(one) for one in questions]).encode())
-    digest.update(str(specimen.seed).encode())
+    digest.update(f"{specimen.seed} {_of_tokenizer(specimen.tokenizer)}".encode())
     return digest.hexdigest()
+
+
+def _of_tokenizer(tokenizer: Any) -> str:
+    """What decides the tokens that it makes of a question; nothing where there is none."""
+    if not hasattr(tokenizer, "get_vocab"):
+        return ""
+    described = {"class": type(tokenizer).__name__, "special": tokenizer.special_tokens_map}
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    if fast is None:
+        described["vocabulary"] = tokenizer.get_vocab()
+    else:
+        chosen_by_a_call = ("truncation", "padding")
+        described |= {k: v for k, v in json.loads(fast.to_str()).items() if k not in chosen_by_a_call}
+    return json.dumps(described, sort_keys=True, default=str)

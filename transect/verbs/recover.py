@@ -72,13 +72,14 @@ def recover(
     target = None if out is None else check_output(out, overwrite)
     if target is not None and checkpoint is None:
         checkpoint = target.parent / f".{target.name}.recovery"
+    machine = Machine(device)
+    state = State(None if checkpoint is None else Path(checkpoint), writes=machine.is_main)
+    state.check_place()
     opened = opened_of(model, tokenizer)
     dense = None if teacher is None else opened_of(teacher, None)
     if dense is not None:
         check_same_tokens(opened.tokenizer, dense.tokenizer)
     batches = calibration_of(data, opened, sequence_length, sequences, batch_size, seed, special_tokens)
-    machine = Machine(device)
-    state = State(None if checkpoint is None else Path(checkpoint), writes=machine.is_main)
     recover_anatomy(
         Anatomy(opened.model), settings, batches, None if dense is None else dense.model,
         machine=machine, state=state, progress=progress, on_check=on_check,

@@ -34,6 +34,7 @@ def compare(context: click.Context, model: str, out: Path, as_json: bool, **opti
 
     from ...checkpoint import open_model
     from ...compression import allocation_named, method
+    from ...errors import TransectError
     from ...report import rich_table
     from ...verbs import compare as compare_models
 
@@ -55,6 +56,8 @@ def compare(context: click.Context, model: str, out: Path, as_json: bool, **opti
         )  # fmt: skip
     if as_json:
         click.echo(frame.to_json(orient="records"))
-        return
-    print_whole(rich_table(frame, f"{model}, {int(frame['tokens'].iloc[0]):,} held-out predictions"))
-    print_whole(f"run folder: {out}   plot: {out / 'pareto.png'}")
+    else:
+        print_whole(rich_table(frame, f"{model}, {int(frame['tokens'].iloc[0]):,} held-out predictions"))
+        print_whole(f"run folder: {out}   plot: {out / 'pareto.png'}")
+    if frame.attrs["lost"]:
+        raise TransectError(f"not computed: {', '.join(frame.attrs['lost'])}; the same command tries again")

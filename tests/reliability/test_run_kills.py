@@ -1,0 +1,144 @@
+"""Comparisons, inspections and repairs, killed at each of their changes of files, and run again: the same result.
+
+A command has 20 to 70 different states; `STATES` of each are tried, evenly spaced, and all with TRANSECT_STATES=1000.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import transect
+from transect.checkpoint import save
+from transect.data.batches import evenly_spaced
+from transect.evaluation import Speed
+from transect.store import Folder, write_text
+
+from ..models import VOCABULARY, apart, tiny
+from ..test_compare import SAME
+from .faults import Kills
+
+STATES = int(os.environ.get("TRANSECT_STATES", "8"))
+DATA = torch.randint(3, VOCABULARY, (6, 8), generator=torch.Generator().manual_seed(5))
+OTHER = torch.randint(3, VOCABULARY, (4, 8), generator=torch.Generator().manual_seed(6))
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Timing each row, and drawing each plot, would be most of these tests' time."""
+    monkeypatch.setattr("transect.evaluation.measure_speed", lambda model: Speed(1.0, 1.0))
+    verb = sys.modules["transect.verbs.compare"]
+    monkeypatch.setattr(verb, "pareto_plot", lambda frame, path, title: write_text(path, title * 20))
+
+
+def compare(root, methods=("svd", "svd-llm"), held_out=DATA, **options):
+    return transect.compare(
+        tiny("llama"), methods, (0.7, 0.5), DATA, held_out, root / "run", roles=("q", "down"), **options
+    )
+
+
+def inspect(root):
+    return transect.inspect(tiny("llama"), ("nuclear-norm", "lazy-neuron"), DATA, out=root / "run", sequences=4)
+
+
+def recover(root, how):
+    teacher = {"teacher": tiny("llama", seed=1)} if how == "blocks" else {}
+    options = dict(epochs=2, steps=2, every=1, batch_size=4, lr=1e-2, device="cpu", overwrite=True, **teacher)
+    return transect.recover(tiny("llama"), DATA, how, out=root / "run", **options)
+
+
+def files(root):
+    """Names of everything that is there, relative to `root`."""
+    return sorted(str(path.relative_to(root)) for path in Path(root).rglob("*"))
+
+
+OWN = ("notes.txt", "rows/notes.txt", "data/notes.txt")  # files of the user's in a folder of ours
+
+
+def put_own(root):
+    for name in OWN:
+        path = root / "run" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
+
+
+def has_own(root):
+    return all((root / "run" / name).read_text() == "mine" for name in OWN)
+
+
+def states(command, root, into):
+    """What a kill at each change leaves."""
+    kills = Kills(root, into)
+    with kills.recorded():
+        command(root)
+    assert len(kills.states) > 20
+    return evenly_spaced(kills.states, STATES)
+
+
+@pytest.mark.parametrize("over", ["nothing", "another run"])
+def test_a_comparison(tmp_path, over):
+    root = tmp_path / "root"
+    root.mkdir()
+    options = {}
+    if over == "another run":
+        compare(root, methods=("asvd",), held_out=OTHER)
+        put_own(root)
+        options = {"overwrite": True}
+    seen = states(lambda place: compare(place, **options), root, tmp_path / "states")
+    expected, names = compare(root), files(root)
+    for state in seen:
+        pd.testing.assert_frame_equal(compare(state, **options)[SAME], expected[SAME])
+        assert files(state) == names
+        table = pd.read_csv(state / "run" / "table.csv")
+        pd.testing.assert_frame_equal(table[SAME], expected[SAME])
+        found, wanted = (load_file(place / "run/factors/svd-llm.safetensors") for place in (state, root))
+        assert found.keys() == wanted.keys() and all(apart(found[k], wanted[k]) < 1e-4 for k in wanted if "values" in k)
+        assert not options or has_own(state)
+    if options:
+        Folder(root / "run", "a comparison").clear()
+        assert [name for name in files(root) if (root / name).is_file()] == sorted(f"run/{name}" for name in OWN)
+
+
+def test_an_inspection(tmp_path):
+    root = tmp_path / "root"
+    put_own(root)
+    seen = states(inspect, root, tmp_path / "states")
+    expected, names = inspect(root), files(root)
+    for state in seen:
+        found = inspect(state)
+        assert list(found) == list(expected) and files(state) == names
+        for name, result in expected.items():
+            assert found[name].findings == result.findings
+            stored = load_file(state / "run" / "data" / f"{name}.safetensors")
+            for quantity, one in result.quantities.items():
+                for values in (found[name][quantity], stored[quantity]):
+                    torch.testing.assert_close(values, one.values, rtol=1e-5, atol=1e-6, equal_nan=True)
+        assert (state / "run" / "index.html").read_bytes() == (root / "run" / "index.html").read_bytes()
+        assert has_own(state)
+
+
+@pytest.mark.parametrize("how", ["full", "blocks"])
+def test_a_repair(tmp_path, how):
+    root = tmp_path / "root"
+    root.mkdir()
+    old = None
+    if how == "full":  # over another model
+        save(tiny("llama", seed=3), root / "run")
+        (root / "run" / "notes.txt").write_text("mine")
+        old = load_file(root / "run" / "model.safetensors")
+    seen = states(lambda place: recover(place, how), root, tmp_path / "states")
+    new, names = load_file(root / "run" / "model.safetensors"), files(root)
+    assert any((state / ".run.recovery" / "state.safetensors").exists() for state in seen)
+    for state in seen:
+        model = state / "run" / "model.safetensors"
+        if old is not None or model.exists():
+            found = load_file(model)
+            assert any(one and all(torch.equal(found[name], one[name]) for name in one) for one in (old, new))
+        recover(state, how)
+        found = load_file(model)
+        assert found.keys() == new.keys() and all(torch.equal(found[name], new[name]) for name in new)
+        assert files(state) == names

@@ -1,0 +1,189 @@
+"""Processes that compute rows: they end with their parent, and one that is lost costs its row a second try."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pandas as pd
+import psutil
+import pytest
+import torch
+from click.testing import CliRunner
+
+import transect
+from transect.checkpoint import open_model, save
+from transect.cli import main_group
+from transect.comparison import Row, processes
+from transect.comparison.losses import Losses
+from transect.comparison.worker import load_worker
+from transect.errors import TransectError
+from transect.evaluation import Speed
+from transect.store import Folder
+
+from ..models import VOCABULARY, tiny
+from ..test_checkpoint import tokenizer
+
+DATA = torch.randint(3, VOCABULARY, (4, 8), generator=torch.Generator().manual_seed(5))
+
+# A user's own methods, registered where every process of the run imports them, which leave the model as it is: the
+# first ends its process as the system does where memory runs out, but only once; the second never comes to an end. One
+# process at a time shows it, and each takes seconds to start.
+SCRIPT = """
+import logging, os, signal, sys, time
+from pathlib import Path
+import torch
+import transect
+from transect.comparison.processes import run_in_processes
+from transect.compression.registry import slicing
+
+HERE = Path(sys.argv[1])
+
+def check(block, keep): pass
+
+@slicing("once", paper="ours", check=check)
+def once(block, statistics, keep):
+    "Die the first time."
+    if not (HERE / "died").exists():
+        (HERE / "died").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+@slicing("endless", paper="ours", check=check)
+def endless(block, statistics, keep):
+    "Wait."
+    (HERE / "waiting").touch()
+    time.sleep(600)
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    comparing, several = sys.modules["transect.comparison.compare"], run_in_processes
+    comparing.run_in_processes = lambda folder, plan, groups, _, told: several(folder, plan, groups, 1, told)
+    data = (torch.arange(32) % 60 + 3).view(4, 8)
+    transect.compare(str(HERE / "model"), ["once", "endless"], [0.5], data, data, HERE / "run", workers=2)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no kills on this system")
+def test_a_killed_worker_costs_a_second_try_and_a_killed_parent_takes_its_workers_along(tmp_path):
+    save(tiny("llama"), tmp_path / "model")
+    (tmp_path / "script.py").write_text(SCRIPT)
+    rows = tmp_path / "run" / "rows"
+    with (tmp_path / "said").open("w") as said:
+        run = subprocess.Popen(
+            [sys.executable, str(tmp_path / "script.py"), str(tmp_path)], stdout=said, stderr=said,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        )  # fmt: skip
+        try:
+            for _ in range(4000):
+                if (rows / "once_uniform_0.5.json").exists() and (tmp_path / "waiting").exists():
+                    break
+                assert run.poll() is None, (tmp_path / "said").read_text()
+                time.sleep(0.05)
+            children = psutil.Process(run.pid).children(recursive=True)
+        finally:
+            run.kill()
+            run.wait()
+    assert children
+    _, alive = psutil.wait_procs(children, timeout=60)
+    assert not alive
+    assert (
+        "once at 0.5 (uniform): its process was ended by SIGKILL (out of memory?); it is tried again"
+        in (tmp_path / "said").read_text()
+    )
+    losses = {path.name: json.loads(path.read_text())["loss"] for path in rows.iterdir()}
+    assert set(losses) == {"dense.json", "once_uniform_0.5.json"}
+    assert losses["once_uniform_0.5.json"] == pytest.approx(losses["dense.json"], rel=1e-5)
+
+
+def test_a_row_is_tried_twice_and_the_rest_of_its_group_goes_on():
+    rows = [Row("svd", "ilp", keep) for keep in (0.7, 0.5, 0.3)]
+    losses = Losses()
+    assert losses.rest(rows, "was lost") == rows and not losses.why
+    assert losses.rest(rows, "was lost") == rows[1:] and list(losses.why) == rows[:1]
+    assert losses.rest(rows[2:], "was lost") == rows[2:]  # the second one was finished
+    assert losses.rest([], "was lost") == []
+
+
+@pytest.fixture
+def lost(monkeypatch):
+    """Rows whose process is lost, twice; the others are computed here."""
+    chosen = []
+
+    def run(folder, plan, groups, workers, on_row):
+        worker, losses = load_worker(folder, plan), Losses()
+        for row in [row for rows in groups for row in rows]:
+            if row.keep in chosen:
+                assert [losses.rest([row], "was lost") for _ in range(2)] == [[row], []]
+            else:
+                worker.run([row], on_row)
+        return losses.why
+
+    monkeypatch.setattr("transect.comparison.compare.run_in_processes", run)
+    monkeypatch.setattr("transect.evaluation.measure_speed", lambda model: Speed(1.0, 1.0))
+    return chosen
+
+
+def compare(out, model=None, **options):
+    return transect.compare(model or tiny("llama"), ["svd"], [0.7, 0.5], DATA, DATA, out, roles=("q",), **options)
+
+
+def test_a_row_that_is_lost_twice_has_a_note_and_is_tried_by_the_next_call(tmp_path, lost):
+    lost.append(0.5)
+    frame = compare(tmp_path / "run", workers=2)
+    assert frame.attrs["lost"] == ["svd at 0.5 (uniform)"] and list(frame["loss"].isna()) == [False, False, True]
+    table = pd.read_csv(tmp_path / "run" / "table.csv")
+    assert table["note"][2] == "not computed: its process was lost, twice"
+    assert "svd at 0.5: not computed" in (tmp_path / "run" / "table.md").read_text()
+    written = {str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert written - {".transect"} <= Folder(tmp_path / "run", "a comparison").listed()  # the model's among them
+    assert "dense/model.safetensors" in written
+    lost.clear()
+    frame = compare(tmp_path / "run", workers=2)
+    assert not frame.attrs["lost"] and frame["loss"].notna().all() and "note" not in frame
+    lost.append(1.0)
+    with pytest.raises(TransectError, match=r"the dense model: not computed: its process was lost, twice\. The rows"):
+        compare(tmp_path / "another", workers=2)
+
+
+def test_the_command_shows_the_table_and_ends_with_an_error(tmp_path, lost):
+    save(tiny("llama"), tmp_path / "model", tokenizer())
+    (tmp_path / "text.txt").write_text(" ".join(f"w{number % 40}" for number in range(400)))
+    line = f"compare {tmp_path / 'model'} --methods svd --keep 0.7,0.5 --roles q --workers 2 --sequence-length 8 " \
+           f"--data {tmp_path / 'text.txt'} --eval {tmp_path / 'text.txt'} --out {tmp_path / 'run'}"  # fmt: skip
+    lost.append(0.5)
+    result = CliRunner().invoke(main_group, line.split(), standalone_mode=False)
+    assert isinstance(result.exception, TransectError) and "not computed: svd at 0.5" in str(result.exception)
+    assert "pareto.png" in result.output and "its process was lost, twice" in result.output
+    lost.clear()
+    assert CliRunner().invoke(main_group, line.split(), standalone_mode=False).exception is None
+
+
+def test_processes_that_cannot_load_the_model_are_one_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "_serve", time.sleep)  # which is not given a time, and fails
+    nothing_finished: object = SimpleNamespace(finished=print)
+    with pytest.raises(TransectError, match="ended with exit code 1 while it loaded the model"):
+        processes.run_in_processes(tmp_path, nothing_finished, [["a"], ["b"], ["c"]], 2, lambda row: None)
+
+
+def test_other_processes_refuse_another_model_than_the_one_that_is_compared(tmp_path, lost):
+    tiny("llama").save_pretrained(tmp_path / "model")
+    opened = open_model(tmp_path / "model")
+    with torch.no_grad():
+        opened.model.model.norm.weight.mul_(2)  # what the folder holds is not compared any more
+    with pytest.raises(TransectError, match="holds other weights than the model that is compared"):
+        compare(tmp_path / "run", opened, workers=2)
+
+
+@pytest.mark.parametrize("of", ["calibration", "evaluation"])
+def test_other_processes_refuse_other_data_than_the_plans(tmp_path, lost, of, monkeypatch):
+    from transect.data import Batches
+
+    read = Batches.load
+    wrong = Batches([{"input_ids": DATA + 1 - 1, "labels": DATA}])
+    monkeypatch.setattr(Batches, "load", staticmethod(lambda path: wrong if of in path.name else read(path)))
+    with pytest.raises(TransectError, match=f"{of}.safetensors holds other data"):
+        compare(tmp_path / "run", workers=2)

@@ -1,0 +1,87 @@
+"""What the rows of a comparison share: the statistics, and each method's factorizations. Read, or computed and kept."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..anatomy import Anatomy
+from ..compression import method
+from ..compression.calibrate import calibrate
+from ..compression.frame import factorize
+from ..errors import TransectError
+from ..statistics import Progress, Statistics
+from ..store import keep_json, kept_json, remove
+from .factors import Factors
+from .plan import Plan, Row, factors_file
+
+STATISTICS, TIMED = "statistics.safetensors", "statistics.json"
+
+
+def prepare(
+    anatomy: Anatomy, plan: Plan, folder: Path, calibration: Any, rows: Iterable[Row], progress: Progress | None
+) -> None:
+    """Collect the statistics of all methods in one pass and factorize every matrix once a method; all of it on disk."""
+    rows = [row for row in rows if row.method is not None]
+    statistics = None
+    if any(plan.recipe(row).needs for row in rows):
+        statistics = calibrate_plan(anatomy, plan, folder, calibration, progress)
+    for name in dict.fromkeys(row.method for row in rows if row.method is not None):
+        if plan.is_factorized(name) and _kept_factors(plan, folder, name) is None:
+            _make_factors(anatomy, plan, folder, name, statistics, progress)
+
+
+def calibrate_plan(
+    anatomy: Anatomy, plan: Plan, folder: Path, calibration: Any, progress: Progress | None = None
+) -> Statistics:
+    """The union of all rows' statistics, in one pass, or as it lies in the run folder."""
+    of, started = plan.of("statistics", *_wanted(plan)), time.perf_counter()
+    timed = kept_json(folder / TIMED, of)
+    if timed is None:  # what they took is known only when they are collected
+        remove(folder / STATISTICS)
+    statistics = calibrate(
+        anatomy, anatomy.matrices(plan.roles), plan.needs, calibration,
+        fisher=plan.fisher, accumulate=getattr(torch, plan.accumulate), seed=plan.seed,  # type: ignore[arg-type]
+        cache=folder / STATISTICS, progress=progress,
+    )  # fmt: skip
+    if timed is None:
+        keep_json(folder / TIMED, {"seconds": time.perf_counter() - started}, of)
+    return statistics
+
+
+def calibration_seconds(plan: Plan, folder: Path) -> float:
+    """What the statistics took."""
+    timed = kept_json(folder / TIMED, plan.of("statistics", *_wanted(plan)))
+    return 0.0 if timed is None else float(timed["seconds"])
+
+
+def factors_of(anatomy: Anatomy, plan: Plan, folder: Path, name: str, statistics: Statistics | None) -> Factors:
+    """A method's factorizations of all matrices."""
+    found = _kept_factors(plan, folder, name)
+    if found is None:
+        _make_factors(anatomy, plan, folder, name, statistics, None)
+        found = _kept_factors(plan, folder, name)
+    if found is None:
+        raise TransectError(f"{folder / factors_file(name)} cannot be read back; is the disk in order?")
+    return found
+
+
+def _kept_factors(plan: Plan, folder: Path, name: str) -> Factors | None:
+    return Factors.load(folder / factors_file(name), plan.of("factors", name))
+
+
+def _make_factors(
+    anatomy: Anatomy, plan: Plan, folder: Path, name: str, statistics: Statistics | None, progress: Progress | None
+) -> None:
+    started, chosen = time.perf_counter(), method(name)
+    settings = chosen.settings(plan.settings.get(name, {}))
+    factors = factorize(anatomy.matrices(plan.roles), chosen, settings, statistics, progress)
+    Factors.save(folder / factors_file(name), factors, time.perf_counter() - started, plan.of("factors", name))
+
+
+def _wanted(plan: Plan) -> list[str]:
+    return sorted(statistic.label for statistic in plan.needs)

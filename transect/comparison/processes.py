@@ -1,0 +1,160 @@
+"""Rows in several processes of this machine, which end with the one that has started them."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from multiprocessing import connection, get_context, parent_process
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+from ..errors import TransectError
+from .losses import Losses
+from .plan import Plan, Row
+from .worker import load_worker
+
+_READY = "ready"  # the model is loaded
+
+
+def run_in_processes(
+    folder: Path, plan: Plan, groups: Sequence[list[Row]], workers: int, on_row: Callable[[Row], None]
+) -> dict[Row, str]:
+    """Spread the groups over processes; the cores are shared out among them.
+
+    A process that is lost (killed, as the system does where memory runs out) costs nothing but the row that it was
+    computing, which is tried once more in a new process. Returns why, for each row that was lost twice.
+    Raises TransectError if no process can so much as load the model, and whatever a row raises.
+    """
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    waiting, losses, pool, failed_starts = list(groups), Losses(), [], 0
+    try:
+        while waiting or pool:
+            while waiting and len(pool) < workers:
+                pool.append(_Process(folder, plan, threads, waiting.pop(0)))
+            heard = connection.wait([one.pipe for one in pool])
+            for one in [one for one in pool if one.pipe in heard]:
+                message = one.receive()
+                if isinstance(message, BaseException):
+                    raise message
+                if message == _READY:
+                    failed_starts = 0
+                elif isinstance(message, Row):
+                    one.rows.remove(message)
+                    on_row(message)
+                elif message is None:  # the group is finished
+                    one.give(waiting.pop(0) if waiting else [])
+                else:
+                    pool.remove(one)
+                    ended = one.end(seconds=5)
+                    for row in [row for row in one.rows if plan.finished(folder, row) is not None]:
+                        one.rows.remove(row)
+                        on_row(row)
+                    if one.ready or not one.rows:
+                        waiting[:0] = [rest] if (rest := losses.rest(one.rows, ended)) else []
+                        continue
+                    waiting.insert(0, one.rows)
+                    workers, failed_starts = max(1, workers - 1), failed_starts + 1  # so many may not fit into memory
+                    if not pool and failed_starts > 1:
+                        raise TransectError(f"a process that was to compute rows {ended} while it loaded the model")
+    finally:
+        for one in pool:
+            one.end()
+    return losses.why
+
+
+class _Lost:
+    """Received from a process that is no more."""
+
+
+class _Process:
+    """One process, at work on `rows`. ready: it has loaded the model."""
+
+    def __init__(self, folder: Path, plan: Plan, threads: int, rows: list[Row]) -> None:
+        context = get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.rows: list[Row] = []
+        self.ready = False
+        self.process = context.Process(target=_serve, args=(theirs, folder, plan, threads), daemon=True)
+        with _no_ctrl_c():
+            self.process.start()
+        theirs.close()  # so that the pipe ends with the process
+        self.give(rows)
+
+    def give(self, rows: list[Row]) -> None:
+        """Rows to compute; none to let it end."""
+        self.rows = list(rows)
+        with suppress(OSError):  # it is lost, which is what will be received
+            self.pipe.send(rows)
+
+    def receive(self) -> Any:
+        """What it says next: `_READY`, a row that is finished, None for all of them, an error; `_Lost` at its end."""
+        try:
+            message = self.pipe.recv()
+        except (EOFError, OSError):
+            return _Lost()
+        self.ready = self.ready or message == _READY
+        return message
+
+    def end(self, seconds: float = 0) -> str:
+        """End it unless it does so by itself within so many seconds; how it did."""
+        self.process.join(seconds)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+        self.pipe.close()
+        code = self.process.exitcode or 0
+        if code >= 0:
+            return f"ended with exit code {code}"
+        name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+        return f"was ended by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+
+
+@contextmanager
+def _no_ctrl_c() -> Iterator[None]:
+    """What is started inside is not interrupted by the terminal: the process that has started it ends it."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _serve(pipe: Any, folder: Path, plan: Plan, threads: int) -> None:
+    """What a process does: load the model, and compute the groups that it is given, until it is given none."""
+    Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        import torch
+
+        torch.set_num_threads(threads)
+        worker = load_worker(folder, plan)
+        pipe.send(_READY)
+        while rows := pipe.recv():
+            worker.run(rows, pipe.send)
+            pipe.send(None)
+    except Exception as error:
+        pipe.send(_portable(error))
+
+
+def _end_with_parent() -> None:
+    """Without this a process goes on for hours, for nobody, after its parent was killed."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _portable(error: Exception) -> BaseException:
+    """The error, with where it happened, as it can be sent to another process."""
+    error.add_note("".join(traceback.format_exception(error)))
+    try:
+        return pickle.loads(pickle.dumps(error))
+    except Exception:  # an exception of its own kind, with its own arguments
+        return RuntimeError(f"{type(error).__name__}: {error}")
