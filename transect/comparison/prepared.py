@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,10 +17,11 @@ from ..compression.calibrate import calibrate
 from ..compression.frame import factorize
 from ..errors import TransectError
 from ..statistics import Progress, Statistics
-from ..store import keep_json, kept_json, remove
+from ..store import carries_mark, keep_json, kept_json, remove
 from .factors import Factors
 from .plan import Plan, Row, factors_file
 
+_logger = logging.getLogger(__name__)
 STATISTICS, TIMED = "statistics.safetensors", "statistics.json"
 
 
@@ -40,13 +43,17 @@ def calibrate_plan(
 ) -> Statistics:
     """The union of all rows' statistics, in one pass, or as it lies in the run folder."""
     of, started = plan.of("statistics", *_wanted(plan)), time.perf_counter()
+    cache = folder / STATISTICS
     timed = kept_json(folder / TIMED, of)
+    if not carries_mark(cache) and os.path.lexists(cache):
+        _logger.info("%s is not used, since it is damaged: it is computed anew", cache)
+        remove(cache)
     if timed is None:  # what they took is known only when they are collected
-        remove(folder / STATISTICS)
+        remove(cache)
     statistics = calibrate(
         anatomy, anatomy.matrices(plan.roles), plan.needs, calibration,
         fisher=plan.fisher, accumulate=getattr(torch, plan.accumulate), seed=plan.seed,  # type: ignore[arg-type]
-        cache=folder / STATISTICS, progress=progress,
+        cache=cache, progress=progress,
     )  # fmt: skip
     if timed is None:
         keep_json(folder / TIMED, {"seconds": time.perf_counter() - started}, of)

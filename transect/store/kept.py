@@ -75,6 +75,8 @@ def kept(path: Path, of: str) -> Kept | None:
 
 def carries_mark(path: Path) -> bool:
     """Whether `keep` wrote the file, however damaged its numbers are by now."""
+    if not path.is_file():  # a named pipe would be waited for
+        return False
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
