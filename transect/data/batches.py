@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..store import replacing
+from ..errors import BadData
+from ..store import keep, kept, tensor_bytes
 
+_KIND = "batches"
 T = TypeVar("T")
 
 
@@ -64,7 +65,7 @@ class Batches:
         for batch in self.batches:
             for name, tensor in sorted(batch.items()):
                 digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                digest.update(tensor_bytes(tensor))
         return digest.hexdigest()
 
     def shard(self, rank: int, world_size: int) -> Batches:
@@ -73,22 +74,25 @@ class Batches:
 
     def save(self, path: Path) -> None:
         """Write as one safetensors file."""
-        tensors = {
-            f"{number:06d}|{name}": tensor.contiguous()
-            for number, batch in enumerate(self.batches)
-            for name, tensor in batch.items()
-        }
-        with replacing(path) as partial:
-            save_file(tensors, partial)
+        keep(path, {f"{i:06d}|{k}": t for i, batch in enumerate(self.batches) for k, t in batch.items()}, _KIND)
 
     @staticmethod
-    def load(path: Path) -> Batches:
-        """Read what `save` wrote."""
+    def load(path: Path, of: str | None = None) -> Batches:
+        """Read what `save` wrote. of: the fingerprint that they must have.
+
+        Raises BadData if the file is missing or damaged, or holds other batches.
+        """
+        found = kept(path, _KIND)
         batches: dict[str, dict[str, Tensor]] = {}
-        for key, tensor in sorted(load_file(path).items()):
-            number, name = key.split("|")
+        for key, tensor in (found or {}).items():
+            number, name = key.split("|", 1)
             batches.setdefault(number, {})[name] = tensor
-        return Batches(list(batches.values()))
+        loaded = Batches(list(batches.values()))
+        if found is None or of not in (None, loaded.fingerprint):
+            raise BadData(
+                f"{path} does not hold the batches that were written there: it is missing, damaged or another's"
+            )
+        return loaded
 
     def take(self, examples: int) -> Batches:
         """The first `examples` sequences or images; all of them if there are fewer."""
