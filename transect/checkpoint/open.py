@@ -11,23 +11,25 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForImageTextToText,
     AutoModelForMaskedLM,
+    PreTrainedModel,
 )
 
 from ..anatomy import record_of, refuse_encoder_decoder, register_architecture
 from ..errors import BadCheckpoint, TransectError
+from ..pretrained import pretrained
+from ..store import in_short
 from .base import note_base
-from .folder import check_folder
+from .config import HISTORY, history_of, read_config
+from .fit import check_fit
+from .folder import check_folder, stored_in
 from .gguf import load_gguf
 from .processors import load_processors
 from .quantizer import METHOD
-from .save import HISTORY
 
 
 @dataclass
@@ -80,7 +82,8 @@ def open_model(
         model = _load(where, path is not None, "auto" if dtype is None else dtype, device)
         tokenizer, processor = load_processors(where)
         if hasattr(model.config, HISTORY):
-            record_of(model).history = model.config.__dict__.pop(HISTORY)["history"]
+            record_of(model).history = history_of(vars(model.config), where)
+            del model.config.__dict__[HISTORY]
         note_base(model, where)
     _check_finite(model, source)
     _check_tokenizer(model, tokenizer, source)
@@ -132,8 +135,9 @@ def model_class(config: Any, where: str) -> Any:
     _refuse_quantized(config, where)
     names = getattr(config, "architectures", None) or []
     for name in names:
-        if hasattr(transformers, name):
-            return getattr(transformers, name)
+        found = getattr(transformers, name, None)
+        if isinstance(found, type) and issubclass(found, PreTrainedModel) and found.config_class is not None:
+            return found
     if names:
         raise TransectError(
             f"{where} is a {config.model_type!r} model of class {', '.join(names)}, which this version of transformers "
@@ -166,8 +170,12 @@ def _refuse_quantized(config: Any, where: str) -> None:
 
 def _load(where: str, local: bool, dtype: Any, device: Any) -> Any:
     try:
-        cls = model_class(AutoConfig.from_pretrained(where), where)
-        model, report = cls.from_pretrained(
+        config = read_config(where)
+        cls = model_class(config, where)
+        if local:
+            check_fit(where, cls, config, stored_in(Path(where)))
+        model, report = pretrained(
+            cls,
             where,
             dtype=dtype,
             device_map=device,
@@ -177,12 +185,12 @@ def _load(where: str, local: bool, dtype: Any, device: Any) -> Any:
         )
     except TransectError:
         raise
-    except (ImportError, OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except Exception as error:  # each architecture has its own way to fail on what it did not expect
         if local:
-            raise BadCheckpoint(f"{where} cannot be loaded: {error}") from error
+            raise BadCheckpoint(f"{where} cannot be loaded: {in_short(error, 300)}") from error
         raise TransectError(
             f"there is no local folder {where!r}, and it could not be loaded from the Hugging Face hub as safetensors "
-            f"either (pickle checkpoints are refused): {error}"
+            f"either (pickle checkpoints are refused): {in_short(error)}"
         ) from error
     for name, stored, expected in sorted(report["mismatched_keys"]):
         raise BadCheckpoint(

@@ -20,6 +20,7 @@ from ..anatomy.record import gathered_record, plain_path
 from ..errors import TransectError
 from ..operators import Operator
 from .base import note_base, without_adapters
+from .config import HISTORY, history_of
 from .modeling_file import MODULE, auto_map, concrete_class, modeling_source
 from .place import placed
 from .plain import STRUCTURE_KEYS, fits, sizes_in_config, skeleton, stops, store_as_conv1d
@@ -28,7 +29,6 @@ from .quantizer import METHOD, STOP
 from .replay import replay
 
 hugging_face_save = PreTrainedModel.save_pretrained  # before `attach` puts Transect's in its place
-HISTORY = "transect"  # the key of config.json under which a plain checkpoint keeps what was done to it
 
 
 def save(
@@ -196,7 +196,7 @@ def _add_structure(model: Any, folder: Path, structure: _Structure) -> None:
     if f"{MODULE}." in str(config.get("auto_map")):  # the model was loaded through an earlier folder's modeling file
         del config["auto_map"]
         (folder / f"{MODULE}.py").unlink(missing_ok=True)
-    record.history = getattr(model.config, HISTORY, {}).get("history", []) + record.history
+    record.history = history_of(vars(model.config), "the model's config") + record.history
     if structure.ordinary and record.history:
         config[HISTORY] = {"history": record.history}
     if not structure.ordinary:

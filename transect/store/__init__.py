@@ -3,13 +3,14 @@
 from .exchange import finish_exchange, place_folder
 from .folder import Folder
 from .kept import Kept, keep, keep_json, kept, kept_json, tensor_bytes
-from .text import read_any_json, read_json
+from .text import in_short, read_any_json, read_json
 from .write import link, remove, replacing, sweep, temporary, write_text
 
 __all__ = [
     "Folder",
     "Kept",
     "finish_exchange",
+    "in_short",
     "keep",
     "keep_json",
     "kept",
