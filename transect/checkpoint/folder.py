@@ -97,9 +97,9 @@ def _refuse_adapter(folder: Path) -> None:
     base = read_json(adapter).get("base_model_name_or_path")
     beside = ", beside a model" if (folder / "config.json").exists() else ", not a model"
     raise BadCheckpoint(
-        f"{folder} holds an adapter for {base if isinstance(base, str) else 'a model that it does not name'}{beside}. Load both "
-        "with peft (AutoPeftModelForCausalLM.from_pretrained), call merge_and_unload(), save the model into a folder of "
-        "its own, and open that"
+        f"{folder} holds an adapter for {base if isinstance(base, str) else 'a model that it does not name'}{beside}. "
+        "Load both with peft (AutoPeftModelForCausalLM.from_pretrained), call merge_and_unload(), save the model into "
+        "a folder of its own, and open that"
     )
 
 
