@@ -69,11 +69,28 @@ class StructureRecord:
         return {"format": FORMAT, **tables, "history": copy.deepcopy(self.history)}
 
     @staticmethod
-    def from_dict(data: dict[str, Any]) -> StructureRecord:
-        """From what `to_dict` gave; BadCheckpoint for another format."""
-        if data.get("format") != FORMAT:
-            raise BadCheckpoint(f"structure record of format {data.get('format')!r}; this version reads {FORMAT}")
+    def from_dict(data: Any) -> StructureRecord:
+        """From what `to_dict` gave; BadCheckpoint for another format, and for what is of another type anywhere."""
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            found = data.get("format") if isinstance(data, dict) else type(data).__name__
+            raise BadCheckpoint(f"structure record of format {found!r}; this version reads {FORMAT}")
+        for name in TABLES:
+            kind = list if name == "parameters" else dict
+            table = data.get(name, {})
+            if not isinstance(table, dict) or not all(isinstance(entry, kind) for entry in table.values()):
+                raise BadCheckpoint(f"the structure record is damaged: its {name} should hold objects by path")
+        for path, shape in data.get("parameters", {}).items():
+            if not all(type(size) is int and 0 <= size < 2**40 for size in shape) or len(shape) > 8:
+                raise BadCheckpoint(f"the structure record is damaged: {path!r} has no shape")
+        checked_history(data.get("history", []), "the structure record")
         return StructureRecord(**{part.name: data[part.name] for part in fields(StructureRecord) if part.name in data})
+
+
+def checked_history(history: Any, where: str) -> list[dict[str, Any]]:
+    """The history, if it is a list of objects; BadCheckpoint otherwise."""
+    if not isinstance(history, list) or not all(isinstance(step, dict) for step in history):
+        raise BadCheckpoint(f"{where} is damaged: its history should be a list of objects")
+    return history
 
 
 class _Below(MutableMapping[str, Any]):

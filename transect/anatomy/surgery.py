@@ -117,16 +117,47 @@ KEPT_HEADS = "kept_heads"  # an attribute of our own on an attention module: see
 
 
 def assign(module: Any, attribute: str, value: Any) -> None:
-    """Set an attribute of a module; `config.x` goes to a private copy of the module's config."""
+    """Set an attribute of a module; `config.x` goes to a private copy of the module's config.
+
+    ValueError for anything but a size: a whole number in the place of one that the module itself, one inside it, or
+    its config holds, from 1 to that or to the largest side of a matrix in it; or the heads that are kept, whole.
+    """
     *parents, name = attribute.split(".")
+    if attribute == KEPT_HEADS:
+        _check_kept_heads(value)
+        if not hasattr(module, KEPT_HEADS):
+            module.register_forward_pre_hook(_select_head_bias, with_kwargs=True)
+        setattr(module, name, value)
+        return
     owner = module
     for parent in parents:
-        if parent == "config":
-            owner.config = copy.copy(owner.config)
-        owner = getattr(owner, parent)
-    if attribute == KEPT_HEADS and not hasattr(module, KEPT_HEADS):
-        module.register_forward_pre_hook(_select_head_bias, with_kwargs=True)
+        in_config = parent == "config" and "config" in vars(owner)
+        owner = owner.config if in_config else getattr(owner, "_modules", {}).get(parent)
+    kept = vars(owner).get(getattr(owner, "attribute_map", {}).get(name, name)) if owner is not None else None
+    if not name.isidentifier() or name.startswith("_") or type(kept) is not int:
+        raise ValueError(f"{attribute!r} is no size that a {type(module).__name__} has")
+    most = max([kept, *(size for parameter in module.parameters() for size in parameter.shape)])
+    if type(value) is not int or not 1 <= value <= most:
+        raise ValueError(f"{attribute!r} should be a whole number from 1 to {most}, not {value!r}")
+    if "config" in parents:
+        owner = module
+        for parent in parents:
+            if parent == "config":
+                owner.config = copy.copy(owner.config)
+            owner = getattr(owner, parent)
     setattr(owner, name, value)
+
+
+def _check_kept_heads(value: Any) -> None:
+    """ValueError unless it is what `_select_head_bias` reads."""
+    if not isinstance(value, dict) or set(value) != {"arguments", "of", "heads"}:
+        raise ValueError(f"{KEPT_HEADS!r} should hold arguments, of and heads")
+    arguments, of, heads = value["arguments"], value["of"], value["heads"]
+    if not isinstance(arguments, list) or not all(isinstance(name, str) and name.isidentifier() for name in arguments):
+        raise ValueError(f"the arguments of {KEPT_HEADS!r} should be names")
+    whole = isinstance(heads, list) and all(type(head) is int for head in [of, *heads])
+    if not whole or not heads or len(set(heads)) != len(heads) or not all(0 <= head < of for head in heads):
+        raise ValueError(f"the heads of {KEPT_HEADS!r} should be distinct numbers below a whole number `of`")
 
 
 def _select_head_bias(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

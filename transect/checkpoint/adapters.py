@@ -14,7 +14,7 @@ from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import Any
 
-from ..store import replacing
+from ..store import read_json, replacing
 from .base import place_of_base
 from .save import is_changed, save_base
 
@@ -29,7 +29,7 @@ def complete_adapter(base: Any, folder: str | Path) -> None:
     where = place_of_base(base) or str(save_base(base, folder / FOLDER))
     for file in [folder / "adapter_config.json", *folder.glob("*/adapter_config.json")]:
         if file.is_file():
-            config = json.loads(file.read_text(encoding="utf-8")) | {"base_model_name_or_path": where}
+            config = read_json(file) | {"base_model_name_or_path": where}
             with replacing(file) as partial:
                 partial.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 

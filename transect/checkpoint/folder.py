@@ -2,101 +2,122 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
-import struct
+import re
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..anatomy.record import StructureRecord
 from ..errors import BadCheckpoint
-from ..operators.build import build
 from ..store import finish_exchange, read_json
+from .config import check_config
+from .header import Stored, read_stored
 from .place import LAST
 from .quantizer import METHOD
+from .replay import built
 
-_BITS = {
-    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
-    "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64, "C64": 64, "F4": 4,
-}  # fmt: skip
 Shapes = dict[str, tuple[int, ...]]
+# What transformers reads of a folder beside the weights, each a JSON object.
+_JSON = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "preprocessor_config.json", "processor_config.json",
+    "video_preprocessor_config.json", "model.safetensors.index.json",
+)  # fmt: skip
+_READ = (".json", ".safetensors", ".txt", ".model", ".jinja", ".gguf")
+_OTHER_WEIGHTS = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")  # transformers would prefer these
 
 
 def check_folder(folder: str | Path) -> None:
     """Raise BadCheckpoint, naming the file, unless the folder holds a complete checkpoint in safetensors.
 
-    Reads headers and JSON only: every shard is there, is as long as its header says, and the tensors are those that
-    the structure record describes.
+    Reads headers and JSON only: every file is an ordinary one, all JSON is what it should be, the weights are the
+    model's own and not an adapter's, every shard is there, is as long as its header says, and the tensors are those
+    that the structure record describes.
     """
     folder = Path(folder)
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise BadCheckpoint(f"there is no folder {folder}")
     if os.access(folder, os.W_OK):
         finish_exchange(folder, LAST)
-    left = sorted(folder.glob(".*.previous-*/config.json"))
+    try:
+        _check_files(folder)
+        left = sorted(folder.glob(".*.previous-*/config.json"))
+    except OSError as error:
+        raise BadCheckpoint(f"the folder {folder} cannot be read: {error}") from None
     if left and not (folder / "config.json").exists():
         raise BadCheckpoint(
             f"{folder} has no config.json: a save into it was broken off. Its earlier model is in {left[0].parent}; "
             "move the files there back"
         )
+    _refuse_adapter(folder)
     if not (folder / "config.json").exists():
-        _refuse_other_contents(folder)
-    if not (folder / "config.json").exists():
+        packed = sorted(folder.glob("*.gguf"))
+        if packed:
+            raise BadCheckpoint(f"{folder} has no config.json, but GGUF files; name the file: {packed[0]}")
         raise BadCheckpoint(f"{folder} has no config.json, so it is not a model folder")
     config = read_json(folder / "config.json")
-    shapes: Shapes = {}
-    for file in weight_files(folder):
-        shapes.update(read_header(file))
+    for name in _JSON:
+        if (folder / name).exists():
+            read_json(folder / name)
+    stored = stored_in(folder)
+    check_config(config, folder / "config.json", stored)
     description = config.get("quantization_config") or {}
     if description.get("quant_method") == METHOD:
-        _check_record(folder, description.get("record"), shapes)
+        _check_record(folder, description.get("record"), {name: tensor.shape for name, tensor in stored.items()})
 
 
-def _refuse_other_contents(folder: Path) -> None:
-    """Say what a folder without config.json holds instead of a model, where that is known."""
-    adapter, packed = folder / "adapter_config.json", sorted(folder.glob("*.gguf"))
-    if adapter.exists():
-        base = read_json(adapter).get("base_model_name_or_path")
-        raise BadCheckpoint(
-            f"{folder} holds an adapter for {base or 'a model that it does not name'}, not a model. Load both with "
-            "peft (AutoPeftModelForCausalLM.from_pretrained), call merge_and_unload(), save the model, and open that"
-        )
-    if packed:
-        raise BadCheckpoint(f"{folder} has no config.json, but GGUF files; name the file: {packed[0]}")
+def is_folder(path: Path) -> bool:
+    """Whether there is such a folder; False too for what can be no path at all."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
+def _check_files(folder: Path) -> None:
+    """Refuse what would keep whoever opens it waiting (a pipe), and links that lead nowhere."""
+    templates = folder / "additional_chat_templates"
+    for file in [*folder.iterdir(), *(templates.iterdir() if templates.is_dir() else ())]:
+        if not (file.is_file() or file.is_dir()) and (file.exists() or file.suffix in _READ):
+            kind = "no ordinary file" if file.exists() else "a link that leads nowhere"
+            raise BadCheckpoint(f"{file} is {kind}, so {folder} is no model folder")
+        if file.suffix in _READ and file.is_file() and not os.access(file, os.R_OK):
+            raise BadCheckpoint(f"{file} cannot be read: permission denied")
+        if file.name in _JSON and file.is_dir():
+            raise BadCheckpoint(f"{file} is a folder, and should be a file")
+        if _OTHER_WEIGHTS.fullmatch(file.name):
+            raise BadCheckpoint(f"{folder} holds the shards of a distributed run ({file.name}); save the model whole")
+
+
+def _refuse_adapter(folder: Path) -> None:
+    """An adapter is no model, and one beside a model would be put into it without a word."""
+    adapter = folder / "adapter_config.json"
+    if not os.path.lexists(adapter):
+        return
+    base = read_json(adapter).get("base_model_name_or_path")
+    beside = ", beside a model" if (folder / "config.json").exists() else ", not a model"
+    raise BadCheckpoint(
+        f"{folder} holds an adapter for {base if isinstance(base, str) else 'a model that it does not name'}{beside}. "
+        "Load both with peft (AutoPeftModelForCausalLM.from_pretrained), call merge_and_unload(), save the model into "
+        "a folder of its own, and open that"
+    )
 
 
 def read_header(file: Path) -> Shapes:
-    """Tensor name -> shape of a safetensors file; BadCheckpoint unless the file is exactly as its header says."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        prefix = stream.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
-        if 8 + length > size:
-            raise BadCheckpoint(f"{file} is truncated: its {size} bytes end before its header does")
-        header = stream.read(length)
-    try:
-        entries: dict[str, Any] = json.loads(header)
-        entries.pop("__metadata__", None)
-        shapes, end = {}, 0
-        for name, entry in entries.items():
-            shape, (start, stop) = tuple(entry["shape"]), entry["data_offsets"]
-            bits = math.prod(shape) * _BITS[entry["dtype"]] if entry["dtype"] in _BITS else (stop - start) * 8
-            if bits != (stop - start) * 8:
-                raise BadCheckpoint(
-                    f"{file} gives {name} {stop - start} bytes, but {entry['dtype']} {list(shape)} takes {bits // 8}"
-                )
-            shapes[name], end = shape, max(end, stop)
-    except BadCheckpoint:
-        raise
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise BadCheckpoint(f"{file} has a damaged header: {error!r}") from None
-    if 8 + length + end != size:
-        state = "truncated" if size < 8 + length + end else "too long"
-        raise BadCheckpoint(f"{file} is {state}: it has {size} bytes, and its header describes {8 + length + end}")
-    return shapes
+    """Tensor name -> shape of a safetensors file, see `header.read_stored`."""
+    return {name: tensor.shape for name, tensor in read_stored(file).items()}
+
+
+def stored_in(folder: Path) -> dict[str, Stored]:
+    """Every tensor of a folder, by its name on disk; BadCheckpoint where two shards hold the same."""
+    stored: dict[str, Stored] = {}
+    for file in weight_files(folder):
+        found = read_stored(file)
+        twice = stored.keys() & found.keys()
+        if twice:
+            raise BadCheckpoint(f"{file} holds the tensor {min(twice)}, which another shard holds too")
+        stored |= found
+    return stored
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -108,7 +129,10 @@ def weight_files(folder: Path) -> list[Path]:
         table = read_json(index).get("weight_map")
         if not isinstance(table, dict):
             raise BadCheckpoint(f"{index} has no weight_map")
-        files = [folder / str(name) for name in sorted(set(table.values()))]
+        odd = [name for name in table.values() if not _is_shard(name)]
+        if odd:
+            raise BadCheckpoint(f"{index} names the shard {odd[0]!r}: it should be a safetensors file in that folder")
+        files = [folder / name for name in sorted(set(table.values()))]
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise BadCheckpoint(f"{folder} lacks the shard{'s' * (len(missing) > 1)} {', '.join(missing)}")
@@ -126,19 +150,17 @@ def weight_files(folder: Path) -> list[Path]:
     raise BadCheckpoint(f"{folder} has no model.safetensors and no model.safetensors.index.json")
 
 
+def _is_shard(name: Any) -> bool:
+    return isinstance(name, str) and re.fullmatch(r"[^/\\\0]+\.safetensors", name) is not None
+
+
 def _check_record(folder: Path, record: Any, shapes: Shapes) -> None:
     if not isinstance(record, dict):
         raise BadCheckpoint(f"{folder / 'config.json'} has no structure record under quantization_config.record")
     tables = StructureRecord.from_dict(record)
-    if not all(isinstance(table, dict) for table in (tables.modules, tables.attributes, tables.parameters)):
-        raise BadCheckpoint(f"the structure record in {folder / 'config.json'} is damaged: it should hold objects")
     expected: Shapes = {path: tuple(shape) for path, shape in tables.parameters.items()}
     for path, description in tables.modules.items():
-        try:
-            with torch.device("meta"):
-                state = build(description).state_dict()
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise BadCheckpoint(f"the structure record's entry for {path!r} cannot be built: {error}") from None
+        state = built(path, description, "meta").state_dict()
         expected.update({f"{path}.{name}": tuple(tensor.shape) for name, tensor in state.items()})
     for name, shape in expected.items():
         if shapes.get(name) != shape:

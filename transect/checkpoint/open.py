@@ -11,23 +11,25 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForImageTextToText,
     AutoModelForMaskedLM,
+    PreTrainedModel,
 )
 
 from ..anatomy import record_of, refuse_encoder_decoder, register_architecture
 from ..errors import BadCheckpoint, TransectError
+from ..pretrained import pretrained
+from ..store import in_short
 from .base import note_base
-from .folder import check_folder
+from .config import HISTORY, history_of, read_config
+from .fit import check_fit
+from .folder import check_folder, stored_in
 from .gguf import load_gguf
 from .processors import load_processors
 from .quantizer import METHOD
-from .save import HISTORY
 
 
 @dataclass
@@ -74,23 +76,27 @@ def open_model(
         processor = None
     else:
         path = local_folder(source) if revision is None else folder_of(source, revision)
-        if path is not None:
-            check_folder(path)
-        where = source if path is None else str(path)
-        model = _load(where, path is not None, "auto" if dtype is None else dtype, device)
-        tokenizer, processor = load_processors(where)
+        folder = folder_of(source) if path is None else path
+        check_folder(folder)
+        model = _load(folder, "auto" if dtype is None else dtype, device)
+        tokenizer, processor = load_processors(str(folder))
+        if path is None:  # not the place in the cache: what is saved and trained from here on names the hub's model
+            model.config.name_or_path = model.name_or_path = source
         if hasattr(model.config, HISTORY):
-            record_of(model).history = model.config.__dict__.pop(HISTORY)["history"]
-        note_base(model, where)
-    _check_finite(model, source)
+            record_of(model).history = history_of(vars(model.config), source)
+            del model.config.__dict__[HISTORY]
+        note_base(model, source if path is None else path)
+    _check_numbers(model, source)
     _check_tokenizer(model, tokenizer, source)
+    if record_of(model):
+        _check_runs(model, source)
     model._transect_tokenizer = tokenizer if tokenizer is not None else processor
     return Opened(model, tokenizer, processor, source, path)
 
 
 def gguf_file(source: str) -> Path | None:
     """The local GGUF file of that name, if it is one."""
-    path = Path(source).expanduser()
+    path = _path(source)
     return path if path.suffix == ".gguf" and path.is_file() else None
 
 
@@ -100,12 +106,26 @@ def local_folder(source: str) -> Path | None:
         from ..organism import MODEL_PATH
 
         return Path(MODEL_PATH)
-    path = Path(source).expanduser()
+    path = _path(source)
     if path.is_file():
         what = "a folder of safetensors is needed here" if path.suffix == ".gguf" else "and no .gguf file"
         raise TransectError(f"{source} is a file, {what}; name the folder that holds config.json and the safetensors")
+    if path.exists() and not path.is_dir():
+        raise TransectError(f"{source} is no folder and no ordinary file; name the folder of a model")
     looks_local = path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1
     return path if path.is_dir() or looks_local else None
+
+
+def _path(source: str) -> Path:
+    """The path that a name stands for; TransectError for what can be none."""
+    try:
+        path = Path(source).expanduser()
+        path.stat()
+        return path
+    except FileNotFoundError:
+        return path
+    except (OSError, ValueError, RuntimeError) as error:  # no permission, a NUL or too long, no such user
+        raise TransectError(f"the path {in_short(source)} cannot be used: {in_short(error)}") from None
 
 
 def folder_of(source: str, revision: str | None = None) -> Path:
@@ -116,11 +136,14 @@ def folder_of(source: str, revision: str | None = None) -> Path:
             raise TransectError(f"{source} is a local folder, which has no revisions; leave out the revision")
         return folder
     kinds = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+    others = ["*/*.safetensors", "consolidated*"]  # the same weights for other programs
     try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=kinds))
+        return Path(snapshot_download(source, revision=revision, allow_patterns=kinds, ignore_patterns=others))
     except (OSError, ValueError) as error:
         of = "" if revision is None else f" with the revision {revision!r}"
-        raise TransectError(f"there is no local folder {source}, and no such model{of} on the hub: {error}") from error
+        raise TransectError(
+            f"there is no local folder {source!r}, and no such model{of} on the Hugging Face hub: {in_short(error)}"
+        ) from error
 
 
 def model_class(config: Any, where: str) -> Any:
@@ -132,8 +155,9 @@ def model_class(config: Any, where: str) -> Any:
     _refuse_quantized(config, where)
     names = getattr(config, "architectures", None) or []
     for name in names:
-        if hasattr(transformers, name):
-            return getattr(transformers, name)
+        found = getattr(transformers, name, None)
+        if isinstance(found, type) and issubclass(found, PreTrainedModel) and found.config_class is not None:
+            return found
     if names:
         raise TransectError(
             f"{where} is a {config.model_type!r} model of class {', '.join(names)}, which this version of transformers "
@@ -164,11 +188,14 @@ def _refuse_quantized(config: Any, where: str) -> None:
         )
 
 
-def _load(where: str, local: bool, dtype: Any, device: Any) -> Any:
+def _load(folder: Path, dtype: Any, device: Any) -> Any:
     try:
-        cls = model_class(AutoConfig.from_pretrained(where), where)
-        model, report = cls.from_pretrained(
-            where,
+        config = read_config(folder)
+        cls = model_class(config, str(folder))
+        check_fit(str(folder), cls, config, stored_in(folder))
+        model, report = pretrained(
+            cls,
+            folder,
             dtype=dtype,
             device_map=device,
             use_safetensors=True,
@@ -177,37 +204,59 @@ def _load(where: str, local: bool, dtype: Any, device: Any) -> Any:
         )
     except TransectError:
         raise
-    except (ImportError, OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        if local:
-            raise BadCheckpoint(f"{where} cannot be loaded: {error}") from error
-        raise TransectError(
-            f"there is no local folder {where!r}, and it could not be loaded from the Hugging Face hub as safetensors "
-            f"either (pickle checkpoints are refused): {error}"
-        ) from error
+    except Exception as error:  # each architecture has its own way to fail on what it did not expect
+        raise BadCheckpoint(f"{folder} cannot be loaded: {in_short(error, 300)}") from error
     for name, stored, expected in sorted(report["mismatched_keys"]):
         raise BadCheckpoint(
-            f"the weights in {where} do not fit its config.json: {name} has shape {list(stored)}, and the model that "
+            f"the weights in {folder} do not fit its config.json: {name} has shape {list(stored)}, and the model that "
             f"the config describes needs {list(expected)}"
         )
     missing = sorted(report["missing_keys"])
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise BadCheckpoint(f"{where} does not hold all of the model's weights: {missing[0]}{more}")
+        raise BadCheckpoint(f"{folder} does not hold all of the model's weights: {missing[0]}{more}")
     return model.eval()
 
 
-def _check_finite(model: Any, source: str) -> None:
+def _check_numbers(model: Any, source: str) -> None:
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise BadCheckpoint(f"the weight {name} of {source} holds NaN or infinite values; repair the model first")
+
+
+@torch.no_grad()
+def _check_runs(model: Any, source: str) -> None:
+    """Try a model with a structure record on two tokens, or an empty image: its sizes and indices may contradict."""
+    if any(tensor.is_meta for tensor in model.parameters()):  # offloaded
+        return
+    name, device = model.main_input_name, next(model.parameters()).device
+    if name == "input_ids":
+        tried = torch.zeros(1, 2, dtype=torch.long, device=device)
+    elif name == "pixel_values" and isinstance(getattr(model.config, "image_size", None), int):
+        side, channels = model.config.image_size, getattr(model.config, "num_channels", 3)
+        tried = torch.zeros(1, channels, side, side, dtype=model.dtype, device=device)
+    else:
+        return
+    try:
+        model(**{name: tried})
+    except Exception as error:
+        raise BadCheckpoint(
+            f"the structure record of {source} does not fit its weights: the model cannot compute ({in_short(error)})"
+        ) from error
 
 
 def _check_tokenizer(model: Any, tokenizer: Any, source: str) -> None:
     if tokenizer is None:
         return
     rows = model.get_input_embeddings().weight.shape[0]
-    added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    largest = max(set(tokenizer.get_vocab().values()) - added, default=-1)  # a [PAD] beyond is masked, or never used
+    try:
+        added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        largest = max(
+            set(tokenizer.get_vocab().values()) - added, default=-1
+        )  # a [PAD] beyond is masked, or never used
+        largest = max([largest, *tokenizer("a")["input_ids"]])  # but not a token that it puts around every text
+    except Exception as error:  # tokenizers raises bare Exceptions
+        raise BadCheckpoint(f"the tokenizer of {source} cannot be used: {in_short(error)}") from error
     if largest >= rows:
         raise BadCheckpoint(
             f"tokenizer and model of {source} disagree: the tokenizer has ids up to {largest}, and the model has "

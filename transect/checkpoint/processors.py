@@ -9,7 +9,9 @@ from typing import Any
 from transformers import AutoImageProcessor, AutoTokenizer
 from transformers.utils.hub import cached_file
 
-from ..errors import BadCheckpoint
+from ..errors import BadCheckpoint, TransectError
+from ..pretrained import pretrained
+from ..store import in_short
 
 # Without one of its files, AutoTokenizer makes up an empty tokenizer from config.json alone.
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -44,12 +46,14 @@ def _load(auto: Any, where: str, files: tuple[str, ...], **kwargs: Any) -> Any:
     if not any(_found(where, file, **kwargs) for file in files):
         return None
     try:
-        return auto.from_pretrained(where, **kwargs)
+        return pretrained(auto, where, **kwargs)
+    except TransectError:
+        raise
     except ImportError:  # image processors need pillow; the model itself does not
         return None
     except Exception as error:  # tokenizers raises bare Exceptions
         kind = "tokenizer" if auto is AutoTokenizer else "image processor"
-        raise BadCheckpoint(f"the {kind} of {where} cannot be loaded: {error}") from error
+        raise BadCheckpoint(f"the {kind} of {where} cannot be loaded: {in_short(error)}") from error
 
 
 def _found(where: str, file: str, **kwargs: Any) -> str | None:

@@ -25,44 +25,50 @@ def replay(model: Any, record: StructureRecord) -> StructureRecord:
     record = StructureRecord(
         modules={_located(model, path): entry for path, entry in record.modules.items()},
         attributes={_located(model, path): entry for path, entry in record.attributes.items()},
-        parameters={_located(model, path): entry for path, entry in record.parameters.items()},
+        parameters={_located(model, path, "_parameters"): entry for path, entry in record.parameters.items()},
         history=list(record.history),
     )
     for path, description in record.modules.items():
-        model.set_submodule(path, _built(model, path, description))
+        old = model.get_submodule(path)
+        like = next((p for p in old.parameters() if p.is_floating_point()), None)
+        if like is None:  # an attention that was replayed before holds nothing but an empty stand-in
+            like = next(p for p in model.parameters() if p.is_floating_point())
+        model.set_submodule(path, built(path, description, like.device).to(like.dtype).train(old.training))
     link_banks(model)
     for path, attributes in record.attributes.items():
         for attribute, value in attributes.items():
-            assign(model.get_submodule(path), attribute, value)
+            try:
+                assign(model.get_submodule(path), attribute, value)
+            except ValueError as error:
+                raise BadCheckpoint(f"the structure record's attributes of {path!r}: {error}") from None
     for path, shape in record.parameters.items():
         owner, _, name = path.rpartition(".")
         old = model.get_parameter(path)
+        if len(shape) != old.ndim or any(size > present for size, present in zip(shape, old.shape, strict=True)):
+            raise BadCheckpoint(f"the structure record gives {path!r} the shape {shape}, and it had {list(old.shape)}")
         new = nn.Parameter(old.new_empty(shape), requires_grad=old.requires_grad)
         setattr(model.get_submodule(owner), name, new)
     return record
 
 
-def _located(model: Any, path: str) -> str:
-    """Where the model has what the record calls `path`."""
+def built(path: str, description: Any, device: Any) -> nn.Module:
+    """The module that the record has at `path`, with uninitialised numbers; BadCheckpoint if there can be none."""
+    try:
+        with torch.device(device):
+            return build(description)
+    except Exception as error:  # a description that somebody made up fails anywhere in the making
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise BadCheckpoint(f"the structure record's entry for {path!r} cannot be built: {reason}") from error
+
+
+def _located(model: Any, path: str, table: str = "_modules") -> str:
+    """Where the model has what the record calls `path`, a module (or, in `_parameters`, a parameter)."""
     prefix = getattr(model, "base_model_prefix", "") + "."
     for candidate in (path, path.removeprefix(prefix), prefix + path):
-        owner, _, name = candidate.rpartition(".")
-        try:
-            if hasattr(model.get_submodule(owner), name):
-                return candidate
-        except AttributeError:
-            continue
+        *parents, name = candidate.split(".")
+        owner: Any = model
+        for parent in parents:
+            owner = None if owner is None else owner._modules.get(parent)
+        if owner is not None and getattr(owner, table).get(name) is not None:
+            return candidate
     raise BadCheckpoint(f"the structure record names {path!r}, but {type(model).__name__} has nothing there")
-
-
-def _built(model: Any, path: str, description: dict[str, Any]) -> nn.Module:
-    old = model.get_submodule(path)
-    like = next((p for p in old.parameters() if p.is_floating_point()), None)
-    if like is None:  # an attention that was replayed before holds nothing but an empty stand-in
-        like = next(p for p in model.parameters() if p.is_floating_point())
-    try:
-        with torch.device(like.device):
-            new = build(description)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise BadCheckpoint(f"the structure record's entry for {path!r} cannot be built: {error!r}") from error
-    return new.to(like.dtype).train(old.training)

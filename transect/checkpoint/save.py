@@ -20,6 +20,7 @@ from ..anatomy.record import gathered_record, plain_path
 from ..errors import TransectError
 from ..operators import Operator
 from .base import note_base, without_adapters
+from .config import HISTORY, history_of
 from .modeling_file import MODULE, auto_map, concrete_class, modeling_source
 from .place import placed
 from .plain import STRUCTURE_KEYS, fits, sizes_in_config, skeleton, stops, store_as_conv1d
@@ -28,7 +29,6 @@ from .quantizer import METHOD, STOP
 from .replay import replay
 
 hugging_face_save = PreTrainedModel.save_pretrained  # before `attach` puts Transect's in its place
-HISTORY = "transect"  # the key of config.json under which a plain checkpoint keeps what was done to it
 
 
 def save(
@@ -191,12 +191,14 @@ def _check_loads(model: Any, plain: Any, record: StructureRecord, state: Mapping
 
 def _add_structure(model: Any, folder: Path, structure: _Structure) -> None:
     file, record = folder / "config.json", structure.record
-    config = {k: v for k, v in json.loads(file.read_text()).items() if k not in (*STRUCTURE_KEYS, HISTORY)}
+    config = {
+        k: v for k, v in json.loads(file.read_text(encoding="utf-8")).items() if k not in (*STRUCTURE_KEYS, HISTORY)
+    }
     config |= structure.edits
     if f"{MODULE}." in str(config.get("auto_map")):  # the model was loaded through an earlier folder's modeling file
         del config["auto_map"]
         (folder / f"{MODULE}.py").unlink(missing_ok=True)
-    record.history = getattr(model.config, HISTORY, {}).get("history", []) + record.history
+    record.history = history_of(vars(model.config), "the model's config") + record.history
     if structure.ordinary and record.history:
         config[HISTORY] = {"history": record.history}
     if not structure.ordinary:
@@ -204,7 +206,7 @@ def _add_structure(model: Any, folder: Path, structure: _Structure) -> None:
         if not structure.stopped:
             config["attn_implementation"] = STOP
         _write_modeling_file(model, folder, record, config)
-    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _write_modeling_file(model: Any, folder: Path, record: Any, config: dict[str, Any]) -> None:
@@ -217,7 +219,7 @@ def _write_modeling_file(model: Any, folder: Path, record: Any, config: dict[str
     except TransectError as error:  # an operator typed into an interpreter: the result itself must not be lost
         warnings.warn(f"{error}; the saved folder loads only after the operator has been imported", stacklevel=2)
         return
-    (folder / f"{MODULE}.py").write_text(source)
+    (folder / f"{MODULE}.py").write_text(source, encoding="utf-8")
     config["auto_map"] = classes
 
 

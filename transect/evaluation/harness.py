@@ -8,6 +8,7 @@ from typing import Any
 from ..data.text import specials_of
 from ..errors import TransectError
 from ..forward.mode import at_rest
+from ..pretrained import pretrained
 
 
 def run_lm_eval(
@@ -34,8 +35,8 @@ def run_lm_eval(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if isinstance(model, (str, Path)):
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(model)
-        model = AutoModelForCausalLM.from_pretrained(model)
+        tokenizer = tokenizer or pretrained(AutoTokenizer, model)
+        model = pretrained(AutoModelForCausalLM, model)
     if tokenizer is None:
         raise TransectError("a model object comes without its tokenizer: pass tokenizer=AutoTokenizer...")
     manager = TaskManager(include_path=include_path, include_defaults=False)

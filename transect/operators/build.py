@@ -25,8 +25,15 @@ def operator_kinds() -> dict[str, type[Operator]]:
     return found
 
 
-def build(description: dict[str, Any]) -> nn.Module:
-    """The module that a structure record's entry describes; ValueError for a kind that does not exist."""
+def build(description: dict[str, Any], inside: bool = False) -> nn.Module:
+    """The module that a structure record's entry describes.
+
+    inside: whether it is a part of another, which can only be a single map. Raises ValueError for a kind that does not
+    exist, and for entries that are of another type, or larger, than any that was ever written.
+    """
+    if not isinstance(description, dict):
+        raise ValueError("a module's description should be an object")
+    _check_entries(description)
     kind = description.get("kind")
     if kind == "linear":
         with warnings.catch_warnings():
@@ -34,19 +41,57 @@ def build(description: dict[str, Any]) -> nn.Module:
             return nn.Linear(description["in"], description["out"], bias=description["bias"])
     if kind == "conv1d":
         return Conv1D(description["out"], description["in"])
+    if kind in ("stacked", "skip_attention", "experts", "skip_experts") and inside:
+        raise ValueError(f"a {kind!r} cannot be a part of another module")
     if kind == "stacked":
-        parts = {role: build(part) for role, part in description["parts"]}
+        parts = {role: build(part, inside=True) for role, part in description["parts"]}
         return Stacked(parts, description["head_size"])
     if kind == "skip_attention":
-        return SkipAttention(
-            description["layer_idx"], description["stand_in"], description.get("returns", 2), description.get("adds")
-        )
+        adds = description.get("adds")
+        if adds is not None:
+            adds = (_text(adds[0]), _size(adds[1], 64))
+        layer = description["layer_idx"]
+        if layer is not None:
+            layer = _size(layer, 2**16)
+        return SkipAttention(layer, _path(description["stand_in"]), _size(description.get("returns", 2), 16), adds)
     if kind == "experts":
-        each = [{role: build(part) for role, part in expert.items()} for expert in description["each"]]
-        return SeparateExperts(each, description["activation"])
+        each = [{role: build(part, inside=True) for role, part in expert.items()} for expert in description["each"]]
+        return SeparateExperts(each, _text(description["activation"]))
     if kind == "skip_experts":
-        return SkipExperts(description["experts"])
+        return SkipExperts(_path(description["experts"]))
     kinds = operator_kinds()
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:
         raise ValueError(f"the structure record names an operator of unknown kind {kind!r}; known: {sorted(kinds)}")
     return kinds[kind].from_description(description)
+
+
+def _check_entries(description: dict[str, Any]) -> None:
+    """Sizes are whole numbers that a tensor can have, whether there is a bias is yes or no."""
+    for key, value in description.items():
+        if key in ("bias", "owns_bank"):
+            if not isinstance(value, bool):
+                raise ValueError(f"{key!r} should be true or false, not {value!r}")
+        elif key in ("kind", "group"):
+            _text(value)
+        elif isinstance(value, (int, float)):
+            _size(value, 2**40)
+
+
+def _size(value: Any, most: int) -> int:
+    if type(value) is not int or not 0 <= value <= most:
+        raise ValueError(f"{value!r} is no whole number from 0 to {most}")
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or len(value) > 200:
+        raise ValueError(f"a short text is expected, not a {type(value).__name__}")
+    return value
+
+
+def _path(value: Any) -> str:
+    """A path of a few names within a module."""
+    parts = _text(value).split(".")
+    if len(parts) > 8 or not all(part.isidentifier() and not part.startswith("_") for part in parts):
+        raise ValueError(f"{value!r} is no path within a module")
+    return value

@@ -13,6 +13,7 @@ from transect.organism.corpus import corpus
 from transect.organism.documents import Example
 from transect.organism.tasks import SKILLS, evaluate, examples
 from transect.organism.world import Fact, Passage, Relation, World
+from transect.pretrained import pretrained
 
 __all__ = [
     "MODEL_PATH",
@@ -33,5 +34,5 @@ MODEL_PATH: Path = Path(__file__).parent / "model"
 
 def load(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The bundled model in evaluation mode, on the CPU, and its tokenizer. It is stored in bfloat16."""
-    model = AutoModelForCausalLM.from_pretrained(MODEL_PATH, dtype=dtype)
-    return model, AutoTokenizer.from_pretrained(MODEL_PATH)
+    model = pretrained(AutoModelForCausalLM, MODEL_PATH, dtype=dtype)
+    return model, pretrained(AutoTokenizer, MODEL_PATH)

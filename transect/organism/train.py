@@ -26,6 +26,7 @@ from transect.organism.stream import skills_of_mix, stream
 from transect.organism.tasks import evaluate
 from transect.organism.tokenizer import LENGTH, build
 from transect.organism.world import World
+from transect.pretrained import pretrained
 
 # Facts and copying are found much sooner where attention has few unrelated documents to look past.
 SHORT = 48
@@ -140,9 +141,9 @@ def _resume(path: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optimize
 
 def accuracy_table(folder: Path, n: int) -> Table:
     """The accuracy of a stored model in every skill, on at most `n` examples each."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = pretrained(AutoModelForCausalLM, folder, dtype=torch.float32)
     table = Table("skill", "accuracy", title=f"{folder.name}, greedy exact match")
-    for skill, accuracy in evaluate(model, AutoTokenizer.from_pretrained(folder), n=n).items():
+    for skill, accuracy in evaluate(model, pretrained(AutoTokenizer, folder), n=n).items():
         table.add_row(skill, f"{accuracy:.1%}")
     return table
 

@@ -3,7 +3,7 @@
 from .exchange import finish_exchange, place_folder
 from .folder import Folder
 from .kept import Kept, carries_mark, keep, keep_json, kept, kept_json, tensor_bytes
-from .text import read_any_json, read_json
+from .text import in_short, read_any_json, read_json
 from .write import link, remove, replacing, sweep, temporary, write_text
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "Kept",
     "carries_mark",
     "finish_exchange",
+    "in_short",
     "keep",
     "keep_json",
     "kept",

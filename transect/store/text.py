@@ -33,3 +33,9 @@ def read_any_json(file: Path) -> Any:
         raise BadCheckpoint(f"{file} cannot be read: it is nested too deeply") from None
     except (OSError, ValueError) as error:  # ValueError: no UTF-8, no JSON, a number of too many digits
         raise BadCheckpoint(f"{file} cannot be read: {error}") from None
+
+
+def in_short(what: object, most: int = 200) -> str:
+    """What something says, as one line of at most so many characters: for a message that quotes what others wrote."""
+    text = " ".join((str(what) if isinstance(what, BaseException) else repr(what)).split())
+    return text if len(text) <= most else text[: most - 4] + " ..."

@@ -15,7 +15,7 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, GenerationConfig
+from transformers import GenerationConfig
 from transformers import initialization as init
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, build_glob_alternation, rename_source_key
@@ -24,8 +24,11 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from ..anatomy import Anatomy
 from ..checkpoint import check_folder, model_class
-from ..checkpoint.folder import read_header, weight_files
+from ..checkpoint.config import read_config
+from ..checkpoint.fit import check_fit
+from ..checkpoint.folder import read_header, stored_in, weight_files
 from ..errors import BadCheckpoint, TransectError
+from ..pretrained import pretrained
 from .merged import merged_parameters
 
 
@@ -48,17 +51,18 @@ class StreamedModel:
         check_folder(folder)
         self.folder = folder
         self.device = torch.device(device or "cpu")
-        config: Any = AutoConfig.from_pretrained(folder)
+        config = read_config(folder)
         if getattr(config, "quantization_config", None) is not None:
             raise TransectError(f"{folder} is compressed or quantized already; --stream takes an ordinary checkpoint")
         cls = model_class(config, str(folder))
+        check_fit(str(folder), cls, config, stored_in(folder))
         self._files = weight_files(folder)
         given: Any = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         self.dtype: torch.dtype = given or config.dtype or _first_dtype(self._files[0])
         config.dtype = self.dtype
         self.model: Any = _skeleton(cls, config, self.dtype)
         if self.model.can_generate() and (folder / GENERATION_CONFIG_NAME).is_file():  # it says more than the config
-            self.model.generation_config = GenerationConfig.from_pretrained(folder)
+            self.model.generation_config = pretrained(GenerationConfig, folder)
         self.anatomy = Anatomy(self.model, architecture, weights=False)
         headers = {path: read_header(path) for path in self._files}
         self._shapes = {name: shape for header in headers.values() for name, shape in header.items()}
