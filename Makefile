@@ -7,7 +7,7 @@ RUN ?= run/demo
 CURVLINOPS := curvlinops-for-pytorch backpack-for-pytorch unfoldNd einconv einops opt-einsum linear_operator jaxtyping \
     wadler_lindig
 
-.PHONY: demo test lint bench organism clean
+.PHONY: demo test nightly lint bench organism clean
 
 # The pinned torch comes first: asked for by another package, a bare "torch" would bring gigabytes of CUDA libraries.
 .venv/installed: pyproject.toml constraints.txt
@@ -25,6 +25,11 @@ demo: .venv/installed
 # A process for each core, with one thread: several torch programs that share cores slow each other down.
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
+
+# What takes too long for every change: a kill at each change of files of every command, and the loader under mutations.
+nightly: .venv/installed
+	OMP_NUM_THREADS=1 EVERY_KILL=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile tests/reliability
+	$(BIN)/python -m tests.reliability.fuzz_loader --seconds 1800
 
 lint: .venv/installed
 	$(BIN)/ruff check .
