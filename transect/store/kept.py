@@ -115,13 +115,8 @@ def kept_json(path: Path, of: str) -> dict[str, Any] | None:
         if checksum != _checksum(of, json.dumps(value, sort_keys=True), ()):
             return _unused(path, "its checksum is wrong")
         return value
-<<<<<<< HEAD
-    except (ValueError, RecursionError) as error:  # BadCheckpoint is a ValueError
-        return _unused(path, f"it is damaged ({' '.join(str(error).split())[:200]})")
-=======
-    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # BadCheckpoint is a ValueError
         return _unused(path, f"it is damaged ({in_short(error)})")
->>>>>>> 6a7122c (The way back from an edit carries the edit that it is of and a checksum, and is looked at whole before anything changes)
 
 
 def _unused(path: Path, why: str) -> None:
