@@ -21,6 +21,7 @@ from transect.cli import main_group
 from transect.comparison import Row, processes
 from transect.comparison.losses import Losses
 from transect.comparison.worker import load_worker
+from transect.data import Batches
 from transect.errors import TransectError
 from transect.evaluation import Speed
 from transect.store import Folder
@@ -180,10 +181,11 @@ def test_other_processes_refuse_another_model_than_the_one_that_is_compared(tmp_
 
 @pytest.mark.parametrize("of", ["calibration", "evaluation"])
 def test_other_processes_refuse_other_data_than_the_plans(tmp_path, lost, of, monkeypatch):
-    from transect.data import Batches
+    save_of = Batches.save
 
-    read = Batches.load
-    wrong = Batches([{"input_ids": DATA + 1 - 1, "labels": DATA}])
-    monkeypatch.setattr(Batches, "load", staticmethod(lambda path: wrong if of in path.name else read(path)))
-    with pytest.raises(TransectError, match=f"{of}.safetensors holds other data"):
+    def another(self, path):
+        save_of(Batches([{"input_ids": DATA.flip(1)}]) if of in path.name else self, path)
+
+    monkeypatch.setattr(Batches, "save", another)
+    with pytest.raises(TransectError, match=f"{of}.safetensors does not hold the batches"):
         compare(tmp_path / "run", workers=2)

@@ -128,8 +128,6 @@ def load_worker(folder: Path, plan: Plan) -> Worker:
             f"{plan.model} holds other weights than the model that is compared, so that other processes cannot load "
             "it: save the model first and name its folder, or use one process (workers=1, --workers 1)"
         )
-    data = {name: Batches.load(folder / f"{name}.safetensors") for name in ("calibration", "evaluation")}
-    for name, batches in data.items():
-        if batches.fingerprint != getattr(plan, name):
-            raise TransectError(f"{folder / name}.safetensors holds other data than it should; remove it")
-    return Worker(folder, plan, opened.model, data["calibration"], data["evaluation"])
+    calibration = Batches.load(folder / "calibration.safetensors", plan.calibration)
+    evaluation = Batches.load(folder / "evaluation.safetensors", plan.evaluation)
+    return Worker(folder, plan, opened.model, calibration, evaluation)
