@@ -1,9 +1,8 @@
 """Comparisons, inspections and repairs, killed at each of their changes of files, and run again: the same result.
 
-A command has 20 to 70 different states; `STATES` of each are tried, evenly spaced, and all with TRANSECT_STATES=1000.
+A command has 20 to 70 different states; eight of each are tried, evenly spaced, and all by `make nightly`.
 """
 
-import os
 import sys
 from pathlib import Path
 
@@ -14,15 +13,13 @@ from safetensors.torch import load_file
 
 import transect
 from transect.checkpoint import save
-from transect.data.batches import evenly_spaced
 from transect.evaluation import Speed
 from transect.store import Folder, write_text
 
 from ..models import VOCABULARY, apart, tiny
 from ..test_compare import SAME
-from .faults import Kills
+from .faults import Kills, some
 
-STATES = int(os.environ.get("TRANSECT_STATES", "8"))
 DATA = torch.randint(3, VOCABULARY, (6, 8), generator=torch.Generator().manual_seed(5))
 OTHER = torch.randint(3, VOCABULARY, (4, 8), generator=torch.Generator().manual_seed(6))
 
@@ -76,7 +73,7 @@ def states(command, root, into):
     with kills.recorded():
         command(root)
     assert len(kills.states) > 20
-    return evenly_spaced(kills.states, STATES)
+    return some(kills.states, 8)
 
 
 @pytest.mark.parametrize("over", ["nothing", "another run"])

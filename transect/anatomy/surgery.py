@@ -129,9 +129,9 @@ def assign(module: Any, attribute: str, value: Any) -> None:
             module.register_forward_pre_hook(_select_head_bias, with_kwargs=True)
         setattr(module, name, value)
         return
-    owner = module
+    owner: Any = module
     for parent in parents:
-        in_config = parent == "config" and "config" in vars(owner)
+        in_config = owner is not None and parent == "config" and "config" in vars(owner)
         owner = owner.config if in_config else getattr(owner, "_modules", {}).get(parent)
     kept = vars(owner).get(getattr(owner, "attribute_map", {}).get(name, name)) if owner is not None else None
     if not name.isidentifier() or name.startswith("_") or type(kept) is not int:
