@@ -131,8 +131,7 @@ def assign(module: Any, attribute: str, value: Any) -> None:
         return
     owner: Any = module
     for parent in parents:
-        in_config = owner is not None and parent == "config" and "config" in vars(owner)
-        owner = owner.config if in_config else getattr(owner, "_modules", {}).get(parent)
+        owner = _inside(owner, parent)
     kept = vars(owner).get(getattr(owner, "attribute_map", {}).get(name, name)) if owner is not None else None
     if not name.isidentifier() or name.startswith("_") or type(kept) is not int:
         raise ValueError(f"{attribute!r} is no size that a {type(module).__name__} has")
@@ -146,6 +145,13 @@ def assign(module: Any, attribute: str, value: Any) -> None:
                 owner.config = copy.copy(owner.config)
             owner = getattr(owner, parent)
     setattr(owner, name, value)
+
+
+def _inside(owner: Any, name: str) -> Any:
+    """The config of a module, or the module in it that has this name; None where there is none."""
+    if name == "config" and "config" in getattr(owner, "__dict__", {}):
+        return owner.config
+    return getattr(owner, "_modules", {}).get(name)
 
 
 def _check_kept_heads(value: Any) -> None:
