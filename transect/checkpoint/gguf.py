@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
 import os
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,10 @@ from ..pretrained import pretrained
 from ..store import in_short
 from .fit import bounded
 
+_FORMATS = {
+    0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d",
+}  # fmt: skip
+
 
 def load_gguf(file: Path, dtype: Any, device: Any) -> tuple[Any, Any]:
     """Model and tokenizer of a GGUF file. dtype: of the unpacked weights; None: the file's own, or float32.
@@ -29,6 +35,7 @@ def load_gguf(file: Path, dtype: Any, device: Any) -> tuple[Any, Any]:
     packing = getattr(transformers, "GgufConfig", None)
     unpack = {} if packing is None else {"quantization_config": packing(dequantize=True)}
     try:
+        _check_counts(file)
         config = pretrained(AutoConfig, file.parent, gguf_file=file.name)
         refuse_encoder_decoder(config, str(file))
         _check_size(config, file)
@@ -47,6 +54,41 @@ def load_gguf(file: Path, dtype: Any, device: Any) -> tuple[Any, Any]:
         raise BadCheckpoint(f"{file} cannot be read as a GGUF file: {in_short(error)}") from error
     _forget_quantization(model)
     return model.eval(), tokenizer
+
+
+def _check_counts(file: Path) -> None:
+    """Refuse counts of layers and the like that no file of this size holds; transformers makes lists of that length."""
+    with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        magic, version, tensors, entries = struct.unpack_from("<4sIQQ", data)
+        if magic != b"GGUF" or version not in (2, 3):
+            raise ValueError(f"it begins with {magic!r}, version {version}")
+        place = 24
+        for _ in range(entries):
+            name, place = _string(data, place)
+            value, place = _value(data, place + 4, *struct.unpack_from("<I", data, place))
+            most = tensors if name.endswith(b".block_count") else max(2**17, len(data))
+            if name.endswith(b"_count") and isinstance(value, int) and value > most:
+                raise ValueError(f"{name.decode(errors='replace')} is {value}, in a file of {tensors} tensors")
+
+
+def _value(data: mmap.mmap, place: int, kind: int) -> tuple[Any, int]:
+    """The value at a place, None for texts and lists, and the place behind it. kind: GGUF's number of its type."""
+    if kind == 8:
+        return None, _string(data, place)[1]
+    if kind == 9:
+        kind, length = struct.unpack_from("<IQ", data, place)
+        place += 12
+        if kind in _FORMATS:
+            return None, place + length * struct.calcsize(_FORMATS[kind])
+        for _ in range(length):
+            place = _value(data, place, kind)[1]
+        return None, place
+    return struct.unpack_from(_FORMATS[kind], data, place)[0], place + struct.calcsize(_FORMATS[kind])
+
+
+def _string(data: mmap.mmap, place: int) -> tuple[bytes, int]:
+    (length,) = struct.unpack_from("<Q", data, place)
+    return data[place + 8 : place + 8 + length], place + 8 + length
 
 
 def _check_size(config: Any, file: Path) -> None:

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
-
 from ..anatomy import record_of
 from ..checkpoint import check_output, open_model, save
+from ..checkpoint.header import read_stored
 from ..compression.fingerprint import model_fingerprint
 from ..data import Batches, Specimen
 from ..errors import BadCheckpoint
 from ..evaluation import evaluate_loss
 from ..forward import at_rest
+from ..store import Kept, keep, read_json, verified, write_text
 from .card import Card
 from .journal import Journal, restore
 from .registry import edit
@@ -39,13 +39,14 @@ class Edited:
 
     def save(self, folder: str | Path, tokenizer: Any = None, *, overwrite: bool = False) -> Path:
         """Write an ordinary checkpoint with the card (edit.json, edit.md) and undo.safetensors: all, or nothing."""
-        undo = {"config": self.journal.config, "added": self.journal.added, "model": model_fingerprint(self.model)}
-        described = {**json.loads(self.card.to_json()), "undo": undo}
+        edited = model_fingerprint(self.model)
+        described = {**json.loads(self.card.to_json()), "undo": {"model": edited}}
 
         def write(folder: Path) -> None:
-            save_file(self.journal.before, folder / UNDO)
-            (folder / "edit.md").write_text(self.card.markdown(), encoding="utf-8")
-            (folder / CARD).write_text(json.dumps(described, indent=1), encoding="utf-8")
+            way_back = {"config": self.journal.config, "added": self.journal.added}
+            keep(folder / UNDO, self.journal.before, edited, way_back)
+            write_text(folder / "edit.md", self.card.markdown())
+            write_text(folder / CARD, json.dumps(described, indent=1))
 
         return save(self.model, folder, tokenizer, overwrite=overwrite, beside=write)
 
@@ -91,26 +92,52 @@ def undo_folder(folder: str | Path, out: str | Path | None = None, *, overwrite:
     """Take back the edit that a checkpoint folder holds, bit for bit.
 
     out: where to write the model as it was. Default: in place of the edited one, whose card and undo file then go.
-    Raises BadCheckpoint where the folder holds no edit, or its weights are not bit for bit those that the edit left.
+    Raises BadCheckpoint where the folder holds no edit, its weights are not bit for bit those that the edit left, or
+    the undo file is not what that edit wrote; then nothing has changed.
     """
     source = Path(folder).expanduser()
+    for name in (CARD, UNDO):
+        if not (source / name).is_file():
+            raise BadCheckpoint(f"{source} holds no edit that could be taken back: it has no file {name}")
+    described = read_json(source / CARD)
     try:
-        described = json.loads((source / CARD).read_text(encoding="utf-8"))
-        before = load_file(source / UNDO)
-        undo = described["undo"]
-    except (OSError, ValueError, KeyError) as error:
-        raise BadCheckpoint(f"{source} holds no edit that could be taken back ({CARD} and {UNDO}): {error}") from None
-    except Exception as error:
-        raise BadCheckpoint(f"{source / UNDO} is damaged: {error}") from error
+        read_stored(source / UNDO)
+    except BadCheckpoint as error:
+        raise BadCheckpoint(f"the way back is damaged: {error}") from None
     target = source if out is None else check_output(out, overwrite)
     opened = open_model(source)
-    if model_fingerprint(opened.model) != undo["model"]:
+    edited, noted = model_fingerprint(opened.model), described.get("undo")
+    if not isinstance(noted, dict) or noted.get("model") != edited:
         raise BadCheckpoint(
             f"the weights in {source} were changed since they were edited, so the edit cannot be taken back bit for "
             f"bit; what they were before it is in {UNDO}"
         )
-    restore(opened.model, before, undo["config"], undo["added"])
+    try:
+        before = verified(source / UNDO, edited)
+    except BadCheckpoint as error:
+        raise BadCheckpoint(f"{source / UNDO} is not what this edit wrote, {error}; nothing was changed") from None
+    config, added = _way_back(opened.model, before, source / UNDO)
+    restore(opened.model, dict(before), config, added)
     history = record_of(opened.model).history
     if history and "edit" in history[-1]:
         history.pop()
     return save(opened.model, target, opened.tokenizer or opened.processor, overwrite=out is None or overwrite)
+
+
+def _way_back(model: Any, before: Kept, file: Path) -> tuple[dict[str, Any], list[str]]:
+    """The config's entries and the added parameters that an undo file notes; BadCheckpoint unless all of it fits."""
+    parameters, settings = dict(model.named_parameters()), vars(model.config)
+    note = before.note if isinstance(before.note, dict) else {}
+    config, added = note.get("config"), note.get("added")
+    fits = isinstance(config, dict) and all(
+        type(value) is bool and type(settings.get(name)) is bool for name, value in config.items()
+    )
+    fits = fits and isinstance(added, list) and all(
+        isinstance(name, str) and name.endswith(".bias") and name in parameters and name not in before for name in added
+    )  # fmt: skip
+    for name, tensor in before.items() if fits else ():
+        like = parameters.get(name)
+        fits = fits and like is not None and tensor.shape == like.shape and tensor.dtype == like.dtype
+    if not fits:
+        raise BadCheckpoint(f"{file} does not fit the model that lies beside it; nothing was changed")
+    return config, added  # type: ignore[return-value]

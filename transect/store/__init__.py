@@ -2,7 +2,7 @@
 
 from .exchange import finish_exchange, place_folder
 from .folder import Folder
-from .kept import Kept, carries_mark, keep, keep_json, kept, kept_json, tensor_bytes
+from .kept import Kept, carries_mark, keep, keep_json, kept, kept_json, tensor_bytes, verified
 from .text import in_short, read_any_json, read_json
 from .write import link, remove, replacing, sweep, temporary, write_text
 
@@ -25,5 +25,6 @@ __all__ = [
     "sweep",
     "temporary",
     "tensor_bytes",
+    "verified",
     "write_text",
 ]

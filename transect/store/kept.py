@@ -18,7 +18,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .text import read_json
+from ..errors import BadCheckpoint
+from .text import in_short, read_json
 from .write import replacing, write_text
 
 logger = logging.getLogger(__name__)
@@ -61,16 +62,26 @@ def kept(path: Path, of: str) -> Kept | None:
     if not path.is_file():  # a named pipe would be waited for
         return _unused(path, "it is not a file")
     try:
+        return verified(path, of)
+    except BadCheckpoint as error:
+        return _unused(path, str(error))
+
+
+def verified(path: Path, of: str) -> Kept:
+    """As `kept`, for what cannot be computed anew: BadCheckpoint says why it is not used."""
+    try:
         with safe_open(path, "pt") as file:
             marks = dict(file.metadata() or {})
             if marks.get(_OF) != of:
-                return _unused(path, "it is of something else")
+                raise BadCheckpoint("it is of something else")
             tensors = ((name, file.get_tensor(name)) for name in sorted(file.keys()))
             if marks.get(_SUM) != _checksum(of, marks[_NOTE], tensors):
-                return _unused(path, "its checksum is wrong")
+                raise BadCheckpoint("its checksum is wrong")
         return Kept(path, json.loads(marks[_NOTE]))
+    except BadCheckpoint:
+        raise
     except Exception as error:  # safetensors, JSON and the file system have an exception each
-        return _unused(path, f"it is damaged ({' '.join(str(error).split())[:200]})")
+        raise BadCheckpoint(f"it is damaged ({in_short(error)})") from error
 
 
 def carries_mark(path: Path) -> bool:
@@ -105,7 +116,7 @@ def kept_json(path: Path, of: str) -> dict[str, Any] | None:
             return _unused(path, "its checksum is wrong")
         return value
     except (ValueError, RecursionError) as error:  # BadCheckpoint is a ValueError
-        return _unused(path, f"it is damaged ({' '.join(str(error).split())[:200]})")
+        return _unused(path, f"it is damaged ({in_short(error)})")
 
 
 def _unused(path: Path, why: str) -> None:
