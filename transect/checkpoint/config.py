@@ -45,7 +45,7 @@ def check_config(config: dict[str, Any], file: Path, stored: Mapping[str, Stored
             if type(number) is int and number > most and _COUNT.fullmatch(key):
                 raise BadCheckpoint(f"{file} says {key} = {number}, but the folder holds {len(stored)} tensors")
         if key in _KERNELS and any(_is_kernel(one) for one in (value.values() if isinstance(value, dict) else [value])):
-            raise BadCheckpoint(f"{file} asks for the kernel {value!r}, which is code that would have to be fetched")
+            raise BadCheckpoint(f"{file} says {key} = {in_short(value)}, which is code that would be fetched")
         if key in ("dtype", "torch_dtype") and not isinstance(value, dict) and not _is_dtype(value):
             raise BadCheckpoint(f"{file} says {key} = {in_short(value)}; known are {', '.join(_DTYPES)}")
     names = config.get("architectures")

@@ -134,7 +134,7 @@ def _check_unexpected(where: str, model: Any, names: list[str]) -> None:
         name
         for name in sorted(names)
         if numbered is not None
-        and numbered.fullmatch(name)
+        and (numbered.fullmatch(name) or numbered.fullmatch(f"{model.base_model_prefix}.{name}"))
         and not _LEFT_OVER.fullmatch(name)
         and not any(pattern.search(name) for pattern in allowed)
     ]
