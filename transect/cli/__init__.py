@@ -5,6 +5,7 @@ One file a command in `commands`; what they share stands beside that folder. Err
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
@@ -31,8 +32,9 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")  # a name may hold what the terminal cannot show
     with stopping() as signals:
         code = _run(signals)
-        if not _flushed():
-            code = code or 1
+        code = code if _flushed() else code or 1
+        if code:
+            atexit.register(_say_no_more)
         sys.exit(code)
 
 
@@ -75,6 +77,11 @@ def _stopped(signals: list[int]) -> int:
     with suppress(OSError):
         stderr.print("stopped")
     return 128 + (signals[0] if signals else signal.SIGINT)
+
+
+def _say_no_more() -> None:
+    """When Python ends, libraries may try to open files or write once more where that has just failed."""
+    sys.unraisablehook = lambda unraisable: None
 
 
 def _flushed() -> bool:
