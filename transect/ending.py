@@ -57,14 +57,15 @@ def stopping() -> Iterator[list[int]]:
                 signal.signal(number, handler)
 
 
-def shortened(message: str) -> str:
-    """A message as one line of at most `LONGEST` characters that a terminal can show, the middle left out."""
+def shortened(message: str, longest: int = LONGEST) -> str:
+    """A message as one line of at most `longest` characters that a terminal can show, the middle left out."""
     line = " ".join(message.split())
     line = "".join(c if c.isprintable() else c.encode("ascii", "backslashreplace").decode() for c in line)
     line = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in line)
-    if len(line) <= LONGEST:
+    if len(line) <= longest:
         return line
-    return f"{line[: LONGEST * 2 // 3]} ... {line[len(line) + LONGEST * 2 // 3 + 5 - LONGEST :]}"
+    head = longest * 2 // 3
+    return f"{line[:head]} ... {line[len(line) - (longest - head - 5) :]}"
 
 
 def line_of(error: BaseException) -> str | None:

@@ -17,7 +17,7 @@ import transect
 class Job:
     """A command line. before: Python that its process runs first; out: where its standard output goes, if not a file.
 
-    A process that takes longer than a minute is ended by the system's alarm, which is signal 14.
+    A process that takes longer than half a minute is ended by the system's alarm, which is signal 14.
     """
 
     words: Sequence[str]
@@ -45,7 +45,7 @@ gc.freeze()
 for number, job in enumerate(json.load(open(f"{folder}/jobs.json"))):
     child = os.fork()
     if child == 0:
-        signal.alarm(60)
+        signal.alarm(30)
         for descriptor, name in ((1, job["out"] or f"{folder}/{number}.out"), (2, f"{folder}/{number}.err")):
             os.dup2(os.open(name, os.O_CREAT | os.O_WRONLY), descriptor)
         sys.argv = ["transect", *job["words"]]

@@ -5,13 +5,20 @@ The limits are real ones of the system, in processes of their own. No output goe
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import socket
 
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import SafetensorError
 
 from tests.reliability.processes import Job, run_all
 from tests.reliability.test_every_command import place as place
+from transect.ending import LONGEST, line_of, shortened
 
 DATA = ["--data", "text.txt", "--sequences", "4", "--sequence-length", "16"]
 WRITERS = {
@@ -125,9 +132,79 @@ def ended(place, tmp_path_factory):
     return dict(zip(JOBS, made, strict=True)), set(os.listdir(place)) - before
 
 
-def test_one_line_says_it(ended):
-    for name, end in ended[0].items():
-        lines = [line for line in end.err.splitlines() if line.strip()]
-        bad = end.code not in (1, 2) or len(lines) != 1 or "Traceback" in end.err or any(len(x) > 500 for x in lines)
-        print("BAD" if bad else "   ", end.code, name, "|", end.err[-300:] if bad else lines[0][:150])
-    print(ended[1])
+SILENT = ("methods to nobody", "methods without an output")
+
+
+@pytest.mark.parametrize("name", [name for name in JOBS if name not in SILENT])
+def test_one_line_says_what_cannot_be_done(name, ended):
+    end = ended[0][name]
+    lines = [line for line in end.err.splitlines() if line.strip()]
+    assert end.code in (1, 2), end
+    assert not end.out and all(len(line) <= 500 for line in lines), end
+    if end.code == 1:
+        assert len(lines) == 1 and lines[0].startswith("error: "), end
+    else:  # wrong usage
+        assert lines[0].startswith("Usage: ") and lines[-1].startswith("Error: ") and len(lines) == 3, end
+
+
+@pytest.mark.parametrize(("limit", "words"), [("room", "full|written"), ("files", "open files"), ("memory", "memory")])
+def test_the_line_says_which_limit_it_was(limit, words, ended):
+    said = {name: end.err for name, end in ended[0].items() if name.endswith(f"without {limit}")}
+    assert len(said) > 2
+    for name, line in said.items():
+        assert re.search(words, line), (name, line)
+
+
+def test_nobody_who_listens_is_no_error(ended):
+    assert all(ended[0][name].err == "" and ended[0][name].code in (0, 1) for name in SILENT)
+
+
+def test_nothing_half_written_is_left(ended, place):
+    left = [str(path.relative_to(place)) for path in place.rglob("*") if re.search(r"\.(partial|previous)-", path.name)]
+    assert not left
+    resumed = {"room-inspect", ".room-stream.streaming", ".room-recover.recovery", "room-compare"}  # by the next run
+    assert ended[1] <= resumed
+
+
+def test_the_machine_is_told_from_a_fault_of_ours():
+    """What libraries raise where there is no memory or room; a fault keeps its traceback, whatever it came from."""
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(2**60)
+    assert "memory" in str(line_of(raised.value))
+    wrapped = KeyError("x")
+    wrapped.__cause__ = OSError(errno.ENOSPC, "No space left on device", "model.safetensors")
+    for error, said in {
+        MemoryError(): "there is not enough memory",
+        wrapped: "model.safetensors",
+        OSError(errno.EDQUOT, "Disk quota exceeded"): "the disk is full",
+        SafetensorError("I/O error: No space left on device (os error 28)"): "the disk is full",
+        SafetensorError("Error while deserializing header"): "a safetensors file",
+        PermissionError(errno.EACCES, "Permission denied", "there"): "Permission denied: there",
+        RecursionError("maximum"): "nested too deeply",
+        UnicodeEncodeError("utf-8", "a\udcff", 1, 2, "surrogates not allowed"): "'a\\udcff' holds characters",
+        ValueError("embedded null byte"): "NUL",
+        ImportError("libtorch.so: failed to map segment from shared object"): "not enough memory",
+    }.items():
+        assert said in str(line_of(error)), error
+    for error in (
+        KeyError("x"),
+        ValueError("bad"),
+        RuntimeError("shape"),
+        TypeError(),
+        AssertionError("no"),
+        OverflowError(),
+    ):
+        assert line_of(error) is None, error
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=1000) | st.text(min_size=900))
+def test_any_message_is_one_line_that_can_be_shown(message):
+    line = shortened(message)
+    assert len(line) <= LONGEST and line.isprintable()
+    assert (
+        len(message) > LONGEST
+        or not message.isascii()
+        or not message.isprintable()
+        or line == " ".join(message.split())
+    )

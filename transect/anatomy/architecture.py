@@ -14,7 +14,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ..errors import TransectError, UnknownArchitecture
+from ..errors import BadCheckpoint, TransectError, UnknownArchitecture
+from ..store import read_any_json
 
 MATRIX_ROLES = ("q", "k", "v", "o", "gate", "up", "down")
 
@@ -182,7 +183,9 @@ _verifiers: list[Callable[[Any, Architecture], None]] = []
 def _built_in() -> dict[str, Architecture]:
     folder = resources.files("transect.anatomy") / "architectures"
     found = (
-        Architecture.from_dict(json.loads(file.read_text())) for file in folder.iterdir() if file.name[-5:] == ".json"
+        Architecture.from_dict(json.loads(file.read_text(encoding="utf-8")))
+        for file in folder.iterdir()
+        if file.name[-5:] == ".json"
     )
     return {model_type: architecture for architecture in found for model_type in architecture.model_types}
 
@@ -206,8 +209,8 @@ def read_architecture(description: Mapping[str, Any] | str | Path) -> Architectu
 
 def _read(path: Path) -> Any:
     try:
-        read = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        read = read_any_json(path)
+    except BadCheckpoint as error:
         raise TransectError(f"the architecture description {path} cannot be read as JSON: {error}") from None
     if not isinstance(read, dict):
         raise TransectError(f"the architecture description {path} holds a {type(read).__name__}, not a JSON object")

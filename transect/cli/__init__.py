@@ -14,7 +14,7 @@ from contextlib import suppress
 import click
 from rich.text import Text
 
-from ..ending import line_of, shortened, stopping
+from ..ending import LONGEST, line_of, shortened, stopping
 from . import commands as commands
 from .group import main_group
 from .printing import stderr
@@ -56,7 +56,7 @@ def _run(signals: list[int]) -> int:
         if signals:
             return _stopped(signals)
         if isinstance(error, click.ClickException):
-            error.message = shortened(error.message)
+            error.message = shortened(error.message, LONGEST - 80)  # the option's name comes before it
             error.show()
             return error.exit_code
         line = str(error) if isinstance(error, TransectError) else line_of(error)
