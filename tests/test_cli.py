@@ -212,7 +212,7 @@ def test_help_and_version():
     ("options", "message"),
     [
         ("--method magic", "unknown method 'magic'; known: amp"), ("--allocation best", "unknown allocation 'best'"),
-        ("--keep 0", "above 0 and at most 1; got 0"), ("--keep 1.5", "above 0 and at most 1; got 1.5"),
+        ("--keep 0", "above 0 and at most 1, got 0"), ("--keep 1.5", "above 0 and at most 1, got 1.5"),
         ("--keep -0.5", "above 0"), ("--keep nan", "above 0"), ("--keep 0.001", "leaves no rank"),
         ("--data empty.txt", "empty.txt is empty"), ("--data binary.txt", "binary.txt is not text"),
         ("--data none.txt", "no file or folder 'none.txt'"), ("--data .", "empty.txt is empty|binary.txt is not text"),
@@ -220,8 +220,8 @@ def test_help_and_version():
         ("--shrinkage x", "shrinkage='x' must be of type float"), ("--shrinkage nan", "shrinkage='nan'"),
         ("--svd-llm.colour red", "svd-llm has no parameter colour; it has: shrinkage"),
         ("--svd-llm.keep 0.5", "no parameter keep"), ("--tokenizer x", "no parameter tokenizer"),
-        ("--uniform.trials 3", "uniform has no parameter trials"), ("--roles x", "unknown matrix roles"),
-        ("--sequence-length 1000", "context of 64"), ("--batch-size 0", "batch_size must be at least 1"),
+        ("--uniform.trials 3", "uniform has no parameter trials"), ("--roles x", "roles must be a list.*gate.*got"),
+        ("--sequence-length 1000", "context of 64"), ("--batch-size 0", "batch_size must be a whole number from 1"),
         ("--method svd --sequential", "uses no calibration"), ("--method svd --refit", "no refit"),
     ],
 )  # fmt: skip

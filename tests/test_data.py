@@ -297,7 +297,7 @@ def _file(name: str, content: bytes) -> Any:
         (_file("a.txt", b"\xff\xfe\xfa"), {}, "not UTF-8 text: byte 0"),
         (_file("a.txt", words(5).encode()), {}, "has 5 tokens, but one sequence needs 8"),
         (_file("a.jsonl", b'{"text": "w1"}\n{"text": \n'), {}, "line 2, is not JSON"),
-        (_file("a.jsonl", b'["w1"]\n'), {}, "line 1: a JSON object is expected, got list"),
+        (_file("a.jsonl", b'["w1"]\n'), {}, "entry 1: a JSON object is expected, got list"),
         (_file("a.jsonl", b'{"text": "w1"}\n{"text": 3}\n'), {}, "row 2: column 'text' should hold a text, not int"),
         (_file("a.jsonl", b'{"a": "w1", "b": "w2", "c": 1}\n'), {}, "columns are 'a', 'b', 'c'"),
         (_file("a.parquet", b"not parquet"), {}, "not a readable parquet file"),

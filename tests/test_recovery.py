@@ -296,7 +296,7 @@ def test_bad_input_is_refused_before_anything_changes(dense, small, tmp_path, mo
     other.resize_token_embeddings(VOCABULARY + 8)
     half = copy.deepcopy(small).half()
     for message, options in {
-        "there is no repair 'magic'": dict(how="magic"),
+        "how must be 'lora', .* got 'magic'": dict(how="magic"),
         "learns from the dense model": dict(how="distill"),
         "uses no teacher": dict(how="full", teacher=dense),
         "the very model": dict(how="blocks", teacher=small),
@@ -307,7 +307,7 @@ def test_bad_input_is_refused_before_anything_changes(dense, small, tmp_path, mo
         "steps must be": dict(steps=0),
         "lr must be": dict(lr=-1.0),
         "dropout must be": dict(dropout=1.0),
-        "held_out is a share": dict(held_out=0.0),
+        "held_out must be": dict(held_out=0.0),
         "exists and is not empty": dict(out=tmp_path / "there"),
         "float16": dict(model=half),
     }.items():

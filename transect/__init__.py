@@ -7,6 +7,9 @@
 Importing it also lets transformers load what it saved: `AutoModelForCausalLM.from_pretrained("small")`.
 """
 
+from . import ending as _ending  # noqa: F401 - before what takes long
+
+# isort: split
 from . import checkpoint as _checkpoint  # noqa: F401 - registers the loader with transformers
 from .anatomy import Anatomy, register_architecture
 from .compression import allocations, methods

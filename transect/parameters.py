@@ -10,22 +10,14 @@ import inspect
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from .arguments import Range as Range
+from .arguments import accepted, shown
+from .arguments import listed as listed
 from .errors import TransectError
 
-
-def listed(value: Any) -> list[Any]:
-    """Several values as a list; one alone, a string or a number, as a list of one: a name is not cut into letters."""
-    return [value] if isinstance(value, (str, int, float)) else list(value)
-
-
-@dataclass(frozen=True)
-class Range:
-    """Annotation of a number's permitted interval, ends included: `Annotated[float, Range(0, 1)]`."""
-
-    low: float
-    high: float
+Seed = Annotated[int, Range(0, 2**63 - 1)]  # of a generator of torch
 
 
 @dataclass(frozen=True)
@@ -42,20 +34,20 @@ class Parameter:
     def accept(self, value: Any, owner: str) -> Any:
         """The value converted to the parameter's type (a command line passes strings), or an error."""
         expected = f"one of {list(self.choices)}" if self.choices else f"of type {self.kind.__name__}"
-        if self.range:
-            expected += f" from {self.range.low:g} to {self.range.high:g}"
-        problem = TransectError(f"{owner}: {self.name}={value!r} must be {expected}")
+        problem = TransectError(
+            f"{owner}: {self.name}={shown(value)} must be {expected}{f' {self.range}' if self.range else ''}"
+        )
         try:
-            if self.kind is bool and isinstance(value, str):
-                value = {"true": True, "false": False}[value.lower()]
-            converted = self.kind(value)
-        except (TypeError, ValueError, KeyError):
+            if isinstance(value, str) and self.kind is not str:
+                value = {"true": True, "false": False}[value.lower()] if self.kind is bool else self.kind(value)
+            elif self.kind is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+                value = str(value)  # one layer, where several are a text
+            converted = accepted(self.kind, value, self.name)
+        except (ValueError, KeyError):  # a TransectError is a ValueError
             raise problem from None
-        if self.kind is not str and isinstance(value, (int, float)) and converted != value:
-            raise problem
         if self.choices is not None and converted not in self.choices:
             raise problem
-        if self.range is not None and not self.range.low <= converted <= self.range.high:
+        if self.range is not None and converted not in self.range:
             raise problem
         return converted
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..data import Batches, Specimen
+from ..ending import line_of
 from ..errors import TransectError
 from ..forward import at_rest
 from ..statistics import Progress
@@ -62,5 +63,7 @@ def _check(one: Claim, context: Context) -> Result:
     except TransectError as error:  # a compressed model that computes NaN, say; the other claims go on
         return Result(Verdict.NOT_APPLICABLE, f"It could not be measured: {error}")
     except Exception as error:  # a fault of the claim's own must not cost the others
+        if line_of(error) is not None:  # no memory or room, which none of the others has either
+            raise
         _logger.exception("the claim %s failed", one.name)
         return Result(Verdict.FAILED, f"{type(error).__name__}: {error}")

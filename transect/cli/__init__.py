@@ -5,14 +5,16 @@ One file a command in `commands`; what they share stands beside that folder. Err
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
-from typing import Any, NoReturn
+from contextlib import suppress
 
 import click
 from rich.text import Text
 
+from ..ending import LONGEST, line_of, shortened, stopping
 from . import commands as commands
 from .group import main_group
 from .printing import stderr
@@ -20,50 +22,75 @@ from .printing import stderr
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
-def _complain(message: str) -> NoReturn:
-    """One line on standard error, whatever the message is made of, and exit code 1."""
-    stderr.print(Text.assemble(("error:", "bold red"), " ", " ".join(message.split())), soft_wrap=True)
-    sys.exit(1)
-
-
-def _note_interrupts() -> list[int]:
-    """Let Ctrl-C also leave a note here: torch and safetensors may swallow the exception into one of their own."""
-    noted: list[int] = []
-
-    def on_interrupt(number: int, frame: Any) -> None:
-        noted.append(number)
-        signal.default_int_handler(number, frame)
-
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, on_interrupt)
-    return noted
-
-
 def main() -> None:
-    """Entry point: errors that a user can mend are one line, without a traceback. Exit code 1; 130 for Ctrl-C."""
+    """Entry point: errors that a user can mend are one line, without a traceback, and exit code 1.
+
+    Wrong usage is 2, and what ended by a signal 128 and its number: 130 for Ctrl-C, 143 for `kill`.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, ValueError):  # closed, or not a stream of the system's
+            stream.reconfigure(errors="backslashreplace")  # a name may hold what the terminal cannot show
+    with stopping() as signals:
+        code = _run(signals)
+        code = code if _flushed() else code or 1
+        if code:
+            atexit.register(_say_no_more)
+        sys.exit(code)
+
+
+def _run(signals: list[int]) -> int:
+    """Run what the command line says; the exit code."""
     from ..errors import TransectError
 
-    interrupts = _note_interrupts()
     try:
-        main_group(standalone_mode=False)
+        code = main_group(standalone_mode=False)
+        sys.stdout and sys.stdout.flush()
+        return code if isinstance(code, int) else 0
     except click.exceptions.Exit as stop:
-        sys.exit(stop.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        _stopped()
+        return stop.exit_code
+    except (KeyboardInterrupt, click.Abort) as stop:
+        if isinstance(stop.__cause__, EOFError):
+            return _complain("a file or the input ended too early")
+        return _stopped(signals)
     except Exception as error:
-        if interrupts:
-            _stopped()
+        if signals:
+            return _stopped(signals)
         if isinstance(error, click.ClickException):
+            error.message = shortened(error.message, LONGEST - 80)  # the option's name comes before it
             error.show()
-            sys.exit(error.exit_code)
-        if isinstance(error, TransectError):
-            _complain(str(error))
-        if isinstance(error, OSError):  # a disk that is full, a folder that may not be written to
-            _complain(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
-        raise
+            return error.exit_code
+        line = str(error) if isinstance(error, TransectError) else line_of(error)
+        if line is None:
+            raise
+        return _complain(line)
 
 
-def _stopped() -> NoReturn:
-    """What Ctrl-C leaves behind: one word on standard error, and exit code 130."""
-    stderr.print("stopped")
-    sys.exit(130)
+def _complain(message: str) -> int:
+    """One line on standard error, whatever the message is made of; the exit code."""
+    with suppress(OSError):  # nobody can be told
+        stderr.print(Text.assemble(("error:", "bold red"), " ", shortened(message)), soft_wrap=True)
+    return 1
+
+
+def _stopped(signals: list[int]) -> int:
+    """What Ctrl-C leaves behind: one word on standard error, and the exit code."""
+    with suppress(OSError):
+        stderr.print("stopped")
+    return 128 + (signals[0] if signals else signal.SIGINT)
+
+
+def _say_no_more() -> None:
+    """When Python ends, libraries may try to open files or write once more where that has just failed."""
+    sys.unraisablehook = lambda unraisable: None
+
+
+def _flushed() -> bool:
+    """Whether standard output took everything; what it refuses must not be tried again when Python ends."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return True
+    except (OSError, ValueError):
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False

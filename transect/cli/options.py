@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
+
+from ..errors import TransectError
+from ..store import read_any_json
+
+
+class Place(click.Path):
+    """The name of a file or folder to write."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """An empty name would be the working folder's."""
+        if not str(value).strip():
+            self.fail("a name is needed", param, ctx)
+        return super().convert(value, param, ctx)
+
 
 LOADING = ("revision", "architecture", "dtype", "device")
 
@@ -34,9 +50,9 @@ def description_file(context: click.Context, parameter: click.Parameter, value: 
     if value is None:
         return None
     try:
-        description = json.loads(Path(value).read_text(encoding="utf-8"))
-    except ValueError as error:  # not UTF-8, or not JSON
-        raise click.BadParameter(f"{value} is not JSON: {error}") from None
+        description = read_any_json(Path(value))
+    except TransectError as error:
+        raise click.BadParameter(f"not JSON: {error}") from None
     if not isinstance(description, dict):
         raise click.BadParameter(f"{value} should hold a JSON object, but holds a {type(description).__name__}")
     return description
@@ -44,23 +60,22 @@ def description_file(context: click.Context, parameter: click.Parameter, value: 
 
 def dtype_name(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
     """Callback: the name of a type for weights, checked."""
-    import torch
+    from ..verbs.arguments import weight_type
 
-    found = getattr(torch, value or "float32", None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise click.BadParameter(f"{value!r} is not a type for weights, such as float32, bfloat16 or float16")
-    return value
+    try:
+        return value if value is None else str(weight_type(value)).removeprefix("torch.")
+    except TypeError:
+        raise click.BadParameter(f"{value!r} is not a type for weights, such as float32, bfloat16 or float16") from None
 
 
 def device_name(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
     """Callback: the name of a device that torch can use here."""
-    import torch
+    from ..verbs.arguments import usable_device
 
     try:
-        torch.empty(0, device=value)
-    except (RuntimeError, AssertionError) as error:
-        raise click.BadParameter(f"{value!r} cannot be used: {str(error).partition(chr(10))[0]}") from None
-    return value
+        return value if value is None else usable_device(value)
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} cannot be used: {error}") from None
 
 
 def opening(options: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 from ..errors import TransectError
 from ..parameters import Parameter, parameters_of, settings_of, summary_of
 from ..parameters import Range as Range
+from ..parameters import Seed as Seed
 from ..statistics import Statistic
 
 

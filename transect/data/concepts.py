@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Any
 from ..errors import BadData
 from ..parameters import listed
 from .containers import items_of
+from .questions import text_in, text_of
+from .sources import json_entries
 
 ORGANISM_CONCEPTS = 150  # facts of the bundled model's world, each asked in both languages
 
@@ -37,7 +38,9 @@ def load_concepts(data: str | Path | Sequence[Any]) -> list[Concept]:
     """
     if data == "organism":
         return _of_organism()
-    entries = _entries(Path(data)) if isinstance(data, (str, Path)) else items_of(data, "the concepts")
+    entries = (
+        json_entries(Path(data), "the concepts") if isinstance(data, (str, Path)) else items_of(data, "the concepts")
+    )
     made = []
     for number, entry in enumerate(entries):
         try:
@@ -50,16 +53,6 @@ def load_concepts(data: str | Path | Sequence[Any]) -> list[Concept]:
     return made
 
 
-def _entries(path: Path) -> list[Any]:
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BadData(f"the concepts in {path} cannot be read as JSON: {error}") from None
-    if not isinstance(entries, list):
-        raise BadData(f"{path} should hold a list of concepts, but holds a {type(entries).__name__}")
-    return entries
-
-
 def _concept(entry: Mapping[str, Any]) -> Concept:
     if not isinstance(entry, Mapping):
         raise TypeError(f"a dict is expected, not a {type(entry).__name__}")
@@ -67,11 +60,11 @@ def _concept(entry: Mapping[str, Any]) -> Concept:
     for language, forms in entry["words"].items():
         if forms is None:  # as data sets write that a language is missing
             continue
-        forms = tuple(map(str, listed(forms)))
+        forms = tuple(text_of(form, language) for form in listed(forms))
         if not forms or not all(form.strip() for form in forms):
             raise ValueError(f"it has no word in {language!r}")
         words[str(language)] = tuple(dict.fromkeys(form.strip() for form in forms))
-    prompt, target = str(entry["prompt"]), str(entry["target"])
+    prompt, target = text_in(entry, "prompt"), text_in(entry, "target")
     if len(words) < 2:
         raise ValueError(f"it should have words in two languages at least, got {list(words)}")
     if target not in words:

@@ -6,7 +6,6 @@ Each kind is a file, .json (a list) or .jsonl (one object a line), or `organism:
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from numbers import Integral
 from pathlib import Path
@@ -17,7 +16,8 @@ from ..organism.world import World
 from ..parameters import listed
 from .containers import items_of
 from .organism_questions import choices, facts, passages
-from .questions import Choice, Fact, Passage, make_choice
+from .questions import Choice, Fact, Passage, make_choice, text_in, text_of
+from .sources import json_entries
 
 T = TypeVar("T")
 
@@ -45,13 +45,17 @@ def load_choices(data: Any) -> list[Choice]:
 
 def load_passages(data: Any) -> list[Passage]:
     """Passages from a file, `organism:passages`, or a list of `Passage`s or dicts with `prompt` and `answer`."""
-    return _loaded(data, Passage, lambda entry: Passage(str(entry["prompt"]), str(entry["answer"])), "passages")
+    return _loaded(data, Passage, _passage, "passages")
 
 
 def _loaded(data: Any, kind: type[T], parse: Any, what: str) -> list[T]:
     if isinstance(data, str) and data.startswith("organism:"):
         return _of_organism(data, what)
-    entries = _entries(Path(data), what) if isinstance(data, (str, Path)) else list(items_of(data, f"the {what}"))
+    entries = (
+        json_entries(Path(data), f"the {what}")
+        if isinstance(data, (str, Path))
+        else list(items_of(data, f"the {what}"))
+    )
     if not entries:
         raise BadData(f"there are no {what} in {data!r}" if isinstance(data, (str, Path)) else f"there are no {what}")
     made = []
@@ -69,38 +73,26 @@ def _loaded(data: Any, kind: type[T], parse: Any, what: str) -> list[T]:
     return made
 
 
-def _entries(path: Path, what: str) -> list[Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadData(f"the {what} in {path} cannot be read: {error}") from None
-    try:
-        if path.suffix == ".jsonl":
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
-        entries = json.loads(text)
-    except ValueError as error:
-        raise BadData(f"{path} is not JSON: {error}") from None
-    if not isinstance(entries, list):
-        raise BadData(f"{path} should hold a list of {what}, but holds a {type(entries).__name__}")
-    return entries
+def _passage(entry: Mapping[str, Any]) -> Passage:
+    return Passage(text_in(entry, "prompt"), text_in(entry, "answer"))
 
 
 def _fact(entry: Mapping[str, Any]) -> Fact:
     if "requested_rewrite" in entry:
         wanted = entry["requested_rewrite"]
-        answer = wanted["target_true"]["str"]
+        answer = text_in(wanted["target_true"], "str").strip()
         fact = Fact(
-            wanted["prompt"], wanted["subject"], answer.strip(), wanted["target_new"]["str"].strip(),
+            text_in(wanted, "prompt"), text_in(wanted, "subject"), answer, text_in(wanted["target_new"], "str").strip(),
             _strings(entry, "paraphrase_prompts"),
-            tuple(Passage(prompt, answer.strip()) for prompt in _strings(entry, "neighborhood_prompts")),
+            tuple(Passage(prompt, answer) for prompt in _strings(entry, "neighborhood_prompts")),
         )  # fmt: skip
     else:
-        new = entry.get("new_answer")
         fact = Fact(
-            str(entry["prompt"]), str(entry["subject"]), str(entry["answer"]).strip(),
-            None if new is None else str(new).strip(), _strings(entry, "paraphrases"),
+            text_in(entry, "prompt"), text_in(entry, "subject"), text_in(entry, "answer").strip(),
+            None if entry.get("new_answer") is None else text_in(entry, "new_answer").strip(),
+            _strings(entry, "paraphrases"),
             tuple(
-                Passage(str(one["prompt"]), str(one["answer"]).strip())
+                Passage(text_in(one, "prompt"), text_in(one, "answer").strip())
                 for one in items_of(entry.get("neighbours") or [], "`neighbours`")
             ),
         )  # fmt: skip
@@ -120,15 +112,17 @@ def _choice(entry: Mapping[str, Any]) -> Choice:
     letters = tuple(chr(ord("A") + number) for number in range(len(options)))
     answer = entry["answer"]
     answer = letters.index(answer) if answer in letters else answer
-    if not isinstance(answer, Integral) or int(answer) not in range(len(options)):
+    if not isinstance(answer, Integral) or isinstance(answer, bool) or int(answer) not in range(len(options)):
         raise ValueError(f"answer {answer!r} is none of the {len(options)} options: neither their number nor a letter")
-    template = str(entry.get("template") or "Question: {question} Options: {options}. Answer:")
-    return make_choice(template, str(entry["question"]), options, int(answer))
+    template = "Question: {question} Options: {options}. Answer:"
+    if entry.get("template"):
+        template = text_in(entry, "template")
+    return make_choice(template, text_in(entry, "question"), options, int(answer))
 
 
 def _strings(entry: Mapping[str, Any], name: str) -> tuple[str, ...]:
     """The strings in a column that may be missing; one string is one, and not its letters."""
-    return tuple(map(str, listed(entry.get(name) or ())))
+    return tuple(text_of(item, name) for item in listed(entry.get(name) or ()))
 
 
 def _options(given: Any) -> list[str]:
@@ -142,7 +136,7 @@ def _options(given: Any) -> list[str]:
         given = given.tolist()
     if isinstance(given, str):
         raise ValueError(f"its options should be a list of strings, not the one string {given!r}")
-    return [str(option) for option in given]
+    return [text_of(option, "options") for option in given]
 
 
 def _of_organism(name: str, what: str) -> list[Any]:

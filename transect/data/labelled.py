@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import io
+from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import BadData
-from .sources import Row
+from .sources import Row, check_file
 from .text import documents
 
 
@@ -43,7 +45,7 @@ def image_batches(rows: list[Row], model: Any, processor: Any, batch_size: int) 
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
         if "pixel_values" in part[0]:
-            pixels = torch.stack([torch.as_tensor(row["pixel_values"]) for row in part])
+            pixels = _stacked([row["pixel_values"] for row in part])
         elif "image" not in part[0]:
             columns = ", ".join(map(repr, part[0]))
             raise BadData(f"images need a column `pixel_values` or `image`; the columns are {columns}")
@@ -62,11 +64,31 @@ def labels_of(rows: list[Row], model: Any) -> Tensor:
         label = row.get("label", row.get("labels"))
         if label is None:
             raise BadData(f"examples need a column `label`; the columns are {', '.join(map(repr, row))}")
-        number = names.get(label, -1) if isinstance(label, str) else int(label)
+        number = names.get(label, -1) if isinstance(label, str) else _whole(label)
         if not 0 <= number < model.config.num_labels:
             raise BadData(f"label {label!r} is none of the model's {model.config.num_labels} classes")
         labels.append(number)
     return torch.tensor(labels)
+
+
+def _whole(label: Any) -> int:
+    """A class number as Python's; -1, which is no class, for anything else."""
+    if isinstance(label, Tensor) and label.numel() == 1:
+        label = label.item()
+    whole = isinstance(label, Integral) or (isinstance(label, Real) and float(label).is_integer())
+    return int(label) if whole else -1
+
+
+def _stacked(pictures: list[Any]) -> Tensor:
+    """`pixel_values` of several examples (B x C x H x W)."""
+    try:
+        pixels = [torch.as_tensor(picture) for picture in pictures]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise BadData(f"`pixel_values` should hold numbers: {error}") from None
+    shapes = {tuple(one.shape) for one in pixels}
+    if len(shapes) != 1 or pixels[0].dim() != 3:
+        raise BadData(f"`pixel_values` of examples should have one shape, C x H x W; they have {sorted(shapes)}")
+    return torch.stack(pixels)
 
 
 def _picture(image: Any) -> Any:
@@ -74,7 +96,7 @@ def _picture(image: Any) -> Any:
 
     Pictures and arrays of their pixels are as the processor takes them.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     if isinstance(image, Image.Image):
         return image.convert("RGB")
@@ -82,7 +104,10 @@ def _picture(image: Any) -> Any:
         return image
     stored = {"bytes": image, "path": None} if isinstance(image, bytes) else image
     try:
-        file = stored["path"] if stored["bytes"] is None else io.BytesIO(stored["bytes"])
-        return Image.open(file).convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
+        if stored["bytes"] is None:
+            check_file(Path(stored["path"]), "an image")
+        return Image.open(stored["path"] if stored["bytes"] is None else io.BytesIO(stored["bytes"])).convert("RGB")
+    except (MemoryError, BadData):
+        raise
+    except Exception as error:  # every format of pictures has errors of its own
         raise BadData(f"an image cannot be read: {error}") from None

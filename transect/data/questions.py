@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+from .sources import written
 
 
 @dataclass(frozen=True)
@@ -66,3 +70,17 @@ def make_choice(template: str, question: str, options: Sequence[str], answer: in
         shown += f"{letter} {option}"
     prompt = head + shown + tail.replace("{question}", question)
     return Choice(prompt, letters, answer, tuple(positions), end=len(head + shown))
+
+
+def text_in(entry: Mapping[str, Any], name: str) -> str:
+    """An entry's text of that name; KeyError if there is none, TypeError as for `text_of`."""
+    if not isinstance(entry, Mapping):
+        raise TypeError(f"a dict with {name!r} is expected, not a {type(entry).__name__}")
+    return text_of(entry[name], name)
+
+
+def text_of(value: Any, name: str) -> str:
+    """A text, or a number as one; TypeError for what is neither."""
+    if not isinstance(value, (str, Real)) or isinstance(value, bool):
+        raise TypeError(f"{name!r} should be a text, not a {type(value).__name__}")
+    return written(str(value), f"{name!r}")

@@ -5,12 +5,14 @@ A .txt file is one row, its whole text; a .jsonl line, a .parquet row and an ent
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Callable, Iterator
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 from ..errors import BadData, TransectError
+from ..store import parsed
 
 Row = dict[str, Any]
 ORGANISM = "organism:"
@@ -20,12 +22,24 @@ def rows_of(data: str | Path, organism_tokens: int) -> Iterator[Row]:
     """Rows of a path, of a hub data set, or of `organism_tokens` tokens of the bundled world's text."""
     if str(data).startswith(ORGANISM):
         return _organism(str(data).removeprefix(ORGANISM), organism_tokens)
-    path = Path(data).expanduser()
+    try:
+        path = Path(data).expanduser()
+    except RuntimeError as error:  # ~somebody who is not known here
+        raise BadData(f"{str(data)[:200]!r} names no file: {error}") from None
     if exists(path):
         return _read(path)
     if isinstance(data, Path) or path.suffix in READERS or data.startswith((".", "/", "~")) or len(data.split()) != 1:
         raise BadData(f"there is no file or folder {str(data)[:200]!r} (a text itself is given in a list: [text])")
     return _hub(data)
+
+
+def written(text: str, where: str) -> str:
+    """The text; BadData if it holds half of a character (a lone surrogate), which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadData(f"{where} is no text that can be written: half of a character at {error.start}") from None
+    return text
 
 
 def exists(path: Path) -> bool:
@@ -37,18 +51,55 @@ def exists(path: Path) -> bool:
 
 
 def _read(path: Path) -> Iterator[Row]:
-    if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix in READERS and not file.name.startswith("."))
-        if not files:
-            raise BadData(f"the folder {path} holds no {', '.join(READERS)} file")
-        for file in files:
-            yield from _read(file)
+    if not path.is_dir():
+        yield from _read_file(path)
         return
+    try:
+        files = sorted(file for file in path.iterdir() if file.suffix in READERS and not file.name.startswith("."))
+    except OSError as error:
+        raise BadData(f"the folder {path} cannot be read: {error.strerror}") from None
+    if not files:
+        raise BadData(f"the folder {path} holds no {', '.join(READERS)} file")
+    for file in files:  # a folder among them is refused: by a link it could be this one
+        yield from _read_file(file)
+
+
+def _read_file(path: Path) -> Iterator[Row]:
     if path.suffix not in READERS:
         raise BadData(f"{path}: data files end in {', '.join(READERS)}, not in {path.suffix or 'nothing'!r}")
+    try:
+        check_file(path, f"{path}")
+        yield from READERS[path.suffix](path)
+    except OSError as error:
+        raise BadData(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def check_file(path: Path, what: str) -> None:
+    """BadData for what is not an ordinary file (a pipe would be waited for), or is empty."""
+    if not path.is_file():
+        found = "a folder" if path.is_dir() else "no ordinary file" if os.path.lexists(path) else "not there"
+        raise BadData(f"{what} cannot be read: {path} is {found}")
     if path.stat().st_size == 0:
         raise BadData(f"{path} is empty")
-    yield from READERS[path.suffix](path)
+
+
+def json_entries(path: Path, what: str) -> list[Any]:
+    """The entries of a .json file, which holds a list, or the lines of a .jsonl file. what: they are, for messages."""
+    try:
+        path = path.expanduser()
+        check_file(path, what)
+        if path.suffix == ".jsonl":
+            return list(_json_lines(path))
+        text = _decode(path.read_bytes(), str(path))
+    except (OSError, RuntimeError) as error:  # a home that is not known
+        raise BadData(f"{what} cannot be read from {path}: {error}") from None
+    try:
+        entries = parsed(text)
+    except ValueError as error:
+        raise BadData(f"{path} is not JSON: {error}") from None
+    if not isinstance(entries, list):
+        raise BadData(f"{path} should hold a list, {what}, but holds a {type(entries).__name__}")
+    return entries
 
 
 def _decode(content: bytes, place: str) -> str:
@@ -65,18 +116,22 @@ def _txt(path: Path) -> Iterator[Row]:
 
 
 def _jsonl(path: Path) -> Iterator[Row]:
+    for number, row in enumerate(_json_lines(path), 1):
+        if not isinstance(row, dict):
+            raise BadData(f"{path}, entry {number}: a JSON object is expected, got {type(row).__name__}")
+        yield row
+
+
+def _json_lines(path: Path) -> Iterator[Any]:
     with path.open("rb") as file:
         for number, content in enumerate(file, 1):
             line = _decode(content, f"{path}, line {number},")
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise BadData(f"{path}, line {number}, is not JSON: {error.msg} at column {error.colno}") from None
-            if not isinstance(row, dict):
-                raise BadData(f"{path}, line {number}: a JSON object is expected, got {type(row).__name__}")
-            yield row
+                yield parsed(line)
+            except ValueError as error:
+                raise BadData(f"{path}, line {number}, is not JSON: {error}") from None
 
 
 def _parquet(path: Path) -> Iterator[Row]:
@@ -89,7 +144,9 @@ def _parquet(path: Path) -> Iterator[Row]:
         with parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=1024):
                 yield from batch.to_pylist()
-    except pyarrow.ArrowException as error:
+    except MemoryError:
+        raise
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:  # also texts and dates that are none
         raise BadData(f"{path} is not a readable parquet file: {error}") from None
 
 
@@ -125,9 +182,11 @@ def _hub(name: str) -> Iterator[Row]:
         ) from None
     repository, _, rest = name.partition(":")
     config, _, split = rest.partition(":")
+    # Older versions would ask on the terminal whether to run code that comes with the data.
+    refusal = {"trust_remote_code": False} if "trust_remote_code" in signature(datasets.load_dataset).parameters else {}
     try:
-        table: Any = datasets.load_dataset(repository, config or None, split=split or "train")
-    except (OSError, ValueError) as error:  # not found, no network, unknown configuration or split
+        table: Any = datasets.load_dataset(repository, config or None, split=split or "train", **refusal)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:  # no network, unknown configuration
         raise BadData(f"{name!r} is no file or folder, and not a hub data set that can be loaded: {error}") from None
     for column, feature in table.features.items():
         if isinstance(feature, datasets.Image):

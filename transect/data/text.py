@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import BadData
 from .batches import evenly_spaced
-from .sources import Row
+from .sources import Row, written
 
 _GROUP = 1 << 20  # characters that are tokenised in one call, unless a single document is longer
 
@@ -26,7 +26,7 @@ def documents(rows: Iterable[Row]) -> Iterator[str]:
         text = row.get(column)
         if not isinstance(text, str):
             raise BadData(f"row {number}: column {column!r} should hold a text, not {type(text).__name__}")
-        yield text
+        yield written(text, f"row {number}")
 
 
 def text_column(row: Row) -> str:

@@ -18,7 +18,7 @@ def peak_memory(device: torch.device | str = "cpu") -> int:
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
     if status.is_file():  # Linux; getrusage would count what a parent process had before it started this one
-        high_water = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        high_water = next(line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM:"))
         return int(high_water.split()[1]) * 1024
     import resource  # not on Windows
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
+from ..arguments import Range, checked_fields
 from ..errors import TransectError
+from ..parameters import Seed
 
 How = Literal["lora", "full", "distill", "blocks"]
 Train = Literal["lora", "full"]
+Count = Annotated[int, Range(1, 2**31 - 1)]
+Positive = Annotated[float, Range(0, above=True)]
 
 _LEARNING_RATE = {"lora": 3e-4, "full": 1e-4}
 
@@ -31,42 +35,27 @@ class Settings:
 
     how: How = "lora"
     train: Train | None = None
-    lr: float | None = None
-    epochs: int = 1
-    steps: int | None = None
-    batch_size: int = 8
-    accumulate: int = 1
-    rank: int = 8
-    alpha: float = 16.0
-    dropout: float = 0.05
-    temperature: float = 1.0
-    held_out: float = 0.1
-    every: int | None = None
-    seed: int = 0
+    lr: Positive | None = None
+    epochs: Count = 1
+    steps: Count | None = None
+    batch_size: Count = 8
+    accumulate: Count = 1
+    rank: Count = 8
+    alpha: Positive = 16.0
+    dropout: Annotated[float, Range(0, 1, below=True)] = 0.05
+    temperature: Positive = 1.0
+    held_out: Annotated[float, Range(0, 1, above=True, below=True)] = 0.1
+    every: Count | None = None
+    seed: Seed = 0
 
     def resolved(self) -> Settings:
         """The same with `train` and `lr` filled in; TransectError for a value that means nothing."""
-        if self.how not in get_args(How):
-            raise TransectError(f"there is no repair {self.how!r}; how is one of {', '.join(get_args(How))}")
-        implied = self.how if self.how in get_args(Train) else None
-        if self.train is not None and self.train not in get_args(Train):
-            raise TransectError(f"train is one of {', '.join(get_args(Train))}, got {self.train!r}")
-        if implied is not None and self.train not in (None, implied):
-            raise TransectError(f"how={self.how!r} trains {implied!r}; train= is a choice of distill and blocks")
-        for name in ("epochs", "steps", "batch_size", "accumulate", "rank", "every"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise TransectError(f"{name} must be at least 1, got {value}")
-        for name in ("lr", "alpha", "temperature"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise TransectError(f"{name} must be above 0, got {value}")
-        if not 0 <= self.dropout < 1:
-            raise TransectError(f"dropout must be at least 0 and below 1, got {self.dropout}")
-        if not 0 < self.held_out < 1:
-            raise TransectError(f"held_out is a share of the sequences, above 0 and below 1, got {self.held_out}")
-        train = self.train or implied or "full"
-        return replace(self, train=train, lr=_LEARNING_RATE[train] if self.lr is None else self.lr)
+        chosen = checked_fields(self, "recover")
+        implied = chosen.how if chosen.how in get_args(Train) else None
+        if implied is not None and chosen.train not in (None, implied):
+            raise TransectError(f"how={chosen.how!r} trains {implied!r}; train= is a choice of distill and blocks")
+        train = chosen.train or implied or "full"
+        return replace(chosen, train=train, lr=_LEARNING_RATE[train] if chosen.lr is None else chosen.lr)
 
     @property
     def needs_teacher(self) -> bool:

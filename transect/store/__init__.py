@@ -3,7 +3,7 @@
 from .exchange import finish_exchange, place_folder
 from .folder import Folder
 from .kept import Kept, carries_mark, keep, keep_json, kept, kept_json, tensor_bytes, verified
-from .text import in_short, read_any_json, read_json
+from .text import in_short, parsed, read_any_json, read_json
 from .write import link, remove, replacing, sweep, temporary, write_text
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "kept",
     "kept_json",
     "link",
+    "parsed",
     "place_folder",
     "read_any_json",
     "read_json",

@@ -26,11 +26,9 @@ def read_any_json(file: Path) -> Any:
             raise BadCheckpoint(f"{file.parent} has no file {file.name}")
         if file.stat().st_size > LARGEST:
             raise BadCheckpoint(f"{file} has {file.stat().st_size} bytes, and JSON is read up to {LARGEST}")
-        return json.loads(file.read_text(encoding="utf-8"))
+        return parsed(file.read_text(encoding="utf-8"))
     except BadCheckpoint:
         raise
-    except RecursionError:
-        raise BadCheckpoint(f"{file} cannot be read: it is nested too deeply") from None
     except (OSError, ValueError) as error:  # ValueError: no UTF-8, no JSON, a number of too many digits
         raise BadCheckpoint(f"{file} cannot be read: {error}") from None
 
@@ -39,3 +37,11 @@ def in_short(what: object, most: int = 200) -> str:
     """What something says, as one line of at most so many characters: for a message that quotes what others wrote."""
     text = " ".join((str(what) if isinstance(what, BaseException) else repr(what)).split())
     return text if len(text) <= most else text[: most - 4] + " ..."
+
+
+def parsed(text: str) -> Any:
+    """What a JSON text says; ValueError with a reason for what is none, or is deeper than anybody writes."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None

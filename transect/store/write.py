@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,7 +21,10 @@ def replacing(path: Path) -> Iterator[Path]:
     """A path to write to, beside `path`; after the `with` it takes that name. On an exception nothing has changed.
 
     What is written is on the disk before it gets its name, so that not even a loss of power leaves half of it.
+    Raises OSError for a name that stands for anything but a file: a device or a pipe would be replaced by a file.
     """
+    if os.path.lexists(path) and not stat.S_ISREG(mode := os.lstat(path).st_mode) and not stat.S_ISLNK(mode):
+        raise FileExistsError(errno.EEXIST, "it is there, and is no file that could be replaced", str(path))
     sweep(path)
     partial = temporary(path)
     try:

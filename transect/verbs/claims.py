@@ -6,16 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from ..arguments import checked
 from ..checkpoint import open_model
 from ..claims import Outcome, claims, run_claims
 from ..data import SpecialTokens
 from ..errors import TransectError
+from ..parameters import Seed
 from ..statistics import Progress
+from .arguments import Count, Device, Length, WeightType
 from .common import CALIBRATION_SEQUENCES, calibration_of, held_out_of, opened_of, specimen_of
 
 
+@checked
 def check_claims(
     names: Sequence[str] = (),
     model: Any = "organism",
@@ -27,15 +29,15 @@ def check_claims(
     passages: Any = None,
     tokenizer: Any = None,
     revision: str | None = None,
-    sequence_length: int | None = None,
+    sequence_length: Length | None = None,
     special_tokens: SpecialTokens = "auto",
-    sequences: int = CALIBRATION_SEQUENCES,
-    eval_sequences: int = 128,
-    batch_size: int = 8,
+    sequences: Count | None = CALIBRATION_SEQUENCES,
+    eval_sequences: Count | None = 128,
+    batch_size: Count = 8,
     architecture: Any = None,
-    dtype: torch.dtype | str = "float32",
-    device: str | None = None,
-    seed: int = 0,
+    dtype: WeightType = "float32",
+    device: Device | None = None,
+    seed: Seed = 0,
     progress: Progress | None = None,
 ) -> list[Outcome]:
     """Check what papers claim of their methods on a model, which is as before afterwards.

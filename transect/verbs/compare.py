@@ -5,45 +5,48 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pandas as pd
 import torch
 
 from ..anatomy import Anatomy
+from ..arguments import checked
 from ..comparison import KIND, Engine, Plan, Row, compare_anatomy
 from ..compression.fingerprint import computation_fingerprint, model_fingerprint
 from ..data import SpecialTokens
-from ..parameters import listed
+from ..parameters import Seed, listed
 from ..report import markdown_table, pareto_plot
 from ..statistics import Fisher, Progress
 from ..store import Folder, write_text
+from .arguments import Count, FolderName, Length, Role, Share, Some, SumType
 from .common import CALIBRATION_SEQUENCES, Settings, calibration_of, given_of, held_out_of, opened_of
 
 
+@checked
 def compare(
     model: Any,
-    methods: Sequence[str],
-    keep: Sequence[float],
+    methods: Annotated[Sequence[str], Some],
+    keep: Annotated[Sequence[Share], Some],
     data: Any,
     eval_data: Any,
-    out: str | Path,
+    out: FolderName,
     *,
     tokenizer: Any = None,
-    allocations: Sequence[str] | None = None,
+    allocations: Annotated[Sequence[str], Some] | None = None,
     settings: Settings | None = None,
     sequential: bool = False,
     refit: bool = False,
-    roles: Iterable[str] | None = None,
-    sequence_length: int | None = None,
+    roles: Annotated[Iterable[Role], Some] | None = None,
+    sequence_length: Length | None = None,
     special_tokens: SpecialTokens = "auto",
-    sequences: int = CALIBRATION_SEQUENCES,
-    eval_sequences: int | None = None,
-    batch_size: int = 8,
+    sequences: Count | None = CALIBRATION_SEQUENCES,
+    eval_sequences: Count | None = None,
+    batch_size: Count = 8,
     fisher: Fisher = "empirical",
-    accumulate: torch.dtype = torch.float64,
-    seed: int = 0,
-    workers: int = 1,
+    accumulate: SumType = torch.float64,
+    seed: Seed = 0,
+    workers: Count = 1,
     engine: Engine = "local",
     overwrite: bool = False,
     progress: Progress | None = None,

@@ -4,46 +4,50 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
 from ..anatomy import Anatomy
+from ..arguments import checked
 from ..checkpoint import Opened, folder_of, open_model, tokenizer_of
 from ..compression import compress_anatomy
 from ..data import SpecialTokens
 from ..errors import TransectError
 from ..forward import at_rest
+from ..parameters import Seed
 from ..statistics import Fisher, Progress
 from ..streaming import StreamedModel, compress_streamed
+from .arguments import Count, Device, FileName, FolderName, Length, Role, Share, Some, SumType, WeightType
 from .common import CALIBRATION_SEQUENCES, Settings, calibration_of, opened_of, recipe_of
 
 
+@checked
 def compress(
     model: Any,
     method: str,
-    keep: float,
+    keep: Share,
     data: Any = None,
     *,
-    stream_to: str | Path | None = None,
+    stream_to: FolderName | None = None,
     overwrite: bool = False,
     tokenizer: Any = None,
     allocation: str | None = None,
     sequential: bool = False,
     refit: bool = False,
-    roles: Iterable[str] | None = None,
-    sequence_length: int | None = None,
+    roles: Annotated[Iterable[Role], Some] | None = None,
+    sequence_length: Length | None = None,
     special_tokens: SpecialTokens = "auto",
-    sequences: int = CALIBRATION_SEQUENCES,
-    batch_size: int = 8,
+    sequences: Count | None = CALIBRATION_SEQUENCES,
+    batch_size: Count = 8,
     fisher: Fisher = "empirical",
-    accumulate: torch.dtype = torch.float64,
-    seed: int = 0,
-    cache: str | Path | None = None,
+    accumulate: SumType = torch.float64,
+    seed: Seed = 0,
+    cache: FileName | None = None,
     revision: str | None = None,
     architecture: Any = None,
-    dtype: torch.dtype | str | None = None,
-    device: str | None = None,
+    dtype: WeightType | None = None,
+    device: Device | None = None,
     settings: Settings | None = None,
     progress: Progress | None = None,
     **parameters: Any,

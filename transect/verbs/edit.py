@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
+from ..arguments import checked
 from ..checkpoint import check_output
 from ..data import SpecialTokens
 from ..editing import Edited, edit_specimen
 from ..editing import edit as edit_named
+from ..parameters import Seed
 from ..statistics import Progress
+from .arguments import Count, FolderName, Length
 from .common import CALIBRATION_SEQUENCES, Settings, held_out_of, one_of, opened_of, specimen_of
 
 
+@checked
 def edit(
     model: Any,
     method: str,
@@ -22,14 +25,14 @@ def edit(
     passages: Any = None,
     data: Any = None,
     eval_data: Any = None,
-    out: str | Path | None = None,
+    out: FolderName | None = None,
     tokenizer: Any = None,
-    sequence_length: int | None = None,
+    sequence_length: Length | None = None,
     special_tokens: SpecialTokens = "auto",
-    sequences: int | None = CALIBRATION_SEQUENCES,
-    eval_sequences: int | None = 64,
-    batch_size: int = 8,
-    seed: int = 0,
+    sequences: Count | None = CALIBRATION_SEQUENCES,
+    eval_sequences: Count | None = 64,
+    batch_size: Count = 8,
+    seed: Seed = 0,
     overwrite: bool = False,
     settings: Settings | None = None,
     progress: Progress | None = None,

@@ -5,20 +5,24 @@ from __future__ import annotations
 from typing import Any
 
 from .. import evaluation as evaluation_room
+from ..arguments import checked
 from ..data import SpecialTokens
+from ..parameters import Seed
+from .arguments import Count, Length
 from .common import held_out_of, opened_of
 
 
+@checked
 def evaluate(
     model: Any,
     data: Any,
     *,
     tokenizer: Any = None,
-    sequence_length: int | None = None,
+    sequence_length: Length | None = None,
     special_tokens: SpecialTokens = "auto",
-    sequences: int | None = None,
-    batch_size: int = 8,
-    seed: int = 0,
+    sequences: Count | None = None,
+    batch_size: Count = 8,
+    seed: Seed = 0,
 ) -> dict[str, Any]:
     """Loss, perplexity and accuracy of a model on held-out data, its speed, and its size; see `evaluation.evaluate`.
 

@@ -7,37 +7,40 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from ..arguments import checked
 from ..compression.fingerprint import computation_fingerprint
 from ..data import SpecialTokens, Specimen
-from ..parameters import listed
+from ..parameters import Seed, listed
 from ..probes import KIND, Inspection, Result, probe, run_probes
 from ..probes import probes as all_probes
 from ..report import INDEX, write_report
 from ..statistics import Progress
 from ..store import Folder
 from ..version import __version__
+from .arguments import Count, FolderName, Length, Some
 from .common import Settings, specimen_of
 
 INSPECTION_SEQUENCES = 64
 
 
+@checked
 def inspect(
     model: Any,
-    probes: Sequence[str] | None = None,
+    probes: Annotated[Sequence[str], Some] | None = None,
     data: Any = None,
     *,
     facts: Any = None,
     choices: Any = None,
     passages: Any = None,
-    out: str | Path | None = None,
+    out: FolderName | None = None,
     tokenizer: Any = None,
-    sequence_length: int | None = None,
+    sequence_length: Length | None = None,
     special_tokens: SpecialTokens = "auto",
-    sequences: int | None = INSPECTION_SEQUENCES,
-    batch_size: int = 4,
-    seed: int = 0,
+    sequences: Count | None = INSPECTION_SEQUENCES,
+    batch_size: Count = 4,
+    seed: Seed = 0,
     settings: Settings | None = None,
     progress: Progress | None = None,
     on_result: Callable[[str], None] = lambda name: None,

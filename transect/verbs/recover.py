@@ -6,24 +6,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..anatomy import Anatomy
+from ..arguments import checked
 from ..checkpoint import Opened, check_output, save
 from ..data import SpecialTokens
+from ..parameters import Seed
 from ..recovery import Check, How, Machine, Settings, State, Train, check_same_tokens, recover_anatomy
 from ..statistics import Progress
+from .arguments import Count, Device, FolderName, Length
 from .common import calibration_of, opened_of
 
 
+@checked
 def recover(
     model: Any,
     data: Any,
     how: How = "lora",
     *,
     teacher: Any = None,
-    out: str | Path | None = None,
-    checkpoint: str | Path | None = None,
+    out: FolderName | None = None,
+    checkpoint: FolderName | None = None,
     tokenizer: Any = None,
     train: Train | None = None,
     lr: float | None = None,
@@ -37,11 +39,11 @@ def recover(
     temperature: float = 1.0,
     held_out: float = 0.1,
     every: int | None = None,
-    sequence_length: int | None = None,
+    sequence_length: Length | None = None,
     special_tokens: SpecialTokens = "auto",
-    sequences: int | None = None,
-    seed: int = 0,
-    device: str | torch.device | None = None,
+    sequences: Count | None = None,
+    seed: Seed = 0,
+    device: Device | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
     on_check: Callable[[Check], None] = lambda check: None,

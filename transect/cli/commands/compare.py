@@ -9,7 +9,7 @@ import click
 
 from ..group import main_group
 from ..method_options import MethodCommand, method_settings, refuse_unused
-from ..options import LOADING, opening, shared_options, shares, split
+from ..options import LOADING, Place, opening, shared_options, shares, split
 from ..printing import print_whole, progress_bar
 
 
@@ -19,7 +19,7 @@ from ..printing import print_whole, progress_bar
 @click.option("--keep", required=True, callback=shares, help="Comma-separated shares of bytes, in (0, 1].")
 @click.option("--data", help="Calibration data.", required=True)
 @click.option("--eval", "eval_data", help="Held-out data.", required=True)
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Run folder; a run in it is continued.")
+@click.option("--out", type=Place(), required=True, help="Run folder; a run in it is continued.")
 @click.option("--allocation", "allocations", callback=split,
               help="Comma-separated. Default: each method's own, mostly uniform.")  # fmt: skip
 @click.option("--eval-sequences", type=int, help="Use so many held-out sequences, evenly spaced. Default: all.")

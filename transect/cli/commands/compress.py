@@ -10,7 +10,7 @@ import click
 
 from ..group import main_group
 from ..method_options import MethodCommand, method_settings, refuse_unused
-from ..options import LOADING, opening, shared_options
+from ..options import LOADING, Place, opening, shared_options
 from ..printing import print_whole, progress_bar
 
 
@@ -19,12 +19,12 @@ from ..printing import print_whole, progress_bar
 @click.option("--method", required=True, help="See the list below.")
 @click.option("--keep", type=float, required=True, help="Share of the matrices' bytes to keep, in (0, 1].")
 @click.option("--data", help="Calibration data.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write the model to.")
+@click.option("--out", type=Place(), required=True, help="Folder to write the model to.")
 @click.option(
     "--allocation", help="How bytes are shared among the matrices. Default: the method's own, mostly uniform."
 )
 @click.option("--stream", is_flag=True, help="One block in memory at a time, straight from and to safetensors.")
-@click.option("--cache", type=click.Path(path_type=Path), help="File to keep the statistics in.")
+@click.option("--cache", type=Place(), help="File to keep the statistics in.")
 @shared_options("sequential", "refit", "roles", "sequence_length", "sequences", "batch_size", "fisher", "accumulate",
                 "special_tokens", "seed", *LOADING, "overwrite", "json")  # fmt: skip
 @click.pass_context

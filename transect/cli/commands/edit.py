@@ -9,7 +9,7 @@ import click
 
 from ..group import main_group
 from ..method_options import EditCommand, method_settings, refuse_unused
-from ..options import LOADING, opening, shared_options
+from ..options import LOADING, Place, opening, shared_options
 from ..printing import print_whole, progress_bar, stdout
 
 
@@ -20,7 +20,7 @@ from ..printing import print_whole, progress_bar, stdout
 @click.option("--data", help="Text for statistics. Default with the bundled model: organism:calibration.")
 @click.option("--eval", "eval_data", help="Held-out text for the general loss on the card.")
 @click.option("--eval-sequences", type=int, default=64, show_default=True, help="Held-out sequences.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder to write the model to.")
+@click.option("--out", type=Place(), help="Folder to write the model to.")
 @click.option(
     "--undo", is_flag=True, help="Take back the edit in the folder MODEL, bit for bit (into --out, or there)."
 )

@@ -10,7 +10,7 @@ import click
 
 from ..group import main_group
 from ..method_options import ProbeCommand, method_settings, refuse_unused
-from ..options import LOADING, opening, shared_options, split
+from ..options import LOADING, Place, opening, shared_options, split
 from ..printing import print_whole, progress_bar, stderr
 
 
@@ -18,7 +18,7 @@ from ..printing import print_whole, progress_bar, stderr
 @click.argument("model")
 @click.option("--data", help="Text to look at. Default with the bundled model: organism:calibration.")
 @click.option("--probes", callback=split, help="Comma-separated; see the list below. Default: all.")
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True,
+@click.option("--out", type=Place(), required=True,
               help="Folder for the report; an inspection in it is continued.")  # fmt: skip
 @click.option("--sequences", type=int, default=64, show_default=True, help="Sequences, spread evenly over the text.")
 @click.option("--batch-size", type=int, default=4, show_default=True)

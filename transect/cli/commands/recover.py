@@ -9,14 +9,14 @@ from typing import Any
 import click
 
 from ..group import main_group
-from ..options import device_name, shared_options
+from ..options import Place, device_name, shared_options
 from ..printing import print_whole, progress_bar, stderr
 
 
 @main_group.command()
 @click.argument("model")
 @click.option("--data", required=True, help="Training data; never the text that the result is evaluated on.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write the model to.")
+@click.option("--out", type=Place(), required=True, help="Folder to write the model to.")
 @click.option("--how", type=click.Choice(["lora", "full", "distill", "blocks"]), default="lora", show_default=True,
               help="Lower the model's own loss, or follow the teacher's logits or its blocks.")  # fmt: skip
 @click.option("--teacher", help="The dense model, for distill and blocks.")

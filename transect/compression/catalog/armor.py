@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...operators.block_diagonal import WrappedSparse, wrapped_sparse_bytes
 from ...statistics import FeatureNorm
-from ..registry import Range, Size, replacement
+from ..registry import Range, Seed, Size, replacement
 from ..two_four import best_two_of_four, fitting, normalized, usable
 
 _PATIENCE = 100  # rounds without progress after which it stops
@@ -43,7 +43,7 @@ def armor(
     block: Annotated[int, Range(1, 1024)] = 128,
     rounds: Annotated[int, Range(0, 100_000)] = 500,
     learning_rate: Annotated[float, Range(0, 1)] = 1e-2,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> WrappedSparse:
     """A 2:4 sparse matrix between two block-diagonal ones that are trained with it to fit the dense weight.
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from ...operators.dictionary import SparseDictionary
 from ...statistics import InputCovariance
 from ..dictionary_learning import Start, dictionary_size, learn
-from ..registry import Range, Size, replacement
+from ..registry import Range, Seed, Size, replacement
 
 
 def size(shape: tuple[int, int], itemsize: int, keep: float, *, ratio: float, **settings: object) -> Size:
@@ -27,7 +27,7 @@ def cospadi(
     iterations: Annotated[int, Range(1, 10_000)] = 60,
     tolerance: Annotated[float, Range(0, 1)] = 0.1,
     shrinkage: Annotated[float, Range(0, 1)] = 1e-6,
-    seed: int = 42,
+    seed: Seed = 42,
 ) -> SparseDictionary:
     """Build each output unit from a few atoms of a learned dictionary, so that a layer's outputs change little.
 

@@ -12,7 +12,7 @@ from ...operators.dictionary import SharedSparseDictionary
 from ...statistics import InputCovariance, key_of
 from ..dictionary_learning import Start, dictionary_size, learn
 from ..frame import put
-from ..registry import Calibration, Range, Size, restructuring
+from ..registry import Calibration, Range, Seed, Size, restructuring
 
 
 def check(anatomy: Anatomy, keep: float, *, layers: int, ratio: float, **settings: object) -> None:
@@ -33,7 +33,7 @@ def cospadi_shared(
     iterations: Annotated[int, Range(1, 10_000)] = 60,
     tolerance: Annotated[float, Range(0, 1)] = 0.1,
     shrinkage: Annotated[float, Range(0, 1)] = 1e-6,
-    seed: int = 42,
+    seed: Seed = 42,
 ) -> None:
     """Learn one dictionary for the matrices of one role in several consecutive layers; each has its own coefficients.
 
