@@ -214,10 +214,10 @@ def _plain(annotation: type, value: Any) -> Any:
         if not isinstance(value, numbers.Real):
             raise _Refused
         try:
-            converted: Any = annotation(typing.cast(Any, value))
+            converted = annotation(value)
         except (OverflowError, ValueError):  # infinity or NaN as a whole number; an integer beyond every float
             raise _Refused from None
-        if not math.isfinite(converted) or (annotation is int and converted != value):
+        if converted != value if annotation is int else not math.isfinite(converted):
             raise _Refused
         return converted
     if not isinstance(value, annotation):
@@ -281,5 +281,5 @@ def _file(value: Any) -> Path:
 
 
 # What is to be written. A device or a pipe is none of the two.
-Place = Annotated[Any, Kind("the name of a folder (new or not)", _folder)]
-File = Annotated[Any, Kind("the name of a file (new or not)", _file)]
+FolderName = Annotated[Any, Kind("the name of a folder (new or not)", _folder)]
+FileName = Annotated[Any, Kind("the name of a file (new or not)", _file)]

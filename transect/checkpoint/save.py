@@ -17,7 +17,7 @@ from ..anatomy import SkipAttention, Stacked, StructureRecord, model_in
 from ..anatomy.body import ADAPTED
 from ..anatomy.experts import SeparateExperts, SkipExperts
 from ..anatomy.record import gathered_record, plain_path
-from ..arguments import Place, accepted
+from ..arguments import FolderName, accepted
 from ..errors import TransectError
 from ..operators import Operator
 from .base import note_base, without_adapters
@@ -96,7 +96,7 @@ def is_changed(model: Any) -> bool:
 
 def check_output(folder: str | Path, overwrite: bool) -> Path:
     """The absolute path of a folder to write to; an error if that would replace something without `overwrite`."""
-    target = accepted(Place, folder, "the place to write the model to").resolve()
+    target = accepted(FolderName, folder, "the place to write the model to").resolve()
     if not overwrite and target.is_dir() and any(target.iterdir()):
         raise TransectError(f"the folder {target} exists and is not empty; pass overwrite=True (--overwrite)")
     return target

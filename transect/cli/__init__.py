@@ -9,9 +9,7 @@ import atexit
 import os
 import signal
 import sys
-import typing
 from contextlib import suppress
-from typing import Any
 
 import click
 from rich.text import Text
@@ -31,9 +29,7 @@ def main() -> None:
     """
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError, ValueError):  # closed, or not a stream of the system's
-            typing.cast(Any, stream).reconfigure(
-                errors="backslashreplace"
-            )  # a name may hold what the terminal cannot show
+            stream.reconfigure(errors="backslashreplace")  # a name may hold what the terminal cannot show
     with stopping() as signals:
         code = _run(signals)
         code = code if _flushed() else code or 1
@@ -48,8 +44,7 @@ def _run(signals: list[int]) -> int:
 
     try:
         code = main_group(standalone_mode=False)
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        sys.stdout and sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except click.exceptions.Exit as stop:
         return stop.exit_code
@@ -61,7 +56,7 @@ def _run(signals: list[int]) -> int:
         if signals:
             return _stopped(signals)
         if isinstance(error, click.ClickException):
-            error.message = shortened(error.message, LONGEST - 80)  # type: ignore[misc]  # the option's name comes before it
+            error.message = shortened(error.message, LONGEST - 80)  # the option's name comes before it
             error.show()
             return error.exit_code
         line = str(error) if isinstance(error, TransectError) else line_of(error)
@@ -97,5 +92,5 @@ def _flushed() -> bool:
         return True
     except (OSError, ValueError):
         with suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), typing.cast(Any, sys.stdout).fileno())
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return False

@@ -6,9 +6,9 @@ from typing import Annotated, Any, Literal
 
 import torch
 
-from ..arguments import File as File
+from ..arguments import FileName as FileName
+from ..arguments import FolderName as FolderName
 from ..arguments import Kind, Range
-from ..arguments import Place as Place
 
 MOST = 2**31 - 1
 

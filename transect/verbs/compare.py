@@ -19,7 +19,7 @@ from ..parameters import Seed, listed
 from ..report import markdown_table, pareto_plot
 from ..statistics import Fisher, Progress
 from ..store import Folder, write_text
-from .arguments import Count, Length, Place, Role, Share, Some, SumType
+from .arguments import Count, FolderName, Length, Role, Share, Some, SumType
 from .common import CALIBRATION_SEQUENCES, Settings, calibration_of, given_of, held_out_of, opened_of
 
 
@@ -30,7 +30,7 @@ def compare(
     keep: Annotated[Sequence[Share], Some],
     data: Any,
     eval_data: Any,
-    out: Place,
+    out: FolderName,
     *,
     tokenizer: Any = None,
     allocations: Annotated[Sequence[str], Some] | None = None,

@@ -18,7 +18,7 @@ from ..forward import at_rest
 from ..parameters import Seed
 from ..statistics import Fisher, Progress
 from ..streaming import StreamedModel, compress_streamed
-from .arguments import Count, Device, File, Length, Place, Role, Share, Some, SumType, WeightType
+from .arguments import Count, Device, FileName, FolderName, Length, Role, Share, Some, SumType, WeightType
 from .common import CALIBRATION_SEQUENCES, Settings, calibration_of, opened_of, recipe_of
 
 
@@ -29,7 +29,7 @@ def compress(
     keep: Share,
     data: Any = None,
     *,
-    stream_to: Place | None = None,
+    stream_to: FolderName | None = None,
     overwrite: bool = False,
     tokenizer: Any = None,
     allocation: str | None = None,
@@ -43,7 +43,7 @@ def compress(
     fisher: Fisher = "empirical",
     accumulate: SumType = torch.float64,
     seed: Seed = 0,
-    cache: File | None = None,
+    cache: FileName | None = None,
     revision: str | None = None,
     architecture: Any = None,
     dtype: WeightType | None = None,

@@ -11,7 +11,7 @@ from ..editing import Edited, edit_specimen
 from ..editing import edit as edit_named
 from ..parameters import Seed
 from ..statistics import Progress
-from .arguments import Count, Length, Place
+from .arguments import Count, FolderName, Length
 from .common import CALIBRATION_SEQUENCES, Settings, held_out_of, one_of, opened_of, specimen_of
 
 
@@ -25,7 +25,7 @@ def edit(
     passages: Any = None,
     data: Any = None,
     eval_data: Any = None,
-    out: Place | None = None,
+    out: FolderName | None = None,
     tokenizer: Any = None,
     sequence_length: Length | None = None,
     special_tokens: SpecialTokens = "auto",

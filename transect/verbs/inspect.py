@@ -19,7 +19,7 @@ from ..report import INDEX, write_report
 from ..statistics import Progress
 from ..store import Folder
 from ..version import __version__
-from .arguments import Count, Length, Place, Some
+from .arguments import Count, FolderName, Length, Some
 from .common import Settings, specimen_of
 
 INSPECTION_SEQUENCES = 64
@@ -34,7 +34,7 @@ def inspect(
     facts: Any = None,
     choices: Any = None,
     passages: Any = None,
-    out: Place | None = None,
+    out: FolderName | None = None,
     tokenizer: Any = None,
     sequence_length: Length | None = None,
     special_tokens: SpecialTokens = "auto",

@@ -13,7 +13,7 @@ from ..data import SpecialTokens
 from ..parameters import Seed
 from ..recovery import Check, How, Machine, Settings, State, Train, check_same_tokens, recover_anatomy
 from ..statistics import Progress
-from .arguments import Count, Device, Length, Place
+from .arguments import Count, Device, FolderName, Length
 from .common import calibration_of, opened_of
 
 
@@ -24,8 +24,8 @@ def recover(
     how: How = "lora",
     *,
     teacher: Any = None,
-    out: Place | None = None,
-    checkpoint: Place | None = None,
+    out: FolderName | None = None,
+    checkpoint: FolderName | None = None,
     tokenizer: Any = None,
     train: Train | None = None,
     lr: float | None = None,
