@@ -214,7 +214,7 @@ def _plain(annotation: type, value: Any) -> Any:
         if not isinstance(value, numbers.Real):
             raise _Refused
         try:
-            converted = annotation(value)
+            converted: Any = annotation(typing.cast(Any, value))
         except (OverflowError, ValueError):  # infinity or NaN as a whole number; an integer beyond every float
             raise _Refused from None
         if converted != value if annotation is int else not math.isfinite(converted):

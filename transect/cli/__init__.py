@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from contextlib import suppress
+from typing import Any
 
 import click
 from rich.text import Text
@@ -29,7 +30,8 @@ def main() -> None:
     """
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError, ValueError):  # closed, or not a stream of the system's
-            stream.reconfigure(errors="backslashreplace")  # a name may hold what the terminal cannot show
+            reconfigure: Any = getattr(stream, "reconfigure")  # noqa: B009
+            reconfigure(errors="backslashreplace")  # a name may hold what the terminal cannot show
     with stopping() as signals:
         code = _run(signals)
         code = code if _flushed() else code or 1
@@ -44,7 +46,8 @@ def _run(signals: list[int]) -> int:
 
     try:
         code = main_group(standalone_mode=False)
-        sys.stdout and sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except click.exceptions.Exit as stop:
         return stop.exit_code
@@ -56,7 +59,8 @@ def _run(signals: list[int]) -> int:
         if signals:
             return _stopped(signals)
         if isinstance(error, click.ClickException):
-            error.message = shortened(error.message, LONGEST - 80)  # the option's name comes before it
+            # The option's name comes before it.
+            setattr(error, "message", shortened(error.message, LONGEST - 80))  # noqa: B010
             error.show()
             return error.exit_code
         line = str(error) if isinstance(error, TransectError) else line_of(error)
@@ -86,11 +90,12 @@ def _say_no_more() -> None:
 
 def _flushed() -> bool:
     """Whether standard output took everything; what it refuses must not be tried again when Python ends."""
+    out: Any = sys.stdout  # None for a process without one
     try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        if out is not None:
+            out.flush()
         return True
     except (OSError, ValueError):
         with suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
         return False

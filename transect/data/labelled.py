@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -76,7 +76,7 @@ def _whole(label: Any) -> int:
     if isinstance(label, Tensor) and label.numel() == 1:
         label = label.item()
     whole = isinstance(label, Integral) or (isinstance(label, Real) and float(label).is_integer())
-    return int(label) if whole else -1
+    return int(cast(Any, label)) if whole else -1
 
 
 def _stacked(pictures: list[Any]) -> Tensor:
