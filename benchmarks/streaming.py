@@ -64,7 +64,11 @@ def peak() -> int:
     status = Path("/proc/self/status")
     if not status.is_file():
         return peak_memory()
-    return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return next(
+        int(line.split()[1]) * 1024
+        for line in status.read_text(encoding="utf-8").splitlines()
+        if line.startswith("VmHWM")
+    )
 
 
 def compress_here(folder: str, out: str, method: str, length: int, sequences: int) -> None:

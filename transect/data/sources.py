@@ -176,6 +176,7 @@ READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
 def _hub(name: str) -> Iterator[Row]:
     try:
         import datasets
+        from datasets.exceptions import DatasetsError
     except ImportError:
         raise TransectError(
             f"there is no file or folder {name!r}, and hub data sets need datasets: pip install 'transect[hub]'"
@@ -183,10 +184,12 @@ def _hub(name: str) -> Iterator[Row]:
     repository, _, rest = name.partition(":")
     config, _, split = rest.partition(":")
     # Older versions would ask on the terminal whether to run code that comes with the data.
-    refusal = {"trust_remote_code": False} if "trust_remote_code" in signature(datasets.load_dataset).parameters else {}
+    refusal: dict[str, Any] = (
+        {"trust_remote_code": False} if "trust_remote_code" in signature(datasets.load_dataset).parameters else {}
+    )
     try:
         table: Any = datasets.load_dataset(repository, config or None, split=split or "train", **refusal)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:  # no network, unknown configuration
+    except (OSError, ValueError, DatasetsError) as error:  # no network, unknown configuration
         raise BadData(f"{name!r} is no file or folder, and not a hub data set that can be loaded: {error}") from None
     for column, feature in table.features.items():
         if isinstance(feature, datasets.Image):
