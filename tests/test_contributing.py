@@ -297,6 +297,6 @@ def test_methods_do_not_know_each_other(room):
 
 def test_the_commands_of_the_page_exist():
     targets = re.findall(r"^([a-z]+):", (REPOSITORY / "Makefile").read_text(), re.M)
-    assert set(re.findall(r"`make (\w+)`", PAGE)) == {"test", "lint", "demo", "bench"} <= set(targets)
+    assert set(re.findall(r"`make (\w+)`", PAGE)) == {"test", "lint", "demo", "bench", "nightly"} <= set(targets)
     for link in re.findall(r"\]\(#([a-z-]+)\)", PAGE):
         assert link in {heading.lower().replace(" ", "-") for heading in re.findall(r"^## (.+)$", PAGE, re.M)}
