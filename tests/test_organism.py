@@ -1,6 +1,7 @@
 """The bundled model and its world: sizes, splits, tokenizer, training and accuracy."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -162,3 +163,17 @@ def test_training_resumes_bit_for_bit(tmp_path: Path):
     whole, parts = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     assert sorted(f.name for f in tmp_path.iterdir()) == ["parts", "whole"]
+
+
+def test_a_checkpoint_of_another_plan_or_a_damaged_one_is_not_trained_on(tmp_path: Path):
+    plan = Plan(steps=6, batch=128, short=3, warmup=2, save_every=2)
+    checkpoint = tmp_path / "a.part" / "checkpoint.safetensors"
+    train(tmp_path / "a", replace(plan, seed=1), stop_after=2)
+    other = checkpoint.read_bytes()
+    checkpoint.unlink()
+    train(tmp_path / "a", plan, stop_after=2)
+    expected = checkpoint.read_bytes()
+    for content in (other, expected[:-9]):
+        checkpoint.write_bytes(content)
+        train(tmp_path / "a", plan, stop_after=2)
+        assert checkpoint.read_bytes() == expected

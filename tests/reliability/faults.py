@@ -94,7 +94,8 @@ class Failing:
 class Kills:
     """Copies of `root` as a kill at each of its changes would leave it, each different state once.
 
-    A file that was just opened for writing, or written by safetensors, is also there cut in half.
+    A file that was just opened for writing, or written by safetensors, is also there cut in half; one that was added
+    to, with half of what was added. Hard links stay links.
     """
 
     def __init__(self, root: Path, into: Path) -> None:
@@ -102,6 +103,7 @@ class Kills:
         self.states: list[Path] = []
         self._seen: set[str] = set()
         self._last: Path | None = None
+        self._before = 0  # bytes of that file which were there before it was added to
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
@@ -117,7 +119,8 @@ class Kills:
             torn = state / self._last.relative_to(self.root)
             if torn.is_file() and torn.stat().st_size > 1:
                 self._torn(state, torn)
-        self._last = path if event in ("open", "safetensors.write") else None
+        self._last = path if event in ("open", "append", "safetensors.write") else None
+        self._before = path.stat().st_size if event == "append" and path.exists() else 0
 
     def _copy(self) -> Path | None:
         """The tree as it is; None if it has been seen."""
@@ -125,7 +128,7 @@ class Kills:
 
     def _torn(self, state: Path, torn: Path) -> None:
         whole = torn.read_bytes()
-        torn.write_bytes(whole[: len(whole) // 2])
+        torn.write_bytes(whole[: (self._before + len(whole)) // 2])
         self._kept(state)
         torn.write_bytes(whole)
 
@@ -135,7 +138,16 @@ class Kills:
             return None
         self._seen.add(mark)
         state = self.into / f"{len(self.states):04d}"
-        shutil.copytree(tree, state, symlinks=True)
+        first: dict[int, str] = {}  # by its number, the name under which a file was copied
+
+        def copy(source: str, target: str) -> None:
+            number = os.stat(source).st_ino
+            if number in first:
+                os.link(first[number], target)
+            else:
+                first[number] = shutil.copy2(source, target)
+
+        shutil.copytree(tree, state, symlinks=True, copy_function=copy)
         self.states.append(state)
         return state
 

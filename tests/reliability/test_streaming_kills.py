@@ -79,6 +79,32 @@ def test_killed_at_any_change_and_run_again(killed, model):
         assert os.listdir(state) == ["out"]
 
 
+def test_killed_when_the_result_is_in_place_and_run_again_without_overwrite(tmp_path, model):
+    """The run is seen to be done, and what it has left goes. Once all has gone, it is refused as any finished run."""
+    method, options = KINDS["sequential"]
+
+    def run(out):
+        return transect.compress(model, method, 0.6, DATA, batch_size=3, stream_to=out, **options)
+
+    (tmp_path / "root").mkdir()
+    kills = Kills(tmp_path / "root", tmp_path / "states")
+    with kills.recorded():
+        outcome = run(tmp_path / "root" / "out")
+    expected = tensors(tmp_path / "root" / "out")
+    in_place = [state for state in kills.states if (state / "out").exists()]
+    assert len(in_place) > 10
+    chosen, refused = some(in_place, 8), 0
+    for state in chosen:
+        try:
+            assert run(state / "out") == outcome
+        except TransectError as error:
+            assert "exists and is not empty" in str(error)
+            refused += 1
+        assert_same(tensors(state / "out"), expected)
+        assert os.listdir(state) == ["out"]
+    assert refused < len(chosen) / 2
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
 @pytest.mark.parametrize("kind", ["sequential", "gradients"])
 def test_whichever_change_fails_the_next_run_goes_on(tmp_path, model, kind, error):

@@ -17,6 +17,7 @@ from ..compression.calibrate import calibrate
 from ..compression.frame import factorize
 from ..errors import TransectError
 from ..statistics import Progress, Statistics
+from ..statistics.store import KIND
 from ..store import carries_mark, keep_json, kept_json, remove
 from .factors import Factors
 from .plan import Plan, Row, factors_file
@@ -45,7 +46,7 @@ def calibrate_plan(
     of, started = plan.of("statistics", *_wanted(plan)), time.perf_counter()
     cache = folder / STATISTICS
     timed = kept_json(folder / TIMED, of)
-    if not carries_mark(cache) and os.path.lexists(cache):
+    if os.path.lexists(cache) and not carries_mark(cache, KIND):
         _logger.info("%s is not used, since it is damaged: it is computed anew", cache)
         remove(cache)
     if timed is None:  # what they took is known only when they are collected

@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from ..anatomy import Anatomy, Matrix
+from ..errors import TransectError
 from ..statistics import Fisher, Progress, Statistic, Statistics, collect
+from ..statistics.store import KIND
+from ..store import carries_mark
 from ..version import __version__
 from .fingerprint import computation_fingerprint
+
+
+def check_cache(cache: Path) -> None:
+    """Raise TransectError, before any work, unless the file may be written: it is not there, empty, or one of ours."""
+    if not cache.parent.is_dir():
+        raise TransectError(f"the statistics cannot be kept in {cache}: there is no folder {cache.parent}")
+    if os.path.lexists(cache) and not carries_mark(cache, KIND):
+        raise TransectError(
+            f"{cache} is there and holds no statistics that Transect kept; move it away, or name another file as cache"
+        )
 
 
 def calibrate(
@@ -32,7 +47,7 @@ def calibrate(
     batches: iterable with a `fingerprint`, see `transect.data.Batches`.
     """
     wanted = list(dict.fromkeys(wanted))
-    of = json.dumps({
+    of = KIND + json.dumps({
         "transect": __version__,
         "model": computation_fingerprint(anatomy.model),
         "data": batches.fingerprint,
@@ -49,5 +64,8 @@ def calibrate(
         anatomy, batches, wanted, matrices, fisher=fisher, accumulate=accumulate, seed=seed, progress=progress
     )
     if cache:
-        store.save(cache, of)
+        try:
+            store.save(cache, of)
+        except (OSError, SafetensorError) as error:
+            raise TransectError(f"the statistics cannot be kept in {cache}: {error}") from error
     return store

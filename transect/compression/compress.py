@@ -16,7 +16,7 @@ from ..version import __version__
 from .all_or_nothing import all_or_nothing
 from .allocation import is_ranking
 from .allocation.registry import Scores, share_out
-from .calibrate import calibrate
+from .calibrate import calibrate, check_cache
 from .compressors import Compressor, RankCompressor, compressor_of
 from .factorized import Factorized
 from .frame import check_finite, factorize
@@ -49,6 +49,8 @@ def compress_anatomy(
     recipe = recipe.resolved(anatomy, matrices)
     if recipe.needs_data and batches is None:
         raise TransectError(f"{recipe.method} with {recipe.allocation} allocation needs calibration data: pass data=")
+    if cache is not None:
+        check_cache(cache)
     anatomy.check_finite()
     roles = {matrix.role for matrix in matrices}
     dense_bytes = anatomy.matrix_bytes(roles)

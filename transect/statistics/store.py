@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from ..errors import TransectError
-from ..store import carries_mark, keep, kept
+from ..store import keep, kept
 from .kinds import Statistic, Sums
 from .unreached import of_the_others
 
+KIND = "statistics"  # what a file of them says that it holds
 _SEPARATOR = "|"  # key|statistic|sum, the name of a tensor on disk
 
 
@@ -107,16 +108,11 @@ class Statistics:
         return store
 
     def save(self, path: Path, of: str) -> None:
-        """Write the sums to a file. of: what they are of; `load` wants the same.
-
-        Raises TransectError where the file is there and is not one that Transect has written.
-        """
-        if path.exists() and not carries_mark(path):
-            raise TransectError(f"{path} is there and holds no statistics of Transect's; name another file for them")
-        keep(path, self.state(), of, str(self.dtype))
+        """Write the sums to a file. of: what they are of, and begins with KIND; `load` wants the same."""
+        keep(path, self.state(), of, {KIND: str(self.dtype)})
 
     @staticmethod
     def load(path: Path, of: str) -> Statistics | None:
         """Read saved sums; None if there are none, if they are of another model, data or setting, or damaged."""
         found = kept(path, of)
-        return None if found is None else Statistics.of_state(found, found.note)
+        return None if found is None else Statistics.of_state(found, found.note[KIND])

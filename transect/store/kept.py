@@ -48,11 +48,29 @@ class Kept(Mapping[str, Tensor]):
 
 def keep(path: Path, tensors: Mapping[str, Tensor], of: str, note: Any = None) -> None:
     """Write tensors as safetensors. of: names all that decides the numbers; note: JSON that goes with them."""
-    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    stored, places = {}, set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        place = tensor.untyped_storage().data_ptr()
+        stored[name] = tensor.clone() if place in places else tensor  # safetensors refuses what shares memory
+        places.add(place)
     written = json.dumps(note)
     marks = {"format": "pt", _OF: of, _NOTE: written, _SUM: _checksum(of, written, sorted(stored.items()))}
     with replacing(path) as partial:
         save_file(stored, partial, metadata=marks)
+        _put_in_order(partial)
+
+
+def _put_in_order(path: Path) -> None:
+    """safetensors writes the marks in an order of chance; here what is the same is the same file."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        ordered = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(ordered) <= length:
+            file.seek(8)
+            file.write(ordered.ljust(length))
 
 
 def kept(path: Path, of: str) -> Kept | None:
@@ -84,17 +102,16 @@ def verified(path: Path, of: str) -> Kept:
         raise BadCheckpoint(f"it is damaged ({in_short(error)})") from error
 
 
-def carries_mark(path: Path) -> bool:
-    """Whether `keep` wrote the file, however damaged its numbers are by now."""
+def carries_mark(path: Path, kind: str) -> bool:
+    """Whether `keep` wrote the file, with an `of` and a note that name this kind, however damaged it is by now.
+
+    An empty file counts, since nothing is lost with it.
+    """
     if not path.is_file():  # a named pipe would be waited for
         return False
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(min(length, 100_000_000)))
-        return _OF in header["__metadata__"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return False
+    with path.open("rb") as file:
+        head = file.read(2**16)
+    return not head or (b"\0" in head[:8] and b'"transect.' in head and kind.encode() in head)  # no text begins with 0
 
 
 def keep_json(path: Path, value: Mapping[str, Any], of: str) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..anatomy import Block, StructureRecord
 from ..checkpoint import check_output, placed, replay, write_description
+from ..checkpoint.place import LAST
 from ..compression import Factorization, Recipe
 from ..compression.allocation import Ranks, allocate_ranks, allocation_named, is_ranking, needs_measure, share_out
 from ..compression.allocation.registry import scores_of
@@ -24,7 +25,7 @@ from ..compression.sequential import block_statistics
 from ..errors import TransectError
 from ..forward.blocks import Feed, feeds_of, run_block
 from ..statistics import Fisher, Progress, Statistics
-from ..store import link, write_text
+from ..store import finish_exchange, link, sweep, write_text
 from ..version import __version__
 from .passes import backward_pass, forward_pass
 from .source import StreamedModel
@@ -58,8 +59,13 @@ def compress_streamed(
         raise TransectError(f"--stream never has the whole model in memory, which {recipe.method} changes as a whole")
     if recipe.needs_data and batches is None:
         raise TransectError(f"{recipe.method} needs calibration data: pass data=")
-    check_output(out, overwrite)
+    out = out.expanduser().resolve()
     work = Workspace(out.parent / f".{out.name}.streaming", _run(source, recipe, batches, fisher, accumulate, seed))
+    outcome = _finished(work, out, len(anatomy.blocks) + 1)
+    if outcome is not None:
+        return outcome
+    check_output(out, overwrite)
+    work.open()
     dense_bytes = anatomy.matrix_bytes()
     gradients = [s for s in recipe.needs if s.needs in ("gradient", "both")]
     inputs = [s for s in recipe.needs if s not in gradients]
@@ -74,15 +80,43 @@ def compress_streamed(
     _compress_blocks(source, recipe, compressor, feeds, work, accumulate, progress)
     outcome = outcome_of(anatomy, None, dense_bytes)
     note_in_record(anatomy, recipe, outcome)
-    _finish(source, work, out, tokenizer)
+    _finish(source, work, out, tokenizer, outcome)
     return outcome
 
 
 def _run(source: StreamedModel, recipe: Recipe, batches: Any, *settings: Any) -> str:
     """All that decides the numbers of a run."""
     data = None if batches is None else batches.fingerprint
-    described = json.dumps([__version__, source.fingerprint, recipe.to_dict(), data, *map(str, settings)])
+    model = [source.fingerprint, repr(source.anatomy.architecture)]
+    described = json.dumps([__version__, model, recipe.to_dict(), data, *map(str, settings)])
     return hashlib.blake2b(described.encode(), digest_size=16).hexdigest()
+
+
+def _finished(work: Workspace, out: Path, count: int) -> dict[str, Any] | None:
+    """What was kept, if an earlier run ended only when its result was in place; then what it has left goes.
+
+    count: of the result's files. They are the run's if the workspace has the same files, or once they are in place, if
+    they say so and are whole.
+    """
+    work.tidy()
+    if not work.look() or work.done("shards") is None:
+        return None
+    if out.is_dir():
+        finish_exchange(out, LAST)
+    shards = [work.path("shard", index) for index in range(count)]
+    placed_ones = [out / _shard_name(index, count) for index in range(count)]
+    if not (out / LAST).is_file() or not all(path.is_file() for path in placed_ones):
+        return None
+    if work.done("placed") is None:
+        there = all(a.is_file() and a.samefile(b) for a, b in zip(shards, placed_ones, strict=True))
+    else:
+        there = all(work.wrote(path) for path in placed_ones)
+    if not there:
+        return None
+    outcome = work.note
+    sweep(out)
+    work.remove()
+    return outcome
 
 
 def _statistics(work: Workspace, index: int) -> Statistics:
@@ -223,18 +257,19 @@ def _restore_structure(source: StreamedModel, block: Block, work: Workspace) -> 
         getattr(record, part).update(getattr(found, part))
 
 
-def _finish(source: StreamedModel, work: Workspace, out: Path, tokenizer: Any) -> None:
+def _finish(source: StreamedModel, work: Workspace, out: Path, tokenizer: Any, outcome: dict[str, Any]) -> None:
     """Collect the shards, the rest of the weights and the config in one folder, and give it its name."""
     model = source.model
     count = len(source.anatomy.blocks) + 1
     weight_map, total = {}, 0
     state = model.state_dict()
-    work.write_named("shard", count - 1, {name: state[name] for name in source.outside})
+    if work.done("shards") is None:
+        work.write_named("shard", count - 1, {name: state[name] for name in source.outside})
+        work.advance("shards", count, note=outcome)
     with placed(out) as folder:
         write_description(model, folder, state)
         for index in range(count):
-            shard = work.path("shard", index)
-            name = f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+            shard, name = work.path("shard", index), _shard_name(index, count)
             sizes = _sizes(shard)
             weight_map |= dict.fromkeys(sizes, name)
             total += sum(sizes.values())
@@ -243,7 +278,12 @@ def _finish(source: StreamedModel, work: Workspace, out: Path, tokenizer: Any) -
         write_text(folder / "model.safetensors.index.json", json.dumps(index_file, indent=2) + "\n")
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+    work.advance("placed", count)
     work.remove()
+
+
+def _shard_name(index: int, count: int) -> str:
+    return f"model-{index + 1:05d}-of-{count:05d}.safetensors"
 
 
 def _sizes(path: Path) -> dict[str, int]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ..errors import TransectError
 from ..statistics import Statistics
-from ..store import Folder, Kept, keep, keep_json, kept, kept_json
+from ..store import Folder, Kept, keep, keep_json, kept, kept_json, remove
 
 logger = logging.getLogger(__name__)
 _STATE = "state.json"
@@ -24,40 +26,75 @@ class Workspace:
     by: a file is written first, then the state that names it, and only then go the files that no state names any more.
     So a kill at any moment leaves a state and all that it names.
 
-    path: the folder. of: names all that decides the numbers of the run. What lies there of another run is removed, and
-    so is a run of which something is missing or damaged; a note says so. TransectError for a folder that is not ours.
+    path: the folder. of: names all that decides the numbers of the run.
     """
 
     def __init__(self, path: Path, of: str) -> None:
         self._folder, self._of = Folder(path, "an unfinished compression"), of
         self._done: dict[str, int] = {}
         self._files: set[str] = set()
-        self._folder.take()
-        state = kept_json(path / _STATE, of)
-        if state is not None and all(self._found(name) for name in state["files"]):
-            self._done, self._files = dict(state["done"]), set(state["files"])
-            return
-        if (path / _STATE).exists():
-            logger.info("what lies in %s of an unfinished run cannot be gone on from: it starts over", path)
-        self._folder.clear()
-        self._folder.take()
+        self.note: Any = None
+
+    def look(self) -> bool:
+        """Read how far the run is, and change nothing; whether there is a state of it."""
+        state = kept_json(self._folder.path / _STATE, self._of) if self._folder.is_ours else None
+        if state is None:
+            return False
+        self._done, self._files, self.note = dict(state["done"]), set(state["files"]), state["note"]
+        return True
+
+    def open(self) -> None:
+        """Make the folder, or go on from what lies there.
+
+        What is of another run is removed, and so is a run of which something is missing or damaged; a note says so.
+        Raises TransectError for a folder that is not ours, and touches nothing in it.
+        """
+        with self._writing():
+            self._folder.take()
+            if self.look() and all(self._found(name) for name in self._files):
+                return
+            self._done, self._files, self.note = {}, set(), None
+            if (self._folder.path / _STATE).exists():
+                logger.info(
+                    "what lies in %s of an unfinished run cannot be gone on from: it starts over", self._folder.path
+                )
+            remove(self._folder.path / _STATE)  # first, so that from here on nothing is done
+            self._folder.empty()
+
+    def tidy(self) -> None:
+        """Remove the folder if a run that had come to its end has left nothing in it but the mark, or not even that."""
+        path = self._folder.path
+        if path.is_dir() and (self._folder.is_free or (self._folder.is_ours and self._folder.is_empty)):
+            with self._writing():
+                self._folder.take()
+                self._folder.clear()
 
     def _found(self, name: str) -> bool:
         read = kept_json if name.endswith(".json") else kept
         return read(self._folder.path / name, self._of) is not None
 
+    def wrote(self, path: Path) -> bool:
+        """Whether a file of tensors, wherever it is now, is of this run and whole."""
+        return kept(path, self._of) is not None
+
     def done(self, phase: str) -> int | None:
         """How many blocks the phase has behind it; None before it has begun."""
         return self._done.get(phase)
 
-    def advance(self, phase: str, count: int, *, without: Sequence[tuple[str, int]] = ()) -> None:
-        """From now on the phase has so many blocks behind it. without: kinds and numbers of files to remove."""
+    def advance(self, phase: str, count: int, *, without: Sequence[tuple[str, int]] = (), note: Any = None) -> None:
+        """From now on the phase has so many blocks behind it. without: kinds and numbers of files to remove.
+
+        note: JSON to keep with the state from now on.
+        """
         gone = {name for kind, index in without for name in (_tensors(kind, index), _json(kind, index))} & self._files
         self._done[phase] = count
         self._files -= gone
-        keep_json(self._folder.file(_STATE), {"done": self._done, "files": sorted(self._files)}, self._of)
-        for name in gone:
-            (self._folder.path / name).unlink(missing_ok=True)
+        self.note = self.note if note is None else note
+        state = {"done": self._done, "files": sorted(self._files), "note": self.note}
+        with self._writing():
+            keep_json(self._folder.file(_STATE), state, self._of)
+            for name in gone:
+                (self._folder.path / name).unlink(missing_ok=True)
 
     def write(self, kind: str, index: int, tensors: Sequence[Tensor]) -> None:
         """Keep tensors, in order. What is written counts from the next `advance` on."""
@@ -65,12 +102,14 @@ class Workspace:
 
     def write_named(self, kind: str, index: int, tensors: Mapping[str, Tensor], note: Any = None) -> None:
         """Keep tensors by name."""
-        keep(self._folder.file(_tensors(kind, index)), tensors, self._of, note)
+        with self._writing():
+            keep(self._folder.file(_tensors(kind, index)), tensors, self._of, note)
         self._files.add(_tensors(kind, index))
 
     def write_json(self, kind: str, index: int, value: Mapping[str, Any]) -> None:
         """Keep a JSON object."""
-        keep_json(self._folder.file(_json(kind, index)), value, self._of)
+        with self._writing():
+            keep_json(self._folder.file(_json(kind, index)), value, self._of)
         self._files.add(_json(kind, index))
 
     def write_statistics(self, kind: str, index: int, store: Statistics) -> None:
@@ -86,8 +125,11 @@ class Workspace:
         return self._folder.path / _tensors(kind, index)
 
     def read(self, kind: str, index: int) -> list[Tensor]:
-        """What `write` kept, in order."""
-        return list(self.read_named(kind, index).values())
+        """What `write` kept, in order.
+
+        Copies: they lie in memory as what a run has computed, so that one that goes on rounds as one that never ended.
+        """
+        return [tensor.clone() for tensor in self.read_named(kind, index).values()]
 
     def read_named(self, kind: str, index: int) -> Kept:
         """What `write_named` kept."""
@@ -110,8 +152,20 @@ class Workspace:
         return Statistics.of_state(found, found.note)
 
     def remove(self) -> None:
-        """The run is finished."""
-        self._folder.clear()
+        """The run is finished: all goes, the state last."""
+        with self._writing():
+            self._folder.empty(last=_STATE)
+            self._folder.clear()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            raise TransectError(
+                f"the unfinished compression cannot be kept in {self._folder.path}: {error}. When that is mended, the "
+                "same command goes on from what is done"
+            ) from error
 
 
 def _tensors(kind: str, index: int) -> str:
