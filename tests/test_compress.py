@@ -142,7 +142,7 @@ def test_the_cache_is_of_one_configuration_and_of_one_set_of_positions(tmp_path)
         ({"method": "magic"}, "unknown method"), ({"keep": 0}, "above 0"), ({"keep": 1.5}, "at most 1"),
         ({"keep": 0.01}, "leaves no rank"), ({"allocation": "best"}, "unknown allocation"),
         ({"data": None}, "needs calibration"), ({"shrinkage": 3}, "shrinkage=3"),
-        ({"colour": 1}, "no parameter colour"), ({"roles": ["x"]}, "unknown matrix roles"),
+        ({"colour": 1}, "no parameter colour"), ({"roles": ["x"]}, "roles must be a list"),
         ({"method": "svd", "sequential": True}, "uses no calibration"), ({"method": "svd", "refit": True}, "no refit"),
     ],
 )  # fmt: skip

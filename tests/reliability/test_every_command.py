@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import transect
+import transect.anatomy.architecture as architecture
 from tests.models import VOCABULARY, tiny
 from tests.test_every_method import KEEPS, QUICK
 from transect.anatomy import architecture_of
@@ -82,6 +83,7 @@ def place(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def here(place, monkeypatch, tmp_path):
     monkeypatch.chdir(place)
+    monkeypatch.setattr(architecture, "_registered", {})  # what `--architecture` adds to
     monkeypatch.setattr("transect.evaluation.speed.BUDGET", 0.01)
 
 

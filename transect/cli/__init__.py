@@ -90,7 +90,7 @@ def _say_no_more() -> None:
 
 def _flushed() -> bool:
     """Whether standard output took everything; what it refuses must not be tried again when Python ends."""
-    out: Any = sys.stdout  # None for a process without one
+    out: Any = getattr(sys, "stdout")  # noqa: B009 - None for a process without one
     try:
         if out is not None:
             out.flush()

@@ -7,6 +7,7 @@ in the list before the file is there, so that however a run ends, the next one k
 from __future__ import annotations
 
 import json
+import logging
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +16,7 @@ from ..errors import TransectError
 from ..version import __version__
 from .write import flush, leftovers, sweep, write_text
 
+logger = logging.getLogger(__name__)
 MARK = ".transect"
 
 
@@ -98,6 +100,9 @@ class Folder:
             raise TransectError(f"{path.parent} is not a folder, and {self.kind} has one there; move it away") from None
         if _is_folder(path) and any(path.iterdir()):
             raise TransectError(f"{path} is a folder with something in it, where {self.kind} has a file; move it away")
+        if os.path.lexists(path) and not path.is_file():
+            logger.info("%s is not used, since it is not a file: it is computed anew", path)
+            _remove(path)  # a pipe, an empty folder or a link to nothing, under a name of ours
         sweep(path)
         return path
 

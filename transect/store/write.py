@@ -30,8 +30,6 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield partial
         flush(partial)
-        if path.is_dir() and not path.is_symlink():  # an empty one may go; OSError for another
-            path.rmdir()
         os.replace(partial, path)
         flush(path.parent)
     finally:
