@@ -87,7 +87,7 @@ def test_nothing_but_statistics_of_ours_is_replaced(written, tmp_path):
         with pytest.raises(TransectError, match="holds no statistics that Transect kept; move it away"):
             transect.compress(model, "svd-llm", 0.7, DATA, cache=cache)
         assert cache.read_bytes() == content
-    for path, reason in ((tmp_path / "dense", "holds no statistics"), (tmp_path / "none" / "cache", "no folder")):
+    for path, reason in ((tmp_path / "dense", "it is a folder"), (tmp_path / "none" / "cache", "no folder")):
         with pytest.raises(TransectError, match=reason):
             transect.compress(model, "svd-llm", 0.7, DATA, cache=path)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
