@@ -147,7 +147,9 @@ def test_one_line_says_what_cannot_be_done(name, ended):
         assert lines[0].startswith("Usage: ") and lines[-1].startswith("Error: ") and len(lines) == 3, end
 
 
-@pytest.mark.parametrize(("limit", "words"), [("room", "full|written"), ("files", "open files"), ("memory", "memory")])
+@pytest.mark.parametrize(
+    ("limit", "words"), [("room", "full|written|cannot be kept"), ("files", "open files"), ("memory", "memory")]
+)
 def test_the_line_says_which_limit_it_was(limit, words, ended):
     said = {name: end.err for name, end in ended[0].items() if name.endswith(f"without {limit}")}
     assert len(said) > 2

@@ -65,7 +65,7 @@ def compress_streamed(
     if outcome is not None:
         return outcome
     check_output(out, overwrite)
-    work.open()
+    work.begin()
     dense_bytes = anatomy.matrix_bytes()
     gradients = [s for s in recipe.needs if s.needs in ("gradient", "both")]
     inputs = [s for s in recipe.needs if s not in gradients]

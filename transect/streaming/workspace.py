@@ -43,7 +43,7 @@ class Workspace:
         self._done, self._files, self.note = dict(state["done"]), set(state["files"]), state["note"]
         return True
 
-    def open(self) -> None:
+    def begin(self) -> None:
         """Make the folder, or go on from what lies there.
 
         What is of another run is removed, and so is a run of which something is missing or damaged; a note says so.
