@@ -90,10 +90,11 @@ def _say_no_more() -> None:
 
 def _flushed() -> bool:
     """Whether standard output took everything; what it refuses must not be tried again when Python ends."""
-    out: Any = getattr(sys, "stdout")  # noqa: B009 - None for a process without one
+    out = sys.stdout
+    if out is None:  # a process without one
+        return True
     try:
-        if out is not None:
-            out.flush()
+        out.flush()
         return True
     except (OSError, ValueError):
         with suppress(OSError, ValueError):
