@@ -29,7 +29,7 @@ test: .venv/installed
 # What takes too long for every change: a kill at each change of files of every command, and the loader under mutations.
 nightly: .venv/installed
 	OMP_NUM_THREADS=1 EVERY_KILL=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile tests/reliability
-	$(BIN)/python -m tests.reliability.fuzz_loader --seconds 1800
+	$(BIN)/python -m tests.reliability.fuzz_loader --inputs 20000
 
 lint: .venv/installed
 	$(BIN)/ruff check .

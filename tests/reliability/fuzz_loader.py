@@ -53,6 +53,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--atheris", action="store_true")
     options, more = parser.parse_known_args()
+    if more and not options.atheris:  # atheris has options of its own
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.simplefilter("ignore")
