@@ -3,7 +3,6 @@
 A command has 20 to 70 different states; eight of each are tried, evenly spaced, and all by `make nightly`.
 """
 
-import sys
 from pathlib import Path
 
 import pandas as pd
@@ -13,23 +12,14 @@ from safetensors.torch import load_file
 
 import transect
 from transect.checkpoint import save
-from transect.evaluation import Speed
-from transect.store import Folder, write_text
+from transect.store import Folder
 
-from ..models import VOCABULARY, apart, tiny
+from ..models import apart, tiny
 from ..test_compare import SAME
 from .faults import Kills, some
+from .runs import DATA, OTHER
 
-DATA = torch.randint(3, VOCABULARY, (6, 8), generator=torch.Generator().manual_seed(5))
-OTHER = torch.randint(3, VOCABULARY, (4, 8), generator=torch.Generator().manual_seed(6))
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """Timing each row, and drawing each plot, would be most of these tests' time."""
-    monkeypatch.setattr("transect.evaluation.measure_speed", lambda model: Speed(1.0, 1.0))
-    verb = sys.modules["transect.verbs.compare"]
-    monkeypatch.setattr(verb, "pareto_plot", lambda frame, path, title: write_text(path, title * 20))
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def compare(root, methods=("svd", "svd-llm"), held_out=DATA, **options):

@@ -340,6 +340,46 @@ def test_a_list_that_leads_out_of_the_folder_deletes_nothing_there(tmp_path, nam
     assert victim.read_text() == "mine"
 
 
+def test_a_folder_in_a_files_place_is_replaced_only_if_nothing_is_in_it(tmp_path):
+    folder = Folder(tmp_path / "run", "a run")
+    folder.take()
+    for name in ("a/x", "b"):
+        write_text(folder.file(name), "1")
+        (folder.path / name).unlink()
+        (folder.path / name).mkdir()
+    write_text(folder.file("a/x"), "2")
+    (folder.path / "b" / "mine").write_text("mine")
+    with pytest.raises(TransectError, match="a folder with something in it"):
+        folder.file("b")
+    folder.clear()
+    assert os.listdir(folder.path) == ["b"] and (folder.path / "b" / "mine").read_text() == "mine"
+
+
+def test_nothing_is_written_through_a_link_or_below_a_file(tmp_path):
+    folder = Folder(tmp_path / "run", "a run")
+    folder.take()
+    (tmp_path / "elsewhere").mkdir()
+    (folder.path / "rows").symlink_to(tmp_path / "elsewhere")
+    (folder.path / "factors").write_text("mine")
+    with pytest.raises(TransectError, match="reached through a link"):
+        folder.file("rows/a.json")
+    with pytest.raises(TransectError, match="is not a folder"):
+        folder.file("factors/a")
+    assert json.loads((folder.path / ".transect").read_text().split("\n")[0])["kind"] == "a run"
+    assert kept(folder.path / "factors" / "a", "x") is None
+
+
+def test_an_emptied_folder_is_still_ours_and_lists_nothing(tmp_path):
+    folder = Folder(tmp_path / "run", "a run")
+    folder.take()
+    write_text(folder.file("rows/a.json"), "1")
+    (folder.path / "mine").write_text("mine")
+    assert not folder.is_empty
+    folder.empty()
+    assert folder.is_ours and folder.is_empty and folder.listed() == set()
+    assert sorted(os.listdir(folder.path)) == [".transect", "mine"]
+
+
 # JSON of others
 
 
