@@ -16,23 +16,24 @@ from .place import LAST
 from .quantizer import METHOD
 from .replay import built
 
+_INDEX = "model.safetensors.index.json"
 Shapes = dict[str, tuple[int, ...]]
 # What transformers reads of a folder beside the weights, each a JSON object.
 _JSON = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "preprocessor_config.json", "processor_config.json",
-    "video_preprocessor_config.json", "model.safetensors.index.json",
+    "video_preprocessor_config.json", _INDEX,
 )  # fmt: skip
 _READ = (".json", ".safetensors", ".txt", ".model", ".jinja", ".gguf")
 _OTHER_WEIGHTS = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")  # transformers would prefer these
 
 
-def check_folder(folder: str | Path) -> None:
+def check_folder(folder: str | Path) -> dict[str, Stored]:
     """Raise BadCheckpoint, naming the file, unless the folder holds a complete checkpoint in safetensors.
 
-    Reads headers and JSON only: every file is an ordinary one, all JSON is what it should be, the weights are the
-    model's own and not an adapter's, every shard is there, is as long as its header says, and the tensors are those
-    that the structure record describes.
+    Returns what is stored, by its name on disk. Reads headers and JSON only: every file is an ordinary one, all JSON is
+    what it should be, the weights are the model's own and not an adapter's, every shard is there, is as long as its
+    header says, and the tensors are those that the structure record describes.
     """
     folder = Path(folder)
     if not is_folder(folder):
@@ -59,11 +60,12 @@ def check_folder(folder: str | Path) -> None:
     for name in _JSON:
         if (folder / name).exists():
             read_json(folder / name)
-    stored = stored_in(folder)
+    stored = _stored_in(folder)
     check_config(config, folder / "config.json", stored)
     description = config.get("quantization_config") or {}
     if description.get("quant_method") == METHOD:
         _check_record(folder, description.get("record"), {name: tensor.shape for name, tensor in stored.items()})
+    return stored
 
 
 def is_folder(path: Path) -> bool:
@@ -103,16 +105,14 @@ def _refuse_adapter(folder: Path) -> None:
     )
 
 
-def read_header(file: Path) -> Shapes:
-    """Tensor name -> shape of a safetensors file, see `header.read_stored`."""
-    return {name: tensor.shape for name, tensor in read_stored(file).items()}
-
-
-def stored_in(folder: Path) -> dict[str, Stored]:
+def _stored_in(folder: Path) -> dict[str, Stored]:
     """Every tensor of a folder, by its name on disk; BadCheckpoint where two shards hold the same."""
     stored: dict[str, Stored] = {}
-    for file in weight_files(folder):
+    for file, promised in _weight_files(folder).items():
         found = read_stored(file)
+        lacking = promised - found.keys()
+        if lacking:
+            raise BadCheckpoint(f"{file} lacks the tensor {min(lacking)}, which {_INDEX} says is in it")
         twice = stored.keys() & found.keys()
         if twice:
             raise BadCheckpoint(f"{file} holds the tensor {min(twice)}, which another shard holds too")
@@ -120,11 +120,14 @@ def stored_in(folder: Path) -> dict[str, Stored]:
     return stored
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that transformers would read; BadCheckpoint unless all of them are there."""
-    index = folder / "model.safetensors.index.json"
+def _weight_files(folder: Path) -> dict[Path, set[str]]:
+    """The safetensors files that transformers would read, each with the names that an index gives it.
+
+    BadCheckpoint unless all of them are there.
+    """
     if (folder / "model.safetensors").exists():
-        return [folder / "model.safetensors"]
+        return {folder / "model.safetensors": set()}
+    index = folder / _INDEX
     if index.exists():
         table = read_json(index).get("weight_map")
         if not isinstance(table, dict):
@@ -132,14 +135,12 @@ def weight_files(folder: Path) -> list[Path]:
         odd = [name for name in table.values() if not _is_shard(name)]
         if odd:
             raise BadCheckpoint(f"{index} names the shard {odd[0]!r}: it should be a safetensors file in that folder")
-        files = [folder / name for name in sorted(set(table.values()))]
+        files: dict[Path, set[str]] = {folder / name: set() for name in sorted(set(table.values()))}
+        for name, shard in table.items():
+            files[folder / shard].add(name)
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise BadCheckpoint(f"{folder} lacks the shard{'s' * (len(missing) > 1)} {', '.join(missing)}")
-        for file in files:
-            lacking = {name for name, shard in table.items() if shard == file.name} - set(read_header(file))
-            if lacking:
-                raise BadCheckpoint(f"{file} lacks the tensor {min(lacking)}, which {index.name} says is in it")
         return files
     pickles = sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt"))
     if pickles:
@@ -147,7 +148,7 @@ def weight_files(folder: Path) -> list[Path]:
             f"{folder} holds its weights as a pickle ({pickles[0]}), which can run any code when it is read, and is "
             "refused; convert it to safetensors first"
         )
-    raise BadCheckpoint(f"{folder} has no model.safetensors and no model.safetensors.index.json")
+    raise BadCheckpoint(f"{folder} has no model.safetensors and no {_INDEX}")
 
 
 def _is_shard(name: Any) -> bool:

@@ -23,10 +23,11 @@ _LIMIT = 2**63  # sizes and offsets are below it
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor as a header describes it. dtype: safetensors' name of it."""
+    """A tensor as a header describes it. dtype: safetensors' name of it. file: where it lies."""
 
     dtype: str
     shape: tuple[int, ...]
+    file: Path
 
     @property
     def numbers(self) -> int:
@@ -55,7 +56,7 @@ def read_stored(file: Path) -> dict[str, Stored]:
     except OSError as error:
         raise BadCheckpoint(f"{file} cannot be read: {error}") from None
     try:
-        stored, end = _parsed(header)
+        stored, end = _parsed(header, file)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise BadCheckpoint(f"{file} has a damaged header: {str(error)[:200]}") from None
     if 8 + length + end != size:
@@ -64,7 +65,7 @@ def read_stored(file: Path) -> dict[str, Stored]:
     return stored
 
 
-def _parsed(header: bytes) -> tuple[dict[str, Stored], int]:
+def _parsed(header: bytes, file: Path) -> tuple[dict[str, Stored], int]:
     """The tensors, and how many bytes they take together."""
     if not header.startswith(b"{"):
         raise ValueError("it is no JSON object")
@@ -88,7 +89,7 @@ def _parsed(header: bytes) -> tuple[dict[str, Stored], int]:
             raise ValueError(
                 f"it gives {name!r} {stop - start} bytes, but {entry['dtype']} {list(shape)} takes {-(-bits // 8)}"
             )
-        stored[name] = Stored(entry["dtype"], shape)
+        stored[name] = Stored(entry["dtype"], shape, file)
         places.append((start, stop, name))
     end = 0
     for start, stop, name in sorted(places):

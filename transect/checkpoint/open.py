@@ -26,8 +26,9 @@ from ..store import in_short
 from .base import note_base
 from .config import HISTORY, history_of, read_config
 from .fit import check_fit
-from .folder import check_folder, stored_in
+from .folder import check_folder
 from .gguf import load_gguf
+from .header import Stored
 from .processors import load_processors
 from .quantizer import METHOD
 
@@ -77,8 +78,8 @@ def open_model(
     else:
         path = local_folder(source) if revision is None else folder_of(source, revision)
         folder = folder_of(source) if path is None else path
-        check_folder(folder)
-        model = _load(folder, "auto" if dtype is None else dtype, device)
+        stored = check_folder(folder)
+        model = _load(folder, stored, "auto" if dtype is None else dtype, device)
         tokenizer, processor = load_processors(str(folder))
         if path is None:  # not the place in the cache: what is saved and trained from here on names the hub's model
             model.config.name_or_path = model.name_or_path = source
@@ -188,11 +189,11 @@ def _refuse_quantized(config: Any, where: str) -> None:
         )
 
 
-def _load(folder: Path, dtype: Any, device: Any) -> Any:
+def _load(folder: Path, stored: Mapping[str, Stored], dtype: Any, device: Any) -> Any:
     try:
         config = read_config(folder)
         cls = model_class(config, str(folder))
-        check_fit(str(folder), cls, config, stored_in(folder))
+        check_fit(str(folder), cls, config, stored)
         model, report = pretrained(
             cls,
             folder,
@@ -206,9 +207,9 @@ def _load(folder: Path, dtype: Any, device: Any) -> Any:
         raise
     except Exception as error:  # each architecture has its own way to fail on what it did not expect
         raise BadCheckpoint(f"{folder} cannot be loaded: {in_short(error, 300)}") from error
-    for name, stored, expected in sorted(report["mismatched_keys"]):
+    for name, found, expected in sorted(report["mismatched_keys"]):
         raise BadCheckpoint(
-            f"the weights in {folder} do not fit its config.json: {name} has shape {list(stored)}, and the model that "
+            f"the weights in {folder} do not fit its config.json: {name} has shape {list(found)}, and the model that "
             f"the config describes needs {list(expected)}"
         )
     missing = sorted(report["missing_keys"])

@@ -26,7 +26,6 @@ from ..anatomy import Anatomy
 from ..checkpoint import check_folder, model_class
 from ..checkpoint.config import read_config
 from ..checkpoint.fit import check_fit
-from ..checkpoint.folder import read_header, stored_in, weight_files
 from ..errors import BadCheckpoint, TransectError
 from ..pretrained import pretrained
 from .merged import merged_parameters
@@ -48,15 +47,15 @@ class StreamedModel:
         dtype: torch.dtype | str | None = None,
         device: str | None = None,
     ) -> None:
-        check_folder(folder)
+        stored = check_folder(folder)
         self.folder = folder
         self.device = torch.device(device or "cpu")
         config = read_config(folder)
         if getattr(config, "quantization_config", None) is not None:
             raise TransectError(f"{folder} is compressed or quantized already; --stream takes an ordinary checkpoint")
         cls = model_class(config, str(folder))
-        check_fit(str(folder), cls, config, stored_in(folder))
-        self._files = weight_files(folder)
+        check_fit(str(folder), cls, config, stored)
+        self._files = sorted({tensor.file for tensor in stored.values()})
         given: Any = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         self.dtype: torch.dtype = given or config.dtype or _first_dtype(self._files[0])
         config.dtype = self.dtype
@@ -64,9 +63,8 @@ class StreamedModel:
         if self.model.can_generate() and (folder / GENERATION_CONFIG_NAME).is_file():  # it says more than the config
             self.model.generation_config = pretrained(GenerationConfig, folder)
         self.anatomy = Anatomy(self.model, architecture, weights=False)
-        headers = {path: read_header(path) for path in self._files}
-        self._shapes = {name: shape for header in headers.values() for name, shape in header.items()}
-        self._where = {name: path for path, header in headers.items() for name in header}
+        self._shapes = {name: tensor.shape for name, tensor in stored.items()}
+        self._where = {name: tensor.file for name, tensor in stored.items()}
         self._stored = _stored_names(self.model, self._shapes)
         self._merged = merged_parameters(self.model, self._shapes)
         # Names as they are in the dense checkpoint; a compressed block has others.
