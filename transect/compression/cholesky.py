@@ -31,3 +31,21 @@ def raised_cholesky(matrix: Tensor, ridge: float | Tensor = 0.0) -> tuple[Tensor
         f"a {len(matrix)} x {len(matrix)} matrix of second moments is far from positive definite, or not finite: is "
         "the calibration data valid?"
     )
+
+
+def inverse_root(covariance: Tensor, damping: float, order: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """U (upper triangular) with (H + εI)⁻¹ = UᵀU, and which features are never on; what GPTQ and SparseGPT go by.
+
+    H: second moments E[x xᵀ] (d_in x d_in). ε: `damping` times the mean of its diagonal, over the features that are
+    ever on; the others count as if they were that large and uncorrelated. order: of the features in U; theirs.
+    """
+    dead = covariance.diagonal() == 0
+    mean = covariance.diagonal()[~dead].mean() if not dead.all() else covariance.new_ones(())
+    hessian = covariance.clone()
+    hessian.diagonal()[dead] = mean
+    if order is not None:
+        hessian = hessian[order][:, order]
+    # The upper root R of H = R Rᵀ is the lower one of H in reversed order, and U = R⁻¹.
+    root, _ = raised_cholesky(hessian.flip(0, 1), damping * mean)
+    identity = torch.eye(len(root), dtype=root.dtype, device=root.device)
+    return torch.linalg.solve_triangular(root.flip(0, 1), identity, upper=True), dead

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...operators.semi_structured import SemiStructured
 from ...statistics import InputCovariance
-from ..cholesky import raised_cholesky
+from ..cholesky import inverse_root
 from ..registry import Range, replacement
 from ..two_four import best_two_of_four, two_four_size
 
@@ -30,13 +30,8 @@ def sparsegpt(
     d_in, padding = weight.shape[1], -weight.shape[1] % 4
     weight = torch.nn.functional.pad(weight, (0, padding))
     hessian = torch.nn.functional.pad(covariance, (0, padding, 0, padding))
-    dead = hessian.diagonal() == 0
-    mean = hessian.diagonal()[~dead].mean() if not dead.all() else hessian.new_ones(())
-    hessian.diagonal()[dead] = mean  # it is uncorrelated with the others, so any number will do
+    upper, dead = inverse_root(hessian, damping)
     weight[:, dead] = 0
-    # The upper root R of H = R Rᵀ is the lower one of H in reversed order, and U = R⁻¹.
-    root, _ = raised_cholesky(hessian.flip(0, 1), damping * mean)
-    upper = torch.linalg.solve_triangular(root.flip(0, 1), torch.eye(len(root)).to(root), upper=True)
     scale = upper.diagonal()
 
     mask = torch.zeros_like(weight, dtype=torch.bool)

@@ -1,0 +1,211 @@
+"""A few bits a weight: the stored matrix, rounding to it, and GPTQ, which makes up for the rounding."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import transect
+from transect.anatomy import Anatomy
+from transect.anatomy.storage import weight_tensors
+from transect.compression import method
+from transect.compression.integers import Grid, grouped, integer_size
+from transect.errors import OutOfReach, TransectError
+from transect.operators import build
+from transect.operators.grouped_integer import BITS, GroupedInteger, grouped_integer_bytes, pack, packed_bytes, unpack
+
+from .models import VOCABULARY, assert_alike, tiny
+
+DATA = torch.randint(3, VOCABULARY, (12, 16), generator=torch.Generator().manual_seed(5))
+SHAPES = [(5, 8), (6, 20), (3, 13), (4, 2), (1, 7)]
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def problem(d_out, d_in):
+    x = randn(300, d_in, seed=1) @ (torch.eye(d_in) + randn(d_in, d_in, seed=2) / d_in**0.5)
+    return randn(d_out, d_in), x.T @ x / 300
+
+
+@torch.no_grad()
+def output_error(weight, made, covariance):
+    delta = weight - made.to_dense()
+    return torch.einsum("ij,jk,ik->", delta, covariance, delta).item()
+
+
+# the stored matrix
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(BITS), st.integers(1, 70), st.integers(0, 2**31))
+def test_integers_survive_packing_in_as_many_bits_as_they_have(bits, count, seed):
+    codes = torch.randint(0, 2**bits, (count,), generator=torch.Generator().manual_seed(seed))
+    packed = pack(codes, bits)
+    assert packed.dtype == torch.uint8 and torch.equal(unpack(packed, bits, count).long(), codes)
+    assert len(packed) == packed_bytes(count, bits) and count * bits / 8 <= len(packed) < count * bits / 8 + 2
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_the_operator_is_its_formula_and_its_bytes_are_the_size(shape, bits, symmetric):
+    group, dtype = 4, torch.bfloat16
+    codes = torch.randint(0, 2**bits, shape, generator=torch.Generator().manual_seed(1))
+    groups = -(-shape[1] // group)
+    scale = randn(shape[0], groups, seed=2).abs().to(dtype)
+    offset = None if symmetric else randn(shape[0], groups, seed=3).to(dtype)
+    made = GroupedInteger.from_codes(codes, scale, offset, bits, group)
+    spread = scale.double().repeat_interleave(group, 1)[:, : shape[1]]
+    added = -(2 ** (bits - 1)) * scale if offset is None else offset
+    expected = codes * spread + added.double().repeat_interleave(group, 1)[:, : shape[1]]
+    assert_alike(made.to_dense().double(), expected.to(dtype).double())
+    bias = randn(shape[0], seed=4).to(dtype)
+    made.set_bias(bias)
+    x = randn(2, 3, shape[1], seed=5).to(dtype)
+    with torch.no_grad():
+        assert_alike(made(x), torch.nn.functional.linear(x, made.to_dense(), bias))
+    stored = sum(tensor.numel() * tensor.element_size() for tensor in weight_tensors(made))
+    assert stored == grouped_integer_bytes(*shape, bits, group, symmetric, 2)
+    again = build(made.describe()).to(dtype)
+    again.load_state_dict(made.state_dict())
+    with torch.no_grad():
+        assert torch.equal(again(x), made(x))
+    rows = torch.tensor([shape[0] - 1, 0])
+    assert torch.equal(made.select(rows, None).to_dense(), made.to_dense()[rows])
+    with pytest.raises(TransectError, match="cannot lose rows or columns"):
+        made.select(None, rows)
+
+
+@pytest.mark.parametrize("change", [{"bits": 5}, {"bits": 0}, {"group": 0}])
+def test_what_is_no_such_matrix_is_not_built(change):
+    described = GroupedInteger(4, 4, 4, 2, False, False).describe()
+    with pytest.raises(ValueError, match="bits are one of"):
+        build(described | change)
+
+
+def test_four_bits_in_groups_of_64_are_0_28125_of_bfloat16():
+    assert integer_size((128, 256), 2, 1.0, group=64, symmetric=False).chosen == {"bits": 8}
+    size = integer_size((128, 256), 2, 0.3, group=64, symmetric=False)
+    assert size.chosen == {"bits": 4} and size.bytes == 0.28125 * 128 * 256 * 2
+    assert integer_size((128, 256), 2, 0.28, group=64, symmetric=False).chosen == {"bits": 3}
+    assert integer_size((128, 256), 2, 0.28, group=64, symmetric=True).chosen == {"bits": 4}
+    with pytest.raises(OutOfReach, match=r"2 bits in groups of 64 store 0\.1562 of a 128 x 256"):
+        integer_size((128, 256), 2, 0.15, group=64, symmetric=False)
+
+
+# rounding
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("group", [4, 7, 64])
+def test_rounding_is_off_by_half_a_step_at_most(bits, symmetric, group):
+    weight = randn(6, 20)
+    made = method("rtn").function(weight, bits=bits, group=group, symmetric=symmetric).to_dense().detach()
+    groups = grouped(weight, group)
+    width = 2 * groups.abs().amax(-1) if symmetric else groups.amax(-1) - groups.amin(-1)
+    step = (width / (2**bits - 1)).repeat_interleave(group, 1)[:, :20]
+    wider = step + 2**-7 * (step + weight.abs().max() / (2**bits - 1))  # the scale and the offset are rounded outwards
+    assert ((weight - made).abs() <= (1 if symmetric else 0.5) * wider).all()  # symmetric: one point less above 0
+
+
+@pytest.mark.parametrize("name", ["rtn", "gptq"])
+@pytest.mark.parametrize("bits", BITS)
+def test_a_matrix_on_a_grid_stays_as_it_is(name, bits):
+    codes = torch.randint(0, 2**bits, (6, 16), generator=torch.Generator().manual_seed(1))
+    codes[:, 0::8], codes[:, 1::8] = 0, 2**bits - 1  # each group reaches from end to end
+    weight = (codes * 0.25 - 3.0).double()
+    statistics = [problem(6, 16)[1]] if name == "gptq" else []
+    made = method(name).function(weight.clone(), *statistics, bits=bits, group=8)
+    assert torch.equal(made.to_dense(), weight)
+
+
+@pytest.mark.parametrize("name", ["rtn", "gptq"])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_zeros_equal_entries_and_features_that_are_never_on(name, symmetric):
+    weight, covariance = problem(6, 16)
+    weight[0], weight[1, 4:8], weight[2, :4] = 0, 0.5, 1e-30
+    covariance[5], covariance[:, 5] = 0, 0
+    statistics = [covariance] if name == "gptq" else []
+    made = method(name).function(weight.clone(), *statistics, bits=4, group=4, symmetric=symmetric).to_dense()
+    assert torch.isfinite(made).all() and not made[0].any()
+    if name == "rtn" and not symmetric:
+        assert torch.equal(made[1, 4:8], weight[1, 4:8])
+    nothing = method(name).function(weight, *[torch.zeros_like(s) for s in statistics], bits=4, group=4)
+    assert torch.isfinite(nothing.to_dense()).all()
+
+
+# GPTQ
+
+
+def by_elimination(weight, covariance, bits, group, damping, order):
+    """GPTQ as Optimal Brain Quantization tells it: after each rounding, H⁻¹ of the columns that are left."""
+    weight = weight.clone()
+    hessian = covariance + damping * covariance.diagonal().mean() * torch.eye(len(covariance))
+    left, static = list(order), Grid.of(grouped(weight, group), bits, False)
+    made, grids = torch.empty_like(weight), {}
+    while left:
+        j = left[0]
+        if order == sorted(order) and j % group == 0:
+            grids[j // group] = Grid.of(weight[:, j : j + group], bits, False)
+        grid = grids.get(j // group)
+        if grid is None:
+            assert static.offset is not None
+            grid = Grid(bits, static.scale[:, j // group], static.offset[:, j // group])
+        inverse = torch.linalg.inv(hessian[left][:, left])
+        made[:, j] = grid.values(grid.codes(weight[:, j, None]))[:, 0]
+        weight[:, left] -= torch.outer((weight[:, j] - made[:, j]) / inverse[0, 0], inverse[0])
+        left = left[1:]
+    return made
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("group", [4, 5, 96, 200])
+def test_it_is_elimination_column_by_column(act_order, group):
+    """Also across the blocks of columns that are updated together, and where groups lie across their borders."""
+    weight, covariance = problem(7, 150)
+    made = method("gptq").function(
+        weight.clone(), covariance, bits=3, group=group, act_order=act_order, damping=0.01
+    )  # fmt: skip
+    order = covariance.diagonal().argsort(descending=True).tolist() if act_order else list(range(150))
+    expected = by_elimination(weight, covariance, 3, group, 0.01, order)
+    off = (made.to_dense() - expected).abs() > 1e-6  # what lies half-way between two points may fall either way
+    assert off.double().mean() < 0.01
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_with_uncorrelated_features_it_is_rounding_and_otherwise_better(symmetric):
+    weight, covariance = problem(12, 40)
+    options = {"bits": 3, "group": 8, "symmetric": symmetric}
+    rounded = method("rtn").function(weight.clone(), **options)
+    alone = method("gptq").function(weight.clone(), torch.eye(40, dtype=torch.float64), **options)
+    assert_alike(alone.to_dense(), rounded.to_dense())
+    for act_order in (False, True):
+        made = method("gptq").function(weight.clone(), covariance, **options, act_order=act_order)
+        assert output_error(weight, made, covariance) < 0.8 * output_error(weight, rounded, covariance)
+
+
+# whole models
+
+
+@pytest.mark.parametrize(("keep", "bits"), [(0.6, 8), (0.35, 4), (0.29, 3), (0.23, 2)])
+def test_a_budget_chooses_the_bits(keep, bits):
+    model = tiny("llama").bfloat16()
+    transect.compress(model, "rtn", keep, group=32)
+    kinds = [matrix.module for matrix in Anatomy(model).matrices() if isinstance(matrix.module, GroupedInteger)]
+    assert kinds and {operator.bits for operator in kinds} == {bits}
+
+
+@pytest.mark.parametrize("wrong", [{"group": 0}, {"group": 70_000}, {"group": "x"}, {"symmetric": 3}, {"damping": 0}])
+def test_settings_out_of_range_are_refused(wrong):
+    with pytest.raises(TransectError, match="must be"):
+        transect.compress(tiny("llama"), "gptq", 0.5, DATA, **wrong)
+
+
+def test_a_budget_below_two_bits_is_refused_before_any_change():
+    model = tiny("llama")
+    with pytest.raises(OutOfReach, match="2 bits in groups of 64"):
+        transect.compress(model, "rtn", 0.05)
+    assert not Anatomy(model).record

@@ -1,0 +1,80 @@
+"""Grids of a few bits: where their points lie, what they store, and how many bits a budget pays for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import OutOfReach
+from ..operators.grouped_integer import BITS, grouped_integer_bytes
+from .registry import Size
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The points s q + o, q = 0 ... 2^bits - 1, of each row (d_out) in one or more groups (d_out x groups).
+
+    scale and offset are numbers of bfloat16, so that they are the same in whatever dtype a model stores them; they are
+    rounded outwards, so that no entry lies beyond the grid. offset None: -2^(bits - 1) s.
+    """
+
+    bits: int
+    scale: Tensor
+    offset: Tensor | None
+
+    @staticmethod
+    def of(groups: Tensor, bits: int, symmetric: bool) -> Grid:
+        """From the least to the largest entry of each group (..., group), or equally far to both sides of 0."""
+        steps = 2**bits - 1
+        if symmetric:
+            return Grid(bits, _at_least(2 * groups.abs().amax(-1) / steps), None)
+        low = -_at_least(-groups.amin(-1))
+        return Grid(bits, _at_least((groups.amax(-1) - low) / steps), low)
+
+    @property
+    def shift(self) -> Tensor:
+        """The point of 0."""
+        return -(2 ** (self.bits - 1)) * self.scale if self.offset is None else self.offset
+
+    def codes(self, weight: Tensor) -> Tensor:
+        """The nearest point to each entry (..., one more dimension than the scales), as integers in float.
+
+        A group of equal entries has a scale of 0, and every number stands for its offset.
+        """
+        steps = (weight - self.shift[..., None]) / self.scale[..., None].clamp_min(1e-30)
+        return steps.round().clamp(0, 2**self.bits - 1)
+
+    def values(self, codes: Tensor) -> Tensor:
+        """The points of these numbers."""
+        return codes * self.scale[..., None] + self.shift[..., None]
+
+
+def _at_least(numbers: Tensor) -> Tensor:
+    """The least numbers of bfloat16 that are not below these."""
+    rounded = numbers.to(torch.bfloat16)
+    above = torch.nextafter(rounded, torch.full_like(rounded, torch.inf))
+    return torch.where(rounded.to(numbers.dtype) < numbers, above, rounded).to(numbers.dtype)
+
+
+def integer_size(
+    shape: tuple[int, int], itemsize: int, keep: float, *, group: int, symmetric: bool, **settings: Any
+) -> Size:
+    """The most bits that the budget pays for."""
+    dense = shape[0] * shape[1] * itemsize
+    for bits in reversed(BITS):
+        stored = grouped_integer_bytes(*shape, bits, group, symmetric, itemsize)
+        if stored <= keep * dense:
+            return Size(stored, {"bits": bits})
+    raise OutOfReach(
+        f"{BITS[0]} bits in groups of {group} store {stored / dense:.4f} of a {shape[0]} x {shape[1]} matrix of "
+        f"{itemsize}-byte numbers, scales included, and keep={keep:g} is less; raise it, or take larger groups"
+    )
+
+
+def grouped(weight: Tensor, group: int) -> Tensor:
+    """W (d_out x d_in) by groups (d_out x groups x group); the last is filled up with the row's last entry."""
+    padding = -weight.shape[1] % group
+    return torch.cat([weight, weight[:, -1:].expand(-1, padding)], 1).unflatten(1, (-1, group))

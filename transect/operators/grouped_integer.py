@@ -1,0 +1,138 @@
+"""Integers of a few bits, with a scale and an offset for each group of consecutive entries of a row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..anatomy.storage import parameter_of
+from .base import Operator
+
+BITS = (2, 3, 4, 8)
+
+
+class GroupedInteger(Operator):
+    """y = Ŵx + b, where Ŵ_ij = s_ig q_ij + o_ig, with q_ij an integer from 0 to 2^bits - 1 and g the group of column j.
+
+    scale s and offset o (d_out x groups) have the model's dtype; a symmetric one stores no offset, and has
+    o = -2^(bits - 1) s. codes (uint8) are the integers, packed: see `pack`. The last group is shorter where `group`
+    does not divide d_in.
+
+    Ŵ is made anew in every call, which costs a pass over it and saves the memory.
+    """
+
+    kind = "grouped_integer"
+
+    def __init__(self, d_in: int, d_out: int, bits: int, group: int, symmetric: bool, bias: bool) -> None:
+        super().__init__(d_in, d_out)
+        self.bits, self.group = bits, group
+        groups = -(-d_in // group)
+        self.scale = nn.Parameter(torch.empty(d_out, groups))
+        self.register_parameter("offset", None if symmetric else nn.Parameter(torch.empty(d_out, groups)))
+        self.register_buffer("codes", torch.zeros(packed_bytes(d_out * d_in, bits), dtype=torch.uint8))
+        self.register_parameter("bias", nn.Parameter(torch.empty(d_out)) if bias else None)
+
+    codes: Tensor
+
+    @classmethod
+    def from_codes(cls, codes: Tensor, scale: Tensor, offset: Tensor | None, bits: int, group: int) -> GroupedInteger:
+        """Of integers q (d_out x d_in), scales and offsets (d_out x groups); no offset for a symmetric one."""
+        d_out, d_in = codes.shape
+        operator = cls(d_in, d_out, bits, group, offset is None, False).to(scale)
+        operator.codes = pack(codes, bits)
+        operator.scale = parameter_of(scale)
+        if offset is not None:
+            operator.offset = parameter_of(offset)
+        return operator
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.to_dense(), self.bias)
+
+    def to_dense(self) -> Tensor:
+        codes = unpack(self.codes, self.bits, self.out_features * self.in_features).view(self.out_features, -1)
+        return dequantized(codes, self.scale, self.offset, self.bits, self.group)
+
+    def select(self, rows: Tensor | None, columns: Tensor | None) -> Operator:
+        if columns is not None:
+            return super().select(rows, columns)
+        codes = unpack(self.codes, self.bits, self.out_features * self.in_features).view(self.out_features, -1)
+        chosen = slice(None) if rows is None else rows
+        offset = None if self.offset is None else self.offset[chosen]
+        made = self.from_codes(codes[chosen], self.scale[chosen], offset, self.bits, self.group)
+        made.set_bias(None if self.bias is None else self.bias[chosen])
+        return made
+
+    @property
+    def flops(self) -> int:
+        """Those of the dense matrix; making Ŵ costs 2 for each of its entries besides, once a call."""
+        return 2 * self.out_features * self.in_features
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind, "in": self.in_features, "out": self.out_features, "bits": self.bits,
+            "group": self.group, "symmetric": self.offset is None, "bias": self.bias is not None,
+        }  # fmt: skip
+
+    @classmethod
+    def from_description(cls, description: dict[str, Any]) -> GroupedInteger:
+        if description["bits"] not in BITS or not description["group"] > 0:
+            raise ValueError(f"bits are one of {BITS} and a group has columns, but this is {description}")
+        return cls(
+            description["in"], description["out"], description["bits"], description["group"],
+            description["symmetric"], description["bias"],
+        )  # fmt: skip
+
+
+def dequantized(codes: Tensor, scale: Tensor, offset: Tensor | None, bits: int, group: int) -> Tensor:
+    """Ŵ (d_out x d_in), in the dtype of the scales (d_out x groups)."""
+    d_in = codes.shape[1]
+    grouped = nn.functional.pad(codes, (0, -d_in % group)).unflatten(1, (-1, group)).to(scale.dtype)
+    shift = -(2 ** (bits - 1)) * scale if offset is None else offset
+    return torch.addcmul(shift[..., None], grouped, scale[..., None]).flatten(1)[:, :d_in]
+
+
+def grouped_integer_bytes(d_out: int, d_in: int, bits: int, group: int, symmetric: bool, itemsize: int) -> int:
+    """What `GroupedInteger` stores of a matrix: the packed integers, and a scale and an offset a group."""
+    return packed_bytes(d_out * d_in, bits) + d_out * -(-d_in // group) * itemsize * (1 if symmetric else 2)
+
+
+def packed_bytes(count: int, bits: int) -> int:
+    """Bytes of `count` packed integers."""
+    return sum(-(-count * part // 8) for part in _parts(bits))
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Integers from 0 to 2^bits - 1 as bytes (uint8), 8 / bits of them in each, the first in the lowest bits.
+
+    3 bits do not divide a byte: the lower two of all come first, and then the highest ones.
+    """
+    packed, flat = [], codes.reshape(-1).to(torch.uint8)
+    for part in _parts(bits):
+        a_byte = 8 // part
+        low = nn.functional.pad(flat & (2**part - 1), (0, -len(flat) % a_byte)).view(-1, a_byte)
+        packed.append((low << _shifts(part, low)).sum(1, dtype=torch.uint8))
+        flat = flat >> part if part < 8 else flat
+    return torch.cat(packed)
+
+
+def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
+    """The first `count` of the packed integers (uint8)."""
+    found, start, below = None, 0, 0
+    for part in _parts(bits):
+        stop = start + -(-count * part // 8)
+        spread = (packed[start:stop, None] >> _shifts(part, packed)) & (2**part - 1)
+        values = spread.flatten()[:count]
+        found = values if found is None else found | values << below
+        start, below = stop, below + part
+    assert found is not None
+    return found
+
+
+def _parts(bits: int) -> tuple[int, ...]:
+    return (2, 1) if bits == 3 else (bits,)
+
+
+def _shifts(part: int, like: Tensor) -> Tensor:
+    return torch.arange(0, 8, part, dtype=torch.uint8, device=like.device)
