@@ -55,12 +55,12 @@ def test_the_operator_is_its_formula_and_its_bytes_are_the_size(shape, bits, sym
     codes = torch.randint(0, 2**bits, shape, generator=torch.Generator().manual_seed(1))
     groups = -(-shape[1] // group)
     scale = randn(shape[0], groups, seed=2).abs().to(dtype)
-    offset = None if symmetric else randn(shape[0], groups, seed=3).to(dtype)
-    made = GroupedInteger.from_codes(codes, scale, offset, bits, group)
-    spread = scale.double().repeat_interleave(group, 1)[:, : shape[1]]
-    added = -(2 ** (bits - 1)) * scale if offset is None else offset
-    expected = codes * spread + added.double().repeat_interleave(group, 1)[:, : shape[1]]
-    assert_alike(made.to_dense().double(), expected.to(dtype).double())
+    zeros = torch.randint(0, 2**bits, scale.shape, generator=torch.Generator().manual_seed(3))
+    if symmetric:
+        zeros[:] = 2 ** (bits - 1)
+    made = GroupedInteger.from_codes(codes, scale, None if symmetric else zeros, bits, group)
+    spread, zero = (each.double().repeat_interleave(group, 1)[:, : shape[1]] for each in (scale, zeros))
+    assert torch.equal(made.to_dense().double(), (spread * (codes - zero)).to(dtype).double())
     bias = randn(shape[0], seed=4).to(dtype)
     made.set_bias(bias)
     x = randn(2, 3, shape[1], seed=5).to(dtype)
@@ -78,21 +78,21 @@ def test_the_operator_is_its_formula_and_its_bytes_are_the_size(shape, bits, sym
         made.select(None, rows)
 
 
-@pytest.mark.parametrize("change", [{"bits": 5}, {"bits": 0}, {"group": 0}])
+@pytest.mark.parametrize("change", [{"bits": 5}, {"bits": 0}, {"group_size": 0}])
 def test_what_is_no_such_matrix_is_not_built(change):
     described = GroupedInteger(4, 4, 4, 2, False, False).describe()
     with pytest.raises(ValueError, match="bits are one of"):
         build(described | change)
 
 
-def test_four_bits_in_groups_of_64_are_0_28125_of_bfloat16():
+def test_four_bits_in_groups_of_64_are_4_and_5_16_of_16():
     assert integer_size((128, 256), 2, 1.0, group=64, symmetric=False).chosen == {"bits": 8}
-    size = integer_size((128, 256), 2, 0.3, group=64, symmetric=False)
-    assert size.chosen == {"bits": 4} and size.bytes == 0.28125 * 128 * 256 * 2
-    assert integer_size((128, 256), 2, 0.28, group=64, symmetric=False).chosen == {"bits": 3}
-    assert integer_size((128, 256), 2, 0.28, group=64, symmetric=True).chosen == {"bits": 4}
-    with pytest.raises(OutOfReach, match=r"2 bits in groups of 64 store 0\.1562 of a 128 x 256"):
-        integer_size((128, 256), 2, 0.15, group=64, symmetric=False)
+    size = integer_size((128, 256), 2, 0.27, group=64, symmetric=False)
+    assert size.chosen == {"bits": 4} and size.bytes == (4 + 20 / 64) / 16 * 128 * 256 * 2
+    assert integer_size((128, 256), 2, 0.269, group=64, symmetric=False).chosen == {"bits": 3}
+    assert integer_size((128, 256), 2, 0.269, group=64, symmetric=True).chosen == {"bits": 4}
+    with pytest.raises(OutOfReach, match=r"2 bits in groups of 64 store 0\.1426 of a 128 x 256"):
+        integer_size((128, 256), 2, 0.14, group=64, symmetric=False)
 
 
 # rounding
@@ -105,10 +105,12 @@ def test_rounding_is_off_by_half_a_step_at_most(bits, symmetric, group):
     weight = randn(6, 20)
     made = method("rtn").function(weight, bits=bits, group=group, symmetric=symmetric).to_dense().detach()
     groups = grouped(weight, group)
-    width = 2 * groups.abs().amax(-1) if symmetric else groups.amax(-1) - groups.amin(-1)
-    step = (width / (2**bits - 1)).repeat_interleave(group, 1)[:, :20]
-    wider = step + 2**-7 * (step + weight.abs().max() / (2**bits - 1))  # the scale and the offset are rounded outwards
-    assert ((weight - made).abs() <= (1 if symmetric else 0.5) * wider).all()  # symmetric: one point less above 0
+    low, high = groups.amin(-1).clamp_max(0), groups.amax(-1).clamp_min(0)
+    width = 2 * groups.abs().amax(-1) if symmetric else high - low
+    step = (width / (2**bits - 1)).repeat_interleave(group, 1)[:, :20] * (1 + 2**-7)  # rounded outwards, to bfloat16
+    # 0 is a point, so that the first or the last may lie half a step inside, and rounding costs as much again.
+    assert ((weight - made).abs() <= (1 + 1e-6) * step).all()
+    assert ((weight - made).abs() <= (0.5 + 1e-6) * step).double().mean() > 0.8
 
 
 @pytest.mark.parametrize("name", ["rtn", "gptq"])
@@ -116,7 +118,7 @@ def test_rounding_is_off_by_half_a_step_at_most(bits, symmetric, group):
 def test_a_matrix_on_a_grid_stays_as_it_is(name, bits):
     codes = torch.randint(0, 2**bits, (6, 16), generator=torch.Generator().manual_seed(1))
     codes[:, 0::8], codes[:, 1::8] = 0, 2**bits - 1  # each group reaches from end to end
-    weight = (codes * 0.25 - 3.0).double()
+    weight = ((codes - 2 ** (bits - 1)) * 0.25).double()
     statistics = [problem(6, 16)[1]] if name == "gptq" else []
     made = method(name).function(weight.clone(), *statistics, bits=bits, group=8)
     assert torch.equal(made.to_dense(), weight)
@@ -131,8 +133,8 @@ def test_zeros_equal_entries_and_features_that_are_never_on(name, symmetric):
     statistics = [covariance] if name == "gptq" else []
     made = method(name).function(weight.clone(), *statistics, bits=4, group=4, symmetric=symmetric).to_dense()
     assert torch.isfinite(made).all() and not made[0].any()
-    if name == "rtn" and not symmetric:
-        assert torch.equal(made[1, 4:8], weight[1, 4:8])
+    if name == "rtn":
+        assert torch.allclose(made[1, 4:8], weight[1, 4:8], rtol=0.07)
     nothing = method(name).function(weight, *[torch.zeros_like(s) for s in statistics], bits=4, group=4)
     assert torch.isfinite(nothing.to_dense()).all()
 
@@ -152,8 +154,7 @@ def by_elimination(weight, covariance, bits, group, damping, order):
             grids[j // group] = Grid.of(weight[:, j : j + group], bits, False)
         grid = grids.get(j // group)
         if grid is None:
-            assert static.offset is not None
-            grid = Grid(bits, static.scale[:, j // group], static.offset[:, j // group])
+            grid = Grid(bits, static.scale[:, j // group], static.zero[:, j // group])
         inverse = torch.linalg.inv(hessian[left][:, left])
         made[:, j] = grid.values(grid.codes(weight[:, j, None]))[:, 0]
         weight[:, left] -= torch.outer((weight[:, j] - made[:, j]) / inverse[0, 0], inverse[0])
@@ -171,7 +172,7 @@ def test_it_is_elimination_column_by_column(act_order, group):
     )  # fmt: skip
     order = covariance.diagonal().argsort(descending=True).tolist() if act_order else list(range(150))
     expected = by_elimination(weight, covariance, 3, group, 0.01, order)
-    off = (made.to_dense() - expected).abs() > 1e-6  # what lies half-way between two points may fall either way
+    off = (made.to_dense() - expected).abs() > 1e-4  # what lies half-way between two points may fall either way
     assert off.double().mean() < 0.01
 
 
@@ -190,7 +191,7 @@ def test_with_uncorrelated_features_it_is_rounding_and_otherwise_better(symmetri
 # whole models
 
 
-@pytest.mark.parametrize(("keep", "bits"), [(0.6, 8), (0.35, 4), (0.29, 3), (0.23, 2)])
+@pytest.mark.parametrize(("keep", "bits"), [(0.6, 8), (0.33, 4), (0.27, 3), (0.21, 2)])
 def test_a_budget_chooses_the_bits(keep, bits):
     model = tiny("llama").bfloat16()
     transect.compress(model, "rtn", keep, group=32)

@@ -15,45 +15,42 @@ from .registry import Size
 
 @dataclass(frozen=True)
 class Grid:
-    """The points s q + o, q = 0 ... 2^bits - 1, of each row (d_out) in one or more groups (d_out x groups).
+    """The points s (q - z), q = 0 ... 2^bits - 1, with one s and one z for each group of weights.
 
-    scale and offset are numbers of bfloat16, so that they are the same in whatever dtype a model stores them; they are
-    rounded outwards, so that no entry lies beyond the grid. offset None: -2^(bits - 1) s.
+    scale: s, numbers of bfloat16, so that they are the same in whatever dtype a model stores them. zero: z, integers
+    in float from 0 to 2^bits - 1, or 2^(bits - 1) where the grid is symmetric.
     """
 
     bits: int
     scale: Tensor
-    offset: Tensor | None
+    zero: Tensor
 
     @staticmethod
     def of(groups: Tensor, bits: int, symmetric: bool) -> Grid:
-        """From the least to the largest entry of each group (..., group), or equally far to both sides of 0."""
+        """From the least to the largest entry of each group (..., group) and 0, or equally far to both sides of 0."""
         steps = 2**bits - 1
         if symmetric:
-            return Grid(bits, _at_least(2 * groups.abs().amax(-1) / steps), None)
-        low = -_at_least(-groups.amin(-1))
-        return Grid(bits, _at_least((groups.amax(-1) - low) / steps), low)
-
-    @property
-    def shift(self) -> Tensor:
-        """The point of 0."""
-        return -(2 ** (self.bits - 1)) * self.scale if self.offset is None else self.offset
+            scale = _at_least(2 * groups.abs().amax(-1) / steps)
+            return Grid(bits, scale, torch.full_like(scale, 2 ** (bits - 1)))
+        low, high = groups.amin(-1).clamp_max(0), groups.amax(-1).clamp_min(0)
+        scale = _at_least((high - low) / steps)
+        return Grid(bits, scale, (-low / scale.clamp_min(_TINY)).round().clamp(0, steps))
 
     def codes(self, weight: Tensor) -> Tensor:
-        """The nearest point to each entry (..., one more dimension than the scales), as integers in float.
-
-        A group of equal entries has a scale of 0, and every number stands for its offset.
-        """
-        steps = (weight - self.shift[..., None]) / self.scale[..., None].clamp_min(1e-30)
+        """The nearest point to each entry (..., one more dimension than the scales), as integers in float."""
+        steps = weight / self.scale[..., None].clamp_min(_TINY) + self.zero[..., None]
         return steps.round().clamp(0, 2**self.bits - 1)
 
     def values(self, codes: Tensor) -> Tensor:
         """The points of these numbers."""
-        return codes * self.scale[..., None] + self.shift[..., None]
+        return (codes - self.zero[..., None]) * self.scale[..., None]
+
+
+_TINY = 1e-30  # in place of the scale of a group of zeros
 
 
 def _at_least(numbers: Tensor) -> Tensor:
-    """The least numbers of bfloat16 that are not below these."""
+    """The least numbers of bfloat16 that are not below these, so that no entry lies beyond its grid."""
     rounded = numbers.to(torch.bfloat16)
     above = torch.nextafter(rounded, torch.full_like(rounded, torch.inf))
     return torch.where(rounded.to(numbers.dtype) < numbers, above, rounded).to(numbers.dtype)

@@ -66,9 +66,9 @@ def build(description: dict[str, Any], inside: bool = False) -> nn.Module:
 
 
 def _check_entries(description: dict[str, Any]) -> None:
-    """Sizes are whole numbers that a tensor can have, whether there is a bias is yes or no."""
+    """Sizes are whole numbers that a tensor can have, what is so or not is true or false."""
     for key, value in description.items():
-        if key in ("bias", "owns_bank"):
+        if key in ("bias", "owns_bank", "symmetric"):
             if not isinstance(value, bool):
                 raise ValueError(f"{key!r} should be true or false, not {value!r}")
         elif key in ("kind", "group"):

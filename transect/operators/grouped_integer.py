@@ -1,4 +1,4 @@
-"""Integers of a few bits, with a scale and an offset for each group of consecutive entries of a row."""
+"""Integers of a few bits, with a scale and a zero point for each group of consecutive entries of a row."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ BITS = (2, 3, 4, 8)
 
 
 class GroupedInteger(Operator):
-    """y = Ŵx + b, where Ŵ_ij = s_ig q_ij + o_ig, with q_ij an integer from 0 to 2^bits - 1 and g the group of column j.
+    """y = Ŵx + b, where Ŵ_ij = s_ig (q_ij - z_ig), with q_ij an integer from 0 to 2^bits - 1 and g the group of column j.
 
-    scale s and offset o (d_out x groups) have the model's dtype; a symmetric one stores no offset, and has
-    o = -2^(bits - 1) s. codes (uint8) are the integers, packed: see `pack`. The last group is shorter where `group`
-    does not divide d_in.
+    scale s (d_out x groups) has the model's dtype; the zero points z are integers of `bits` bits, and a symmetric one
+    stores none and has z = 2^(bits - 1). codes and zeros (uint8) are the integers, packed: see `pack`. The last group
+    is shorter where `group` does not divide d_in.
 
     Ŵ is made anew in every call, which costs a pass over it and saves the memory.
     """
@@ -28,39 +28,52 @@ class GroupedInteger(Operator):
     def __init__(self, d_in: int, d_out: int, bits: int, group: int, symmetric: bool, bias: bool) -> None:
         super().__init__(d_in, d_out)
         self.bits, self.group = bits, group
-        groups = -(-d_in // group)
-        self.scale = nn.Parameter(torch.empty(d_out, groups))
-        self.register_parameter("offset", None if symmetric else nn.Parameter(torch.empty(d_out, groups)))
+        self.groups = -(-d_in // group)
+        self.scale = nn.Parameter(torch.empty(d_out, self.groups))
         self.register_buffer("codes", torch.zeros(packed_bytes(d_out * d_in, bits), dtype=torch.uint8))
+        zeros = None if symmetric else torch.zeros(packed_bytes(d_out * self.groups, bits), dtype=torch.uint8)
+        self.register_buffer("zeros", zeros)
         self.register_parameter("bias", nn.Parameter(torch.empty(d_out)) if bias else None)
 
     codes: Tensor
+    zeros: Tensor | None
 
     @classmethod
-    def from_codes(cls, codes: Tensor, scale: Tensor, offset: Tensor | None, bits: int, group: int) -> GroupedInteger:
-        """Of integers q (d_out x d_in), scales and offsets (d_out x groups); no offset for a symmetric one."""
+    def from_codes(cls, codes: Tensor, scale: Tensor, zeros: Tensor | None, bits: int, group: int) -> GroupedInteger:
+        """Of integers q (d_out x d_in), scales s and zero points z (d_out x groups); no z for a symmetric one."""
         d_out, d_in = codes.shape
-        operator = cls(d_in, d_out, bits, group, offset is None, False).to(scale)
+        operator = cls(d_in, d_out, bits, group, zeros is None, False).to(scale)
         operator.codes = pack(codes, bits)
+        operator.zeros = None if zeros is None else pack(zeros, bits)
         operator.scale = parameter_of(scale)
-        if offset is not None:
-            operator.offset = parameter_of(offset)
         return operator
+
+    @property
+    def symmetric(self) -> bool:
+        return self.zeros is None
+
+    def integers(self) -> tuple[Tensor, Tensor | None]:
+        """q (d_out x d_in) and z (d_out x groups), uint8, unpacked."""
+        d_out = self.out_features
+        codes = unpack(self.codes, self.bits, d_out * self.in_features).view(d_out, -1)
+        zeros = self.zeros
+        return codes, None if zeros is None else unpack(zeros, self.bits, d_out * self.groups).view(d_out, -1)
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self.to_dense(), self.bias)
 
     def to_dense(self) -> Tensor:
-        codes = unpack(self.codes, self.bits, self.out_features * self.in_features).view(self.out_features, -1)
-        return dequantized(codes, self.scale, self.offset, self.bits, self.group)
+        codes, zeros = self.integers()
+        return dequantized(codes, self.scale, zeros, self.bits, self.group)
 
     def select(self, rows: Tensor | None, columns: Tensor | None) -> Operator:
         if columns is not None:
             return super().select(rows, columns)
-        codes = unpack(self.codes, self.bits, self.out_features * self.in_features).view(self.out_features, -1)
+        codes, zeros = self.integers()
         chosen = slice(None) if rows is None else rows
-        offset = None if self.offset is None else self.offset[chosen]
-        made = self.from_codes(codes[chosen], self.scale[chosen], offset, self.bits, self.group)
+        made = self.from_codes(
+            codes[chosen], self.scale[chosen], None if zeros is None else zeros[chosen], self.bits, self.group
+        )
         made.set_bias(None if self.bias is None else self.bias[chosen])
         return made
 
@@ -72,30 +85,32 @@ class GroupedInteger(Operator):
     def describe(self) -> dict[str, Any]:
         return {
             "kind": self.kind, "in": self.in_features, "out": self.out_features, "bits": self.bits,
-            "group": self.group, "symmetric": self.offset is None, "bias": self.bias is not None,
+            "group_size": self.group, "symmetric": self.symmetric, "bias": self.bias is not None,
         }  # fmt: skip
 
     @classmethod
     def from_description(cls, description: dict[str, Any]) -> GroupedInteger:
-        if description["bits"] not in BITS or not description["group"] > 0:
+        if description["bits"] not in BITS or not description["group_size"] > 0:
             raise ValueError(f"bits are one of {BITS} and a group has columns, but this is {description}")
         return cls(
-            description["in"], description["out"], description["bits"], description["group"],
+            description["in"], description["out"], description["bits"], description["group_size"],
             description["symmetric"], description["bias"],
         )  # fmt: skip
 
 
-def dequantized(codes: Tensor, scale: Tensor, offset: Tensor | None, bits: int, group: int) -> Tensor:
+def dequantized(codes: Tensor, scale: Tensor, zeros: Tensor | None, bits: int, group: int) -> Tensor:
     """Ŵ (d_out x d_in), in the dtype of the scales (d_out x groups)."""
     d_in = codes.shape[1]
+    zero = 2 ** (bits - 1) if zeros is None else zeros[..., None].to(scale.dtype)
     grouped = nn.functional.pad(codes, (0, -d_in % group)).unflatten(1, (-1, group)).to(scale.dtype)
-    shift = -(2 ** (bits - 1)) * scale if offset is None else offset
-    return torch.addcmul(shift[..., None], grouped, scale[..., None]).flatten(1)[:, :d_in]
+    return ((grouped - zero) * scale[..., None]).flatten(1)[:, :d_in]
 
 
 def grouped_integer_bytes(d_out: int, d_in: int, bits: int, group: int, symmetric: bool, itemsize: int) -> int:
-    """What `GroupedInteger` stores of a matrix: the packed integers, and a scale and an offset a group."""
-    return packed_bytes(d_out * d_in, bits) + d_out * -(-d_in // group) * itemsize * (1 if symmetric else 2)
+    """What `GroupedInteger` stores of a matrix: the packed integers, and for each group a scale and a zero point."""
+    groups = d_out * -(-d_in // group)
+    zeros = 0 if symmetric else packed_bytes(groups, bits)
+    return packed_bytes(d_out * d_in, bits) + groups * itemsize + zeros
 
 
 def packed_bytes(count: int, bits: int) -> int:

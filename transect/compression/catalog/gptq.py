@@ -11,7 +11,7 @@ from ..cholesky import inverse_root
 from ..integers import Grid, grouped, integer_size
 from ..registry import Range, replacement
 
-_BLOCK = 128  # columns between two updates of all that follow; changes the speed, not the result
+_BLOCK = 64  # columns between two updates of all that follow; changes the speed, not the result
 
 
 @replacement("gptq", paper="arXiv:2210.17323", size=integer_size, needs=[InputCovariance()])
@@ -33,8 +33,8 @@ def gptq(
 
     bits: 2, 3, 4 or 8, the most that the budget pays for.
 
-    group: consecutive weights of a row that share a scale and an offset.
-    symmetric: no offset: as many steps below zero as above, but one.
+    group: consecutive weights of a row that share a scale and a zero point.
+    symmetric: no zero point: as many steps below zero as above, but one.
     act_order: take the columns of the largest features first. The grids are then laid over the weights as they were
         before (what the field calls static groups), so that nothing more is stored.
     damping: added to the diagonal of H, relative to its mean; the authors' default.
@@ -42,33 +42,32 @@ def gptq(
     d_in = weight.shape[1]
     order = _order(covariance, act_order)
     upper, dead = inverse_root(covariance, damping, order)
-    weight = torch.where(dead, 0, weight)
+    weight, upper = torch.where(dead, 0, weight).float(), upper.float()
     grids = Grid.of(grouped(weight, group), bits, symmetric)
-    scale, shift = grids.scale.clone(), grids.shift.clone()
-    work = weight[:, order]  # in the order in which they are rounded
-    codes = torch.empty_like(work)
+    # A column's numbers lie side by side (d_in x d_out), in the order in which they are rounded: it is read at once.
+    work, scale, zero = (tensor.T.contiguous() for tensor in (weight[:, order], grids.scale, grids.zero))
+    codes = torch.empty_like(work, dtype=torch.uint8)
+    diagonal, groups = upper.diagonal().tolist(), (order // group).tolist()
     for start in range(0, d_in, _BLOCK):
         stop = min(start + _BLOCK, d_in)
-        errors = torch.empty_like(work[:, start:stop])  # (d_out, block): (W_ij - Ŵ_ij) / U_jj
+        errors = torch.empty_like(work[start:stop])  # (block, d_out): (W_ij - Ŵ_ij) / U_jj
         for j in range(start, stop):
-            number = int(order[j]) // group
             if not act_order and j % group == 0:
                 # What is to be subtracted for the columns of this block has not reached the columns beyond it.
-                members = work[:, j : min(j + group, d_in)].clone()
-                if j + group > stop:
-                    members[:, stop - j :] -= errors[:, : j - start] @ upper[start:j, stop : j + group]
-                grid = Grid.of(members, bits, symmetric)
-                scale[:, number], shift[:, number] = grid.scale, grid.shift
-            one = Grid(bits, scale[:, number], shift[:, number])
-            column = work[:, j, None]
-            codes[:, j] = one.codes(column)[:, 0]
-            error = (column - one.values(codes[:, j, None]))[:, 0] / upper[j, j]
-            errors[:, j - start] = error
-            work[:, j:stop] -= error[:, None] * upper[j, j:stop]
-        work[:, stop:] -= errors @ upper[start:stop, stop:]
+                members = work[j : min(j + group, d_in)].clone()
+                members[stop - j :] -= upper[start:j, stop : j + group].T @ errors[: j - start]
+                grid = Grid.of(members.T, bits, symmetric)
+                scale[groups[j]], zero[groups[j]] = grid.scale, grid.zero
+            one = Grid(bits, scale[groups[j]], zero[groups[j]])
+            column = work[j, :, None]
+            number = one.codes(column)
+            codes[j] = number[:, 0]
+            errors[j - start] = (column - one.values(number))[:, 0] / diagonal[j]
+            work[j + 1 : stop].addr_(upper[j, j + 1 : stop], errors[j - start], alpha=-1)
+        work[stop:] -= upper[start:stop, stop:].T @ errors
     back = torch.empty_like(codes)
-    back[:, order] = codes
-    return GroupedInteger.from_codes(back, scale, None if symmetric else shift, bits, group)
+    back[order] = codes
+    return GroupedInteger.from_codes(back.T, scale.T, None if symmetric else zero.T, bits, group)
 
 
 def _order(covariance: Tensor, act_order: bool) -> Tensor:

@@ -13,14 +13,14 @@ from ..registry import Range, replacement
 def rtn(
     weight: Tensor, *, bits: int, group: Annotated[int, Range(1, 65536)] = 64, symmetric: bool = False
 ) -> GroupedInteger:
-    """Round each weight to the nearest of a few steps between the least and the largest of its group; no data.
+    """Round each weight to the nearest of a few steps from the least to the largest of its group; no data.
 
     bits: 2, 3, 4 or 8, the most that the budget pays for.
 
-    group: consecutive weights of a row that share a scale and an offset.
-    symmetric: no offset: as many steps below zero as above, but one.
+    group: consecutive weights of a row that share a scale and a zero point.
+    symmetric: no zero point: as many steps below zero as above, but one.
     """
     groups = grouped(weight, group)
     grid = Grid.of(groups, bits, symmetric)
     codes = grid.codes(groups).flatten(1)[:, : weight.shape[1]]
-    return GroupedInteger.from_codes(codes, grid.scale, grid.offset, bits, group)
+    return GroupedInteger.from_codes(codes, grid.scale, None if symmetric else grid.zero, bits, group)
