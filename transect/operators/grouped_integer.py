@@ -14,7 +14,7 @@ BITS = (2, 3, 4, 8)
 
 
 class GroupedInteger(Operator):
-    """y = Ŵx + b, where Ŵ_ij = s_ig (q_ij - z_ig): q_ij is an integer from 0 to 2^bits - 1, and g the group of column j.
+    """y = Ŵx + b, where Ŵ_ij = s_ig (q_ij - z_ig): q_ij is an integer from 0 to 2^bits - 1, g the group of column j.
 
     scale s (d_out x groups) has the model's dtype; the zero points z are integers of `bits` bits, and a symmetric one
     stores none and has z = 2^(bits - 1). codes and zeros (uint8) are the integers, packed: see `pack`. The last group
