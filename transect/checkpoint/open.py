@@ -29,6 +29,7 @@ from .fit import check_fit
 from .folder import check_folder
 from .gguf import load_gguf
 from .header import Stored
+from .named import NAMES, named_folder
 from .processors import load_processors
 from .quantizer import METHOD
 
@@ -58,7 +59,8 @@ def open_model(
 ) -> Opened:
     """Load a model of whatever class its config names, in eval mode, with its tokenizer or image processor.
 
-    name_or_path: a local folder or GGUF file, a Hugging Face hub name, or `organism` for the bundled model.
+    name_or_path: a local folder or GGUF file, a Hugging Face hub name, `organism` for the bundled model, or
+        one of `checkpoint.named` (`smollm2`, `smollm2:offgrid`, `minilm`).
     revision: branch, tag or commit of a hub name. Default: its main branch.
     dtype: default: as the checkpoint is stored; float32 for packed weights of a GGUF file.
     architecture: a description of the architecture, where Transect has none (see `register_architecture`).
@@ -102,11 +104,13 @@ def gguf_file(source: str) -> Path | None:
 
 
 def local_folder(source: str) -> Path | None:
-    """The folder that a name stands for, `organism` included; None for what can only be a hub name."""
+    """The folder that a name stands for, `organism` and its like included; None for what can only be a hub name."""
     if source == "organism":
         from ..organism import MODEL_PATH
 
         return Path(MODEL_PATH)
+    if source in NAMES and not _path(source).exists():  # what is there under that name is what is meant
+        return named_folder(source)
     path = _path(source)
     if path.is_file():
         what = "a folder of safetensors is needed here" if path.suffix == ".gguf" else "and no .gguf file"

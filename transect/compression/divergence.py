@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..anatomy import Anatomy, Matrix
-from ..forward import Batch, logits_at, to_device
+from ..forward import Batch, computing_wide, logits_at, to_device
 from ..forward.objective import IGNORED, targets_of
 from .frame import apply_ranks, temporarily
 from .weighted_svd import Factorization
@@ -41,9 +41,10 @@ class Divergence:
     @torch.no_grad()
     def _log_probabilities(self, model: Any) -> list[Tensor]:
         found = []
-        for batch in self.batches:
-            parts = logits_at(model, batch, self._chosen(model, batch))
-            found += [part.float().div(_TEMPERATURE).log_softmax(-1) for part in parts]
+        with computing_wide(model):
+            for batch in self.batches:
+                parts = logits_at(model, batch, self._chosen(model, batch))
+                found += [part.float().div(_TEMPERATURE).log_softmax(-1) for part in parts]
         return found
 
     def _chosen(self, model: Any, batch: Batch) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..anatomy import Anatomy, Block, Matrix
-from ..forward import Batch, task_of
+from ..forward import Batch, computing_wide, task_of
 from ..forward.blocks import Feed, feeds_of, run_block
 from ..operators import Operator
 from ..statistics import InputCovariance, Progress, Recorder, Statistic, Statistics, key_of
@@ -39,7 +39,8 @@ def compress_in_order(
     by_block: dict[int, list[Matrix]] = {}
     for matrix in matrices:
         by_block.setdefault(matrix.block.index, []).append(matrix)
-    feeds = feeds_of(anatomy, batches)
+    with computing_wide(anatomy.model):
+        feeds = feeds_of(anatomy, batches)
     blocks = anatomy.blocks
     for block in progress(blocks, f"{label}, block by block") if progress else blocks:
         mine = by_block.get(block.index, [])
@@ -48,8 +49,9 @@ def compress_in_order(
         compressor(block, mine, local)
         if refit:
             refit_block(block, mine, weights, feeds, accumulate)
-        for item in feeds:
-            item.hidden = run_block(block.module, item.hidden, item.calls[block.index])
+        with computing_wide(block.module):
+            for item in feeds:
+                item.hidden = run_block(block.module, item.hidden, item.calls[block.index])
 
 
 def refit_block(
@@ -85,7 +87,8 @@ def block_statistics(
     """Statistics of one block as it is fed now; those of gradients are the dense model's."""
     store = Statistics(accumulate)
     local = [statistic for statistic in wanted if statistic.needs not in ("gradient", "both")]
-    with Recorder(matrices, local, store, task_of(block.model), [block]) as recorder:
+    recording = Recorder(matrices, local, store, task_of(block.model), [block])
+    with computing_wide(block.module), recording as recorder:
         for item in feeds:
             recorder.begin_batch(len(item.hidden), item.mask)
             run_block(block.module, item.hidden, item.calls[block.index])

@@ -51,6 +51,8 @@ def load(
             N), or a folder of these, read in the order of their names; or a list of `Path`s;
         a hub data set, "name", "name:config" or "name:config:split" (the split is "train" unless named);
         "organism:calibration" or "organism:heldout": text of the bundled model's world;
+        "pydoc:calibration" or "pydoc:heldout": the language reference inside Python's own `pydoc_data.topics`, every
+            other topic by name, which every machine has;
         rows: a `datasets.Dataset` (also iterable; it is read to its end), a torch data set or a list of dicts, a dict
             of columns, a pandas data frame, an Arrow table. As in files, a row has a text, or a conversation
             (`messages` of `role` and `content`, or `conversations` of `from` and `value`, written by the tokenizer's

@@ -15,13 +15,17 @@ from ..errors import BadData, TransectError
 from ..store import parsed
 
 Row = dict[str, Any]
-ORGANISM = "organism:"
+ORGANISM, PYDOC = "organism:", "pydoc:"
+SPLITS = ("calibration", "heldout")
 
 
 def rows_of(data: str | Path, organism_tokens: int) -> Iterator[Row]:
-    """Rows of a path, of a hub data set, or of `organism_tokens` tokens of the bundled world's text."""
+    """Rows of a path, of a hub data set, of Python's documentation, or of `organism_tokens` tokens of the bundled
+    world's text."""
     if str(data).startswith(ORGANISM):
         return _organism(str(data).removeprefix(ORGANISM), organism_tokens)
+    if str(data).startswith(PYDOC):
+        return _pydoc(str(data).removeprefix(PYDOC))
     try:
         path = Path(data).expanduser()
     except RuntimeError as error:  # ~somebody who is not known here
@@ -199,7 +203,28 @@ def _hub(name: str) -> Iterator[Row]:
 def _organism(split: str, tokens: int) -> Iterator[Row]:
     from ..organism.corpus import corpus
 
-    if split not in ("calibration", "heldout"):
-        raise BadData(f"organism:{split} does not exist; there are organism:calibration and organism:heldout")
+    if split not in SPLITS:
+        raise BadData(f"organism:{split} does not exist; there are {' and '.join(f'organism:{one}' for one in SPLITS)}")
     for document in corpus(split=split, n_tokens=tokens):
         yield {"text": document}
+
+
+def _pydoc(split: str) -> Iterator[Row]:
+    """The language reference inside Python: text that every machine has, though another Python has another version.
+
+    Every other topic, by name, is for calibration. Some topics repeat parts of others, so that paragraphs of those are
+    left out of the held-out ones.
+    """
+    if split not in SPLITS:
+        raise BadData(f"pydoc:{split} does not exist; there are {' and '.join(f'pydoc:{one}' for one in SPLITS)}")
+    from pydoc_data.topics import topics
+
+    calibration, held_out = ([topics[name] for name in sorted(topics)[start::2]] for start in (0, 1))
+    if split == "calibration":
+        yield from ({"text": text} for text in calibration)
+        return
+    seen = {paragraph for text in calibration for paragraph in text.split("\n\n")}
+    for text in held_out:
+        left = [paragraph for paragraph in text.split("\n\n") if paragraph not in seen]
+        if left:
+            yield {"text": "\n\n".join(left)}

@@ -15,6 +15,7 @@ from ..errors import BadData, TransectError
 from ..forward.head import scored
 from ..forward.mode import at_rest
 from ..forward.objective import Batch, inputs_of, summed_loss
+from ..forward.wide import computing_wide
 from ..statistics import Progress
 
 
@@ -34,13 +35,14 @@ class LossResult:
 def evaluate_loss(model: Any, batches: Iterable[Batch], progress: Progress | None = None) -> LossResult:
     """Score every prediction that the batches ask for: next tokens, masked tokens, or classes.
 
-    model: runs in evaluation mode, on the device it is on. batches: see `transect.data.load`; of one batch, the logits
-    of some positions are in memory at a time. progress: shows the batches as they are scored.
+    model: runs in evaluation mode, on the device it is on, and on a CPU in float32 (see `computing_wide`).
+    batches: see `transect.data.load`; of one batch, the logits of some positions are in memory at a time.
+    progress: shows the batches as they are scored.
     Raises TransectError naming the first module whose output is not finite, and BadData if nothing is to be scored.
     """
     started = time.perf_counter()
     loss, correct, count = 0.0, 0, 0
-    with at_rest(model):
+    with at_rest(model), computing_wide(model):
         for batch in progress(batches, "evaluation") if progress else batches:
             for logits, labels in scored(model, batch):
                 nats = float(summed_loss(logits, labels))

@@ -10,10 +10,39 @@ from .mode import at_rest
 from .objective import Batch, inputs_of, predictions, real_positions, run_body, summed_loss, task_of, to_device
 from .points import POINTS, Point, eager_attention
 from .watch import Seen, watch
+from .wide import computing_wide
 
 __all__ = [
-    "POINTS", "Batch", "Call", "Check", "Feed", "Lens", "Point", "Seen", "answer_log_probabilities", "at_rest",
-    "backpropagate", "changed", "check_architecture", "check_description", "eager_attention", "feeds_of", "inputs_of",
-    "logits_at", "next_logits", "predictions", "put_out", "real_positions", "recitations", "run_block", "run_blocks",
-    "run_body", "scored", "summed_loss", "task_of", "to_device", "watch",
+    "POINTS",
+    "Batch",
+    "Call",
+    "Check",
+    "Feed",
+    "Lens",
+    "Point",
+    "Seen",
+    "answer_log_probabilities",
+    "at_rest",
+    "backpropagate",
+    "changed",
+    "check_architecture",
+    "check_description",
+    "computing_wide",
+    "eager_attention",
+    "feeds_of",
+    "inputs_of",
+    "logits_at",
+    "next_logits",
+    "predictions",
+    "put_out",
+    "real_positions",
+    "recitations",
+    "run_block",
+    "run_blocks",
+    "run_body",
+    "scored",
+    "summed_loss",
+    "task_of",
+    "to_device",
+    "watch",
 ]  # fmt: skip

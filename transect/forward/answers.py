@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .mode import at_rest
+from .wide import computing_wide
 
 
 @torch.no_grad()
@@ -22,7 +23,7 @@ def answer_log_probabilities(model: Any, pairs: Sequence[tuple[Tensor, Tensor]],
     for numbers in _alike([(len(prompt), len(answer)) for prompt, answer in pairs], batch_size):
         ids = torch.stack([torch.cat(pairs[number]) for number in numbers]).to(model.device)
         length = len(pairs[numbers[0]][1])
-        with at_rest(model):
+        with at_rest(model), computing_wide(model):
             logits = model(input_ids=ids, use_cache=False).logits[:, -length - 1 : -1]
         chosen = logits.double().log_softmax(-1).gather(-1, ids[:, -length:, None])[..., 0]
         out[numbers] = chosen.sum(1).cpu()
@@ -35,7 +36,7 @@ def next_logits(model: Any, prompts: Sequence[Tensor], batch_size: int = 64) -> 
     out: list[Tensor] = [torch.empty(0)] * len(prompts)
     for numbers in _alike([len(prompt) for prompt in prompts], batch_size):
         ids = torch.stack([prompts[number] for number in numbers]).to(model.device)
-        with at_rest(model):
+        with at_rest(model), computing_wide(model):
             last = model(input_ids=ids, use_cache=False).logits[:, -1]
         for number, logits in zip(numbers, last, strict=True):
             out[number] = logits.float().cpu()
@@ -49,7 +50,7 @@ def recitations(model: Any, pairs: Sequence[tuple[Tensor, Tensor]], batch_size: 
     for numbers in _alike([(len(prompt), len(answer)) for prompt, answer in pairs], batch_size):
         tokens = torch.stack([pairs[number][0] for number in numbers]).to(model.device)
         chosen, past = [], None
-        with at_rest(model):
+        with at_rest(model), computing_wide(model):
             for _ in range(len(pairs[numbers[0]][1])):
                 output = model(input_ids=tokens, past_key_values=past, use_cache=True)
                 tokens, past = output.logits[:, -1:].argmax(-1), output.past_key_values

@@ -15,6 +15,7 @@ from ..errors import BadData
 from ..forward.head import backpropagate
 from ..forward.mode import at_rest
 from ..forward.objective import Batch, Task, run_body, summed_loss, task_of
+from ..forward.wide import computing_wide
 from .kinds import Statistic, Trace
 from .store import Statistics
 
@@ -272,7 +273,8 @@ def collect(
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         mine = batches[torch.distributed.get_rank() :: torch.distributed.get_world_size()]
 
-    with at_rest(model, frozen=True), Recorder(matrices, wanted, store, task_of(model), anatomy.blocks) as recorder:
+    recording = Recorder(matrices, wanted, store, task_of(model), anatomy.blocks)
+    with at_rest(model, frozen=True), computing_wide(model), recording as recorder:
         for batch in progress(mine, "statistics") if progress else mine:
             mask = batch.get("attention_mask")
             recorder.begin_batch(len(next(iter(batch.values()))), None if mask is None else mask.to(model.device))

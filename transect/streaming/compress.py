@@ -23,6 +23,7 @@ from ..compression.compressors import Compressor, RankCompressor, compressor_of
 from ..compression.frame import factorize_matrix, rank_table
 from ..compression.sequential import block_statistics
 from ..errors import TransectError
+from ..forward import computing_wide
 from ..forward.blocks import Feed, feeds_of, run_block
 from ..statistics import Fisher, Progress, Statistics
 from ..store import finish_exchange, link, sweep, write_text
@@ -69,19 +70,24 @@ def compress_streamed(
     dense_bytes = anatomy.matrix_bytes()
     gradients = [s for s in recipe.needs if s.needs in ("gradient", "both")]
     inputs = [s for s in recipe.needs if s not in gradients]
-    feeds = feeds_of(anatomy, batches) if recipe.needs else []
+    feeds = _feeds(source, batches) if recipe.needs else []
     if gradients or (inputs and not (recipe.sequential and recipe.allocation == "uniform")):
         forward_pass(source, feeds, inputs, work, accumulate, bool(gradients), progress)
     if gradients:
         backward_pass(source, feeds, gradients, work, accumulate, fisher, seed, progress)
     compressor = _make_compressor(source, recipe, work, progress)
     if recipe.sequential:
-        feeds = feeds_of(anatomy, batches)
+        feeds = _feeds(source, batches)
     _compress_blocks(source, recipe, compressor, feeds, work, accumulate, progress)
     outcome = outcome_of(anatomy, None, dense_bytes)
     note_in_record(anatomy, recipe, outcome)
     _finish(source, work, out, tokenizer, outcome)
     return outcome
+
+
+def _feeds(source: StreamedModel, batches: Any) -> list[Feed]:
+    with computing_wide(source.model):
+        return feeds_of(source.anatomy, batches)
 
 
 def _run(source: StreamedModel, recipe: Recipe, batches: Any, *settings: Any) -> str:
@@ -230,8 +236,9 @@ def _compress_blocks(
                 compressor(block, matrices, statistics)
             module.requires_grad_(False)
             if recipe.sequential and i < last:
-                for item in feeds:
-                    item.hidden = run_block(module, item.hidden, item.calls[i])
+                with computing_wide(module):
+                    for item in feeds:
+                        item.hidden = run_block(module, item.hidden, item.calls[i])
                 work.write("compressed", i + 1, [item.hidden for item in feeds])
             work.write_json("structure", i, _structure(source, block).to_dict())
             work.write_named("shard", i, {f"{block.path}.{name}": t for name, t in module.state_dict().items()})

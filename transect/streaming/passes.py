@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 
-from ..forward import backpropagate, task_of
+from ..forward import backpropagate, computing_wide, task_of
 from ..forward.blocks import Feed, put_out, run_block
 from ..statistics import Fisher, Progress, Recorder, Statistic, Statistics
 from ..statistics.collect import loss_for_gradients
@@ -41,7 +41,7 @@ def forward_pass(
             continue
         for item, hidden in zip(feeds, work.read("hidden", i), strict=True):
             item.hidden = hidden.to(source.device)
-        with source.block(i) as module:
+        with source.block(i) as module, computing_wide(module):
             store = Statistics(accumulate)
             with Recorder(block.matrices(), wanted, store, task_of(source.model), [block]) as recorder:
                 for item in feeds:
@@ -72,7 +72,7 @@ def backward_pass(
         gradients = []
         for item, hidden in zip(feeds, work.read("hidden", last), strict=True):
             hidden = hidden.to(source.device).requires_grad_(True)
-            with torch.enable_grad(), put_out(anatomy, hidden):
+            with torch.enable_grad(), computing_wide(source.model), put_out(anatomy, hidden):
                 backpropagate(source.model, item.batch, loss)
             assert hidden.grad is not None
             gradients.append(hidden.grad)
@@ -84,7 +84,7 @@ def backward_pass(
             continue
         arriving, leaving = work.read("gradient", i + 1), []
         inputs = work.read("hidden", i)
-        with source.block(i) as module:
+        with source.block(i) as module, computing_wide(module):
             store = Statistics(accumulate)
             with Recorder(block.matrices(), wanted, store, task_of(source.model)) as recorder:
                 for item, hidden, gradient in zip(feeds, inputs, arriving, strict=True):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ....anatomy import Anatomy, ExpertMatrix, Matrix
-from ....forward import Batch
+from ....forward import Batch, computing_wide
 from ....forward.blocks import feeds_of, run_block
 from ....operators import Operator
 from ....statistics import Progress
@@ -28,7 +28,8 @@ def refit_to_dense(
     dense: the model before compression, with the same blocks. Both models' residual streams are held in memory.
     The experts of a mixture stay as they are: the compressed model may send other positions there than the dense one.
     """
-    ours, theirs = feeds_of(anatomy, batches), feeds_of(dense, batches)
+    with computing_wide(anatomy.model, dense.model):
+        ours, theirs = feeds_of(anatomy, batches), feeds_of(dense, batches)
     pairs = list(zip(anatomy.blocks, dense.blocks, strict=True))
     for block, twin in progress(pairs, "refit") if progress else pairs:
         by_source: dict[str, list[Matrix]] = {}
@@ -44,8 +45,9 @@ def refit_to_dense(
             for matrix in together:
                 matrix.module.refit(twins[matrix.name].weight, seen, cross)
         for feeds, module in ((ours, block.module), (theirs, twin.module)):
-            for item in feeds:
-                item.hidden = run_block(module, item.hidden, item.calls[block.index])
+            with computing_wide(module):
+                for item in feeds:
+                    item.hidden = run_block(module, item.hidden, item.calls[block.index])
 
 
 def _can_refit(module: Any) -> bool:
@@ -77,7 +79,8 @@ def _inputs(matrix: Matrix, block: Any, item: Any) -> Tensor:
     caught: list[Tensor] = []
     handle = matrix.module.register_forward_pre_hook(lambda module, arguments: caught.append(arguments[0]))
     try:
-        run_block(block.module, item.hidden, item.calls[block.index])
+        with computing_wide(block.module):
+            run_block(block.module, item.hidden, item.calls[block.index])
     finally:
         handle.remove()
     x = caught[0].reshape(-1, caught[0].shape[-1])

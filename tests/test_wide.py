@@ -1,0 +1,53 @@
+"""Narrow weights are measured with wide arithmetic, and are what they were afterwards."""
+
+import copy
+
+import pytest
+import torch
+
+import transect
+from transect.data import load
+from transect.evaluation import evaluate_loss
+from transect.forward import computing_wide
+
+from .models import VOCABULARY, apart, tiny
+
+DATA = torch.randint(3, VOCABULARY, (6, 16), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_everything_is_as_it_was_afterwards(dtype):
+    model = tiny("llama").to(dtype)
+    before = {name: (tensor, tensor.data_ptr(), tensor.clone()) for name, tensor in model.state_dict().items()}
+    parameters = dict(model.named_parameters())
+    with pytest.raises(KeyError), computing_wide(model), computing_wide(model.model):
+        assert {p.dtype for p in model.parameters()} == {torch.float32} and model.dtype == torch.float32
+        raise KeyError
+    assert dict(model.named_parameters()) == parameters  # the very same
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == dtype and tensor.data_ptr() == before[name][1] and torch.equal(tensor, before[name][2])
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+def test_a_narrow_model_has_the_loss_and_the_statistics_of_its_wide_copy(name):
+    narrow = tiny(name).bfloat16()
+    wide = copy.deepcopy(narrow).float()
+    losses = [evaluate_loss(model, load(DATA, model)).loss for model in (narrow, wide)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    for method in ("svd-llm", "kfac-svd"):
+        ours, theirs = copy.deepcopy(narrow), copy.deepcopy(wide)
+        for model in (ours, theirs):
+            transect.compress(model, method, 0.5, DATA)
+        assert {p.dtype for p in ours.parameters()} == {torch.bfloat16}
+        for mine, its in zip(ours.parameters(), theirs.bfloat16().parameters(), strict=True):
+            assert apart(mine.float(), its.float()) < 0.01
+
+
+@pytest.mark.parametrize("options", [{"sequential": True}, {"sequential": True, "refit": True}])
+def test_block_by_block_too(options):
+    narrow = tiny("llama").bfloat16()
+    wide = copy.deepcopy(narrow).float()
+    for model in (narrow, wide):
+        transect.compress(model, "svd-llm", 0.5, DATA, **options)
+    with torch.no_grad(), computing_wide(narrow):
+        assert apart(narrow(DATA).logits, wide(DATA).logits) < 0.05
