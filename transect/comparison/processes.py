@@ -8,7 +8,7 @@ import signal
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from multiprocessing import connection, get_context, parent_process
+from multiprocessing import connection, get_all_start_methods, get_context, parent_process
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -75,7 +75,7 @@ class _Process:
     """One process, at work on `rows`. ready: it has loaded the model."""
 
     def __init__(self, folder: Path, plan: Plan, threads: int, rows: list[Row]) -> None:
-        context = get_context("spawn")
+        context = _context()
         self.pipe, theirs = context.Pipe()
         self.rows: list[Row] = []
         self.ready = False
@@ -112,6 +112,18 @@ class _Process:
             return f"ended with exit code {code}"
         name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
         return f"was ended by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+
+
+def _context() -> Any:
+    """How processes are started: forked from one that has imported everything, where the system can; it takes seconds.
+
+    That one has run nothing, and so has no threads of torch's, which a fork of this process would miss.
+    """
+    if "forkserver" not in get_all_start_methods():
+        return get_context("spawn")
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["transect.comparison.worker"])
+    return context
 
 
 @contextmanager
