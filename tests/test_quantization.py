@@ -8,13 +8,14 @@ from hypothesis import strategies as st
 import transect
 from transect.anatomy import Anatomy
 from transect.anatomy.storage import weight_tensors
-from transect.compression import method
+from transect.compression import method, two_sided
 from transect.compression.integers import Grid, grouped, integer_size
 from transect.errors import OutOfReach, TransectError
 from transect.operators import build
 from transect.operators.grouped_integer import BITS, GroupedInteger, grouped_integer_bytes, pack, packed_bytes, unpack
+from transect.operators.quantized import Quantized
 
-from .models import VOCABULARY, assert_alike, tiny
+from .models import VOCABULARY, apart, assert_alike, saved_and_loaded, tiny
 
 DATA = torch.randint(3, VOCABULARY, (12, 16), generator=torch.Generator().manual_seed(5))
 SHAPES = [(5, 8), (6, 20), (3, 13), (4, 2), (1, 7)]
@@ -210,3 +211,96 @@ def test_a_budget_below_two_bits_is_refused_before_any_change():
     with pytest.raises(OutOfReach, match="2 bits in groups of 64"):
         transect.compress(model, "rtn", 0.05)
     assert not Anatomy(model).record
+
+
+# structures in few bits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "keep"),
+    [
+        ("kfac-svd+gptq4", 0.25), ("svd+rtn8", 0.4), ("monarch+rtn4", 0.2), ("modegpt+gptq4", 0.25),
+        ("llm-drop+gptq3", 0.2),
+    ],
+)  # fmt: skip
+def test_any_method_s_numbers_are_stored_in_few_bits_within_the_budget(name, keep, dtype, tmp_path):
+    model = tiny("llama").to(dtype)
+    outcome = transect.compress(model, name, keep, DATA)
+    anatomy = Anatomy(outcome)
+    kept = anatomy.record.history[-1]
+    assert kept["kept"] <= keep and kept["compress"]["method"] == name
+    base = name.partition("+")[0]
+    modules = [matrix.module for matrix in anatomy.matrices()]
+    assert all(isinstance(module, (GroupedInteger, Quantized)) for module in modules)
+    assert base == "llm-drop" or dtype == torch.float32 or any(isinstance(module, Quantized) for module in modules)
+    saved_and_loaded(model, "llama", tmp_path)
+
+
+def test_the_rounding_is_near_what_is_rounded():
+    """Eight bits of a structure are almost the structure, at the same ranks."""
+    plain, rounded = tiny("llama").bfloat16(), tiny("llama").bfloat16()
+    transect.compress(rounded, "svd+rtn8", 0.3)
+    keep = Anatomy(rounded).record.history[-1]["compress"]["structure_keep"]
+    assert 0.5 < keep < 0.6
+    transect.compress(plain, "svd", keep)
+    for one, other in zip(Anatomy(plain).matrices(), Anatomy(rounded).matrices(), strict=True):
+        assert apart(other.weight.float(), one.weight.float()) < 0.03
+        assert isinstance(other.module, Quantized)
+        assert torch.equal(other.module.opened().to_dense(), other.module.to_dense())
+        assert other.module.flops == one.module.flops
+
+
+@pytest.mark.parametrize("name", ["svd+gptq5", "svd+", "svd+gptq", "svd+svd4", "svd+gptq4g0", "magic+rtn4"])
+def test_names_of_no_rounding_are_refused(name):
+    with pytest.raises(TransectError, match=r"is no way to store numbers|unknown method 'magic'"):
+        transect.compress(tiny("llama"), name, 0.5, DATA)
+
+
+def test_what_stores_positions_is_refused_and_nothing_changes():
+    model = tiny("llama").bfloat16()
+    with pytest.raises(TransectError, match="is stored as 'sparse_dictionary'"):
+        transect.compress(model, "cospadi+rtn4", 0.2, DATA)
+    assert not Anatomy(model).record
+
+
+# rounding by a metric on both sides
+
+
+def by_anti_diagonals(weight, gradients, inputs, grid, group):
+    """One entry after another, each with what all earlier errors contribute to R = M Δ Nᵀ."""
+    above, left = (two_sided._unit_lower(metric) for metric in (gradients, inputs))
+    error, made = torch.zeros_like(weight), torch.empty_like(weight)
+    for i in range(weight.shape[0]):
+        for j in range(weight.shape[1]):
+            wanted = weight[i, j] + (above[i, : i + 1] @ error[: i + 1, : j + 1] @ left[j, : j + 1])
+            point = Grid(grid.bits, grid.scale[i, j // group], grid.zero[i, j // group])
+            made[i, j] = point.values(point.codes(wanted[None]))[0]
+            error[i, j] = weight[i, j] - made[i, j]
+    return made
+
+
+@pytest.mark.parametrize("shape", [(40, 20), (20, 40), (3, 5), (33, 32)])
+@pytest.mark.parametrize("bits", [2, 4])
+def test_two_sided_rounding_is_its_definition_and_lowers_the_price(shape, bits):
+    weight, inputs = problem(*shape)
+    gradients = problem(1, shape[0])[1] + 0.1 * torch.eye(shape[0])
+    inputs = inputs + 0.1 * torch.eye(shape[1])
+    grid = Grid.of(grouped(weight, 8), bits, False)
+    codes = two_sided.round_two_sided(weight, gradients, inputs, grid, 8).double()
+    made = grid.values(grouped(codes, 8)).flatten(1)[:, : shape[1]]
+    expected = by_anti_diagonals(weight, gradients, inputs, grid, 8)
+    assert ((made - expected).abs() > 1e-4).double().mean() < 0.01
+    nearest = grid.values(grid.codes(grouped(weight, 8))).flatten(1)[:, : shape[1]]
+
+    def price(change):
+        return ((gradients @ change @ inputs) * change).sum().item()
+
+    assert price(weight - made) < (0.9 if min(shape) > 10 else 1.01) * price(weight - nearest)
+
+
+def test_uncorrelated_sides_are_rounded_to_the_nearest():
+    weight = randn(40, 24)
+    grid = Grid.of(grouped(weight, 8), 3, False)
+    codes = two_sided.round_two_sided(weight, torch.eye(40).double(), torch.eye(24).double(), grid, 8)
+    assert torch.equal(codes.float(), grid.codes(grouped(weight, 8)).flatten(1).float())

@@ -105,7 +105,7 @@ class Plan:
         return Recipe(
             row.method, row.keep, row.allocation,
             self.settings.get(row.method, {}), self.settings.get(row.allocation, {}),
-            sequential=self.sequential and bool(chosen.needs) and chosen.family != "restructuring",
+            sequential=self.sequential and bool(chosen.collects) and chosen.family != "restructuring",
             refit=self.refit and chosen.refit,
         )  # fmt: skip
 
@@ -126,7 +126,7 @@ class Plan:
     def is_factorized(self, name: str) -> bool:
         """Whether each matrix is factorized once by this method, for all of its rows."""
         chosen = method(name)
-        in_order = self.sequential and chosen.needs  # such a row calibrates and factorizes on its own
+        in_order = self.sequential and chosen.collects  # such a row calibrates and factorizes on its own
         return chosen.family == "factorization" and not in_order
 
     @cached_property

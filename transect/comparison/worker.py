@@ -83,7 +83,7 @@ class Worker:
                 self._factorized = {row.method: (factorized, factors)}  # one method's at a time
             started = time.perf_counter()
             factorized, factors = self._factorized[row.method]
-            ranks = factorized.ranks(row.allocation, row.keep, recipe.allocation_settings, statistics)
+            ranks = factorized.ranks(row.allocation, recipe.structure_keep, recipe.allocation_settings, statistics)
             compressor = RankCompressor(recipe.registered, recipe.settings, ranks, factorized.factors)
             run_compressor(self.anatomy, matrices, recipe, compressor, statistics, self.calibration)
             seconds = time.perf_counter() - started + factors.seconds + self._calibration_seconds(row)
@@ -111,7 +111,7 @@ class Worker:
     def _calibration_seconds(self, row: Row) -> float:
         """What a run of this row alone would have spent on the shared statistics pass."""
         assert row.method is not None
-        return calibration_seconds(self.plan, self.folder) if registered(row.method).needs else 0.0
+        return calibration_seconds(self.plan, self.folder) if registered(row.method).collects else 0.0
 
 
 def load_worker(folder: Path, plan: Plan) -> Worker:

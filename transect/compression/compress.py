@@ -22,6 +22,7 @@ from .factorized import Factorized
 from .frame import check_finite, factorize
 from .recipe import Recipe
 from .registry import Calibration
+from .rounding import round_matrices
 from .sequential import compress_in_order
 
 
@@ -65,11 +66,18 @@ def compress_anatomy(
                 fisher=fisher, accumulate=accumulate, seed=seed, cache=cache, progress=progress,
             )  # fmt: skip
         if chosen.family == "restructuring":
-            chosen.function(anatomy, Calibration(statistics, batches, seed, progress), recipe.keep, **recipe.settings)
+            shared = Calibration(statistics, batches, seed, progress)
+            chosen.function(anatomy, shared, recipe.structure_keep, **recipe.settings)
             check_finite(anatomy.matrices(), chosen)
         elif recipe.keep < 1:
             compressor = make_compressor(anatomy, matrices, recipe, statistics, batches, progress, scores)
             run_compressor(anatomy, matrices, recipe, compressor, statistics, batches, accumulate, progress)
+        if chosen.rounding is not None and recipe.keep < 1 and chosen.family in ("slicing", "restructuring"):
+            # Their matrices have other inputs than before.
+            matrices, needed = anatomy.matrices(), chosen.rounding.method.needs
+            if needed:
+                statistics = calibrate(anatomy, matrices, needed, batches, accumulate=accumulate, progress=progress)
+            round_matrices(matrices, chosen, statistics)
     outcome = outcome_of(anatomy, roles, dense_bytes)
     note_in_record(anatomy, recipe, outcome)
     return outcome
@@ -89,11 +97,11 @@ def make_compressor(
     if is_ranking(recipe.allocation):
         factors = factorize(matrices, chosen, recipe.settings, statistics, progress)
         ranks = Factorized(anatomy, matrices, factors, batches).ranks(
-            recipe.allocation, recipe.keep, recipe.allocation_settings
+            recipe.allocation, recipe.structure_keep, recipe.allocation_settings
         )
         return RankCompressor(chosen, recipe.settings, ranks, None if recipe.sequential else factors)
     measured = (scores or Scores(matrices)).of(recipe.allocation, statistics, recipe.allocation_settings)
-    shares = share_out(recipe.allocation, matrices, recipe.keep, measured, recipe.allocation_settings)
+    shares = share_out(recipe.allocation, matrices, recipe.structure_keep, measured, recipe.allocation_settings)
     return compressor_of(anatomy, matrices, chosen, recipe.settings, shares, recipe.allocation)
 
 
@@ -111,7 +119,7 @@ def run_compressor(
     if recipe.sequential or recipe.refit:
         compress_in_order(
             anatomy, matrices, compressor, batches,
-            dense=statistics, needs=recipe.registered.needs if recipe.sequential else None, refit=recipe.refit,
+            dense=statistics, needs=recipe.registered.collects if recipe.sequential else None, refit=recipe.refit,
             accumulate=accumulate, progress=progress, label=recipe.method,
         )  # fmt: skip
         return

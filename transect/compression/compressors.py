@@ -18,6 +18,7 @@ from .allocation import Ranks, Shares, Unit
 from .factorized import ranks_of_shares
 from .frame import apply_ranks, check_finite, factorize_matrix, replace_matrix
 from .registry import Method, Size
+from .rounding import round_matrices
 from .weighted_svd import Factorization
 
 
@@ -50,6 +51,7 @@ class RankCompressor:
                 if self.ranks[matrix.name] is not None
             }
         apply_ranks(matrices, made, self.ranks)
+        round_matrices(matrices, self.method, statistics)
         check_finite(matrices, self.method)
 
 
@@ -66,6 +68,7 @@ class SizeCompressor:
             size = self.sizes[matrix.name]
             if size is not None:
                 replace_matrix(matrix, self.method, self.settings, size, statistics)
+        round_matrices(matrices, self.method, statistics)
         check_finite(matrices, self.method)
 
 

@@ -12,6 +12,7 @@ from ..statistics import Statistic
 from .allocation import allocation_named, check_keep, is_ranking, needs_measure
 from .compressors import compressor_of, out_of_reach
 from .registry import Method, method
+from .rounding import stored_share
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class Recipe:
     settings, allocation_settings: of the method and of the allocation; see `transect methods NAME`.
     sequential: calibrate each block on the outputs of the blocks already compressed, instead of on the dense model's.
     refit: refit the operators' last factors on the compressed model's activations (methods that have it).
+    structure_keep: share that the structure keeps of numbers as wide as the model's, where they are then rounded (see
+        `rounding`), so that `keep` remains; `resolved` finds it.
     """
 
     method: str
@@ -31,10 +34,13 @@ class Recipe:
     allocation_settings: Mapping[str, Any] = field(default_factory=dict)
     sequential: bool = False
     refit: bool = False
+    structure_keep: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.allocation:
             object.__setattr__(self, "allocation", self.registered.allocation)
+        if not self.structure_keep:
+            object.__setattr__(self, "structure_keep", self.keep)
 
     def resolved(self, anatomy: Anatomy, matrices: Sequence[Matrix]) -> Recipe:
         """The same with all defaults filled in; an error if anything in it cannot be done to these matrices.
@@ -55,18 +61,21 @@ class Recipe:
             raise TransectError(f"{self.method} has no refit; svd-llm has one")
         if self.sequential and family == "restructuring":
             raise TransectError(f"{self.method} changes the model as a whole, so it cannot go block by block")
-        if self.sequential and not chosen.needs:
+        if self.sequential and not chosen.collects:
             raise TransectError(f"{self.method} uses no calibration data, so sequential calibration changes nothing")
         whole = {matrix.name for matrix in matrices} == {matrix.name for matrix in anatomy.matrices()}
         if family in ("slicing", "restructuring") and not whole:
             raise TransectError(f"{self.method} works on whole sublayers; it takes no choice of roles")
+        keep = self.keep
+        if chosen.rounding is not None and keep < 1:
+            keep = min(1.0, keep / stored_share(matrices, chosen))
         if family == "restructuring":
             assert chosen.plan is not None
             with out_of_reach(chosen):
-                chosen.plan(anatomy, self.keep, **settings)
+                chosen.plan(anatomy, keep, **settings)
         elif self.allocation == "uniform":  # others need scores, and are checked when those are known
-            compressor_of(anatomy, matrices, chosen, settings, dict.fromkeys((m.name for m in matrices), self.keep))
-        return replace(self, settings=settings, allocation_settings=allocation_settings)
+            compressor_of(anatomy, matrices, chosen, settings, dict.fromkeys((m.name for m in matrices), keep))
+        return replace(self, settings=settings, allocation_settings=allocation_settings, structure_keep=keep)
 
     @property
     def registered(self) -> Method:
@@ -76,7 +85,7 @@ class Recipe:
     @property
     def needs(self) -> tuple[Statistic, ...]:
         """The statistics that the method and the allocation need."""
-        return tuple(dict.fromkeys([*self.registered.needs, *allocation_named(self.allocation).needs]))
+        return tuple(dict.fromkeys([*self.registered.collects, *allocation_named(self.allocation).needs]))
 
     @property
     def needs_data(self) -> bool:

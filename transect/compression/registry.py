@@ -9,7 +9,7 @@ default are the settings that a user can choose. They are validated against thei
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import TransectError
@@ -17,6 +17,15 @@ from ..parameters import Parameter, parameters_of, settings_of, summary_of
 from ..parameters import Range as Range
 from ..parameters import Seed as Seed
 from ..statistics import Statistic
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How numbers are stored in few bits: `rtn` or `gptq`, with so many bits, in groups of so many; see `rounding`."""
+
+    method: Method
+    bits: int
+    group: int
 
 
 @dataclass(frozen=True)
@@ -29,6 +38,7 @@ class Method:
         given some even where it needs no statistic. refit: its result can be refitted by least squares afterwards.
     plan: what finds out, before any work, how large the result may be; see the decorators.
     allocation: how its budget is shared out where the user names no allocation.
+    rounding: how the numbers of what it makes are stored, for `NAME+gptq4` and its like; None: as the model's.
     """
 
     name: str
@@ -40,6 +50,13 @@ class Method:
     data: bool = False
     plan: Callable[..., Any] | None = None
     allocation: str = "uniform"
+    rounding: Rounding | None = None
+
+    @property
+    def collects(self) -> tuple[Statistic, ...]:
+        """The statistics that are collected for it: what it needs, and what the rounding does."""
+        rounding = () if self.rounding is None else self.rounding.method.needs
+        return tuple(dict.fromkeys([*self.needs, *rounding]))
 
     @property
     def summary(self) -> str:
@@ -49,7 +66,7 @@ class Method:
     @property
     def wants(self) -> list[str]:
         """What it needs, for a reader: its statistics, or the calibration data themselves."""
-        return [statistic.label for statistic in self.needs] or ["calibration data"] * self.data
+        return [statistic.label for statistic in self.collects] or ["calibration data"] * self.data
 
     @property
     def parameters(self) -> list[Parameter]:
@@ -173,10 +190,15 @@ class Calibration:
 
 
 def method(name: str) -> Method:
-    """The method of that name, or an error that lists the known ones."""
-    if name not in _methods:
-        raise TransectError(f"unknown method {name!r}; known: {', '.join(sorted(_methods))}")
-    return _methods[name]
+    """The method of that name, or an error that lists the known ones. `NAME+gptq4` is NAME in few bits."""
+    base, plus, rounding = name.partition("+")
+    if base not in _methods:
+        raise TransectError(f"unknown method {base!r}; known: {', '.join(sorted(_methods))}")
+    if not plus:
+        return _methods[base]
+    from .rounding import rounding_of
+
+    return replace(_methods[base], name=name, rounding=rounding_of(rounding))
 
 
 def methods() -> list[Method]:

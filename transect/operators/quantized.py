@@ -25,14 +25,18 @@ class Quantized(Operator):
 
     def __init__(self, inner: Operator, factors: Mapping[str, GroupedInteger]) -> None:
         super().__init__(inner.in_features, inner.out_features)
-        self._described = inner.describe()
+        self._described, self._flops = inner.describe(), inner.flops
         self._shapes = {name: inner.get_parameter(name).shape for name in factors}
         for name, stored in factors.items():
             like = laid_out(inner.get_parameter(name))
             if like.shape != (stored.out_features, stored.in_features):
                 raise ValueError(f"the factor {name} is {tuple(like.shape)}, not what {stored.describe()} stores")
             module, _, last = name.rpartition(".")
-            setattr(inner.get_submodule(module), last, nn.Parameter(torch.empty(0)))
+            holder = inner.get_submodule(module)
+            if isinstance(holder, nn.Linear):
+                holder = _Emptied(holder)
+                inner.set_submodule(module, holder)
+            setattr(holder, last, nn.Parameter(torch.empty(0)))
         self.inner = inner
         self.factors = nn.ModuleDict({_key(name): stored for name, stored in factors.items()})
 
@@ -73,7 +77,7 @@ class Quantized(Operator):
     @property
     def flops(self) -> int:
         """Those of f; making the factors costs 2 for each of their numbers besides, once a call."""
-        return self.inner.flops
+        return self._flops
 
     def describe(self) -> dict[str, Any]:
         factors = [[name, self._stored(name).describe()] for name in self._shapes]
@@ -91,6 +95,19 @@ class Quantized(Operator):
         if not all(isinstance(stored, GroupedInteger) for stored in factors.values()):
             raise ValueError("factors in a few bits should be integers in groups")
         return cls(inner, factors)  # type: ignore[arg-type]
+
+
+class _Emptied(nn.Module):
+    """What is left of an `nn.Linear` whose weight is stored elsewhere and comes with each call."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight = nn.Parameter(torch.empty(0))
+        self.register_parameter("bias", linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight, self.bias)
 
 
 def _key(name: str) -> str:

@@ -152,7 +152,7 @@ def _make_compressor(source: StreamedModel, recipe: Recipe, work: Workspace, pro
             work.write_json("plan", 0, _scores(source, recipe, work, progress))
             work.advance("plan", 0)
         scores = work.read_json("plan", 0)
-    shares = share_out(recipe.allocation, matrices, recipe.keep, scores, recipe.allocation_settings)
+    shares = share_out(recipe.allocation, matrices, recipe.structure_keep, scores, recipe.allocation_settings)
     return compressor_of(anatomy, matrices, chosen, recipe.settings, shares, recipe.allocation)
 
 
@@ -170,7 +170,7 @@ def _ranks(source: StreamedModel, recipe: Recipe, work: Workspace, progress: Pro
             work.advance("factors", block.index + 1)
         made = _factors(work, block)
         tables += [rank_table(matrix, made[matrix.name]) for matrix in block.matrices()]
-    return allocate_ranks(recipe.allocation, tables, recipe.keep, None, recipe.allocation_settings)
+    return allocate_ranks(recipe.allocation, tables, recipe.structure_keep, None, recipe.allocation_settings)
 
 
 def _scores(source: StreamedModel, recipe: Recipe, work: Workspace, progress: Progress | None) -> dict[str, float]:
@@ -228,7 +228,7 @@ def _compress_blocks(
                 matrices, statistics = block.matrices(), _statistics(work, i)
                 if recipe.sequential:
                     statistics = block_statistics(
-                        block, matrices, recipe.registered.needs, feeds, statistics, accumulate
+                        block, matrices, recipe.registered.collects, feeds, statistics, accumulate
                     )
                 elif work.has("factors", i):
                     assert isinstance(compressor, RankCompressor)
