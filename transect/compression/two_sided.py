@@ -88,6 +88,11 @@ def _round_tiles(
     return tuple(each.flip(1).permute(2, 0, 1) for each in found)  # type: ignore[return-value]
 
 
+def pivots(metric: Tensor) -> Tensor:
+    """D (n), positive, with metric = Mᵀ diag(D) M for a unit lower triangular M: a rounding's errors cost D."""
+    return torch.linalg.cholesky(metric.double().flip(0, 1)).diagonal().flip(0).square()
+
+
 def _unit_lower(metric: Tensor) -> Tensor:
     """M, unit lower triangular, with metric = Mᵀ D M for a diagonal D."""
     upper = torch.linalg.cholesky(metric.double().flip(0, 1)).flip(0, 1)  # metric = upper upperᵀ

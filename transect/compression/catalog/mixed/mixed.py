@@ -18,6 +18,7 @@ from ...factorized import SEARCH_SEQUENCES
 from ...registry import Calibration, Range, restructuring
 from ...sizes import dense_bytes
 from ...weighted_svd import shrink
+from .integers import integer_low_rank_options, integer_options, least_integer_bytes
 from .options import (
     RATIO,
     Metric,
@@ -41,16 +42,30 @@ _WIDTH_SHARES = tuple(i / 16 for i in range(4, 16))  # of a head
 _NEURON_SHARES = tuple(i / 20 for i in range(6, 20))
 _NEAR = 0.15  # dictionaries are tried at sizes that differ so much from the size chosen without them, in shares
 _PRICING_ROUNDS = 4  # of dictionary learning: all later ones lower the price by a tenth or two
-_CANDIDATES = (("low-rank", "dictionary", "narrow"), ("low-rank", "dictionary"), ("low-rank", "narrow"), ("low-rank",))
+_INTEGERS = ("integer", "integer low-rank")
+_CANDIDATES = (
+    (*_INTEGERS, "low-rank", "dictionary", "narrow"), (*_INTEGERS, "low-rank"), _INTEGERS, ("integer",),
+    ("low-rank", "dictionary", "narrow"), ("low-rank",),
+)  # fmt: skip
 
 
 def check(anatomy: Anatomy, keep: float, *, structures: str, **settings: object) -> None:
     """Refuse budgets that the smallest options do not fit."""
     for matrix in anatomy.matrices():
+        if structures == "integer":
+            continue
         if structures == "dictionary":
             dictionary_size(matrix.shape, matrix.module.weight.element_size(), keep, RATIO)
         else:
             rank_of_share(matrix.name, matrix.shape, keep)
+    if structures == "integer":
+        whole = anatomy.matrix_bytes()
+        least = sum(least_integer_bytes(matrix, min(_LOW_RANK_SHARES)) for matrix in anatomy.matrices())
+        if least > keep * whole:
+            raise OutOfReach(
+                f"keep={keep:g} is too little for integers alone, which take {least / whole:.3f} of the bytes; raise "
+                "keep, or allow all structures"
+            )
     if structures == "narrow":
         whole = anatomy.matrix_bytes()
         least = sum(least_narrow_bytes(block, _WIDTH_SHARES, _NEURON_SHARES) for block in anatomy.blocks)
@@ -67,7 +82,7 @@ def mixed(
     calibration: Calibration,
     keep: float,
     *,
-    structures: Literal["all", "low-rank", "dictionary", "narrow"] = "all",
+    structures: Literal["all", "integer", "low-rank", "dictionary", "narrow"] = "all",
     refit_outputs: bool = True,
     iterations: Annotated[int, Range(1, 1000)] = 20,
     input_shrinkage: Annotated[float, Range(0, 1)] = 0.1,
@@ -75,12 +90,15 @@ def mixed(
 ) -> None:
     """Choose a structure and a size for every matrix by the loss increase that its bytes are predicted to save.
 
-    Each matrix may stay dense, become low-rank (KFAC-SVD) or a sparse dictionary (CoSpaDi). Instead, each MLP, each
-    pair of queries and keys, and each pair of values and outputs may become narrower (MoDeGPT). Every option is priced
-    by the two-sided K-FAC metric tr(Γ ΔW A ΔWᵀ), and one integer program over the whole model picks the cheapest choice
-    within the budget. With `all`, it is solved for all structures, without dictionaries, without narrower layers, and
-    for low rank alone; the assembled models are measured against the dense one on 32 calibration sequences, and the
-    closest wins. Then the operators are refitted, block by block, to the dense model's outputs.
+    Each matrix may stay dense, become integers of 2, 3, 4 or 8 bits in groups of 64, low-rank (KFAC-SVD) with factors
+    of floating-point numbers or of integers, or a sparse dictionary (CoSpaDi). Instead, each MLP, each pair of queries
+    and keys, and each pair of values and outputs may become narrower (MoDeGPT). Every option is priced by the two-sided
+    K-FAC metric tr(Γ ΔW A ΔWᵀ), and one integer program over the whole model picks the cheapest choice within the
+    budget. With `all`, it is solved for all structures and for several choices of them; the assembled models are
+    measured against the dense one on 32 calibration sequences, and the closest wins. Then the operators of
+    floating-point numbers are refitted, block by block, to the dense model's outputs.
+
+    Integers are rounded by both sides of the metric (`two_sided`), where GPTQ goes by the inputs alone.
 
     Experts of a mixture do not become narrower, and are not refitted, since they may see other tokens than in the dense
     model. Each is priced as if every token passed it.
@@ -121,7 +139,8 @@ def mixed(
         for name, shares in calibration.shown(list(tried.items()), "dictionaries"):
             options += dictionaries(name, shares, _PRICING_ROUNDS)
     chosen = _best(anatomy, calibration, options, budget) if structures == "all" else choose(options, budget)
-    reference = working_copy(anatomy) if refit_outputs else None
+    refits = refit_outputs and any(option.structure not in ("dense", *_INTEGERS) for option in chosen)
+    reference = working_copy(anatomy) if refits else None
     for option in calibration.shown(chosen, "structures"):
         if option.structure == "dictionary":
             (option,) = dictionaries(option.covers[0], (option.share,), iterations)
@@ -141,6 +160,10 @@ def _quick_options(block: Block, metric: Callable[[Matrix], Metric], structures:
     if structures in ("all", "low-rank"):
         for one in metrics:
             found += low_rank_options(one, sorted({*_LOW_RANK_SHARES, keep}))
+    if structures in ("all", "integer"):
+        for one in metrics:
+            found += integer_options(one, metric)
+            found += integer_low_rank_options(one, _LOW_RANK_SHARES, metric)
     if structures in ("all", "narrow"):
         if not block.has_experts:
             found += narrow_mlp_options(metrics, _NEURON_SHARES, ridge=1e-2)
@@ -153,6 +176,8 @@ def _near(grid: Sequence[float], chosen: Sequence[Option], matrices: dict[str, M
     """For each matrix the shares of the grid that are near the one it has in a choice, at least the nearest."""
     found = {}
     for option in chosen:
+        if option.structure in _INTEGERS:  # no dictionary of floating-point numbers is as small
+            continue
         covered = [matrices[name] for name in option.covers]
         has = option.bytes / sum(dense_bytes(matrix) for matrix in covered)
         nearest = min(grid, key=lambda share: abs(share - has))

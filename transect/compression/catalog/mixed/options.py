@@ -44,9 +44,10 @@ RATIO = 2.0  # atoms over non-zeros, CoSpaDi's default
 class Option:
     """One way to store the matrices that it covers.
 
-    structure: `dense`, `low-rank`, `dictionary` or `narrow`. covers: the matrices' names. loss: its price, above.
-    put: changes a block, of the model itself or of a copy, accordingly. share: of the dense bytes that it was made for;
-    `bytes` may be a little less.
+    structure: `dense`, `low-rank`, `dictionary`, `narrow`, `integer` or `integer low-rank`.
+    covers: the names of its matrices.
+    loss: its price, above. put: changes a block, of the model itself or of a copy, accordingly.
+    share: of the dense bytes that it was made for; `bytes` may be a little less.
     """
 
     structure: str
@@ -79,7 +80,7 @@ class Metric:
         return float(((self.gradients @ change) @ self.inputs * change).sum().clamp_min(0))
 
 
-def _named(block: Block, name: str) -> Matrix:
+def named(block: Block, name: str) -> Matrix:
     """The block's matrix of that name."""
     return next(matrix for matrix in block.matrices() if matrix.name == name)
 
@@ -97,7 +98,7 @@ def low_rank_options(metric: Metric, shares: Sequence[float]) -> Iterator[Option
     for rank in sorted({int(share * m * n / (m + n)) for share in shares} - {0}):
 
         def put_low_rank(block: Block, rank: int = rank) -> None:
-            put(_named(block, matrix.name), LowRank.from_factors(left[:, :rank], right[:rank]))
+            put(named(block, matrix.name), LowRank.from_factors(left[:, :rank], right[:rank]))
 
         size = rank * (m + n) * metric.itemsize
         yield Option("low-rank", (matrix.name,), size, float(losses[rank]), put_low_rank)
@@ -123,7 +124,7 @@ def dictionary_options(metric: Metric, shares: Sequence[float], iterations: int,
         operator = SparseDictionary.from_factors(learned.dictionary.float(), learned.values.float(), learned.indices)
 
         def put_dictionary(block: Block, operator: SparseDictionary = operator) -> None:
-            put(_named(block, matrix.name), operator.select(None, None))  # a copy: it may be put in several models
+            put(named(block, matrix.name), operator.select(None, None))  # a copy: it may be put in several models
 
         price = metric.price(weight - learned.to_dense())
         yield Option("dictionary", (matrix.name,), size.bytes, price, put_dictionary, share)
