@@ -8,9 +8,11 @@ import torch
 import transect
 from transect.checkpoint import open_model
 from transect.comparison import engines, worker
+from transect.data import Fact
 from transect.errors import TransectError
 from transect.evaluation import Speed
 
+from .facts import WORDS, ranking
 from .models import VOCABULARY, inputs, logits, tiny
 
 DATA = torch.randint(3, VOCABULARY, (8, 16), generator=torch.Generator().manual_seed(5))
@@ -100,12 +102,17 @@ def test_an_interrupted_comparison_goes_on_and_can_be_widened(tmp_path, monkeypa
 def test_processes_and_ray_give_the_same_table(tmp_path, monkeypatch):
     folder = tmp_path / "model"
     tiny("llama").save_pretrained(folder)
-    rows = {"methods": ("svd-llm",), "keep": (0.5,), "allocations": ("uniform", "ilp")}
+    said = [ranking(tiny("llama"), f"w3 w{number} w5")[0] for number in range(8, 40)]
+    facts = [Fact("w3 {} w5", f"w{number}", word) for number, word in enumerate(said, 8)]
+    asked = {"facts": facts, "tokenizer": WORDS}
+    rows = {"methods": ("svd-llm",), "keep": (0.5,), "allocations": ("uniform", "ilp"), **asked}
     expected = compare(tmp_path / "one", str(folder), **rows)
     half = open_model(folder, dtype="bfloat16")  # other processes open it in the same type
     narrow = compare(tmp_path / "half", half, workers=2, **rows)
     assert (narrow["bytes"] <= 0.55 * expected["bytes"]).all()
-    pd.testing.assert_frame_equal(compare(tmp_path / "two", str(folder), workers=2, **rows)[SAME], expected[SAME])
+    same = [*SAME, "facts"]
+    assert expected["facts"].between(0.01, 1).all() and expected["facts"].nunique() > 1
+    pd.testing.assert_frame_equal(compare(tmp_path / "two", str(folder), workers=2, **rows)[same], expected[same])
     pytest.importorskip("ray")
 
     class DiesOnce(engines._RayWorker):
@@ -118,7 +125,7 @@ def test_processes_and_ray_give_the_same_table(tmp_path, monkeypatch):
     monkeypatch.setattr(engines, "_RayWorker", DiesOnce)
     on_ray = compare(tmp_path / "ray", workers=2, engine="ray", **rows)  # the model comes from memory
     assert (tmp_path / "ray" / "died").exists()  # and the row was tried again, by another actor
-    pd.testing.assert_frame_equal(on_ray[SAME], expected[SAME])
+    pd.testing.assert_frame_equal(on_ray[same], expected[same])
 
 
 def test_everything_is_checked_before_any_work(tmp_path, monkeypatch):

@@ -127,7 +127,7 @@ def test_a_plan_is_known_by_all_that_decides_numbers_and_by_nothing_else(monkeyp
 
     same = [of(model="n"), of(methods=("svd-llm", "svd", "asvd")), of(keeps=(0.5, 0.4)), of(allocations=("global",)),
             of(settings={"svd-llm": {"shrinkage": "0.2"}}),
-            of(settings={"svd-llm": {"shrinkage": 0.2}, "svd": {}})]  # fmt: skip
+            of(settings={"svd-llm": {"shrinkage": 0.2}, "svd": {}}), of(facts="h")]  # fmt: skip
     assert set(same) == {PLAN.fingerprint}
     other = [
         of(dtype="bfloat16"), of(device="cuda:1"), of(architecture={"name": "y"}), of(weights="v"), of(computation="b"),
@@ -139,6 +139,8 @@ def test_a_plan_is_known_by_all_that_decides_numbers_and_by_nothing_else(monkeyp
     other.append(of())
     assert len({PLAN.fingerprint, *other}) == 1 + len(other)
     assert of(device="cuda:1") == of(device="cuda:0")
+    rows = {dataclasses.replace(PLAN, facts=asked).of_row(PLAN.rows[0]) for asked in ("", "h", "i")}
+    assert len(rows) == 3  # a row is asked, or not
 
 
 def test_a_model_is_known_by_its_buffers_and_its_structure_too():

@@ -61,6 +61,8 @@ def place(tmp_path_factory):
         tiny(name).save_pretrained(where)
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", pad_token="<pad>")
         tokenizer.save_pretrained(where)
+    said = int(tiny("llama")(input_ids=torch.tensor([tokenizer("w3 w5 w4")["input_ids"]])).logits[0, -1].argmax())
+    known = [{"prompt": "w3 {} w4", "subject": "w5", "answer": tokenizer.decode([said])}]
     (folder / "text.txt").write_text(" ".join(f"w{(i * 7 + i * i // 5) % 55 + 3}" for i in range(600)))
     facts = [
         {"prompt": "w3 {} w4", "subject": f"w{5 + i} w{8 + i}", "answer": f"w{20 + i}", "new_answer": f"w{40 + i}",
@@ -75,7 +77,7 @@ def place(tmp_path_factory):
     ]  # fmt: skip
     passages = [{"prompt": f"w{3 + i} w{9 + i} w{4 + i}", "answer": f"w{12 + i} w{13 + i}"} for i in range(4)]
     (folder / "architecture.json").write_text(json.dumps(asdict(architecture_of("llama"))))
-    for name, entries in (("facts", facts), ("choices", choices), ("passages", passages)):
+    for name, entries in (("facts", facts), ("said", known), ("choices", choices), ("passages", passages)):
         (folder / f"{name}.json").write_text(json.dumps(entries))
     return folder
 
@@ -206,7 +208,9 @@ def test_edits(entry, complete, command, tmp_path):
 COMMANDS = {
     "check-architecture": (["architecture.json"], {}, []),
     "claims": (["fwsvd/below-svd"], {}, []),
-    "compare": (["model"], {"methods": "svd,svd-llm", "keep": "0.8,0.6", "sequence_length": "12"}, []),
+    "compare": (
+        ["model"], {"methods": "svd,svd-llm", "keep": "0.8,0.6", "sequence_length": "12", "facts": "said.json"}, [],
+    ),
     "compress": (["model"], {"method": "svd-llm"}, ["stream"]),
     "edit": (["model"], {"method": "kfac-edit"}, ["undo"]),
     "eval": (["model"], {}, []),

@@ -62,7 +62,7 @@ def endless(block, statistics, keep):
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     comparing, several = sys.modules["transect.comparison.compare"], run_in_processes
-    comparing.run_in_processes = lambda folder, plan, groups, _, told: several(folder, plan, groups, 1, told)
+    comparing.run_in_processes = lambda *given: several(*given[:3], 1, *given[4:])
     data = (torch.arange(32) % 60 + 3).view(4, 8)
     transect.compare(str(HERE / "model"), ["once", "endless"], [0.5], data, data, HERE / "run", workers=2)
 """
@@ -114,8 +114,8 @@ def lost(monkeypatch):
     """Rows whose process is lost, twice; the others are computed here."""
     chosen = []
 
-    def run(folder, plan, groups, workers, on_row):
-        worker, losses = load_worker(folder, plan), Losses()
+    def run(folder, plan, groups, workers, on_row, knowledge):
+        worker, losses = load_worker(folder, plan, knowledge), Losses()
         for row in [row for rows in groups for row in rows]:
             if row.keep in chosen:
                 assert [losses.rest([row], "was lost") for _ in range(2)] == [[row], []]

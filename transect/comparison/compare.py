@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,12 @@ import pandas as pd
 
 from ..anatomy import Anatomy
 from ..checkpoint import save
+from ..data import Fact
 from ..errors import OutOfReach, TransectError
 from ..statistics import Progress
 from ..store import Folder
 from .engines import Engine, run_here, run_in_processes, run_on_ray
+from .knowledge import knowledge_of
 from .plan import RUN, Plan, Row, factors_file
 from .prepared import STATISTICS, TIMED, prepare
 from .worker import Worker
@@ -27,6 +29,8 @@ def compare_anatomy(
     calibration: Any,
     evaluation: Any,
     *,
+    facts: Sequence[Fact] = (),
+    tokenizer: Any = None,
     workers: int = 1,
     engine: Engine = "local",
     overwrite: bool = False,
@@ -38,6 +42,8 @@ def compare_anatomy(
     A folder that holds a run of the same model, data and settings is continued: its rows, statistics and
     factorizations are kept, whichever methods and budgets they were for. A folder with another run is replaced only
     with `overwrite`, but for what others have put there, and one that holds anything else is always refused.
+    facts: each row has the share, of those that the dense model says by itself, that it says too. How many these are
+    is in the table's `attrs["facts"]`, {"known", "asked"}. TransectError if there are none.
     A row that was lost with its process, twice, has a note in the table and is named in the table's `attrs["lost"]`.
     """
     check_plan(anatomy, plan)
@@ -47,6 +53,7 @@ def compare_anatomy(
     for row in plan.rows:
         if row in done:
             on_row(row)
+    knowledge = knowledge_of(anatomy, plan, folder, facts, tokenizer) if facts else None
     lost: dict[Row, str] = {}
     if waiting:
         for name in [STATISTICS, TIMED, *(row.file for row in waiting), *map(factors_file, plan.methods)]:
@@ -56,10 +63,13 @@ def compare_anatomy(
         if engine == "ray" or workers > 1:
             plan = _for_other_processes(anatomy, plan, folder, calibration, evaluation)
             run = run_on_ray if engine == "ray" else run_in_processes
-            lost = run(folder.path, plan, groups, max(workers, 1), on_row)
+            lost = run(folder.path, plan, groups, max(workers, 1), on_row, knowledge)
         else:
-            run_here(Worker(folder.path, plan, anatomy.model, calibration, evaluation), groups, on_row)
-    return table(plan, folder.path, lost)
+            run_here(Worker(folder.path, plan, anatomy.model, calibration, evaluation, knowledge), groups, on_row)
+    frame = table(plan, folder.path, lost)
+    if knowledge is not None:
+        frame.attrs["facts"] = {"known": len(knowledge.known), "asked": knowledge.asked}
+    return frame
 
 
 def check_plan(anatomy: Anatomy, plan: Plan) -> None:

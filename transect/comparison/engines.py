@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import TransectError
+from .knowledge import Knowledge
 from .losses import Losses
 from .plan import Plan, Row
 from .processes import run_in_processes
@@ -25,7 +26,14 @@ def run_here(worker: Worker, groups: Sequence[list[Row]], on_row: OnRow) -> None
         worker.run(rows, on_row)
 
 
-def run_on_ray(folder: Path, plan: Plan, groups: Sequence[list[Row]], workers: int, on_row: OnRow) -> dict[Row, str]:
+def run_on_ray(
+    folder: Path,
+    plan: Plan,
+    groups: Sequence[list[Row]],
+    workers: int,
+    on_row: OnRow,
+    knowledge: Knowledge | None = None,
+) -> dict[Row, str]:
     """Spread the groups over a Ray cluster (the running one, or a local one). `folder` must be visible to all nodes.
 
     An actor that is lost costs the row that it was computing a second try; returned is why, for each lost twice.
@@ -49,7 +57,7 @@ def run_on_ray(folder: Path, plan: Plan, groups: Sequence[list[Row]], workers: i
         def begin(idle: Any) -> None:
             if waiting:
                 rows = waiting.pop(0)
-                idle = idle or actor.remote(str(folder.resolve()), plan)
+                idle = idle or actor.remote(str(folder.resolve()), plan, knowledge)
                 running[idle.compute.remote(rows)] = (idle, rows)
 
         for _ in range(workers):
@@ -76,8 +84,8 @@ def run_on_ray(folder: Path, plan: Plan, groups: Sequence[list[Row]], workers: i
 
 
 class _RayWorker:
-    def __init__(self, folder: str, plan: Plan) -> None:
-        self.worker = load_worker(Path(folder), plan)
+    def __init__(self, folder: str, plan: Plan, knowledge: Knowledge | None) -> None:
+        self.worker = load_worker(Path(folder), plan, knowledge)
 
     def compute(self, rows: list[Row]) -> None:
         self.worker.run(rows, lambda row: None)

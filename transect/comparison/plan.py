@@ -50,7 +50,8 @@ class Plan:
     model: folder or hub name, from which every process loads the same weights; `weights` is their fingerprint, and
         `computation` that of the weights and all else that decides what the model puts out.
     dtype, device, architecture: how another process opens it. settings: per method or allocation, its parameters.
-    allocations: none for the own default of each method.
+    allocations: none for the own default of each method. facts: those that rows are asked, "" for none; statistics and
+        factorizations are kept whatever is asked, rows are not.
     """
 
     model: str
@@ -71,6 +72,7 @@ class Plan:
     seed: int
     sequential: bool
     refit: bool
+    facts: str = ""
 
     @property
     def rows(self) -> list[Row]:
@@ -135,7 +137,7 @@ class Plan:
 
         The kind of device is part of it, since every row holds speeds.
         """
-        no_part = ("model", "device", "methods", "allocations", "keeps", "settings")
+        no_part = ("model", "device", "methods", "allocations", "keeps", "settings", "facts")
         decides = {key: value for key, value in asdict(self).items() if key not in no_part}
         decides |= {"transect": __version__, "device": self.device.split(":")[0]}
         decides["settings"] = {name: self._settings_of(name) for name, given in self.settings.items() if given}
@@ -169,7 +171,8 @@ class Plan:
 
     def of_row(self, row: Row) -> str:
         """What the row's file belongs to."""
-        return self.of("row", row.method, row.allocation, repr(row.keep))
+        asked = [self.facts] if self.facts else []
+        return self.of("row", row.method, row.allocation, repr(row.keep), *asked)
 
 
 def factors_file(name: str) -> str:

@@ -14,6 +14,7 @@ from threading import Thread
 from typing import Any
 
 from ..errors import TransectError
+from .knowledge import Knowledge
 from .losses import Losses
 from .plan import Plan, Row
 from .worker import load_worker
@@ -22,7 +23,12 @@ _READY = "ready"  # the model is loaded
 
 
 def run_in_processes(
-    folder: Path, plan: Plan, groups: Sequence[list[Row]], workers: int, on_row: Callable[[Row], None]
+    folder: Path,
+    plan: Plan,
+    groups: Sequence[list[Row]],
+    workers: int,
+    on_row: Callable[[Row], None],
+    knowledge: Knowledge | None = None,
 ) -> dict[Row, str]:
     """Spread the groups over processes; the cores are shared out among them.
 
@@ -35,7 +41,7 @@ def run_in_processes(
     try:
         while waiting or pool:
             while waiting and len(pool) < workers:
-                pool.append(_Process(folder, plan, threads, waiting.pop(0)))
+                pool.append(_Process(folder, plan, threads, waiting.pop(0), knowledge))
             heard = connection.wait([one.pipe for one in pool])
             for one in [one for one in pool if one.pipe in heard]:
                 message = one.receive()
@@ -74,12 +80,12 @@ class _Lost:
 class _Process:
     """One process, at work on `rows`. ready: it has loaded the model."""
 
-    def __init__(self, folder: Path, plan: Plan, threads: int, rows: list[Row]) -> None:
+    def __init__(self, folder: Path, plan: Plan, threads: int, rows: list[Row], knowledge: Knowledge | None) -> None:
         context = _context()
         self.pipe, theirs = context.Pipe()
         self.rows: list[Row] = []
         self.ready = False
-        self.process = context.Process(target=_serve, args=(theirs, folder, plan, threads), daemon=True)
+        self.process = context.Process(target=_serve, args=(theirs, folder, plan, threads, knowledge), daemon=True)
         with _no_ctrl_c():
             self.process.start()
         theirs.close()  # so that the pipe ends with the process
@@ -139,14 +145,14 @@ def _no_ctrl_c() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _serve(pipe: Any, folder: Path, plan: Plan, threads: int) -> None:
+def _serve(pipe: Any, folder: Path, plan: Plan, threads: int, knowledge: Knowledge | None) -> None:
     """What a process does: load the model, and compute the groups that it is given, until it is given none."""
     Thread(target=_end_with_parent, daemon=True).start()
     try:
         import torch
 
         torch.set_num_threads(threads)
-        worker = load_worker(folder, plan)
+        worker = load_worker(folder, plan, knowledge)
         pipe.send(_READY)
         while rows := pipe.recv():
             worker.run(rows, pipe.send)

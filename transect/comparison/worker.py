@@ -26,6 +26,7 @@ from ..forward import at_rest
 from ..statistics import Statistics
 from ..store import keep_json
 from .factors import Factors
+from .knowledge import Knowledge
 from .plan import Plan, Row
 from .prepared import calibrate_plan, calibration_seconds, factors_of
 
@@ -33,11 +34,19 @@ from .prepared import calibrate_plan, calibration_seconds, factors_of
 class Worker:
     """Holds the dense model and computes any row of the plan; the model is dense again after each.
 
-    calibration, evaluation: `transect.data.Batches`.
+    calibration, evaluation: `transect.data.Batches`. knowledge: what each row is asked, if anything.
     """
 
-    def __init__(self, folder: Path, plan: Plan, model: Any, calibration: Any, evaluation: Any) -> None:
-        self.folder, self.plan = folder, plan
+    def __init__(
+        self,
+        folder: Path,
+        plan: Plan,
+        model: Any,
+        calibration: Any,
+        evaluation: Any,
+        knowledge: Knowledge | None = None,
+    ) -> None:
+        self.folder, self.plan, self.knowledge = folder, plan, knowledge
         self.anatomy = Anatomy(model)
         self.calibration, self.evaluation = calibration, evaluation
         self._factorized: dict[str, tuple[Factorized, Factors]] = {}
@@ -55,17 +64,20 @@ class Worker:
         with at_rest(self.anatomy.model):
             try:
                 if row.method is None:
-                    return described | self._evaluated(self.anatomy, 1.0, 0.0)
+                    return described | self._evaluated(self.anatomy, 1.0, 0.0, dense=True)
                 if self.plan.is_factorized(row.method):
                     return described | self._truncated(row)
                 return described | self._compressed(row)
             except OutOfReach as reason:
                 return described | {"note": str(reason)}
 
-    def _evaluated(self, anatomy: Anatomy, kept: float, seconds: float) -> dict[str, Any]:
+    def _evaluated(self, anatomy: Anatomy, kept: float, seconds: float, dense: bool = False) -> dict[str, Any]:
         measured = evaluate(anatomy.model, self.evaluation)
+        known = {}
+        if self.knowledge is not None:
+            known["facts"] = 1.0 if dense else self.knowledge.share(anatomy)
         return {
-            "kept": kept, "matrix_bytes": anatomy.matrix_bytes(), **measured, "compress_seconds": seconds,
+            "kept": kept, "matrix_bytes": anatomy.matrix_bytes(), **measured, **known, "compress_seconds": seconds,
         }  # fmt: skip
 
     def _truncated(self, row: Row) -> dict[str, Any]:
@@ -114,7 +126,7 @@ class Worker:
         return calibration_seconds(self.plan, self.folder) if registered(row.method).collects else 0.0
 
 
-def load_worker(folder: Path, plan: Plan) -> Worker:
+def load_worker(folder: Path, plan: Plan, knowledge: Knowledge | None = None) -> Worker:
     """A worker in a fresh process: the model from its folder or hub name, the data from the run folder.
 
     Raises TransectError if they are not those of the plan.
@@ -130,4 +142,4 @@ def load_worker(folder: Path, plan: Plan) -> Worker:
         )
     calibration = Batches.load(folder / "calibration.safetensors", plan.calibration)
     evaluation = Batches.load(folder / "evaluation.safetensors", plan.evaluation)
-    return Worker(folder, plan, opened.model, calibration, evaluation)
+    return Worker(folder, plan, opened.model, calibration, evaluation, knowledge)

@@ -1,7 +1,8 @@
 """Questions about what a model knows, from files.
 
-Each kind is a file, .json (a list) or .jsonl (one object a line), or `organism:facts`, `organism:choices`,
-`organism:passages`: those of the bundled model's world.
+Each kind is a file, .json (a list) or .jsonl (one object a line), or a name: `organism:facts`, `organism:choices`,
+`organism:passages` are those of the bundled model's world; `common` are facts and passages of ours that a model of
+English may know, of which `transect.evaluation.says` tells what it does know.
 """
 
 from __future__ import annotations
@@ -20,15 +21,17 @@ from .questions import Choice, Fact, Passage, make_choice, text_in, text_of
 from .sources import json_entries
 
 T = TypeVar("T")
+COMMON = "common"
+_COMMON_FILES = Path(__file__).parent / "common"
 
 
 def load_facts(data: Any) -> list[Fact]:
     """Facts from a file, a name, or objects.
 
-    data: a path, `organism:facts`, or a list of `Fact`s or dicts; a data frame, a data set and a dict of columns are
-    read as such a list. A dict has `prompt`, `subject`, `answer`, and perhaps
-    `new_answer`, `paraphrases` (strings) and `neighbours` ({"prompt", "answer"}); or it is an entry of
-    CounterFact (`requested_rewrite`, `paraphrase_prompts`, `neighborhood_prompts`).
+    data: a path, `organism:facts`, `common` (capitals, languages, chemical symbols, authors and the like), or a list of
+    `Fact`s or dicts; a data frame, a data set and a dict of columns are read as such a list. A dict has `prompt`,
+    `subject`, `answer`, and perhaps `new_answer`, `paraphrases` (strings) and `neighbours` ({"prompt", "answer"}); or
+    it is an entry of CounterFact (`requested_rewrite`, `paraphrase_prompts`, `neighborhood_prompts`).
     Raises BadData, naming the entry.
     """
     return _loaded(data, Fact, _fact, "facts")
@@ -44,13 +47,21 @@ def load_choices(data: Any) -> list[Choice]:
 
 
 def load_passages(data: Any) -> list[Passage]:
-    """Passages from a file, `organism:passages`, or a list of `Passage`s or dicts with `prompt` and `answer`."""
+    """Passages from a file, a name, or objects.
+
+    data: a path, `organism:passages`, `common` (famous ones in the public domain), or a list of `Passage`s or dicts
+    with `prompt` and `answer`.
+    """
     return _loaded(data, Passage, _passage, "passages")
 
 
 def _loaded(data: Any, kind: type[T], parse: Any, what: str) -> list[T]:
     if isinstance(data, str) and data.startswith("organism:"):
         return _of_organism(data, what)
+    if data == COMMON:
+        if what == "choices":
+            raise BadData("'common' holds no choices; expected organism:choices or a file")
+        data = _COMMON_FILES / f"{what}.jsonl"
     entries = (
         json_entries(Path(data), f"the {what}")
         if isinstance(data, (str, Path))

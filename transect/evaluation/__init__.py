@@ -1,4 +1,4 @@
-"""Evaluation: loss, perplexity, accuracy, speed, memory and size, and the bridge to lm-evaluation-harness."""
+"""Evaluation: loss, accuracy, knowledge, speed, memory and size, and the bridge to lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from ..forward.objective import Batch
 from .harness import run_lm_eval
+from .knowledge import says
 from .loss import LossResult, evaluate_loss
 from .memory import peak_memory
 from .size import checkpoint_bytes, matrix_bytes, model_bytes, parameters
@@ -24,6 +25,7 @@ __all__ = [
     "parameters",
     "peak_memory",
     "run_lm_eval",
+    "says",
 ]
 
 

@@ -1,6 +1,6 @@
 """Running the user's own model: what it predicts, what can be watched and changed meanwhile, and single blocks."""
 
-from .answers import answer_log_probabilities, next_logits, recitations
+from .answers import answer_log_probabilities, continuations, next_logits, recitations
 from .blocks import Call, Feed, feeds_of, put_out, run_block, run_blocks
 from .change import changed
 from .description import Check, check_architecture, check_description
@@ -28,6 +28,7 @@ __all__ = [
     "check_architecture",
     "check_description",
     "computing_wide",
+    "continuations",
     "eager_attention",
     "feeds_of",
     "inputs_of",

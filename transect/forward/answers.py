@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from inspect import signature
+from itertools import islice
 from typing import Any
 
 import torch
@@ -48,16 +50,49 @@ def recitations(model: Any, pairs: Sequence[tuple[Tensor, Tensor]], batch_size: 
     """Greedy continuations, each as many tokens as the answer that goes with the prompt, through the model's cache."""
     out: list[Tensor] = [torch.empty(0)] * len(pairs)
     for numbers in _alike([(len(prompt), len(answer)) for prompt, answer in pairs], batch_size):
-        tokens = torch.stack([pairs[number][0] for number in numbers]).to(model.device)
-        chosen, past = [], None
         with at_rest(model), computing_wide(model):
-            for _ in range(len(pairs[numbers[0]][1])):
-                output = model(input_ids=tokens, past_key_values=past, use_cache=True)
-                tokens, past = output.logits[:, -1:].argmax(-1), output.past_key_values
-                chosen.append(tokens)
-        for number, continuation in zip(numbers, torch.cat(chosen, 1).cpu(), strict=True):
+            said = _greedy(model, torch.stack([pairs[number][0] for number in numbers]))
+            chosen = torch.cat(list(islice(said, len(pairs[numbers[0]][1]))), 1)
+        for number, continuation in zip(numbers, chosen.cpu(), strict=True):
             out[number] = continuation
     return out
+
+
+@torch.no_grad()
+def continuations(
+    model: Any, prompts: Sequence[Tensor], enough: Callable[[int, Tensor], bool], batch_size: int = 64
+) -> list[Tensor]:
+    """Greedy continuations, through the model's cache, each of them until it is enough or the model's context is full.
+
+    prompts: token ids (1-D). enough: asked after every token, with the prompt's number and what was said so far (1-D,
+    on the CPU); it has to say yes at some time.
+    """
+    context = getattr(model.config, "max_position_embeddings", None)
+    out: list[Tensor] = [torch.empty(0, dtype=torch.long)] * len(prompts)
+    with at_rest(model), computing_wide(model):
+        for numbers in _alike([len(prompt) for prompt in prompts], batch_size):
+            room = None if context is None else max(0, context - len(prompts[numbers[0]]))
+            going = set(range(len(numbers)))
+            said = torch.empty(len(numbers), 0, dtype=torch.long)
+            for tokens in islice(_greedy(model, torch.stack([prompts[number] for number in numbers])), room):
+                said = torch.cat([said, tokens.cpu()], 1)
+                for row in list(going):
+                    out[numbers[row]] = said[row]
+                    if enough(numbers[row], said[row]):
+                        going.remove(row)
+                if not going:
+                    break
+    return out
+
+
+def _greedy(model: Any, tokens: Tensor) -> Iterator[Tensor]:
+    """The most likely next tokens (B x 1) after prompts (B x T), one step after another without an end."""
+    options = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
+    tokens, past = tokens.to(model.device), None
+    while True:
+        output = model(input_ids=tokens, past_key_values=past, use_cache=True, **options)
+        tokens, past = output.logits[:, -1:].argmax(-1), output.past_key_values
+        yield tokens
 
 
 def _alike(shapes: Sequence[Any], batch_size: int) -> Iterator[list[int]]:

@@ -37,6 +37,7 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "loss": ("loss", "{:.4f}".format),
     "perplexity": ("perplexity", "{:.2f}".format),
     "accuracy": ("accuracy", "{:.2%}".format),
+    "facts": ("facts known", "{:.1%}".format),
     "prefill_tokens_per_second": ("prefill tokens/s", _count),
     "decode_tokens_per_second": ("decode tokens/s", _count),
     "compress_seconds": ("compress seconds", "{:.1f}".format),
@@ -48,11 +49,14 @@ _COARSE = 0.01
 
 
 def notes(frame: Any) -> list[str]:
-    """Why some rows have no numbers, a line each."""
-    if "note" not in frame.columns:
-        return []
-    missing = frame[frame["note"].notna()]
-    return [f"{row['method']} at {row['keep']:g}: {row['note']}" for _, row in missing.iterrows()]
+    """What facts are counted, and why some rows have no numbers, a line each."""
+    lines = []
+    if asked := frame.attrs.get("facts"):
+        lines.append(f"facts known: of {asked['known']:,} that the dense model knows, out of {asked['asked']:,}")
+    if "note" in frame.columns:
+        missing = frame[frame["note"].notna()]
+        lines += [f"{row['method']} at {row['keep']:g}: {row['note']}" for _, row in missing.iterrows()]
+    return lines
 
 
 def cells(frame: Any) -> tuple[list[str], list[list[str]]]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -155,3 +157,25 @@ def specimen_of(
         () if passages is None else load_passages(passages),
         seed, opened.source, progress,
     )  # fmt: skip
+
+
+def fingerprint_of(tokenizer: Any, *questions: Sequence[Any]) -> str:
+    """Hash (32 hexadecimal digits) of facts, choices or passages and of the tokenizer that they are asked through."""
+    digest = hashlib.blake2b(_of_tokenizer(tokenizer).encode(), digest_size=16)
+    for asked in questions:
+        digest.update(repr([asdict(one) for one in asked]).encode())
+    return digest.hexdigest()
+
+
+def _of_tokenizer(tokenizer: Any) -> str:
+    """What decides the tokens that it makes of a question; nothing where there is none."""
+    if not hasattr(tokenizer, "get_vocab"):
+        return ""
+    described = {"class": type(tokenizer).__name__, "special": tokenizer.special_tokens_map}
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    if fast is None:
+        described["vocabulary"] = tokenizer.get_vocab()
+    else:
+        chosen_by_a_call = ("truncation", "padding")
+        described |= {k: v for k, v in json.loads(fast.to_str()).items() if k not in chosen_by_a_call}
+    return json.dumps(described, sort_keys=True, default=str)

@@ -14,13 +14,13 @@ from ..anatomy import Anatomy
 from ..arguments import checked
 from ..comparison import KIND, Engine, Plan, Row, compare_anatomy
 from ..compression.fingerprint import computation_fingerprint, model_fingerprint
-from ..data import SpecialTokens
+from ..data import SpecialTokens, load_facts
 from ..parameters import Seed, listed
 from ..report import markdown_table, pareto_plot
 from ..statistics import Fisher, Progress
 from ..store import Folder, write_text
 from .arguments import Count, FolderName, Length, Role, Share, Some, SumType
-from .common import CALIBRATION_SEQUENCES, Settings, calibration_of, given_of, held_out_of, opened_of
+from .common import CALIBRATION_SEQUENCES, Settings, calibration_of, fingerprint_of, given_of, held_out_of, opened_of
 
 
 @checked
@@ -32,6 +32,7 @@ def compare(
     eval_data: Any,
     out: FolderName,
     *,
+    facts: Any = None,
     tokenizer: Any = None,
     allocations: Annotated[Sequence[str], Some] | None = None,
     settings: Settings | None = None,
@@ -56,6 +57,7 @@ def compare(
 
     model, data, tokenizer and the calibration settings: as for `compress`. eval_data: held-out data, same forms;
     eval_sequences of it, evenly spaced (default all).
+    facts: asked of every row, see `transect.data.load_facts`; `common` are several hundred that everybody knows.
     out: the run folder. Rows are written as they finish; a run that was interrupted goes on where it stopped, and
     methods and budgets can be added to it. It ends with table.csv, table.md and pareto.png in it.
     allocations: each is combined with every method that it goes with. Default: each method's own, uniform for most.
@@ -64,14 +66,17 @@ def compare(
 
     Returns the table: method, allocation, keep, kept (share of the matrices' bytes), bytes (of the whole model),
     parameters, loss (nats), perplexity, accuracy, tokens, prefill and decode tokens per second, peak_memory (bytes),
-    compress_seconds (statistics, factorization and replacement, as if the row were computed alone). A row whose process
-    was lost twice, such as for want of memory, has a note instead, and is named in the table's `attrs["lost"]`; the
-    same call tries it again.
+    compress_seconds (statistics, factorization and replacement, as if the row were computed alone); with facts, also
+    facts: the share, of those that the dense model says by itself in greedy generation, that the row says too (see
+    `transect.evaluation.says`). How many of how many these are is in the table's `attrs["facts"]`; none is an error. A
+    row whose process was lost twice, such as for want of memory, has a note instead, and is named in the table's
+    `attrs["lost"]`; the same call tries it again.
     """
     methods, allocations, keep = listed(methods), listed(allocations or ()), listed(keep)
     settings = given_of(settings, methods, allocations)  # an unknown name is an error before anything is loaded
     folder = Folder(Path(out).expanduser(), KIND)
     folder.check_place()
+    questions = [] if facts is None else load_facts(facts)
     opened = opened_of(model, tokenizer)
     anatomy = Anatomy(opened.model)
     calibration = calibration_of(data, opened, sequence_length, sequences, batch_size, seed, special_tokens)
@@ -87,10 +92,11 @@ def compare(
         calibration=calibration.fingerprint, evaluation=held_out.fingerprint,
         roles=None if roles is None else tuple(listed(roles)), fisher=fisher, accumulate=str(accumulate).split(".")[1],
         seed=seed, sequential=sequential, refit=refit,
+        facts=fingerprint_of(opened.tokenizer, questions) if questions else "",
     )  # fmt: skip
     folder.check("table.csv", "table.md", "pareto.png")
     frame = compare_anatomy(
-        anatomy, plan, folder, calibration, held_out,
+        anatomy, plan, folder, calibration, held_out, facts=questions, tokenizer=opened.tokenizer,
         workers=workers, engine=engine, overwrite=overwrite, progress=progress, on_row=on_row,
     )  # fmt: skip
     write_text(folder.file("table.csv"), frame.to_csv(index=False))

@@ -1,12 +1,14 @@
-"""`transect.evaluate`: loss, speed, size and memory of one model."""
+"""`transect.evaluate`: loss, knowledge, speed, size and memory of one model."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from .. import evaluation as evaluation_room
+from ..anatomy import Anatomy
 from ..arguments import checked
-from ..data import SpecialTokens
+from ..data import SpecialTokens, Specimen, load_facts, load_passages
+from ..errors import NotApplicable, TransectError
 from ..parameters import Seed
 from .arguments import Count, Length
 from .common import held_out_of, opened_of
@@ -17,6 +19,8 @@ def evaluate(
     model: Any,
     data: Any,
     *,
+    facts: Any = None,
+    passages: Any = None,
     tokenizer: Any = None,
     sequence_length: Length | None = None,
     special_tokens: SpecialTokens = "auto",
@@ -27,7 +31,19 @@ def evaluate(
     """Loss, perplexity and accuracy of a model on held-out data, its speed, and its size; see `evaluation.evaluate`.
 
     model: a Hugging Face model or the name of one. data, and what comes after the tokenizer: see `transect.data.load`.
+    facts, passages: see `transect.data.load_facts` and `load_passages`; `common` are ours. Of each the result has how
+        many were asked and how many the model goes on with by itself: facts_asked, facts_known, passages_asked,
+        passages_known (see `transect.evaluation.says`).
     """
+    questions = {} if facts is None else {"facts": load_facts(facts)}
+    questions |= {} if passages is None else {"passages": load_passages(passages)}
     opened = opened_of(model, tokenizer)
     held_out = held_out_of(data, opened, sequence_length, sequences, batch_size, seed, special_tokens)
-    return evaluation_room.evaluate(opened.model, held_out)
+    result: dict[str, Any] = evaluation_room.evaluate(opened.model, held_out)
+    for name, asked in questions.items():
+        try:
+            known = sum(evaluation_room.says(Specimen(Anatomy(opened.model), opened.tokenizer), asked))
+        except NotApplicable as reason:
+            raise TransectError(f"{name} cannot be asked: {reason}") from None
+        result |= {f"{name}_known": known, f"{name}_asked": len(asked)}
+    return result

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +18,7 @@ from ..statistics import Progress
 from ..store import Folder
 from ..version import __version__
 from .arguments import Count, FolderName, Length, Some
-from .common import Settings, specimen_of
+from .common import Settings, fingerprint_of, specimen_of
 
 INSPECTION_SEQUENCES = 64
 
@@ -89,21 +87,6 @@ def _key(specimen: Specimen) -> str:
     digest = hashlib.blake2b(digest_size=16)
     digest.update(f"{__version__} {computation_fingerprint(specimen.model)}".encode())
     digest.update(b"" if specimen.data is None else specimen.data.fingerprint.encode())
-    for questions in (specimen.known_facts, specimen.known_choices, specimen.known_passages):
-        digest.update(repr([asdict(one) for one in questions]).encode())
-    digest.update(f"{specimen.seed} {_of_tokenizer(specimen.tokenizer)}".encode())
+    asked = (specimen.known_facts, specimen.known_choices, specimen.known_passages)
+    digest.update(f"{specimen.seed} {fingerprint_of(specimen.tokenizer, *asked)}".encode())
     return digest.hexdigest()
-
-
-def _of_tokenizer(tokenizer: Any) -> str:
-    """What decides the tokens that it makes of a question; nothing where there is none."""
-    if not hasattr(tokenizer, "get_vocab"):
-        return ""
-    described = {"class": type(tokenizer).__name__, "special": tokenizer.special_tokens_map}
-    fast = getattr(tokenizer, "backend_tokenizer", None)
-    if fast is None:
-        described["vocabulary"] = tokenizer.get_vocab()
-    else:
-        chosen_by_a_call = ("truncation", "padding")
-        described |= {k: v for k, v in json.loads(fast.to_str()).items() if k not in chosen_by_a_call}
-    return json.dumps(described, sort_keys=True, default=str)

@@ -25,6 +25,8 @@ from ..printing import print_whole, progress_bar
 @click.option("--eval-sequences", type=int, help="Use so many held-out sequences, evenly spaced. Default: all.")
 @click.option("--workers", type=int, default=1, show_default=True, help="Processes that compute rows.")
 @click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True)
+@click.option("--facts", metavar="FILE",
+              help="Adds the share of the facts that each row still knows: .json, .jsonl or `common`.")  # fmt: skip
 @shared_options("sequential", "refit", "roles", "sequence_length", "sequences", "batch_size", "fisher", "accumulate",
                 "special_tokens", "seed", *LOADING, "overwrite", "json")  # fmt: skip
 @click.pass_context

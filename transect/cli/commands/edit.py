@@ -16,7 +16,7 @@ from ..printing import print_whole, progress_bar, stdout
 @main_group.command(cls=EditCommand)
 @click.argument("model")
 @click.option("--method", help="See the list below.")
-@click.option("--edits", "facts", metavar="FILE", help="Facts to rewrite, .json or .jsonl.")
+@click.option("--edits", "facts", metavar="FILE", help="Facts to rewrite: .json, .jsonl or `common`.")
 @click.option("--data", help="Text for statistics. Default with the bundled model: organism:calibration.")
 @click.option("--eval", "eval_data", help="Held-out text for the general loss on the card.")
 @click.option("--eval-sequences", type=int, default=64, show_default=True, help="Held-out sequences.")

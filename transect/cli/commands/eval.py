@@ -16,9 +16,9 @@ from ..printing import print_whole
 @click.argument("model")
 @click.option("--data", required=True, help="Held-out data.")
 @click.option("--sequences", type=int, help="Use so many sequences, evenly spaced. Default: all.")
-@shared_options("sequence_length", "special_tokens", "batch_size", "seed", *LOADING, "json")
+@shared_options("facts", "passages", "sequence_length", "special_tokens", "batch_size", "seed", *LOADING, "json")
 def evaluate(model: str, data: str, as_json: bool, **options: Any) -> None:
-    """Loss, perplexity, accuracy, speed, memory and size of MODEL."""
+    """Loss, perplexity, accuracy, speed, memory and size of MODEL, and how much it knows of facts and passages."""
     import pandas as pd
 
     from ...checkpoint import open_model
@@ -31,3 +31,6 @@ def evaluate(model: str, data: str, as_json: bool, **options: Any) -> None:
         click.echo(json.dumps(result))
     else:
         print_whole(rich_table(pd.DataFrame([result]), f"{model}, {result['tokens']:,} predictions"))
+        for name in ("facts", "passages"):
+            if f"{name}_asked" in result:
+                print_whole(f"{name} known: {result[f'{name}_known']:,} of {result[f'{name}_asked']:,}")
