@@ -3,13 +3,14 @@
 from .attach import attach
 from .folder import check_folder
 from .open import Opened, folder_of, model_class, open_model
+from .packed import packed_tensors
 from .place import placed
 from .replay import replay
-from .save import check_output, save, tokenizer_of, write_description
+from .save import check_output, packs, save, tokenizer_of, write_description
 
 attach()
 
 __all__ = [
-    "Opened", "attach", "check_folder", "check_output", "folder_of", "model_class", "open_model", "placed", "replay",
-    "save", "tokenizer_of", "write_description",
+    "Opened", "attach", "check_folder", "check_output", "folder_of", "model_class", "open_model", "packed_tensors",
+    "packs", "placed", "replay", "save", "tokenizer_of", "write_description",
 ]  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -11,14 +12,26 @@ from transformers import PreTrainedModel
 from ..anatomy.record import set_record
 from .adapters import attach_to_peft, complete_adapter
 from .base import note_base
+from .header import Stored, read_stored
 from .quantizer import TransectQuantizer, register
 from .save import hugging_face_save, is_changed, save
+from .unpacked import PackedConfig, expect_packed, register_packed, take_packed
 
 
 class RecordingQuantizer(TransectQuantizer):
     """What Transect registers: the loaded model knows its record, and can be changed and saved further."""
 
+    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
+        if not isinstance(self.quantization_config, PackedConfig):
+            return super()._process_model_before_weight_loading(model, **kwargs)
+        stored: dict[str, Stored] = {}
+        for file in checkpoint_files or ():
+            stored |= read_stored(Path(file))
+        self.record = expect_packed(model, self.quantization_config.packed, stored, model.name_or_path)
+
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if isinstance(self.quantization_config, PackedConfig):
+            take_packed(model, self.record)
         set_record(model, self.record)
         note_base(model, model.name_or_path)
         return super()._process_model_after_weight_loading(model, **kwargs)
@@ -60,3 +73,4 @@ def attach() -> None:
     PreTrainedModel.save_pretrained = save_pretrained
     attach_to_peft()
     register(RecordingQuantizer)
+    register_packed()

@@ -17,11 +17,11 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from ..anatomy.record import StructureRecord
 from ..errors import BadCheckpoint, TransectError
 from ..store import in_short
-from .header import BITS, Stored
+from .header import BITS, FLOATS, Stored
 from .quantizer import METHOD, STOP
 from .replay import replay
+from .unpacked import expect_packed
 
-_FLOATS = ("F64", "F32", "F16", "BF16")
 # Masks and tables that older versions of transformers stored in the blocks, and the present ones compute.
 _LEFT_OVER = re.compile(r"(.*\.)?(inv_freq|masked_bias|position_ids|(attn|attention)\.bias)")
 _COMPUTED = 2**28  # bytes of tables that a model may compute beside its weights, whatever their size
@@ -35,7 +35,7 @@ def check_fit(where: str, kind: Any, config: Any, stored: Mapping[str, Stored]) 
     """
     try:
         with bounded(16 * len(stored) + 10_000):
-            model = _skeleton(kind, config)
+            model = _skeleton(kind, config, stored, where)
     except TransectError:
         raise
     except ImportError as error:
@@ -62,7 +62,7 @@ def check_fit(where: str, kind: Any, config: Any, stored: Mapping[str, Stored]) 
                     f"the model that the config describes needs {list(state[known].shape)}"
                 )
         like = state.get(known)
-        if (like is None or like.is_floating_point()) != (tensor.dtype in _FLOATS):
+        if (like is None or like.is_floating_point()) != (tensor.dtype in FLOATS):
             raise BadCheckpoint(
                 f"{known} in {where} is stored as {tensor.dtype}, and the model needs "
                 f"{'floating-point numbers' if like is None or like.is_floating_point() else str(like.dtype)}"
@@ -94,8 +94,8 @@ def bounded(most: int) -> Iterator[None]:
             handle.remove()
 
 
-def _skeleton(kind: Any, config: Any) -> Any:
-    """As `from_pretrained` builds it before the weights come: see `TransectQuantizer`."""
+def _skeleton(kind: Any, config: Any, stored: Mapping[str, Stored], where: str) -> Any:
+    """As `from_pretrained` builds it before the weights come: see `RecordingQuantizer`."""
     config = copy.deepcopy(config)
     settings = config.__dict__.pop("quantization_config", None)
     recorded = isinstance(settings, dict) and settings.get("quant_method") == METHOD
@@ -108,6 +108,8 @@ def _skeleton(kind: Any, config: Any) -> Any:
         model = kind(config)
         if recorded:
             replay(model, StructureRecord.from_dict(settings.get("record")))
+        elif settings is not None:
+            expect_packed(model, settings, stored, where)
     return model
 
 

@@ -17,6 +17,7 @@ BITS = {
     "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64,
     "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
 }  # fmt: skip
+FLOATS = ("F64", "F32", "F16", "BF16")
 LARGEST = 100_000_000  # bytes of a header, safetensors' own limit
 _LIMIT = 2**63  # sizes and offsets are below it
 

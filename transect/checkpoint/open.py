@@ -30,8 +30,10 @@ from .folder import check_folder
 from .gguf import load_gguf
 from .header import Stored
 from .named import NAMES, named_folder
+from .packed import METHOD as PACKED
 from .processors import load_processors
 from .quantizer import METHOD
+from .unpacked import check_packed, read_as_operators
 
 
 @dataclass
@@ -154,7 +156,8 @@ def folder_of(source: str, revision: str | None = None) -> Path:
 def model_class(config: Any, where: str) -> Any:
     """The transformers class that a config names, or where it names none, the usual one of its type, with a warning.
 
-    Raises TransectError for one that transformers does not have, for encoder-decoders, and for quantised checkpoints.
+    Raises TransectError for one that transformers does not have, for encoder-decoders, and for quantised checkpoints
+    but those of packed integers (see `packed`).
     """
     refuse_encoder_decoder(config, where)
     _refuse_quantized(config, where)
@@ -185,7 +188,9 @@ def model_class(config: Any, where: str) -> Any:
 def _refuse_quantized(config: Any, where: str) -> None:
     settings = getattr(config, "quantization_config", None)
     method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
-    if settings is not None and method != METHOD:
+    if method == PACKED and isinstance(settings, dict):
+        check_packed(settings, where)
+    elif settings is not None and method != METHOD:
         raise TransectError(
             f"the weights of {where} are quantised ({getattr(method, 'value', method)}), and what Transect reads and "
             "writes are ordinary floating-point matrices. Take the model that it was made from; or load it with "
@@ -198,9 +203,15 @@ def _load(folder: Path, stored: Mapping[str, Stored], dtype: Any, device: Any) -
         config = read_config(folder)
         cls = model_class(config, str(folder))
         check_fit(str(folder), cls, config, stored)
+        given: dict[str, Any] = {}
+        settings = getattr(config, "quantization_config", None) or {}
+        if settings.get("quant_method") == PACKED:
+            config.quantization_config = read_as_operators(settings)
+            given = {"config": config}
         model, report = pretrained(
             cls,
             folder,
+            **given,
             dtype=dtype,
             device_map=device,
             use_safetensors=True,

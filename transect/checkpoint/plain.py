@@ -39,7 +39,7 @@ def store_as_conv1d(record: StructureRecord, plain: Any, state: dict[str, Tensor
         weight = state.get(f"{path}.weight")
         if weight is None or weight.device.type == "meta" or weight.numel() == 0:  # offloaded; empty ones stay Linear
             continue
-        if entry["kind"] == "linear" and isinstance(_get(plain, path), Conv1D):
+        if entry["kind"] == "linear" and isinstance(module_at(plain, path), Conv1D):
             state[f"{path}.weight"] = weight.T
             state.setdefault(f"{path}.bias", weight.new_zeros(entry["out"]))
             record.modules[path] = {"kind": "conv1d", "in": entry["in"], "out": entry["out"], "bias": True}
@@ -49,11 +49,11 @@ def fits(plain: Any, record: StructureRecord, state: dict[str, Tensor]) -> bool:
     """Whether the plain skeleton is the recorded model: the same modules, attributes and shapes."""
     kinds = {"linear": nn.Linear, "conv1d": Conv1D}
     for path, entry in record.modules.items():
-        if entry["kind"] not in kinds or not isinstance(_get(plain, path), kinds[entry["kind"]]):
+        if entry["kind"] not in kinds or not isinstance(module_at(plain, path), kinds[entry["kind"]]):
             return False
     for path, attributes in record.attributes.items():
         for attribute, value in attributes.items():
-            if _get(plain, f"{path}.{attribute}") != value:
+            if module_at(plain, f"{path}.{attribute}") != value:
                 return False
     return {k: v.shape for k, v in plain.state_dict().items()} == {k: v.shape for k, v in state.items()}
 
@@ -136,7 +136,8 @@ def _readable(model: Any, edits: dict[str, Any]) -> bool:
     return True
 
 
-def _get(root: Any, path: str) -> Any:
+def module_at(root: Any, path: str) -> Any:
+    """What is at a path of attributes; None where there is nothing."""
     for name in path.split("."):
         root = getattr(root, name, None)
     return root

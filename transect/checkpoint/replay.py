@@ -23,9 +23,9 @@ def replay(model: Any, record: StructureRecord) -> StructureRecord:
     Returns the record with this model's own paths. Raises BadCheckpoint where the record does not fit the model.
     """
     record = StructureRecord(
-        modules={_located(model, path): entry for path, entry in record.modules.items()},
-        attributes={_located(model, path): entry for path, entry in record.attributes.items()},
-        parameters={_located(model, path, "_parameters"): entry for path, entry in record.parameters.items()},
+        modules={located(model, path): entry for path, entry in record.modules.items()},
+        attributes={located(model, path): entry for path, entry in record.attributes.items()},
+        parameters={located(model, path, "_parameters"): entry for path, entry in record.parameters.items()},
         history=list(record.history),
     )
     for path, description in record.modules.items():
@@ -61,7 +61,7 @@ def built(path: str, description: Any, device: Any) -> nn.Module:
         raise BadCheckpoint(f"the structure record's entry for {path!r} cannot be built: {reason}") from error
 
 
-def _located(model: Any, path: str, table: str = "_modules") -> str:
+def located(model: Any, path: str, table: str = "_modules") -> str:
     """Where the model has what the record calls `path`, a module (or, in `_parameters`, a parameter)."""
     prefix = getattr(model, "base_model_prefix", "") + "."
     for candidate in (path, path.removeprefix(prefix), prefix + path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,12 +24,14 @@ from ..operators import Operator
 from .base import note_base, without_adapters
 from .config import HISTORY, history_of
 from .modeling_file import MODULE, auto_map, concrete_class, modeling_source
+from .packed import packed_settings, packed_tensors, refused_by_vllm
 from .place import placed
 from .plain import STRUCTURE_KEYS, fits, sizes_in_config, skeleton, stops, store_as_conv1d
 from .processors import copy_processor_files, load_processors
 from .quantizer import METHOD, STOP
 from .replay import replay
 
+logger = logging.getLogger(__name__)
 hugging_face_save = PreTrainedModel.save_pretrained  # before `attach` puts Transect's in its place
 
 
@@ -44,8 +47,10 @@ def save(
 ) -> Path:
     """Write safetensors, config.json, the tokenizer and the structure record; returns the folder.
 
-    Where config.json alone can describe the model, the folder needs no Transect to be loaded. Otherwise it loads
-    with `import transect`, or with `trust_remote_code=True`, and a transformers that has neither refuses it.
+    Where config.json alone can describe the model, the folder needs no Transect to be loaded; nor where all that
+    changed are linear layers that became integers: those are written as `compressed-tensors` stores them, see `packed`.
+    Otherwise it loads with `import transect`, or with `trust_remote_code=True`, and a transformers that has neither
+    refuses it.
 
     tokenizer: tokenizer or image processor to write. Default: the one of `open_model`, or that of the folder or
         (cached) hub name from which the model was loaded.
@@ -105,7 +110,8 @@ def check_output(folder: str | Path, overwrite: bool) -> Path:
 def write_description(model: Any, folder: Path, state: Mapping[str, Tensor]) -> None:
     """Write config.json and what else describes a model whose weights are written apart from it.
 
-    state: name -> tensor of every weight; only the shapes matter, so they may be on the meta device.
+    state: name -> tensor of every weight; only the shapes matter, so they may be on the meta device. The weights are
+    then written as they are, unless `packs` says otherwise.
     """
     model.config.architectures = [concrete_class(model).__name__]
     model.config.save_pretrained(folder)
@@ -114,10 +120,18 @@ def write_description(model: Any, folder: Path, state: Mapping[str, Tensor]) -> 
     _add_structure(model, folder, _Structure.of(model, dict(state)))
 
 
+def packs(model: Any, state: Mapping[str, Tensor]) -> bool:
+    """Whether the weights are written as `packed_tensors` of the model's record. state: as of `write_description`."""
+    return _Structure.of(model, dict(state)).packed is not None
+
+
 def _write(model: Any, folder: Path, **kwargs: Any) -> None:
     given = kwargs.get("state_dict")
     state = kwargs["state_dict"] = without_adapters(model, dict(given or model.state_dict()))
-    structure = _Structure.of(model, state, whole=not given)
+    offloaded = any(tensor.is_meta for tensor in state.values())
+    structure = _Structure.of(model, state, whole=not given, pack=not offloaded)
+    if structure.packed is not None:
+        kwargs["state_dict"] = packed_tensors(structure.record, state)
     # A record names the modules as they are now; only plain folders follow the names of older transformers versions.
     kwargs.setdefault("save_original_format", structure.ordinary)
     hugging_face_save(model, folder, **kwargs)
@@ -129,18 +143,22 @@ class _Structure:
     """How a model's structure is written: `edits` of config.json, and the record unless they say it all (`ordinary`).
 
     stopped: the shape of some tensor stops a transformers that does not know the record.
+    packed: the `quantization_config` of integers in the format of `compressed-tensors`, which is then written in place
+        of the record.
     """
 
     record: StructureRecord
     edits: dict[str, Any]
     ordinary: bool
     stopped: bool
+    packed: dict[str, Any] | None = None
 
     @staticmethod
-    def of(model: Any, state: dict[str, Tensor], whole: bool = True) -> _Structure:
+    def of(model: Any, state: dict[str, Tensor], whole: bool = True, pack: bool = True) -> _Structure:
         """Of a model and its weights by name; `state` may be rewritten, see `store_as_conv1d`.
 
-        whole: whether `state` is all of it. Raises TransectError where the record does not describe the weights.
+        whole: whether `state` is all of it. pack: whether it can be written in another form than it has.
+        Raises TransectError where the record does not describe the weights.
         """
         record = gathered_record(model)
         _check_recorded(model, record)
@@ -150,6 +168,9 @@ class _Structure:
         store_as_conv1d(record, plain, state)
         edits = sizes_in_config(model, plain)
         plain = skeleton(model, edits)
+        packed = packed_settings(plain, record, state) if pack else None
+        if packed is not None:
+            return _Structure(record, edits, False, True, packed)
         structure = _Structure(record, edits, fits(plain, record, state), stops(plain, state))
         if not structure.ordinary:
             _check_loads(model, plain, record, state, whole)
@@ -198,9 +219,17 @@ def _add_structure(model: Any, folder: Path, structure: _Structure) -> None:
         del config["auto_map"]
         (folder / f"{MODULE}.py").unlink(missing_ok=True)
     record.history = history_of(vars(model.config), "the model's config") + record.history
-    if structure.ordinary and record.history:
+    if record.history and (structure.ordinary or structure.packed):
         config[HISTORY] = {"history": record.history}
-    if not structure.ordinary:
+    if structure.packed is not None:
+        config["quantization_config"] = structure.packed
+        refused = refused_by_vllm(model, record)
+        logger.info(
+            "the integers are written as compressed-tensors stores them: transformers, with that package, loads the "
+            "folder without Transect. %s",
+            "So should vLLM" if refused is None else f"vLLM may not: {refused}",
+        )
+    elif not structure.ordinary:
         config["quantization_config"] = {"quant_method": METHOD, "record": record.to_dict()}
         if not structure.stopped:
             config["attn_implementation"] = STOP

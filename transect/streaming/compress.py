@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..anatomy import Block, StructureRecord
-from ..checkpoint import check_output, placed, replay, write_description
+from ..checkpoint import check_output, packed_tensors, packs, placed, replay, write_description
 from ..checkpoint.place import LAST
 from ..compression import Factorization, Recipe
 from ..compression.allocation import Ranks, allocate_ranks, allocation_named, is_ranking, needs_measure, share_out
@@ -109,7 +109,7 @@ def _finished(work: Workspace, out: Path, count: int) -> dict[str, Any] | None:
         return None
     if out.is_dir():
         finish_exchange(out, LAST)
-    shards = [work.path("shard", index) for index in range(count)]
+    shards = _shards(work, count)
     placed_ones = [out / _shard_name(index, count) for index in range(count)]
     if not (out / LAST).is_file() or not all(path.is_file() for path in placed_ones):
         return None
@@ -272,11 +272,15 @@ def _finish(source: StreamedModel, work: Workspace, out: Path, tokenizer: Any, o
     state = model.state_dict()
     if work.done("shards") is None:
         work.write_named("shard", count - 1, {name: state[name] for name in source.outside})
+        if packs(model, state):
+            for index in range(count):
+                tensors = packed_tensors(source.anatomy.record, work.read_named("shard", index))
+                work.write_named("packed", index, tensors)
         work.advance("shards", count, note=outcome)
     with placed(out) as folder:
         write_description(model, folder, state)
-        for index in range(count):
-            shard, name = work.path("shard", index), _shard_name(index, count)
+        for index, shard in enumerate(_shards(work, count)):
+            name = _shard_name(index, count)
             sizes = _sizes(shard)
             weight_map |= dict.fromkeys(sizes, name)
             total += sum(sizes.values())
@@ -287,6 +291,12 @@ def _finish(source: StreamedModel, work: Workspace, out: Path, tokenizer: Any, o
             tokenizer.save_pretrained(folder)
     work.advance("placed", count)
     work.remove()
+
+
+def _shards(work: Workspace, count: int) -> list[Path]:
+    """The result's files, in the form in which they are to be read."""
+    kind = "packed" if work.has("packed", 0) else "shard"
+    return [work.path(kind, index) for index in range(count)]
 
 
 def _shard_name(index: int, count: int) -> str:
