@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from .base import Operator
+from .build import build
 from .grouped_integer import GroupedInteger
 
 
@@ -67,8 +68,6 @@ class Quantized(Operator):
 
     def opened(self) -> Operator:
         """f with all its factors in floating point."""
-        from .build import build
-
         with torch.device("meta"):
             made: Any = build(self.describe()["inner"], inside=True)
         made.load_state_dict({**self.inner.state_dict(), **self.numbers()}, assign=True)
@@ -86,8 +85,6 @@ class Quantized(Operator):
 
     @classmethod
     def from_description(cls, description: dict[str, Any]) -> Quantized:
-        from .build import build
-
         inner = build(description["inner"], inside=True)
         factors = {name: build(described, inside=True) for name, described in description["factors"]}
         if not isinstance(inner, Operator) or isinstance(inner, Quantized):
