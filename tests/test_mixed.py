@@ -9,6 +9,12 @@ from transformers import AutoModelForCausalLM
 import transect
 from transect.anatomy import Anatomy
 from transect.compression import method
+from transect.compression.catalog.mixed.integers import (
+    GROUP,
+    best_grid,
+    integer_low_rank_options,
+    integer_options,
+)
 from transect.compression.catalog.mixed.options import (
     Metric,
     Option,
@@ -23,10 +29,13 @@ from transect.compression.catalog.mixed.options import (
 )
 from transect.compression.catalog.mixed.refit import refit_to_dense
 from transect.compression.copying import working_copy
+from transect.compression.integers import Grid
 from transect.compression.weighted_svd import shrink
 from transect.errors import OutOfReach
 from transect.operators import LowRank
 from transect.operators.dictionary import SparseDictionary
+from transect.operators.grouped_integer import GroupedInteger
+from transect.operators.quantized import Quantized
 from transect.operators.scattered import LeadingColumns, LeadingRows, ScatteredRows
 from transect.statistics import InputCovariance, InputMean, OutputGradientCovariance, collect, key_of
 
@@ -73,6 +82,42 @@ def test_the_price_of_an_option_is_that_of_the_matrix_it_puts_in_place(name):
             tensors = [*placed.module.parameters(), *placed.module.buffers()]
             stored = sum(t.numel() * t.element_size() for t in tensors if t is not placed.module.bias)
             assert stored == option.bytes
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_the_price_of_integers_is_about_that_of_what_they_put_in_place(name):
+    """It is what is expected before anything is rounded, and the bytes are those that are stored."""
+    model, found = tiny(name), []
+    for metric in metrics(model):
+        weight = metric.matrix.weight.double().clone()
+        again = lambda matrix, metric=metric: metric  # noqa: E731
+        whole = list(integer_options(metric.matrix, again))
+        options = [*whole, *integer_low_rank_options(metric.matrix, (0.3, 0.6), again, again)]
+        assert len(whole) == 4 and len(options) == 4 + 6
+        for option in options:
+            copy = working_copy(Anatomy(model))
+            option.put(copy.blocks[0])
+            placed = copy.blocks[0].matrix(metric.matrix.role)
+            assert isinstance(placed.module, GroupedInteger if option in whole else Quantized)
+            found.append((option.loss, metric.price(weight - placed.weight.double())))
+            tensors = [*placed.module.parameters(), *placed.module.buffers()]
+            bias = 0 if placed.bias is None else placed.bias.numel() * 4
+            assert sum(t.numel() * t.element_size() for t in tensors) - bias == option.bytes
+        losses = [option.loss for option in whole]
+        assert losses == sorted(losses, reverse=True)  # 2, 3, 4, 8 bits
+    ratios = torch.tensor([expected / price for expected, price in found])
+    assert 0.9 < ratios.median() < 1.1 and ((ratios > 0.5) & (ratios < 2)).double().mean() > 0.9
+
+
+def test_a_grid_that_reaches_less_far_is_taken_where_it_loses_less():
+    weight = torch.randn(8, 128, generator=torch.Generator().manual_seed(0))
+    strengths = torch.rand(128, generator=torch.Generator().manual_seed(1))
+    groups = weight.unflatten(1, (-1, GROUP))
+    error = [
+        ((grid.values(grid.codes(groups)) - groups).square().flatten(1) * strengths).sum()
+        for grid in (best_grid(weight, strengths, 2), Grid.of(groups, 2, False))
+    ]
+    assert error[0] < 0.9 * error[1]
 
 
 def test_a_narrow_mlp_costs_what_its_down_matrix_then_gets_wrong():
@@ -279,16 +324,16 @@ def test_the_program_finds_what_enumeration_finds():
         choose(options[:-1], 5)
 
 
-@pytest.mark.parametrize("structure", ["low-rank", "dictionary", "narrow"])
+@pytest.mark.parametrize("structure", ["low-rank", "dictionary", "narrow", "integer"])
 def test_one_structure_alone_and_the_budget(structure):
     model = tiny("llama")
     whole = Anatomy(model).matrix_bytes()
     transect.compress(model, "mixed", 0.75, DATA, structures=structure, iterations=2)
     anatomy = Anatomy(model)
-    assert 0.6 * whole < anatomy.matrix_bytes() <= 0.75 * whole
+    assert (0.1 if structure == "integer" else 0.6) * whole < anatomy.matrix_bytes() <= 0.75 * whole
     kinds = {type(matrix.module).__name__ for matrix in anatomy.matrices()}
     allowed = {
-        "low-rank": {"LowRank"}, "dictionary": {"SparseDictionary"},
+        "low-rank": {"LowRank"}, "integer": {"GroupedInteger", "Quantized"}, "dictionary": {"SparseDictionary"},
         "narrow": {"ScatteredRows", "LeadingRows", "LeadingColumns"},
     }  # fmt: skip
     assert kinds <= {*allowed[structure], "Linear"}
@@ -299,7 +344,7 @@ def test_all_structures_together_at_any_budget(keep):
     model = tiny("llama")
     whole = Anatomy(model).matrix_bytes()
     transect.compress(model, "mixed", keep, DATA, iterations=5)
-    assert 0.8 * keep * whole < Anatomy(model).matrix_bytes() <= keep * whole
+    assert 0.1 * whole < Anatomy(model).matrix_bytes() <= keep * whole
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
@@ -332,5 +377,7 @@ def test_what_it_needs_and_refuses():
         transect.compress(tiny("llama"), "mixed", 0.01, DATA, structures="dictionary")
     with pytest.raises(OutOfReach, match="narrower layers alone"):
         transect.compress(tiny("llama"), "mixed", 0.2, DATA, structures="narrow")
+    with pytest.raises(transect.TransectError, match="too little for integers alone"):
+        transect.compress(tiny("llama"), "mixed", 0.002, DATA, structures="integer")
     needed = {s.label for s in method("mixed").needs}
     assert needed == {s.label for s in (*method("kfac-svd").needs, InputMean())}

@@ -19,20 +19,21 @@ from ...two_sided import pivots, round_two_sided
 from ...weighted_svd import Factorization, weighted_svd
 from .options import Metric, Option, named
 
+MetricOf = Callable[[Matrix], Metric]
 _Factors = tuple[LowRank, dict[str, GroupedInteger]]
 GROUP = 64
 _FACTOR_BITS = (3, 4, 8)
 _NARROWER = tuple(1 - i / 20 for i in range(11))  # of the grid that reaches every weight
 
 
-def integer_options(metric: Metric, metric_of: Callable[[Matrix], Metric]) -> Iterator[Option]:
+def integer_options(matrix: Matrix, rounding: MetricOf) -> Iterator[Option]:
     """The matrix as integers of each number of bits, rounded by both sides of the metric (`round_two_sided`).
 
     The price is what is expected: D_i E_j times the mean squared error of rounding to the nearest, over the group. That
     is exact where what is added to an entry is spread evenly over a step.
-    metric_of: gives a matrix's metric again when the option is taken.
+    rounding: gives the matrix's metric, now and again when the option is taken.
     """
-    matrix, weight = metric.matrix, metric.matrix.weight.float()
+    metric, weight = rounding(matrix), matrix.weight.float()
     rows, columns = (pivots(each).float() for each in (metric.gradients, metric.inputs))
     for bits in BITS:
         grid = best_grid(weight, metric.inputs.diagonal(), bits)
@@ -40,9 +41,8 @@ def integer_options(metric: Metric, metric_of: Callable[[Matrix], Metric]) -> It
 
         @cache
         def made(bits: int = bits) -> GroupedInteger:
-            ours = metric_of(matrix)
-            weight = ours.matrix.weight.float()
-            return rounded(weight, ours.gradients, ours.inputs, bits)
+            ours = rounding(matrix)
+            return rounded(matrix.weight.float(), ours.gradients, ours.inputs, bits)
 
         def put_integers(block: Block, made: Callable[[], GroupedInteger] = made) -> None:
             put(named(block, matrix.name), made().select(None, None))  # a copy: it may be put in several models
@@ -52,15 +52,16 @@ def integer_options(metric: Metric, metric_of: Callable[[Matrix], Metric]) -> It
 
 
 def integer_low_rank_options(
-    metric: Metric, shares: Sequence[float], metric_of: Callable[[Matrix], Metric]
+    matrix: Matrix, shares: Sequence[float], metric_of: MetricOf, rounding: MetricOf
 ) -> Iterator[Option]:
-    """KFAC-SVD at ranks of these shares, its factors as integers.
+    """KFAC-SVD at ranks of these shares, its factors as integers. metric_of, rounding: metrics for either step.
 
-    In the metric the components of a KFAC-SVD are uncorrelated: LᵀΓL and R A Rᵀ are diagonal. So Lᵀ is rounded by Γ and
+    In its metric the components of a KFAC-SVD are uncorrelated: LᵀΓL and R A Rᵀ are diagonal. So Lᵀ is rounded by Γ and
     R by A, row by row (GPTQ), and the price of each component is its own.
     """
-    matrix, (m, n) = metric.matrix, metric.matrix.shape
+    (m, n), metric = matrix.shape, metric_of(matrix)
     made = weighted_svd(matrix.weight.double(), metric.gradients, metric.inputs)
+    itemsize, dense_bytes, metric = metric.itemsize, metric.dense_bytes, rounding(matrix)
     tails, most = made.losses(), max(1, int(max(shares) * m * n / (m + n)))
     prices = [_factor_prices(made, metric, most, bits).cumsum(0) for bits in _FACTOR_BITS]
     for bits, price in zip(_FACTOR_BITS, prices, strict=True):
@@ -69,8 +70,8 @@ def integer_low_rank_options(
             @cache
             def factors(bits: int = bits, rank: int = rank) -> _Factors:
                 ours = metric_of(matrix)
-                made = weighted_svd(ours.matrix.weight.double(), ours.gradients, ours.inputs)
-                left, right = made.truncate(rank)
+                left, right = weighted_svd(matrix.weight.double(), ours.gradients, ours.inputs).truncate(rank)
+                ours = rounding(matrix)
                 one = torch.eye(rank, dtype=torch.float64, device=left.device)
                 stored = {
                     "left.weight": rounded(left.T.float(), one, ours.gradients, bits),
@@ -83,9 +84,9 @@ def integer_low_rank_options(
                 copies = {name: each.select(None, None) for name, each in stored.items()}
                 put(named(block, matrix.name), Quantized(plain.select(None, None), copies))  # type: ignore[arg-type]
 
-            size = sum(grouped_integer_bytes(rank, side, bits, GROUP, False, metric.itemsize) for side in (m, n))
+            size = sum(grouped_integer_bytes(rank, side, bits, GROUP, False, itemsize) for side in (m, n))
             loss = float(tails[rank] + price[rank - 1])
-            yield Option("integer low-rank", (matrix.name,), size, loss, put_factors, size / metric.dense_bytes)
+            yield Option("integer low-rank", (matrix.name,), size, loss, put_factors, size / dense_bytes)
 
 
 def least_integer_bytes(matrix: Matrix, share: float) -> int:

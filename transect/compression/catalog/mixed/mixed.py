@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
@@ -18,7 +18,7 @@ from ...factorized import SEARCH_SEQUENCES
 from ...registry import Calibration, Range, restructuring
 from ...sizes import dense_bytes
 from ...weighted_svd import shrink
-from .integers import integer_low_rank_options, integer_options, least_integer_bytes
+from .integers import MetricOf, integer_low_rank_options, integer_options, least_integer_bytes
 from .options import (
     RATIO,
     Metric,
@@ -41,6 +41,7 @@ _DICTIONARY_SHARES = (0.3, 0.45, 0.6, 0.75)
 _WIDTH_SHARES = tuple(i / 16 for i in range(4, 16))  # of a head
 _NEURON_SHARES = tuple(i / 20 for i in range(6, 20))
 _NEAR = 0.15  # dictionaries are tried at sizes that differ so much from the size chosen without them, in shares
+_ROUNDING = (0.01, 0.1)  # shrinkages of A (as GPTQ damps it) and of Γ for integers, whose errors point anywhere
 _PRICING_ROUNDS = 4  # of dictionary learning: all later ones lower the price by a tenth or two
 _INTEGERS = ("integer", "integer low-rank")
 _CANDIDATES = (
@@ -109,21 +110,24 @@ def mixed(
     structures: which may be used; matrices may always stay dense.
     refit_outputs: whether to refit to the dense outputs afterwards.
     iterations: most rounds of dictionary learning.
-    input_shrinkage: A becomes (1 - a) A + a mean(diag A) I, as in kfac-svd.
-    gradient_shrinkage: likewise for Γ.
+    input_shrinkage: A becomes (1 - a) A + a mean(diag A) I, as in kfac-svd; 0.01 for integers.
+    gradient_shrinkage: likewise for Γ; 0.1 for integers.
     """
     if keep == 1:
         return
     budget = keep * anatomy.matrix_bytes()
     matrices = {matrix.name: matrix for matrix in anatomy.matrices()}
 
-    def metric(matrix: Matrix) -> Metric:
+    def metric(matrix: Matrix, inputs: float = input_shrinkage, gradients: float = gradient_shrinkage) -> Metric:
         return Metric(
             matrix,
-            shrink(_value(calibration.statistics, matrix, _INPUTS), input_shrinkage),
-            shrink(_value(calibration.statistics, matrix, _GRADIENTS), gradient_shrinkage),
+            shrink(_value(calibration.statistics, matrix, _INPUTS), inputs),
+            shrink(_value(calibration.statistics, matrix, _GRADIENTS), gradients),
             _value(calibration.statistics, matrix, _MEAN),
         )
+
+    def rounding(matrix: Matrix) -> Metric:
+        return metric(matrix, *_ROUNDING)
 
     def dictionaries(name: str, shares: Sequence[float], rounds: int) -> list[Option]:
         return list(dictionary_options(metric(matrices[name]), shares, min(rounds, iterations), calibration.seed))
@@ -131,7 +135,7 @@ def mixed(
     options = [
         option
         for block in calibration.shown(anatomy.blocks, "options")
-        for option in _quick_options(block, metric, structures, keep)
+        for option in _quick_options(block, metric, rounding, structures, keep)
     ]
     if structures in ("all", "dictionary"):
         grid = _DICTIONARY_SHARES if keep >= _DICTIONARY_SHARES[0] else (keep, *_DICTIONARY_SHARES)
@@ -153,8 +157,10 @@ def _value(statistics: Statistics, matrix: Matrix, statistic: object) -> torch.T
     return statistics.value(key_of(matrix, statistic), statistic).double()  # type: ignore[arg-type]
 
 
-def _quick_options(block: Block, metric: Callable[[Matrix], Metric], structures: str, keep: float) -> list[Option]:
-    """All options of one block's matrices but dictionaries."""
+def _quick_options(
+    block: Block, metric: MetricOf, rounding: MetricOf, structures: str, keep: float
+) -> list[Option]:  # fmt: skip
+    """All options of one block's matrices but dictionaries. rounding: the metric that integers go by."""
     metrics = [metric(matrix) for matrix in block.matrices()]
     found = [dense(one) for one in metrics]
     if structures in ("all", "low-rank"):
@@ -162,8 +168,8 @@ def _quick_options(block: Block, metric: Callable[[Matrix], Metric], structures:
             found += low_rank_options(one, sorted({*_LOW_RANK_SHARES, keep}))
     if structures in ("all", "integer"):
         for one in metrics:
-            found += integer_options(one, metric)
-            found += integer_low_rank_options(one, _LOW_RANK_SHARES, metric)
+            found += integer_options(one.matrix, rounding)
+            found += integer_low_rank_options(one.matrix, _LOW_RANK_SHARES, metric, rounding)
     if structures in ("all", "narrow"):
         if not block.has_experts:
             found += narrow_mlp_options(metrics, _NEURON_SHARES, ridge=1e-2)
