@@ -290,7 +290,7 @@ def test_without_any_position_there_is_nothing_to_borrow():
 PER_MATRIX = {
     "svd": {}, "fwsvd": {}, "asvd": {}, "svd-llm": {}, "kfac-svd": {}, "cospadi": {"iterations": 2}, "monarch": {},
     "armor": {"rounds": 3}, "wanda": {}, "sparsegpt": {}, "magnitude": {}, "nowag-p": {},
-    "cospadi-shared": {"iterations": 2}, "mixed": {"iterations": 2},
+    "cospadi-shared": {"iterations": 2}, "mixed": {"iterations": 2}, "jlcm": {"steps": 5},
 }  # fmt: skip
 
 

@@ -119,9 +119,9 @@ def packed_bytes(count: int, bits: int) -> int:
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Integers from 0 to 2^bits - 1 as bytes (uint8), 8 / bits of them in each, the first in the lowest bits.
+    """Integers from 0 to 2^bits - 1, of 1 to 8 bits, as bytes (uint8): 8 / bits in each, the first in the lowest bits.
 
-    3 bits do not divide a byte: the lower two of all come first, and then the highest ones.
+    Where that does not divide, the bits go in parts that do: of 3, the lower two of all come first, then the highest.
     """
     packed, flat = [], codes.reshape(-1).to(torch.uint8)
     for part in _parts(bits):
@@ -146,7 +146,7 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
 
 
 def _parts(bits: int) -> tuple[int, ...]:
-    return (2, 1) if bits == 3 else (bits,)
+    return tuple(part for part in (8, 4, 2, 1) if bits & part)
 
 
 def _shifts(part: int, like: Tensor) -> Tensor:
