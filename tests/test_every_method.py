@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 import transect
 from transect.anatomy import Anatomy
+from transect.compression import method as registered
 from transect.errors import OutOfReach, TransectError
 
 from .models import VOCABULARY, assert_same_model, assert_same_tensors, tiny
@@ -37,7 +38,8 @@ def test_the_budget_is_kept_and_the_result_loads_and_generates(method, tmp_path)
     dense = Anatomy(tiny("llama")).matrix_bytes()
     model = compressed(method)
     kept = Anatomy(model).matrix_bytes()
-    assert 0.4 * dense < kept <= KEEPS.get(method, KEEP) * dense * (1 + 1e-9)
+    least = 0.1 if registered(method).even or method == "mixed" else 0.4  # integers: so many bits, and none between
+    assert least * dense < kept <= KEEPS.get(method, KEEP) * dense * (1 + 1e-9)
     history = Anatomy(model).record.history[-1]
     assert history["compress"]["method"] == method and history["kept"] == pytest.approx(kept / dense)
     model.save_pretrained(tmp_path / "small")

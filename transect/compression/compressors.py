@@ -166,7 +166,7 @@ def sizes_of_shares(
         except OutOfReach as error:
             raise OutOfReach(f"{matrix.name}: {error}") from None
         saved += share * unit.bytes - size.bytes
-        stays = saved >= unit.bytes - size.bytes
+        stays = not method.even and saved >= unit.bytes - size.bytes
         sizes[matrix.name] = None if stays else size
         saved -= unit.bytes - size.bytes if stays else 0
     return sizes

@@ -38,6 +38,7 @@ class Method:
         given some even where it needs no statistic. refit: its result can be refitted by least squares afterwards.
     plan: what finds out, before any work, how large the result may be; see the decorators.
     allocation: how its budget is shared out where the user names no allocation.
+    even: what a matrix's size leaves over of its share is not spent on leaving others dense.
     rounding: how the numbers of what it makes are stored, for `NAME+gptq4` and its like; None: as the model's.
     """
 
@@ -50,6 +51,7 @@ class Method:
     data: bool = False
     plan: Callable[..., Any] | None = None
     allocation: str = "uniform"
+    even: bool = False
     rounding: Rounding | None = None
 
     @property
@@ -121,6 +123,7 @@ def replacement(
     needs: Sequence[Statistic] = (),
     refit: bool = False,
     allocation: str = "uniform",
+    even: bool = False,
 ) -> Register:
     """Register `function(weight, *statistics, **size.chosen, **settings) -> Operator`: one matrix, one operator.
 
@@ -129,8 +132,9 @@ def replacement(
     size: `size(shape, itemsize, keep, **settings)`, the largest Size of at most `keep` of the dense bytes for a matrix
         of that shape; it raises OutOfReach where there is none. A method of one size only (2:4) returns that where it
         fits; the frame then leaves as many matrices dense as the budget allows.
+    even: it does not, since engines want all matrices stored alike, and a few dense ones buy little.
     """
-    return _register("replacement", name, paper, needs, plan=size, refit=refit, allocation=allocation)
+    return _register("replacement", name, paper, needs, plan=size, refit=refit, allocation=allocation, even=even)
 
 
 def slicing(

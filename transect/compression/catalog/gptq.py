@@ -14,7 +14,7 @@ from ..integers import Grid, grouped, integer_size
 from ..registry import Range, replacement
 
 
-@replacement("gptq", paper="arXiv:2210.17323", size=integer_size, needs=[InputCovariance()])
+@replacement("gptq", paper="arXiv:2210.17323", size=integer_size, even=True, needs=[InputCovariance()])
 def gptq(
     weight: Tensor,
     covariance: Tensor,

@@ -9,7 +9,7 @@ from ..integers import Grid, grouped, integer_size
 from ..registry import Range, replacement
 
 
-@replacement("rtn", paper="the baseline of arXiv:2210.17323", size=integer_size)
+@replacement("rtn", paper="the baseline of arXiv:2210.17323", size=integer_size, even=True)
 def rtn(
     weight: Tensor, *, bits: int, group: Annotated[int, Range(1, 65536)] = 64, symmetric: bool = False
 ) -> GroupedInteger:

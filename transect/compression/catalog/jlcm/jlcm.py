@@ -30,7 +30,7 @@ def size(shape: tuple[int, int], itemsize: int, keep: float, *, groups: int, mod
     )
 
 
-@replacement("jlcm", paper="arXiv:2309.17361", size=size, needs=[InputCovariance()])
+@replacement("jlcm", paper="arXiv:2309.17361", size=size, even=True, needs=[InputCovariance()])
 def jlcm(
     weight: Tensor,
     covariance: Tensor,
