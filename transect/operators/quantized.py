@@ -97,6 +97,8 @@ class Quantized(Operator):
 class _Emptied(nn.Module):
     """What is left of an `nn.Linear` whose weight is stored elsewhere and comes with each call."""
 
+    bias: Any
+
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
