@@ -8,11 +8,13 @@ default are the settings that a user can choose. They are validated against thei
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import TransectError
+from ..operators.grouped_integer import BITS
 from ..parameters import Parameter, parameters_of, settings_of, summary_of
 from ..parameters import Range as Range
 from ..parameters import Seed as Seed
@@ -200,9 +202,19 @@ def method(name: str) -> Method:
         raise TransectError(f"unknown method {base!r}; known: {', '.join(sorted(_methods))}")
     if not plus:
         return _methods[base]
-    from .rounding import rounding_of
+    return replace(_methods[base], name=name, rounding=_rounding(rounding))
 
-    return replace(_methods[base], name=name, rounding=rounding_of(rounding))
+
+def _rounding(name: str) -> Rounding:
+    """Of `rtn4`, `gptq4` or `gptq4g32`."""
+    found = re.fullmatch(r"(rtn|gptq)(\d+)(?:g(\d+))?", name)
+    bits, group = (int(found[2]), int(found[3] or 64)) if found else (0, 64)
+    if found is None or bits not in BITS or not 1 <= group <= 65536:
+        raise TransectError(
+            f"{name!r} is no way to store numbers; what comes after a method's + is rtn or gptq, one of {BITS} bits, "
+            "and perhaps a group, such as gptq4 or rtn3g32"
+        )
+    return Rounding(method(found[1]), bits, group)
 
 
 def methods() -> list[Method]:

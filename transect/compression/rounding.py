@@ -6,16 +6,15 @@ integers of 4 bits in groups of 64; `+rtn8`, `+gptq3g32` likewise.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
 from ..anatomy import Matrix
-from ..errors import NotApplicable, TransectError
+from ..errors import NotApplicable
 from ..operators import LowRank, Operator
-from ..operators.grouped_integer import BITS, GroupedInteger, grouped_integer_bytes
+from ..operators.grouped_integer import GroupedInteger, grouped_integer_bytes
 from ..operators.monarch import Monarch
 from ..operators.quantized import Quantized, laid_out
 from ..operators.scattered import Leading, ScatteredRows
@@ -26,18 +25,6 @@ from .registry import Method, Rounding, method
 _FACTORS_ALONE = (LowRank, Monarch, Leading, ScatteredRows)  # but for a position a row, see `stored_share`
 _READS = ("right.weight", "inner.weight")  # the factors of these operators that a block's features enter
 _SEEN = InputCovariance()
-
-
-def rounding_of(name: str) -> Rounding:
-    """Of `rtn4`, `gptq4` or `gptq4g32`."""
-    found = re.fullmatch(r"(rtn|gptq)(\d+)(?:g(\d+))?", name)
-    bits, group = (int(found[2]), int(found[3] or 64)) if found else (0, 64)
-    if found is None or bits not in BITS or not 1 <= group <= 65536:
-        raise TransectError(
-            f"{name!r} is no way to store numbers; what comes after a method's + is rtn or gptq, one of {BITS} bits, "
-            "and perhaps a group, such as gptq4 or rtn3g32"
-        )
-    return Rounding(method(found[1]), bits, group)
 
 
 def stored_share(matrices: Sequence[Matrix], chosen: Method) -> float:
