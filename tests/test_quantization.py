@@ -11,6 +11,7 @@ from transect.anatomy.storage import weight_tensors
 from transect.compression import method, two_sided
 from transect.compression.integers import Grid, grouped, integer_size
 from transect.errors import OutOfReach, TransectError
+from transect.evaluation.size import parameters
 from transect.operators import build
 from transect.operators.grouped_integer import BITS, GroupedInteger, grouped_integer_bytes, pack, packed_bytes, unpack
 from transect.operators.quantized import Quantized
@@ -196,7 +197,10 @@ def test_with_uncorrelated_features_it_is_rounding_and_otherwise_better(symmetri
 def test_a_budget_chooses_the_bits(keep, bits):
     model = tiny("llama").bfloat16()
     transect.compress(model, "rtn", keep, group=32)
-    assert {matrix.module.bits for matrix in Anatomy(model).matrices()} == {bits}  # of every one: none stays dense
+    matrices = Anatomy(model).matrices()
+    assert {matrix.module.bits for matrix in matrices} == {bits}  # of every one: none stays dense
+    scales = sum(matrix.module.scale.numel() for matrix in matrices)
+    assert parameters(model) == parameters(tiny("llama")) + scales
 
 
 @pytest.mark.parametrize("wrong", [{"group": 0}, {"group": 70_000}, {"group": "x"}, {"symmetric": 3}, {"damping": 0}])

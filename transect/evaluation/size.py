@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..anatomy.view import Anatomy
 from ..errors import BadCheckpoint
+from ..operators import Operator
 
 
 def checkpoint_bytes(folder: str | Path) -> int:
@@ -21,8 +22,9 @@ def checkpoint_bytes(folder: str | Path) -> int:
 
 
 def parameters(model: Any) -> int:
-    """Number of parameters; tied ones count once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    """Number of parameters, those that are stored as codes of a few bits among them; tied ones count once."""
+    coded = sum(module.coded for module in model.modules() if isinstance(module, Operator))
+    return coded + sum(parameter.numel() for parameter in model.parameters())
 
 
 def model_bytes(model: Any) -> int:

@@ -34,6 +34,11 @@ class Operator(nn.Module):
 
     bias: Any
 
+    @property
+    def coded(self) -> int:
+        """How many numbers are stored as codes of a few bits, and so in no parameter."""
+        return 0
+
     def set_bias(self, bias: Tensor | None) -> None:
         """Give the map the bias b (d_out), or none."""
         self.bias = None if bias is None else parameter_of(bias)

@@ -88,6 +88,10 @@ class Codebook(Operator):
         return made
 
     @property
+    def coded(self) -> int:
+        return self.out_features * self.in_features
+
+    @property
     def flops(self) -> int:
         """Those of the dense matrix; making Ŵ costs a look-up for each of its entries besides, once a call."""
         return 2 * self.out_features * self.in_features
