@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .cholesky import raised_cholesky
 from .integers import Grid
 
 _TILE = 32  # rows and columns that are rounded in steps of their own; changes the speed, not the result
@@ -90,10 +91,15 @@ def _round_tiles(
 
 def pivots(metric: Tensor) -> Tensor:
     """D (n), positive, with metric = Mᵀ diag(D) M for a unit lower triangular M: a rounding's errors cost D."""
-    return torch.linalg.cholesky(metric.double().flip(0, 1)).diagonal().flip(0).square()
+    return _upper(metric).diagonal().square()
 
 
 def _unit_lower(metric: Tensor) -> Tensor:
     """M, unit lower triangular, with metric = Mᵀ D M for a diagonal D."""
-    upper = torch.linalg.cholesky(metric.double().flip(0, 1)).flip(0, 1)  # metric = upper upperᵀ
+    upper = _upper(metric)
     return (upper / upper.diagonal()).T.contiguous()
+
+
+def _upper(metric: Tensor) -> Tensor:
+    """U (n x n), upper triangular, float64, with U Uᵀ = metric, which is raised where it is singular, or 0."""
+    return raised_cholesky(metric.double().flip(0, 1))[0].flip(0, 1)

@@ -58,7 +58,7 @@ def load_passages(data: Any) -> list[Passage]:
 def _loaded(data: Any, kind: type[T], parse: Any, what: str) -> list[T]:
     if isinstance(data, str) and data.startswith("organism:"):
         return _of_organism(data, what)
-    if data == COMMON:
+    if isinstance(data, str) and data == COMMON:
         if what == "choices":
             raise BadData("'common' holds no choices; expected organism:choices or a file")
         data = _COMMON_FILES / f"{what}.jsonl"
