@@ -141,6 +141,23 @@ def test_zeros_equal_entries_and_features_that_are_never_on(name, symmetric):
     assert torch.isfinite(nothing.to_dense()).all()
 
 
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_rounding_is_that_of_compressed_tensors(bits, symmetric):
+    """An implementation of its own, which llm-compressor uses; its scales are cast to the type that ours are stored in."""
+    package = pytest.importorskip("compressed_tensors.quantization")
+    from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    weight = randn(24, 96).float() + randn(24, 1, seed=3).float()
+    settings = package.QuantizationArgs(num_bits=bits, symmetric=symmetric, strategy="group", group_size=32)
+    groups = weight.unflatten(1, (-1, 32))
+    scale, zero = calculate_qparams(groups.amin(-1), groups.amax(-1), settings)
+    expected = fake_quantize(weight, scale.bfloat16().float(), zero, settings)
+    made = method("rtn").function(weight, bits=bits, group=32, symmetric=symmetric).to_dense()
+    assert (made - expected).abs().max() <= 1e-4
+
+
 # GPTQ
 
 

@@ -27,14 +27,17 @@ class Grid:
 
     @staticmethod
     def of(groups: Tensor, bits: int, symmetric: bool) -> Grid:
-        """From the least to the largest entry of each group (..., group) and 0, or equally far to both sides of 0."""
+        """From the least to the largest entry of each group (..., group) and 0, or equally far to both sides of 0.
+
+        As `compressed-tensors` and the programs that use it lay it.
+        """
         steps = 2**bits - 1
         if symmetric:
-            scale = _at_least(2 * groups.abs().amax(-1) / steps)
-            return Grid(bits, scale, torch.full_like(scale, 2 ** (bits - 1)))
+            scale = 2 * groups.abs().amax(-1) / steps
+            return Grid(bits, _as_stored(scale), torch.full_like(scale, 2 ** (bits - 1)))
         low, high = groups.amin(-1).clamp_max(0), groups.amax(-1).clamp_min(0)
-        scale = _at_least((high - low) / steps)
-        return Grid(bits, scale, (-low / scale.clamp_min(_TINY)).round().clamp(0, steps))
+        scale = (high - low) / steps
+        return Grid(bits, _as_stored(scale), (-low / scale.clamp_min(_TINY)).round().clamp(0, steps))
 
     def codes(self, weight: Tensor) -> Tensor:
         """The nearest point to each entry (..., one more dimension than the scales), as integers in float."""
@@ -49,11 +52,8 @@ class Grid:
 _TINY = 1e-30  # in place of the scale of a group of zeros
 
 
-def _at_least(numbers: Tensor) -> Tensor:
-    """The least numbers of bfloat16 that are not below these, so that no entry lies beyond its grid."""
-    rounded = numbers.to(torch.bfloat16)
-    above = torch.nextafter(rounded, torch.full_like(rounded, torch.inf))
-    return torch.where(rounded.to(numbers.dtype) < numbers, above, rounded).to(numbers.dtype)
+def _as_stored(scale: Tensor) -> Tensor:
+    return scale.to(torch.bfloat16).to(scale.dtype)
 
 
 def integer_size(
