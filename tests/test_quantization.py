@@ -144,7 +144,7 @@ def test_zeros_equal_entries_and_features_that_are_never_on(name, symmetric):
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_rounding_is_that_of_compressed_tensors(bits, symmetric):
-    """Of an implementation of its own, which llm-compressor uses, with its scales in the type that ours are stored in."""
+    """Of an implementation of its own, that of llm-compressor, with its scales in the type that ours are stored in."""
     package = pytest.importorskip("compressed_tensors.quantization")
     from compressed_tensors.quantization.lifecycle.forward import fake_quantize
     from compressed_tensors.quantization.utils import calculate_qparams
