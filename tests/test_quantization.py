@@ -284,6 +284,25 @@ def test_what_stores_positions_is_refused_and_nothing_changes():
     assert not Anatomy(model).record
 
 
+@pytest.mark.parametrize("name", ["kfac-svd+gptq4", "modegpt+rtn4", "svd-llm+rtn8"])
+def test_streaming_rounds_too(name, tmp_path):
+    model = tiny("llama").bfloat16()
+    model.save_pretrained(tmp_path / "dense")
+    keep = 0.4 if "8" in name else 0.25
+    outcome = transect.compress(tmp_path / "dense", name, keep, DATA, stream_to=tmp_path / "small")
+    transect.compress(model, name, keep, DATA)
+    kept = Anatomy(model).record.history[-1]
+    assert outcome["matrix_bytes"] == kept["matrix_bytes"] and outcome["kept"] <= keep
+
+
+def test_what_does_not_go_with_few_bits_is_refused_before_any_work(tmp_path):
+    tiny("llama").save_pretrained(tmp_path / "dense")
+    with pytest.raises(TransectError, match="cannot be streamed"):
+        transect.compress(tmp_path / "dense", "modegpt+gptq4", 0.25, DATA, stream_to=tmp_path / "small")
+    with pytest.raises(TransectError, match="cannot be refitted"):
+        transect.compress(tiny("llama"), "svd-llm+gptq4", 0.25, DATA, refit=True)
+
+
 # rounding by a metric on both sides
 
 

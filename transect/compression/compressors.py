@@ -84,6 +84,10 @@ class SliceCompressor:
         share = self.shares.get(block.index, 1.0)  # a block whose sublayers are all gone has none
         if share < 1:
             self.method.function(block, statistics, share, **self.settings)
+        rounding = self.method.rounding
+        if rounding is not None and not rounding.method.needs:  # others go by the inputs that are left, see `compress`
+            round_matrices(block.matrices(), self.method, None)
+        if share < 1 or rounding is not None:
             check_finite(matrices, self.method)
 
 

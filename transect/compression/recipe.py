@@ -59,6 +59,10 @@ class Recipe:
             )
         if self.refit and not chosen.refit:
             raise TransectError(f"{self.method} has no refit; svd-llm has one")
+        if self.refit and chosen.rounding is not None:
+            raise TransectError(
+                f"{self.method} stores numbers in few bits, which cannot be refitted; leave out the refit"
+            )
         if self.sequential and family == "restructuring":
             raise TransectError(f"{self.method} changes the model as a whole, so it cannot go block by block")
         if self.sequential and not chosen.collects:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from ..anatomy import Matrix
-from ..errors import NotApplicable
+from ..errors import OutOfReach
 from ..operators import LowRank, Operator
 from ..operators.grouped_integer import GroupedInteger, grouped_integer_bytes
 from ..operators.monarch import Monarch
@@ -70,7 +70,7 @@ def round_matrices(matrices: Sequence[Matrix], chosen: Method, statistics: Stati
 
 def _round_operator(operator: Operator, matrix: Matrix, rounding: Rounding, seen: Tensor | None) -> Quantized:
     if not isinstance(operator, _FACTORS_ALONE):
-        raise NotApplicable(
+        raise OutOfReach(
             f"{matrix.name} is stored as {operator.kind!r}, with positions or shared parts beside its numbers, which "
             "are not rounded; low-rank and block-diagonal structures are, and matrices that stay dense"
         )

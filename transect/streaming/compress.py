@@ -58,6 +58,12 @@ def compress_streamed(
         raise TransectError("--stream never has the whole model in memory: it takes neither ilp allocation nor refit")
     if recipe.registered.family == "restructuring":
         raise TransectError(f"--stream never has the whole model in memory, which {recipe.method} changes as a whole")
+    rounding = recipe.registered.rounding
+    if rounding is not None and rounding.method.needs and recipe.registered.family == "slicing":
+        raise TransectError(
+            f"{recipe.method} cannot be streamed, since its rounding goes by the inputs that slicing leaves; compress in "
+            "memory, or round to the nearest (+rtn4)"
+        )
     if recipe.needs_data and batches is None:
         raise TransectError(f"{recipe.method} needs calibration data: pass data=")
     out = out.expanduser().resolve()
