@@ -7,23 +7,23 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .integers import Grid, grouped
+from .integers import Grid
 
 _BLOCK = 64  # columns between two updates of all that follow; changes the speed, not the result
 GridOf = Callable[[int, Callable[[int], Tensor]], Grid]
 
 
-def round_in_order(work: Tensor, upper: Tensor, grid_of: GridOf, width: int = 1) -> Tensor:
+def round_in_order(work: Tensor, upper: Tensor, grid_of: GridOf) -> Tensor:
     """The integers (uint8) of a matrix whose columns are the rows of `work` (d_in x d_out), which is used up.
 
     upper: U (d_in x d_in), upper triangular, with H⁻¹ = UᵀU for the second moments H of what the columns multiply.
-    grid_of: of (j, ahead), the grid of column j, with one point set for each `width` numbers of it; ahead(count) are
-    the columns from j on, `count` of them, as the roundings so far have changed them.
+    grid_of: of (j, ahead), the grid of each number of column j; ahead(count) are the columns from j on, `count` of
+    them, as the roundings so far have changed them.
 
     Rounding column j leaves the error e = (w_j - ŵ_j) / U_jj, and subtracting U_jk e from every column k > j is the
     best that those can do (Algorithm 1). A column's numbers lie side by side, so that it is read at once.
     """
-    d_in, d_out = work.shape
+    d_in = len(work)
     codes, diagonal = torch.empty_like(work, dtype=torch.uint8), upper.diagonal().tolist()
     for start in range(0, d_in, _BLOCK):
         stop = min(start + _BLOCK, d_in)
@@ -37,10 +37,10 @@ def round_in_order(work: Tensor, upper: Tensor, grid_of: GridOf, width: int = 1)
 
         for j in range(start, stop):
             grid = grid_of(j, ahead)
-            column = work[j, :, None] if width == 1 else grouped(work[j, None], width)[0]
+            column = work[j, :, None]
             number = grid.codes(column)
-            codes[j] = number.flatten()[:d_out]
-            errors[j - start] = (column - grid.values(number)).flatten()[:d_out] / diagonal[j]
+            codes[j] = number[:, 0]
+            errors[j - start] = (column - grid.values(number))[:, 0] / diagonal[j]
             work[j + 1 : stop].addr_(upper[j, j + 1 : stop], errors[j - start], alpha=-1)
         work[stop:] -= upper[start:stop, stop:].T @ errors
     return codes

@@ -61,8 +61,8 @@ def compress_streamed(
     rounding = recipe.registered.rounding
     if rounding is not None and rounding.method.needs and recipe.registered.family == "slicing":
         raise TransectError(
-            f"{recipe.method} cannot be streamed, since its rounding goes by the inputs that slicing leaves; compress in "
-            "memory, or round to the nearest (+rtn4)"
+            f"{recipe.method} cannot be streamed, since its rounding goes by the inputs that slicing leaves; compress "
+            "in memory, or round to the nearest (+rtn4)"
         )
     if recipe.needs_data and batches is None:
         raise TransectError(f"{recipe.method} needs calibration data: pass data=")
