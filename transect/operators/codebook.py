@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..anatomy.storage import parameter_of
 from .base import Operator
+from .coded import Coded
 from .grouped_integer import pack, packed_bytes, unpack
 
 Mode = Literal["scale", "multi"]
@@ -16,7 +17,7 @@ MODES: tuple[Mode, ...] = ("scale", "multi")
 MOST_BITS = 8  # of an index, and of a row's label
 
 
-class Codebook(Operator):
+class Codebook(Coded):
     """y = Ŵx + b, where Ŵ_ij = a_g c_k ("scale") or Ŵ_ij = c^g_k ("multi"): row i is of group g, entry ij has code k.
 
     codebook: c (1 x K, or groups x K where each group has its own), K = 2^bits; scale: a (groups), or None: both in the
@@ -71,9 +72,6 @@ class Codebook(Operator):
         """The K numbers of each group (groups x K)."""
         return self.codebook if self.scale is None else self.scale[:, None] * self.codebook
 
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.to_dense(), self.bias)
-
     def to_dense(self) -> Tensor:
         indices, labels = self.unpacked()
         return self.table()[labels].gather(1, indices)
@@ -86,15 +84,6 @@ class Codebook(Operator):
         made = self.from_codes(indices[chosen], labels[chosen], self.codebook, self.scale)
         made.set_bias(None if self.bias is None else self.bias[chosen])
         return made
-
-    @property
-    def coded(self) -> int:
-        return self.out_features * self.in_features
-
-    @property
-    def flops(self) -> int:
-        """Those of the dense matrix; making Ŵ costs a look-up for each of its entries besides, once a call."""
-        return 2 * self.out_features * self.in_features
 
     def describe(self) -> dict[str, Any]:
         return {

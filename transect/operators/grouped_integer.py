@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from ..anatomy.storage import parameter_of
 from .base import Operator
+from .coded import Coded
 
 BITS = (2, 3, 4, 8)
 
 
-class GroupedInteger(Operator):
+class GroupedInteger(Coded):
     """y = Ŵx + b, where Ŵ_ij = s_ig (q_ij - z_ig): q_ij is an integer from 0 to 2^bits - 1, g the group of column j.
 
     scale s (d_out x groups) has the model's dtype; the zero points z are integers of `bits` bits, and a symmetric one
@@ -59,9 +60,6 @@ class GroupedInteger(Operator):
         zeros = self.zeros
         return codes, None if zeros is None else unpack(zeros, self.bits, d_out * self.groups).view(d_out, -1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.to_dense(), self.bias)
-
     def to_dense(self) -> Tensor:
         codes, zeros = self.integers()
         return dequantized(codes, self.scale, zeros, self.bits, self.group)
@@ -76,15 +74,6 @@ class GroupedInteger(Operator):
         )
         made.set_bias(None if self.bias is None else self.bias[chosen])
         return made
-
-    @property
-    def coded(self) -> int:
-        return self.out_features * self.in_features
-
-    @property
-    def flops(self) -> int:
-        """Those of the dense matrix; making Ŵ costs 2 for each of its entries besides, once a call."""
-        return 2 * self.out_features * self.in_features
 
     def describe(self) -> dict[str, Any]:
         return {
