@@ -28,6 +28,7 @@ from transect.evaluation import (
     parameters,
     peak_memory,
     run_lm_eval,
+    standard_error,
 )
 from transect.operators.low_rank import LowRank
 
@@ -209,10 +210,28 @@ def test_a_row():
     model = tiny("llama")
     row = evaluate(model, load([words(100)], model, word_tokenizer(), sequence_length=16))
     assert list(row) == [
-        "loss", "perplexity", "accuracy", "tokens", "parameters", "bytes", "prefill_tokens_per_second",
-        "decode_tokens_per_second", "peak_memory", "seconds",
+        "loss", "standard_error", "examples", "perplexity", "accuracy", "tokens", "parameters", "bytes",
+        "prefill_tokens_per_second", "decode_tokens_per_second", "peak_memory", "seconds",
     ]  # fmt: skip
     assert json.loads(json.dumps(row)) == row
+
+
+def test_examples_and_standard_errors():
+    model = tiny("llama")
+    batches = load([words(100)], model, word_tokenizer(), sequence_length=16, batch_size=4)
+    found = evaluate_loss(model, batches)
+    alone = [evaluate_loss(model, [{"input_ids": row[None]}]) for batch in batches for row in batch["input_ids"]]
+    assert [count for _, count in found.examples] == [one.tokens for one in alone]
+    assert [nats for nats, _ in found.examples] == pytest.approx([one.loss * one.tokens for one in alone], rel=1e-5)
+    assert sum(nats for nats, _ in found.examples) / found.tokens == pytest.approx(found.loss)
+    # of equal lengths it is the textbook's; a pair that differs by a constant has none
+    nats = torch.randn(9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    examples = [(4 * float(each), 4) for each in nats]
+    assert standard_error(examples) == pytest.approx(float(nats.std()) / 3)
+    assert standard_error(examples, [(each + 2.0, 4) for each, _ in examples]) == pytest.approx(0, abs=1e-9)
+    assert standard_error(examples[:1]) is None
+    with pytest.raises(ValueError, match="same examples"):
+        standard_error(examples, examples[1:])
 
 
 # lm-evaluation-harness

@@ -21,6 +21,7 @@ from transect.compression.catalog.mixed.options import (
     choose,
     dense,
     dictionary_options,
+    factorized,
     least_narrow_bytes,
     low_rank_options,
     narrow_mlp_options,
@@ -57,6 +58,12 @@ def metrics(model, shrinkage=0.1):
     return [metric(matrix) for matrix in anatomy.blocks[0].matrices()]
 
 
+def again(metrics):
+    """Gives a matrix's metric, as the options ask for it when they are taken."""
+    by_name = {metric.matrix.name: metric for metric in metrics}
+    return lambda matrix: by_name[matrix.name]
+
+
 def placed(model, option):
     """A copy of the model with the option in its first block."""
     copy = working_copy(Anatomy(model))
@@ -69,7 +76,9 @@ def test_the_price_of_an_option_is_that_of_the_matrix_it_puts_in_place(name):
     model = tiny(name)
     for metric in metrics(model):
         weight = metric.matrix.weight.double().clone()
-        options = [*low_rank_options(metric, (0.3, 0.6)), *dictionary_options(metric, (0.6,), 3, 0)]
+        one = lambda matrix, metric=metric: metric  # noqa: E731
+        losses = factorized(metric).losses()
+        options = [*low_rank_options(metric.matrix, losses, one, (0.3, 0.6)), *dictionary_options(metric, (0.6,), 3, 0)]
         assert len(options) == 3
         for option in options:
             copy = working_copy(Anatomy(model))
@@ -90,9 +99,9 @@ def test_the_price_of_integers_is_about_that_of_what_they_put_in_place(name):
     model, found = tiny(name), []
     for metric in metrics(model):
         weight = metric.matrix.weight.double().clone()
-        again = lambda matrix, metric=metric: metric  # noqa: E731
-        whole = list(integer_options(metric.matrix, again))
-        options = [*whole, *integer_low_rank_options(metric.matrix, (0.3, 0.6), again, again)]
+        one = lambda matrix, metric=metric: metric  # noqa: E731
+        whole = list(integer_options(metric.matrix, one))
+        options = [*whole, *integer_low_rank_options(metric.matrix, factorized(metric), (0.3, 0.6), one, one)]
         assert len(whole) == 4 and len(options) == 4 + 6
         for option in options:
             copy = working_copy(Anatomy(model))
@@ -125,7 +134,7 @@ def test_a_narrow_mlp_costs_what_its_down_matrix_then_gets_wrong():
     mlp = [metric for metric in metrics(model) if metric.matrix.role in ("gate", "up", "down")]
     down = next(metric for metric in mlp if metric.matrix.role == "down")
     losses = []
-    for option in narrow_mlp_options(mlp, (0.25, 0.5, 0.75), ridge=1e-2):
+    for option in narrow_mlp_options(mlp, again(mlp), (0.25, 0.5, 0.75), ridge=1e-2):
         copy = working_copy(Anatomy(model))
         option.put(copy.blocks[0])
         kept = copy.blocks[0].mlp.neurons
@@ -196,7 +205,7 @@ def test_narrower_values_cost_what_they_say(name):
     by_role = {metric.matrix.role: metric for metric in found}
     out = by_role["o"]
     losses = []
-    for option, count in zip(narrow_value_options(found, (0.25, 0.5, 0.75)), (2, 4, 6), strict=True):
+    for option, count in zip(narrow_value_options(found, again(found), (0.25, 0.5, 0.75)), (2, 4, 6), strict=True):
         assert option.covers == (by_role["v"].matrix.name, out.matrix.name)
         block = placed(model, option).blocks[0]
         assert isinstance(block.matrix("v").module, LeadingRows) and isinstance(
@@ -224,7 +233,7 @@ def test_heads_that_do_not_fit_are_not_narrowed():
     model = tiny("llama")
     found = metrics(model)
     model.config.head_dim = 12  # 32 and 16 rows are no whole number of such heads
-    assert not [*narrow_query_key_options(found, (0.5,)), *narrow_value_options(found, (0.5,))]
+    assert not [*narrow_query_key_options(found, (0.5,)), *narrow_value_options(found, again(found), (0.5,))]
 
 
 @pytest.mark.parametrize("name", CAUSAL)
@@ -232,8 +241,8 @@ def test_the_least_size_of_a_narrow_block_is_that_of_its_smallest_options(name):
     found = metrics(tiny(name))
     shares = (0.25, 0.5)
     made = [
-        *narrow_query_key_options(found, shares), *narrow_value_options(found, shares),
-        *narrow_mlp_options(found, shares, 1e-2), *(dense(metric) for metric in found),
+        *narrow_query_key_options(found, shares), *narrow_value_options(found, again(found), shares),
+        *narrow_mlp_options(found, again(found), shares, 1e-2), *(dense(metric) for metric in found),
     ]  # fmt: skip
     smallest = choose([Option(o.structure, o.covers, o.bytes, o.bytes, o.put) for o in made], 1e9)
     assert least_narrow_bytes(found[0].matrix.block, shares, shares) == sum(option.bytes for option in smallest)

@@ -208,9 +208,9 @@ def test_parts_of_the_head_are_the_whole(name, monkeypatch):
     logits, labels = predictions(model, batch)
     with torch.no_grad():
         parts = list(scored(model, batch))
-        assert name == "vit" or all(len(part) <= 5 for part, _ in parts)
-        torch.testing.assert_close(torch.cat([part for part, _ in parts]), logits, **near)
-    assert torch.equal(torch.cat([part for _, part in parts]), labels)
+        assert name == "vit" or all(len(part) <= 5 for part, *_ in parts)
+        torch.testing.assert_close(torch.cat([part for part, *_ in parts]), logits, **near)
+    assert torch.equal(torch.cat([part for _, part, _ in parts]), labels)
     assert not any("forward" in module.__dict__ for module in model.modules())
     summed_loss(logits, labels).backward()
     expected = {key: parameter.grad for key, parameter in model.named_parameters()}
@@ -231,5 +231,5 @@ def test_scaled_logits_in_parts(config, monkeypatch):
     monkeypatch.setattr("transect.forward.head.NUMBERS", 5 * VOCABULARY)
     model = tf.AutoModelForCausalLM.from_config(config).double().eval()
     with torch.no_grad():
-        parts = torch.cat([part for part, _ in scored(model, inputs("llama"))])
+        parts = torch.cat([part for part, *_ in scored(model, inputs("llama"))])
         torch.testing.assert_close(parts, model(**inputs("llama")).logits[:, :-1].flatten(0, 1), rtol=1e-12, atol=1e-12)

@@ -184,8 +184,11 @@ def test_statistics_are_cached_on_disk(tmp_path):
     anatomy, data = Anatomy(tiny("llama")), batches("llama", 2)
     store = collect(anatomy, data, EVERYTHING)
     path = tmp_path / "statistics.safetensors"
-    store.save(path, "model a")
-    again = Statistics.load(path, "model a")
+    store.save(path, "model a", ["input covariance"])
+    found = Statistics.load(path, "model a")
+    assert found is not None
+    again, collected = found
+    assert collected == {"input covariance"}
     assert again.dtype == torch.float64 and all(torch.equal(again.state()[k], v) for k, v in store.state().items())
     assert Statistics.load(path, "model b") is None and Statistics.load(tmp_path / "none", "model a") is None
     assert [p.name for p in tmp_path.iterdir()] == ["statistics.safetensors"]
@@ -214,7 +217,7 @@ dist.init_process_group("gloo")
 store = collect(Anatomy(tiny("llama")), batches("llama", 5), EVERYTHING)
 if dist.get_rank() == 0:
     from pathlib import Path
-    store.save(Path(sys.argv[2]), "two")
+    store.save(Path(sys.argv[2]), "two", [])
 dist.destroy_process_group()
 """
 
@@ -227,7 +230,7 @@ def test_two_processes_give_the_result_of_one(tmp_path):
     subprocess.run(
         [*command, str(script), root, str(out)], check=True, env=environment, timeout=240, capture_output=True
     )
-    two = Statistics.load(out, "two").state()
+    two = Statistics.load(out, "two")[0].state()
     one = collect(Anatomy(tiny("llama")), batches("llama", 5), EVERYTHING).state()
     assert one.keys() == two.keys()
     for name, tensor in one.items():

@@ -14,7 +14,7 @@ from transect.anatomy import Anatomy
 from transect.compression.calibrate import calibrate
 from transect.data import Batches
 from transect.errors import BadData, TransectError
-from transect.statistics import FeatureNorm, InputCovariance
+from transect.statistics import FeatureNorm, InputCovariance, collect
 
 from .faults import Failing
 
@@ -65,14 +65,28 @@ def test_statistics_of_something_else_are_not_used(written, tmp_path, caplog):
     cache = tmp_path / "statistics.safetensors"
     turned = tiny("llama")
     turned.config.rope_parameters["rope_theta"] = 500.0
-    others = [{"model": tiny("llama", seed=1)}, {"model": turned}, {"wanted": (InputCovariance(),)},
-              {"accumulate": torch.float32}, {"seed": 1}]  # fmt: skip
+    others = [{"model": tiny("llama", seed=1)}, {"model": turned}, {"accumulate": torch.float32}, {"seed": 1}]
     for other in others:
         cache.write_bytes(written)
         caplog.clear()
         assert same(collected(cache, **other), collected(None, **other))
         assert "is of something else" in caplog.text
         assert same(collected(cache, **other), collected(None, **other)) and cache.read_bytes() != written
+
+
+def test_what_is_missing_is_added(written, tmp_path, monkeypatch):
+    from transect.compression import calibrate as room
+
+    cache, passes = tmp_path / "statistics.safetensors", []
+    monkeypatch.setattr(room, "collect", lambda a, b, wanted, *more, **k: passes.append(wanted) or collect(
+        a, b, wanted, *more, **k))  # fmt: skip
+    cache.write_bytes(written)
+    both = (InputCovariance(), FeatureNorm(power=2))
+    expected = collected(None, wanted=both)
+    passes.clear()
+    for wanted in (both, both, (InputCovariance(),)):
+        assert same(collected(cache, wanted=wanted), expected)
+    assert passes == [[InputCovariance()]]
 
 
 def test_nothing_but_statistics_of_ours_is_replaced(written, tmp_path):

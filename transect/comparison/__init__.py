@@ -3,5 +3,6 @@
 from .compare import compare_anatomy
 from .engines import Engine
 from .plan import KIND, Plan, Row
+from .streamed import compare_streamed
 
-__all__ = ["KIND", "Engine", "Plan", "Row", "compare_anatomy"]
+__all__ = ["KIND", "Engine", "Plan", "Row", "compare_anatomy", "compare_streamed"]

@@ -13,6 +13,7 @@ from ..anatomy import Anatomy
 from ..checkpoint import save
 from ..data import Fact
 from ..errors import OutOfReach, TransectError
+from ..evaluation import standard_error
 from ..statistics import Progress
 from ..store import Folder
 from .engines import Engine, run_here, run_in_processes, run_on_ray
@@ -72,8 +73,11 @@ def compare_anatomy(
     return frame
 
 
-def check_plan(anatomy: Anatomy, plan: Plan) -> None:
-    """Raise an error, before any work, if a row cannot be computed, or a budget is out of every method's reach."""
+def check_plan(anatomy: Anatomy, plan: Plan, weights: bool = True) -> None:
+    """Raise an error, before any work, if a row cannot be computed, or a budget is out of every method's reach.
+
+    weights: whether they are there to be looked at.
+    """
     matrices = anatomy.matrices(plan.roles)
     known = {*plan.methods, *(row.allocation for row in plan.rows)}
     for name in set(plan.settings) - known:
@@ -90,7 +94,8 @@ def check_plan(anatomy: Anatomy, plan: Plan) -> None:
     for reason in reached.values():
         if reason is not None:
             raise reason
-    anatomy.check_finite()
+    if weights:
+        anatomy.check_finite()
 
 
 def table(plan: Plan, folder: Path, lost: Mapping[Row, str]) -> pd.DataFrame:
@@ -103,9 +108,22 @@ def table(plan: Plan, folder: Path, lost: Mapping[Row, str]) -> pd.DataFrame:
         or {"method": row.method, "allocation": row.allocation, "keep": row.keep, "note": lost[row]}
         for row in plan.rows
     ]
-    frame = pd.DataFrame(rows)
+    frame = pd.DataFrame([_beside_dense(row, rows[0]) for row in rows])
     frame.attrs["lost"] = [str(row) for row in lost]
     return frame
+
+
+def _beside_dense(row: Mapping[str, Any], dense: Mapping[str, Any]) -> dict[str, Any]:
+    """The row with its loss over the dense model's and the standard error of that, in place of its examples."""
+    beside = {}
+    for name, value in row.items():
+        if name == "examples":
+            compared = row is not dense
+            beside["over_dense"] = row["loss"] - dense["loss"] if compared else None
+            beside["over_dense_error"] = standard_error(value, dense["examples"]) if compared else None
+        else:
+            beside[name] = value
+    return beside
 
 
 def take_folder(folder: Folder, plan: Plan, overwrite: bool) -> None:

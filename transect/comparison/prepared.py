@@ -42,8 +42,8 @@ def prepare(
 def calibrate_plan(
     anatomy: Anatomy, plan: Plan, folder: Path, calibration: Any, progress: Progress | None = None
 ) -> Statistics:
-    """The union of all rows' statistics, in one pass, or as it lies in the run folder."""
-    of, started = plan.of("statistics", *_wanted(plan)), time.perf_counter()
+    """The union of all rows' statistics, in one pass, or as it lies in the run folder; more are added to that."""
+    of, started = plan.of("statistics"), time.perf_counter()
     cache = folder / STATISTICS
     timed = kept_json(folder / TIMED, of)
     if os.path.lexists(cache) and not carries_mark(cache, KIND):
@@ -56,14 +56,17 @@ def calibrate_plan(
         fisher=plan.fisher, accumulate=getattr(torch, plan.accumulate), seed=plan.seed,  # type: ignore[arg-type]
         cache=cache, progress=progress,
     )  # fmt: skip
-    if timed is None:
-        keep_json(folder / TIMED, {"seconds": time.perf_counter() - started}, of)
+    before = timed or {"seconds": 0.0, "collected": []}
+    collected = {*before["collected"], *(statistic.label for statistic in plan.needs)}
+    if len(collected) > len(before["collected"]):
+        seconds = before["seconds"] + time.perf_counter() - started
+        keep_json(folder / TIMED, {"seconds": seconds, "collected": sorted(collected)}, of)
     return statistics
 
 
 def calibration_seconds(plan: Plan, folder: Path) -> float:
     """What the statistics took."""
-    timed = kept_json(folder / TIMED, plan.of("statistics", *_wanted(plan)))
+    timed = kept_json(folder / TIMED, plan.of("statistics"))
     return 0.0 if timed is None else float(timed["seconds"])
 
 
@@ -89,7 +92,3 @@ def _make_factors(
     settings = chosen.settings(plan.settings.get(name, {}))
     factors = factorize(anatomy.matrices(plan.roles), chosen, settings, statistics, progress)
     Factors.save(folder / factors_file(name), factors, time.perf_counter() - started, plan.of("factors", name))
-
-
-def _wanted(plan: Plan) -> list[str]:
-    return sorted(statistic.label for statistic in plan.needs)

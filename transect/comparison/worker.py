@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..anatomy import Anatomy
-from ..compression import compress_anatomy
+from ..compression import Recipe, compress_anatomy
 from ..compression import method as registered
 from ..compression.allocation import Scores
 from ..compression.compress import outcome_of, run_compressor
@@ -20,6 +20,7 @@ from ..compression.copying import working_copy
 from ..compression.factorized import Factorized
 from ..compression.fingerprint import model_fingerprint
 from ..compression.frame import temporarily
+from ..compression.registry import Calibration
 from ..errors import OutOfReach, TransectError
 from ..evaluation import evaluate
 from ..forward import at_rest
@@ -50,6 +51,7 @@ class Worker:
         self.anatomy = Anatomy(model)
         self.calibration, self.evaluation = calibration, evaluation
         self._factorized: dict[str, tuple[Factorized, Factors]] = {}
+        self._prepared: dict[str, tuple[Any, float]] = {}  # and what it took, in seconds; of one method at a time
         self._scores = Scores(self.anatomy.matrices(plan.roles))  # the first row that needs some pays for them
 
     def run(self, rows: Sequence[Row], on_row: Callable[[Row], None]) -> None:
@@ -106,14 +108,28 @@ class Worker:
         recipe = self.plan.recipe(row)
         anatomy = working_copy(self.anatomy)
         statistics = self.statistics if recipe.needs else None
+        prepared, preparing = self._prepared_for(recipe, statistics)
         started = time.perf_counter()
         outcome = compress_anatomy(
             anatomy, recipe, self.calibration, matrices=anatomy.matrices(self.plan.roles), statistics=statistics,
-            scores=self._scores, accumulate=getattr(torch, self.plan.accumulate), seed=self.plan.seed,
-            fisher=self.plan.fisher,  # type: ignore[arg-type]
+            scores=self._scores, prepared=prepared, accumulate=getattr(torch, self.plan.accumulate),
+            seed=self.plan.seed, fisher=self.plan.fisher,  # type: ignore[arg-type]
         )  # fmt: skip
-        seconds = time.perf_counter() - started + self._calibration_seconds(row)
+        seconds = time.perf_counter() - started + preparing + self._calibration_seconds(row)
         return self._evaluated(anatomy, outcome["kept"], seconds)
+
+    def _prepared_for(self, recipe: Recipe, statistics: Statistics | None) -> tuple[Any, float]:
+        """What the method does once for all budgets, and the seconds that it took; None if there is no such thing."""
+        chosen = recipe.registered
+        if chosen.prepare is None or recipe.keep == 1:
+            return None, 0.0
+        if recipe.method not in self._prepared:
+            recipe.resolved(self.anatomy, self.anatomy.matrices())  # a budget out of reach is none to prepare for
+            started = time.perf_counter()
+            shared = Calibration(statistics, self.calibration, self.plan.seed)
+            made = chosen.prepare(self.anatomy, shared, **recipe.settings)
+            self._prepared = {recipe.method: (made, time.perf_counter() - started)}
+        return self._prepared[recipe.method]
 
     @cached_property
     def statistics(self) -> Statistics:

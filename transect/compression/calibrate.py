@@ -44,6 +44,8 @@ def calibrate(
 ) -> Statistics:
     """Collect the union of the wanted statistics; with `cache` (a file) they are read from it where they fit.
 
+    What is missing there is collected in a pass of its own, and added.
+
     batches: iterable with a `fingerprint`, see `transect.data.Batches`.
     """
     wanted = list(dict.fromkeys(wanted))
@@ -52,20 +54,22 @@ def calibrate(
         "model": computation_fingerprint(anatomy.model),
         "data": batches.fingerprint,
         "matrices": " ".join(matrix.name for matrix in matrices),
-        "wanted": " ".join(sorted(statistic.label for statistic in wanted)),
         "fisher": fisher,
         "accumulate": str(accumulate),
         "seed": str(seed),
     })  # fmt: skip
     found = Statistics.load(cache, of) if cache else None
-    if found is not None:
-        return found
-    store = collect(
-        anatomy, batches, wanted, matrices, fisher=fisher, accumulate=accumulate, seed=seed, progress=progress
+    store, collected = found or (None, set())
+    missing = [statistic for statistic in wanted if statistic.label not in collected]
+    if store is not None and not missing:
+        return store
+    made = collect(
+        anatomy, batches, missing, matrices, fisher=fisher, accumulate=accumulate, seed=seed, progress=progress
     )
+    store = made if store is None else store.merge(made)
     if cache:
         try:
-            store.save(cache, of)
+            store.save(cache, of, {*collected, *(statistic.label for statistic in missing)})
         except (OSError, SafetensorError) as error:
             raise TransectError(f"the statistics cannot be kept in {cache}: {error}") from error
     return store

@@ -34,6 +34,7 @@ def compress_anatomy(
     matrices: Sequence[Matrix] | None = None,
     statistics: Statistics | None = None,
     scores: Scores | None = None,
+    prepared: Any = None,
     fisher: Fisher = "empirical",
     accumulate: torch.dtype = torch.float64,
     seed: int = 0,
@@ -44,6 +45,7 @@ def compress_anatomy(
 
     batches: calibration data, `transect.data.Batches`; may be None for a recipe that needs none.
     statistics, scores: of the dense model, where they have been collected already, or are shared with other calls.
+    prepared: what the method's `prepare` has made of the dense model with these settings, likewise.
     The model is untouched if anything is refused or fails; until the end, what it was stays in memory.
     """
     matrices = anatomy.matrices() if matrices is None else list(matrices)
@@ -67,7 +69,10 @@ def compress_anatomy(
             )  # fmt: skip
         if chosen.family == "restructuring":
             shared = Calibration(statistics, batches, seed, progress)
-            chosen.function(anatomy, shared, recipe.structure_keep, **recipe.settings)
+            if chosen.prepare is not None and recipe.keep < 1 and prepared is None:
+                prepared = chosen.prepare(anatomy, shared, **recipe.settings)
+            more = () if chosen.prepare is None else (prepared,)
+            chosen.function(anatomy, shared, recipe.structure_keep, *more, **recipe.settings)
             check_finite(anatomy.matrices(), chosen)
         elif recipe.keep < 1:
             compressor = make_compressor(anatomy, matrices, recipe, statistics, batches, progress, scores)

@@ -39,6 +39,7 @@ class Method:
     needs: the statistics that it is given. data: it runs the model on the calibration data themselves, so it must be
         given some even where it needs no statistic. refit: its result can be refitted by least squares afterwards.
     plan: what finds out, before any work, how large the result may be; see the decorators.
+    prepare: what a restructuring does once for all budgets; see there.
     allocation: how its budget is shared out where the user names no allocation.
     even: what a matrix's size leaves over of its share is not spent on leaving others dense.
     rounding: how the numbers of what it makes are stored, for `NAME+gptq4` and its like; None: as the model's.
@@ -52,6 +53,7 @@ class Method:
     refit: bool = False
     data: bool = False
     plan: Callable[..., Any] | None = None
+    prepare: Callable[..., Any] | None = None
     allocation: str = "uniform"
     even: bool = False
     rounding: Rounding | None = None
@@ -158,7 +160,13 @@ def slicing(
 
 
 def restructuring(
-    name: str, *, paper: str, check: Callable[..., None], needs: Sequence[Statistic] = (), data: bool = False
+    name: str,
+    *,
+    paper: str,
+    check: Callable[..., None],
+    needs: Sequence[Statistic] = (),
+    data: bool = False,
+    prepare: Callable[..., Any] | None = None,
 ) -> Register:
     """Register `function(anatomy, calibration, keep, **settings) -> None`: it changes the model as a whole, in place.
 
@@ -166,8 +174,11 @@ def restructuring(
     blocks. calibration: `Calibration`, the statistics that it needs and the calibration data themselves.
     check: `check(anatomy, keep, **settings)`, called before any work; raises OutOfReach or TransectError.
     data: it uses `calibration.batches`, and is refused without calibration data even if `needs` is empty.
+    prepare: `prepare(anatomy, calibration, **settings)`, what does not depend on the budget; the function is given the
+        result behind `keep` (None at keep 1). A comparison calls it once for all budgets, on the dense model, which
+        stays as it is: the function may then be given a copy of that.
     """
-    return _register("restructuring", name, paper, needs, plan=check, data=data)
+    return _register("restructuring", name, paper, needs, plan=check, data=data, prepare=prepare)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 from ..forward.objective import Batch
 from .harness import run_lm_eval
 from .knowledge import says
-from .loss import LossResult, evaluate_loss
+from .loss import LossResult, evaluate_loss, standard_error
 from .memory import peak_memory
 from .size import checkpoint_bytes, matrix_bytes, model_bytes, parameters
 from .speed import Speed, measure_speed
@@ -26,13 +26,15 @@ __all__ = [
     "peak_memory",
     "run_lm_eval",
     "says",
+    "standard_error",
 ]
 
 
-def evaluate(model: Any, batches: Iterable[Batch]) -> dict[str, float | int | None]:
+def evaluate(model: Any, batches: Iterable[Batch]) -> dict[str, Any]:
     """Everything that a table row shows about a model.
 
-    loss (nats a prediction), perplexity, accuracy, tokens (predictions scored), seconds (of scoring them), parameters,
+    loss (nats a prediction), its standard_error (None for a single example), examples (of each, its nats and number of
+    predictions), perplexity, accuracy, tokens (predictions scored), seconds (of scoring them), parameters,
     bytes (of the whole model), prefill_tokens_per_second, decode_tokens_per_second (None unless causal), peak_memory
     (bytes, of the process so far).
     """
@@ -40,6 +42,8 @@ def evaluate(model: Any, batches: Iterable[Batch]) -> dict[str, float | int | No
     speed = measure_speed(model)
     return {
         "loss": scores.loss,
+        "standard_error": standard_error(scores.examples),
+        "examples": [list(pair) for pair in scores.examples],
         "perplexity": scores.perplexity,
         "accuracy": scores.accuracy,
         "tokens": scores.tokens,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,21 +14,26 @@ from torch import Tensor
 from ..errors import BadData, TransectError
 from ..forward.head import scored
 from ..forward.mode import at_rest
-from ..forward.objective import Batch, inputs_of, summed_loss
+from ..forward.objective import Batch, inputs_of, losses_of
 from ..forward.wide import computing_wide
 from ..statistics import Progress
+
+# Of each example (sequence, text or image) that holds a prediction, its summed nats and their number.
+Examples = Sequence[tuple[float, int]]
 
 
 @dataclass(frozen=True)
 class LossResult:
     """loss: mean negative log-likelihood of a prediction, in nats. perplexity: exp(loss). tokens: predictions scored.
-    accuracy: fraction of predictions whose most likely class is the right one. seconds: wall-clock time."""
+    accuracy: fraction of predictions whose most likely class is the right one. seconds: wall-clock time.
+    examples: see `Examples`."""
 
     loss: float
     perplexity: float
     tokens: int
     accuracy: float
     seconds: float
+    examples: Examples
 
 
 @torch.no_grad()
@@ -42,20 +47,46 @@ def evaluate_loss(model: Any, batches: Iterable[Batch], progress: Progress | Non
     """
     started = time.perf_counter()
     loss, correct, count = 0.0, 0, 0
+    examples: list[tuple[float, int]] = []
     with at_rest(model), computing_wide(model):
         for batch in progress(batches, "evaluation") if progress else batches:
-            for logits, labels in scored(model, batch):
-                nats = float(summed_loss(logits, labels))
-                if not math.isfinite(nats):
-                    raise TransectError(_first_non_finite(model, batch))
-                loss += nats
+            size = len(next(iter(batch.values())))
+            nats, counts = torch.zeros(size, dtype=torch.float64), torch.zeros(size, dtype=torch.int64)
+            for logits, labels, owners in scored(model, batch):
+                owners = owners.cpu()
+                nats.index_add_(0, owners, losses_of(logits, labels).double().cpu())
+                counts += owners.bincount(minlength=size)
                 correct += int((logits.argmax(-1) == labels).sum())
-                count += labels.numel()
+            if not nats.isfinite().all():
+                raise TransectError(_first_non_finite(model, batch))
+            loss += float(nats.sum())
+            count += int(counts.sum())
+            examples += [pair for pair in zip(nats.tolist(), counts.tolist(), strict=True) if pair[1]]
     if count == 0:
         raise BadData("the batches hold nothing to be predicted")
     loss /= count
     perplexity = math.exp(loss) if loss < 700 else math.inf
-    return LossResult(loss, perplexity, count, correct / count, time.perf_counter() - started)
+    return LossResult(loss, perplexity, count, correct / count, time.perf_counter() - started, tuple(examples))
+
+
+def standard_error(examples: Examples, others: Examples | None = None) -> float | None:
+    """Of the mean loss of a prediction, over the examples as a sample of all that there are; None for a single one.
+
+    others: what another model makes of the same examples, in order. Then it is that of the difference, pair by pair:
+    what makes an example hard for both does not count. Examples of different lengths weigh as their predictions do
+    (the linearised error of a ratio).
+    """
+    counts = [count for _, count in examples]
+    nats = [nats for nats, _ in examples]
+    if others is not None:
+        if counts != [count for _, count in others]:
+            raise ValueError("the two models were not scored on the same examples")
+        nats = [ours - theirs for ours, (theirs, _) in zip(nats, others, strict=True)]
+    n, mean = len(counts), sum(nats) / sum(counts)
+    if n < 2:
+        return None
+    squares = sum((each - mean * count) ** 2 for each, count in zip(nats, counts, strict=True))
+    return math.sqrt(n / (n - 1) * squares) / sum(counts)
 
 
 def _first_non_finite(model: Any, batch: Batch) -> str:

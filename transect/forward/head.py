@@ -18,17 +18,18 @@ from .objective import IGNORED, Batch, inputs_of, targets_of, task_of, to_device
 NUMBERS = 1 << 22  # logits at once: 16 MB in float32
 
 
-def scored(model: Any, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
-    """Logits (n x classes) and labels (n) as `predictions` gives them, a part at a time; none if nothing is predicted.
+def scored(model: Any, batch: Batch) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Logits (n x classes) and labels (n) as `predictions` gives them, and of which example of the batch they are (n).
 
-    The body runs once. What is made of one part can be dropped before the next.
+    A part at a time; none if nothing is predicted. The body runs once. What is made of one part can be dropped before
+    the next.
     """
     targets = targets_of(model, to_device(batch, model.device))
     counted = targets != IGNORED
-    labels, start = targets[counted], 0
+    labels, examples, start = targets[counted], counted.nonzero()[:, 0], 0
     for logits in logits_at(model, batch, counted):
-        yield logits, labels[start : start + len(logits)]
-        start += len(logits)
+        part = slice(start, start := start + len(logits))
+        yield logits, labels[part], examples[part]
 
 
 def logits_at(model: Any, batch: Batch, where: Tensor) -> Iterator[Tensor]:

@@ -134,7 +134,12 @@ def predictions(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     return logits.reshape(-1, logits.shape[-1]).index_select(0, where), targets[where]
 
 
+def losses_of(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of each of the n predictions (n), in nats, computed in float32 or wider."""
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return functional.cross_entropy(wide, labels, reduction="none")
+
+
 def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy in nats, summed over the n predictions, computed in float32 or wider."""
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    return functional.cross_entropy(wide, labels, reduction="sum")
+    return losses_of(logits, labels).sum()

@@ -39,7 +39,7 @@ def held_out_loss(model: Any, batches: Iterable[Batch | None], machine: Machine)
     summed = torch.zeros(2, dtype=torch.float64)
     with at_rest(model):
         for batch in batches:
-            for logits, labels in () if batch is None else scored(model, batch):
+            for logits, labels, _ in () if batch is None else scored(model, batch):
                 summed += torch.tensor([summed_loss(logits, labels).item(), labels.numel()], dtype=torch.float64)
     loss, count = machine.total(summed).tolist()
     return loss / count if count else float("nan")

@@ -35,6 +35,8 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "bytes": ("bytes", _bytes),
     "parameters": ("parameters", _millions),
     "loss": ("loss", "{:.4f}".format),
+    "over_dense": ("over dense", "{:+.4f}".format),
+    "over_dense_error": ("std. error", "{:.4f}".format),
     "perplexity": ("perplexity", "{:.2f}".format),
     "accuracy": ("accuracy", "{:.2%}".format),
     "facts": ("facts known", "{:.1%}".format),
@@ -68,6 +70,8 @@ def cells(frame: Any) -> tuple[list[str], list[list[str]]]:
         idle.add("accuracy")
     if "kept" in frame.columns and not (frame["keep"] - frame["kept"] > _COARSE).any():  # every budget was used up
         idle.add("kept")
+    if "prefill_tokens_per_second" in frame.columns and frame["prefill_tokens_per_second"].isna().all():  # not measured
+        idle |= {"prefill_tokens_per_second", "decode_tokens_per_second", "accuracy"}
     shown = [column for column in COLUMNS if column in frame.columns and column not in idle]
     rows = [
         ["-" if pd.isna(row[column]) else COLUMNS[column][1](row[column]) for column in shown]

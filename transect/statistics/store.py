@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,12 +107,18 @@ class Statistics:
             store._sums.setdefault((key, label), {})[part] = state[name]
         return store
 
-    def save(self, path: Path, of: str) -> None:
-        """Write the sums to a file. of: what they are of, and begins with KIND; `load` wants the same."""
-        keep(path, self.state(), of, {KIND: str(self.dtype)})
+    def save(self, path: Path, of: str, collected: Iterable[str]) -> None:
+        """Write the sums to a file. of: what they are of, and begins with KIND; `load` wants the same.
+
+        collected: labels of the statistics that were asked for; of some, no matrix may have had any.
+        """
+        keep(path, self.state(), of, {KIND: str(self.dtype), "collected": sorted(collected)})
 
     @staticmethod
-    def load(path: Path, of: str) -> Statistics | None:
-        """Read saved sums; None if there are none, if they are of another model, data or setting, or damaged."""
+    def load(path: Path, of: str) -> tuple[Statistics, set[str]] | None:
+        """Read saved sums, and the labels of what was collected.
+
+        None if there are none, if they are of another model, data or setting, or damaged.
+        """
         found = kept(path, of)
-        return None if found is None else Statistics.of_state(found, found.note[KIND])
+        return None if found is None else (Statistics.of_state(found, found.note[KIND]), set(found.note["collected"]))

@@ -4,31 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..anatomy import Block, StructureRecord
 from ..checkpoint import check_output, packed_tensors, packs, placed, replay, write_description
 from ..checkpoint.place import LAST
-from ..compression import Factorization, Recipe
-from ..compression.allocation import Ranks, allocate_ranks, allocation_named, is_ranking, needs_measure, share_out
-from ..compression.allocation.registry import scores_of
+from ..compression import Recipe
 from ..compression.compress import note_in_record, outcome_of
-from ..compression.compressors import Compressor, RankCompressor, compressor_of
-from ..compression.frame import factorize_matrix, rank_table
-from ..compression.sequential import block_statistics
+from ..compression.compressors import Compressor
 from ..errors import TransectError
 from ..forward import computing_wide
-from ..forward.blocks import Feed, feeds_of, run_block
-from ..statistics import Fisher, Progress, Statistics
+from ..forward.blocks import Feed, run_block
+from ..statistics import Fisher, Progress
 from ..store import finish_exchange, link, sweep, write_text
 from ..version import __version__
 from .passes import backward_pass, forward_pass
+from .plan import check_streams, compress_block, feeds_of_source, make_compressor, shown
 from .source import StreamedModel
 from .workspace import Workspace
 
@@ -54,16 +49,7 @@ def compress_streamed(
     """
     anatomy = source.anatomy
     recipe = recipe.resolved(anatomy, anatomy.matrices())
-    if needs_measure(recipe.allocation) or recipe.refit:
-        raise TransectError("--stream never has the whole model in memory: it takes neither ilp allocation nor refit")
-    if recipe.registered.family == "restructuring":
-        raise TransectError(f"--stream never has the whole model in memory, which {recipe.method} changes as a whole")
-    rounding = recipe.registered.rounding
-    if rounding is not None and rounding.method.needs and recipe.registered.family == "slicing":
-        raise TransectError(
-            f"{recipe.method} cannot be streamed, since its rounding goes by the inputs that slicing leaves; compress "
-            "in memory, or round to the nearest (+rtn4)"
-        )
+    check_streams(recipe)
     if recipe.needs_data and batches is None:
         raise TransectError(f"{recipe.method} needs calibration data: pass data=")
     out = out.expanduser().resolve()
@@ -76,24 +62,19 @@ def compress_streamed(
     dense_bytes = anatomy.matrix_bytes()
     gradients = [s for s in recipe.needs if s.needs in ("gradient", "both")]
     inputs = [s for s in recipe.needs if s not in gradients]
-    feeds = _feeds(source, batches) if recipe.needs else []
+    feeds = feeds_of_source(source, batches) if recipe.needs else []
     if gradients or (inputs and not (recipe.sequential and recipe.allocation == "uniform")):
         forward_pass(source, feeds, inputs, work, accumulate, bool(gradients), progress)
     if gradients:
         backward_pass(source, feeds, gradients, work, accumulate, fisher, seed, progress)
-    compressor = _make_compressor(source, recipe, work, progress)
+    compressor = make_compressor(source, recipe, work, progress)
     if recipe.sequential:
-        feeds = _feeds(source, batches)
+        feeds = feeds_of_source(source, batches)
     _compress_blocks(source, recipe, compressor, feeds, work, accumulate, progress)
     outcome = outcome_of(anatomy, None, dense_bytes)
     note_in_record(anatomy, recipe, outcome)
     _finish(source, work, out, tokenizer, outcome)
     return outcome
-
-
-def _feeds(source: StreamedModel, batches: Any) -> list[Feed]:
-    with computing_wide(source.model):
-        return feeds_of(source.anatomy, batches)
 
 
 def _run(source: StreamedModel, recipe: Recipe, batches: Any, *settings: Any) -> str:
@@ -131,84 +112,6 @@ def _finished(work: Workspace, out: Path, count: int) -> dict[str, Any] | None:
     return outcome
 
 
-def _statistics(work: Workspace, index: int) -> Statistics:
-    """A block's input and gradient statistics from disk."""
-    store = Statistics()
-    for kind in ("inputs", "gradients"):
-        if work.has(kind, index):
-            store.merge(work.read_statistics(kind, index))
-    return store
-
-
-def _make_compressor(source: StreamedModel, recipe: Recipe, work: Workspace, progress: Progress | None) -> Compressor:
-    """What compresses each block. Spectra for a ranking, or scores, take one more pass over the blocks.
-
-    What came of that pass is kept, since what it went by goes block by block when the blocks are compressed.
-    """
-    anatomy, chosen = source.anatomy, recipe.registered
-    matrices = anatomy.matrices()
-    if is_ranking(recipe.allocation):
-        if work.done("plan") is None:
-            work.write_json("plan", 0, _ranks(source, recipe, work, progress))
-            work.advance("plan", 0)
-        return RankCompressor(chosen, recipe.settings, work.read_json("plan", 0))
-    scores: dict[str, float] = {}
-    if allocation_named(recipe.allocation).plan is not None:
-        if work.done("plan") is None:
-            work.write_json("plan", 0, _scores(source, recipe, work, progress))
-            work.advance("plan", 0)
-        scores = work.read_json("plan", 0)
-    shares = share_out(recipe.allocation, matrices, recipe.structure_keep, scores, recipe.allocation_settings)
-    return compressor_of(anatomy, matrices, chosen, recipe.settings, shares, recipe.allocation)
-
-
-def _ranks(source: StreamedModel, recipe: Recipe, work: Workspace, progress: Progress | None) -> Ranks:
-    tables, done = [], work.done("factors") or 0
-    for block in _shown(source, recipe.allocation, progress):
-        if block.index >= done:
-            statistics = _statistics(work, block.index)
-            with source.block(block.index):
-                made = {
-                    matrix.name: factorize_matrix(matrix, recipe.registered, recipe.settings, statistics)
-                    for matrix in block.matrices()
-                }
-            work.write_named("factors", block.index, _flat(made))
-            work.advance("factors", block.index + 1)
-        made = _factors(work, block)
-        tables += [rank_table(matrix, made[matrix.name]) for matrix in block.matrices()]
-    return allocate_ranks(recipe.allocation, tables, recipe.structure_keep, None, recipe.allocation_settings)
-
-
-def _scores(source: StreamedModel, recipe: Recipe, work: Workspace, progress: Progress | None) -> dict[str, float]:
-    scores: dict[str, float] = {}
-    for block in _shown(source, recipe.allocation, progress):
-        statistics = _statistics(work, block.index)
-        with source.block(block.index):
-            scores |= scores_of(recipe.allocation, block.matrices(), statistics, recipe.allocation_settings)
-    return scores
-
-
-def _shown(source: StreamedModel, label: str, progress: Progress | None) -> Iterable[Block]:
-    blocks = source.anatomy.blocks
-    return progress(blocks, label) if progress else blocks
-
-
-def _flat(factors: dict[str, Factorization]) -> dict[str, Tensor]:
-    return {
-        f"{name}|{part}": getattr(made, part).contiguous()
-        for name, made in factors.items()
-        for part in ("left", "singular_values", "right")
-    }
-
-
-def _factors(work: Workspace, block: Block) -> dict[str, Factorization]:
-    tensors = work.read_named("factors", block.index)
-    return {
-        m.name: Factorization(*(tensors[f"{m.name}|{part}"] for part in ("left", "singular_values", "right")))
-        for m in block.matrices()
-    }
-
-
 @torch.no_grad()
 def _compress_blocks(
     source: StreamedModel,
@@ -221,7 +124,7 @@ def _compress_blocks(
 ) -> None:
     """Write every block's shard. A block whose shard is there is only given its structure again."""
     last, done = len(source.anatomy.blocks) - 1, work.done("compressed") or 0
-    for block in _shown(source, f"{recipe.method}, writing", progress):
+    for block in shown(source, f"{recipe.method}, writing", progress):
         i = block.index
         if i < done:
             _restore_structure(source, block, work)
@@ -231,15 +134,7 @@ def _compress_blocks(
                 item.hidden = hidden.to(item.hidden.device)
         with source.block(i) as module:
             if recipe.keep < 1:
-                matrices, statistics = block.matrices(), _statistics(work, i)
-                if recipe.sequential:
-                    statistics = block_statistics(
-                        block, matrices, recipe.registered.collects, feeds, statistics, accumulate
-                    )
-                elif work.has("factors", i):
-                    assert isinstance(compressor, RankCompressor)
-                    compressor = replace(compressor, factors=_factors(work, block))
-                compressor(block, matrices, statistics)
+                compress_block(block, recipe, compressor, feeds, work, accumulate)
             module.requires_grad_(False)
             if recipe.sequential and i < last:
                 with computing_wide(module):

@@ -26,11 +26,11 @@ class Workspace:
     by: a file is written first, then the state that names it, and only then go the files that no state names any more.
     So a kill at any moment leaves a state and all that it names.
 
-    path: the folder. of: names all that decides the numbers of the run.
+    path: the folder. of: names all that decides the numbers of the run. kind: what it is, for a user.
     """
 
-    def __init__(self, path: Path, of: str) -> None:
-        self._folder, self._of = Folder(path, "an unfinished compression"), of
+    def __init__(self, path: Path, of: str, kind: str = "an unfinished compression") -> None:
+        self._folder, self._of = Folder(path, kind), of
         self._done: dict[str, int] = {}
         self._files: set[str] = set()
         self.note: Any = None
@@ -163,8 +163,8 @@ class Workspace:
             yield
         except (OSError, SafetensorError) as error:
             raise TransectError(
-                f"the unfinished compression cannot be kept in {self._folder.path}: {error}. When that is mended, the "
-                "same command goes on from what is done"
+                f"{self._folder.kind} cannot be kept in {self._folder.path}: {error}. When that is mended, the same "
+                "command goes on from what is done"
             ) from error
 
 

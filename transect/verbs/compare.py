@@ -12,14 +12,17 @@ import torch
 
 from ..anatomy import Anatomy
 from ..arguments import checked
-from ..comparison import KIND, Engine, Plan, Row, compare_anatomy
+from ..checkpoint import Opened, folder_of, open_model, tokenizer_of
+from ..comparison import KIND, Engine, Plan, Row, compare_anatomy, compare_streamed
 from ..compression.fingerprint import computation_fingerprint, model_fingerprint
 from ..data import SpecialTokens, load_facts
+from ..errors import TransectError
 from ..parameters import Seed, listed
 from ..report import markdown_table, pareto_plot
 from ..statistics import Fisher, Progress
 from ..store import Folder, write_text
-from .arguments import Count, FolderName, Length, Role, Share, Some, SumType
+from ..streaming import StreamedModel
+from .arguments import Count, Device, FolderName, Length, Role, Share, Some, SumType, WeightType
 from .common import CALIBRATION_SEQUENCES, Settings, calibration_of, fingerprint_of, given_of, held_out_of, opened_of
 
 
@@ -49,6 +52,11 @@ def compare(
     seed: Seed = 0,
     workers: Count = 1,
     engine: Engine = "local",
+    stream: bool = False,
+    revision: str | None = None,
+    architecture: Any = None,
+    dtype: WeightType | None = None,
+    device: Device | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
     on_row: Callable[[Row], None] = lambda row: None,
@@ -63,29 +71,53 @@ def compare(
     allocations: each is combined with every method that it goes with. Default: each method's own, uniform for most.
     settings: method or allocation -> its parameters.
     workers: processes (their measured speeds disturb one another). engine: `local` or `ray`.
+    stream: with one block in memory at a time, so that memory does not grow with the number of blocks; what is known of
+        each block lies on disk. The model is then a folder of safetensors (or a hub name, which is downloaded). It goes
+        with methods that take one block at a time, in one process, and without refit, roles, facts and `ilp`; speeds
+        are not measured.
+    revision, architecture, dtype, device: of a model that is given by its name; see `transect.checkpoint.open_model`.
 
     Returns the table: method, allocation, keep, kept (share of the matrices' bytes), bytes (of the whole model),
-    parameters, loss (nats), perplexity, accuracy, tokens, prefill and decode tokens per second, peak_memory (bytes),
-    compress_seconds (statistics, factorization and replacement, as if the row were computed alone); with facts, also
-    facts: the share, of those that the dense model says by itself in greedy generation, that the row says too (see
-    `transect.evaluation.says`). How many of how many these are is in the table's `attrs["facts"]`; none is an error. A
-    row whose process was lost twice, such as for want of memory, has a note instead, and is named in the table's
-    `attrs["lost"]`; the same call tries it again.
+    parameters, loss (nats), its standard_error over the held-out sequences, over_dense (the loss over the dense
+    model's) and over_dense_error (its standard error, sequence by sequence), perplexity, accuracy, tokens, prefill and
+    decode tokens per second, peak_memory (bytes), compress_seconds (statistics, factorization and replacement, as if
+    the row were computed alone); with facts, also facts: the share, of those that the dense model says by itself in
+    greedy generation, that the row says too (see `transect.evaluation.says`). How many of how many these are is in the
+    table's `attrs["facts"]`; none is an error. A row whose process was lost twice, such as for want of memory, has a
+    note instead, and is named in the table's `attrs["lost"]`; the same call tries it again.
     """
     methods, allocations, keep = listed(methods), listed(allocations or ()), listed(keep)
     settings = given_of(settings, methods, allocations)  # an unknown name is an error before anything is loaded
     folder = Folder(Path(out).expanduser(), KIND)
     folder.check_place()
     questions = [] if facts is None else load_facts(facts)
-    opened = opened_of(model, tokenizer)
-    anatomy = Anatomy(opened.model)
+    if stream:
+        given = {"refit": refit, "roles": roles, "facts": facts, "workers": workers > 1, "engine": engine != "local"}
+        for name in given:
+            if given[name]:
+                raise TransectError(f"{name} cannot be combined with streaming: leave it out, or compare in memory")
+        path = folder_of(str(model), revision)
+
+        def open_source() -> StreamedModel:
+            return StreamedModel(path, architecture=architecture, dtype=dtype, device=device)
+
+        source = open_source()
+        beside = tokenizer_of(source.model) if tokenizer is None else tokenizer
+        opened, anatomy = Opened(source.model, beside, beside, str(model), path), source.anatomy
+        weights = computation = source.fingerprint
+    else:
+        loading = {"revision": revision, "architecture": architecture, "dtype": dtype, "device": device}
+        named = open_model(str(model), **loading) if isinstance(model, (str, Path)) else model
+        opened = opened_of(named, tokenizer)
+        anatomy = Anatomy(opened.model)
+        weights, computation = model_fingerprint(opened.model), computation_fingerprint(opened.model)
     calibration = calibration_of(data, opened, sequence_length, sequences, batch_size, seed, special_tokens)
     held_out = held_out_of(eval_data, opened, sequence_length, eval_sequences, batch_size, seed, special_tokens)
     plan = Plan(
         model="" if opened.source == "" else str(opened.path or opened.source),
         dtype=str(opened.model.dtype).removeprefix("torch."), device=str(opened.model.device),
         architecture=asdict(anatomy.architecture),
-        weights=model_fingerprint(opened.model), computation=computation_fingerprint(opened.model),
+        weights=weights, computation=computation,
         methods=tuple(methods), allocations=tuple(allocations),
         keeps=tuple(float(share) for share in keep),
         settings=settings,
@@ -95,10 +127,15 @@ def compare(
         facts=fingerprint_of(opened.tokenizer, questions) if questions else "",
     )  # fmt: skip
     folder.check("table.csv", "table.md", "pareto.png")
-    frame = compare_anatomy(
-        anatomy, plan, folder, calibration, held_out, facts=questions, tokenizer=opened.tokenizer,
-        workers=workers, engine=engine, overwrite=overwrite, progress=progress, on_row=on_row,
-    )  # fmt: skip
+    if stream:
+        frame = compare_streamed(
+            open_source, plan, folder, calibration, held_out, overwrite=overwrite, progress=progress, on_row=on_row
+        )
+    else:
+        frame = compare_anatomy(
+            anatomy, plan, folder, calibration, held_out, facts=questions, tokenizer=opened.tokenizer,
+            workers=workers, engine=engine, overwrite=overwrite, progress=progress, on_row=on_row,
+        )  # fmt: skip
     write_text(folder.file("table.csv"), frame.to_csv(index=False))
     write_text(folder.file("table.md"), markdown_table(frame))
     pareto_plot(frame, folder.file("pareto.png"), title=f"{opened.source or type(opened.model).__name__}")

@@ -13,11 +13,12 @@ from ..ordering import claim_order
 
 SVD, SVD_LLM, KFAC_SVD = registered("svd"), registered("svd-llm"), registered("kfac-svd")
 PAPER = KFAC_SVD.paper
+UNIFORM = Variant(KFAC_SVD, "uniform")
 
 
 # The paper's headline for its factorization, with uniform ranks.
 claim_order(
-    "kfac-svd/below-svd-llm", (Variant(KFAC_SVD), Variant(SVD_LLM)), (Variant(SVD_LLM), Variant(SVD)),
+    "kfac-svd/below-svd-llm", (UNIFORM, Variant(SVD_LLM)), (Variant(SVD_LLM), Variant(SVD)),
     paper=PAPER,
     statement="At the same size, KFAC-SVD loses less than SVD-LLM, and that less than plain SVD.",
 )  # fmt: skip
@@ -25,7 +26,7 @@ claim_order(
 
 # The paper's headline for its allocation.
 claim_order(
-    "kfac-svd/searched-ranks", (Variant(KFAC_SVD, "ilp"), Variant(KFAC_SVD)),
+    "kfac-svd/searched-ranks", (Variant(KFAC_SVD, "ilp"), UNIFORM),
     paper=PAPER,
     statement="Ranks found by LEMS's search (`ilp`) lose no more than uniform ones of the same budget.",
     or_equal=True,
@@ -34,7 +35,7 @@ claim_order(
 
 # KFAC-SVD's singular values are all in units of the loss, so they can be compared across matrices.
 claim_order(
-    "kfac-svd/ranked-components", (Variant(KFAC_SVD, "global"), Variant(KFAC_SVD)),
+    "kfac-svd/ranked-components", (Variant(KFAC_SVD, "global"), UNIFORM),
     paper="Transect's own",
     statement="Ranks from one ranking of all matrices' components (`global`) lose no more than uniform ones.",
     or_equal=True,
@@ -56,7 +57,7 @@ RELEASED = Method("kfac-svd released", "factorization", PAPER, as_released, KFAC
 
 # Whether the orientation bug in the authors' code matters on a whole model.
 claim_order(
-    "kfac-svd/orientation", (Variant(KFAC_SVD), Variant(RELEASED)),
+    "kfac-svd/orientation", (UNIFORM, Variant(RELEASED)),
     paper="Transect's own",
     statement="The objective's orientation, L_Γᵀ W L_A, loses less than the released code's L_Γ W L_A.",
 )  # fmt: skip

@@ -27,6 +27,7 @@ from ..printing import print_whole, progress_bar
 @click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True)
 @click.option("--facts", metavar="FILE",
               help="Adds the share of the facts that each row still knows: .json, .jsonl or `common`.")  # fmt: skip
+@click.option("--stream", is_flag=True, help="One block in memory at a time; what is known of each lies on disk.")
 @shared_options("sequential", "refit", "roles", "sequence_length", "sequences", "batch_size", "fisher", "accumulate",
                 "special_tokens", "seed", *LOADING, "overwrite", "json")  # fmt: skip
 @click.pass_context
@@ -47,14 +48,15 @@ def compare(context: click.Context, model: str, out: Path, as_json: bool, **opti
     for name in allocations:
         allocation_named(name)
     refuse_unused(settings, dict.fromkeys([*options["methods"], *allocations]))
-    opened = open_model(model, **opening(options))
+    loading = opening(options)
+    opened, loading = (model, loading) if options["stream"] else (open_model(model, **loading), {})
     options["accumulate"] = getattr(torch, options["accumulate"])
     rows = 1 + len(options["methods"]) * len(options["allocations"] or [""]) * len(options["keep"])
     with progress_bar(as_json) as (bar, show):
         task = bar.add_task("rows", total=rows)
         frame = compare_models(
             opened, data=options.pop("data"), eval_data=options.pop("eval_data"), out=out, settings=settings,
-            progress=show, on_row=lambda row: bar.advance(task), **options,
+            progress=show, on_row=lambda row: bar.advance(task), **loading, **options,
         )  # fmt: skip
     if as_json:
         click.echo(frame.to_json(orient="records"))

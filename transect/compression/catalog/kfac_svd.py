@@ -13,6 +13,7 @@ from ..weighted_svd import Factorization, shrink, weighted_svd
     "kfac-svd",
     paper="openreview:IjIgNPFuCt",
     needs=[InputCovariance(), OutputGradientCovariance(trim=0.125, clip=(0.1, 10.0))],
+    allocation="global",
 )
 def kfac_svd(
     weight: Tensor,
@@ -26,6 +27,10 @@ def kfac_svd(
 
     Minimises tr(Γ (W - Ŵ) A (W - Ŵ)ᵀ) with A = E[x xᵀ] and Γ = E[g gᵀ], token by token: the SVD of L_Γᵀ W L_A. The
     authors' released code multiplies by L_Γ where its objective needs L_Γᵀ; this is the objective's form.
+
+    All singular values are in units of the loss, so that by default ranks come from one ranking of all matrices'
+    components (`global`), which loses a fraction of what equal shares do on real models. The paper compares with
+    `uniform` shares and searches ranks by `ilp`.
 
     For text, an eighth of the positions at either end of a sequence is left out of Γ, and gradients are clamped to 0.1
     to 10 times their sequence's mean norm, as in that code.

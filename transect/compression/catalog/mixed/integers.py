@@ -16,10 +16,9 @@ from ....operators.quantized import Quantized
 from ...frame import put
 from ...integers import Grid, grouped
 from ...two_sided import pivots, round_two_sided
-from ...weighted_svd import Factorization, weighted_svd
-from .options import Metric, Option, named
+from ...weighted_svd import Factorization
+from .options import Metric, MetricOf, Option, factorized, named
 
-MetricOf = Callable[[Matrix], Metric]
 _Factors = tuple[LowRank, dict[str, GroupedInteger]]
 GROUP = 64
 _FACTOR_BITS = (3, 4, 8)
@@ -52,16 +51,15 @@ def integer_options(matrix: Matrix, rounding: MetricOf) -> Iterator[Option]:
 
 
 def integer_low_rank_options(
-    matrix: Matrix, shares: Sequence[float], metric_of: MetricOf, rounding: MetricOf
+    matrix: Matrix, made: Factorization, shares: Sequence[float], metric_of: MetricOf, rounding: MetricOf
 ) -> Iterator[Option]:
-    """KFAC-SVD at ranks of these shares, its factors as integers. metric_of, rounding: metrics for either step.
+    """KFAC-SVD (`made`) at ranks of these shares, its factors as integers. metric_of, rounding: metrics for each step.
 
     In its metric the components of a KFAC-SVD are uncorrelated: LᵀΓL and R A Rᵀ are diagonal. So Lᵀ is rounded by Γ and
     R by A, row by row (GPTQ), and the price of each component is its own.
     """
-    (m, n), metric = matrix.shape, metric_of(matrix)
-    made = weighted_svd(matrix.weight.double(), metric.gradients, metric.inputs)
-    itemsize, dense_bytes, metric = metric.itemsize, metric.dense_bytes, rounding(matrix)
+    (m, n), metric = matrix.shape, rounding(matrix)
+    itemsize, dense_bytes = metric.itemsize, metric.dense_bytes
     tails, most = made.losses(), max(1, int(max(shares) * m * n / (m + n)))
     prices = [_factor_prices(made, metric, most, bits).cumsum(0) for bits in _FACTOR_BITS]
     for bits, price in zip(_FACTOR_BITS, prices, strict=True):
@@ -69,8 +67,7 @@ def integer_low_rank_options(
 
             @cache
             def factors(bits: int = bits, rank: int = rank) -> _Factors:
-                ours = metric_of(matrix)
-                left, right = weighted_svd(matrix.weight.double(), ours.gradients, ours.inputs).truncate(rank)
+                left, right = factorized(metric_of(matrix)).truncate(rank)
                 ours = rounding(matrix)
                 one = torch.eye(rank, dtype=torch.float64, device=left.device)
                 stored = {

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
+from torch import Tensor
 
-from ....anatomy import Anatomy, Block, Matrix
+from ....anatomy import Anatomy, Matrix
 from ....errors import OutOfReach
 from ....statistics import InputCovariance, InputMean, OutputGradientCovariance, Statistics, key_of
 from ...allocation import rank_of_share
@@ -18,14 +21,16 @@ from ...factorized import SEARCH_SEQUENCES
 from ...registry import Calibration, Range, restructuring
 from ...sizes import dense_bytes
 from ...weighted_svd import shrink
-from .integers import MetricOf, integer_low_rank_options, integer_options, least_integer_bytes
+from .integers import integer_low_rank_options, integer_options, least_integer_bytes
 from .options import (
     RATIO,
     Metric,
+    MetricOf,
     Option,
     choose,
     dense,
     dictionary_options,
+    factorized,
     least_narrow_bytes,
     low_rank_options,
     narrow_mlp_options,
@@ -43,6 +48,8 @@ _NEURON_SHARES = tuple(i / 20 for i in range(6, 20))
 _NEAR = 0.15  # dictionaries are tried at sizes that differ so much from the size chosen without them, in shares
 _ROUNDING = (0.01, 0.1)  # shrinkages of A (as GPTQ damps it) and of Γ for integers, whose errors point anywhere
 _PRICING_ROUNDS = 4  # of dictionary learning: all later ones lower the price by a tenth or two
+_HOPELESS = 0.1  # no dictionary loses so much less than low rank of its size
+_WORSE = 4.0  # prices are truer than that
 _INTEGERS = ("integer", "integer low-rank")
 _CANDIDATES = (
     (*_INTEGERS, "low-rank", "dictionary", "narrow"), (*_INTEGERS, "low-rank"), _INTEGERS, ("integer",),
@@ -77,11 +84,68 @@ def check(anatomy: Anatomy, keep: float, *, structures: str, **settings: object)
             )
 
 
-@restructuring("mixed", paper="Transect's own", needs=[_INPUTS, _GRADIENTS, _MEAN], check=check)
+@dataclass(frozen=True)
+class Prices:
+    """What a dense model's matrices would cost, for every budget.
+
+    options: all but dictionaries. losses: of each matrix's KFAC-SVD, by rank. metric: of a matrix, as KFAC-SVD has it.
+    """
+
+    options: list[Option]
+    losses: dict[str, Tensor]
+    metric: MetricOf
+
+
+def price(
+    anatomy: Anatomy,
+    calibration: Calibration,
+    *,
+    structures: str,
+    input_shrinkage: float,
+    gradient_shrinkage: float,
+    **settings: object,
+) -> Prices:
+    """All options of a dense model but dictionaries. What is put in their place is computed when one is taken."""
+
+    def metric(matrix: Matrix, inputs: float = input_shrinkage, gradients: float = gradient_shrinkage) -> Metric:
+        return Metric(
+            matrix,
+            shrink(_value(calibration.statistics, matrix, _INPUTS), inputs),
+            shrink(_value(calibration.statistics, matrix, _GRADIENTS), gradients),
+            _value(calibration.statistics, matrix, _MEAN),
+        )
+
+    def rounding(matrix: Matrix) -> Metric:
+        return metric(matrix, *_ROUNDING)
+
+    prices = Prices([], {}, metric)
+    for block in calibration.shown(anatomy.blocks, "options"):
+        metrics = [metric(matrix) for matrix in block.matrices()]
+        found = [dense(one) for one in metrics]
+        for one in metrics:
+            if structures in ("all", "low-rank", "integer"):
+                made = factorized(one)
+            if structures in ("all", "low-rank"):
+                prices.losses[one.matrix.name] = made.losses()
+                found += low_rank_options(one.matrix, made.losses(), metric, _LOW_RANK_SHARES)
+            if structures in ("all", "integer"):
+                found += integer_options(one.matrix, rounding)
+                found += integer_low_rank_options(one.matrix, made, _LOW_RANK_SHARES, metric, rounding)
+        if structures in ("all", "narrow"):
+            if not block.has_experts:
+                found += narrow_mlp_options(metrics, metric, _NEURON_SHARES, ridge=1e-2)
+            found += narrow_query_key_options(metrics, _WIDTH_SHARES)
+            found += narrow_value_options(metrics, metric, _WIDTH_SHARES)
+        prices.options.extend(found)
+    return prices
+
+
+@restructuring("mixed", paper="Transect's own", needs=[_INPUTS, _GRADIENTS, _MEAN], check=check, prepare=price)
 def mixed(
     anatomy: Anatomy,
     calibration: Calibration,
     keep: float,
+    prices: Prices,
     *,
     structures: Literal["all", "integer", "low-rank", "dictionary", "narrow"] = "all",
     refit_outputs: bool = True,
@@ -95,9 +159,10 @@ def mixed(
     of floating-point numbers or of integers, or a sparse dictionary (CoSpaDi). Instead, each MLP, each pair of queries
     and keys, and each pair of values and outputs may become narrower (MoDeGPT). Every option is priced by the two-sided
     K-FAC metric tr(Γ ΔW A ΔWᵀ), and one integer program over the whole model picks the cheapest choice within the
-    budget. With `all`, it is solved for all structures and for several choices of them; the assembled models are
-    measured against the dense one on 32 calibration sequences, and the closest wins. Then the operators of
-    floating-point numbers are refitted, block by block, to the dense model's outputs.
+    budget. With `all`, it is solved for all structures and for several choices of them; the assembled models, but for
+    those that are predicted to lose over four times as much as another, are measured against the dense one on 32
+    calibration sequences, and the closest wins. Then the operators of floating-point numbers are refitted, block by
+    block, to the dense model's outputs.
 
     Integers are rounded by both sides of the metric (`two_sided`), where GPTQ goes by the inputs alone.
 
@@ -105,7 +170,8 @@ def mixed(
     model. Each is priced as if every token passed it.
 
     Dictionaries take long to learn. So they are priced after a few rounds, with `all` only near the size that a matrix
-    gets without them, and those that are chosen are learned to the end.
+    gets without them, and where no integers of that size lose a tenth of what low rank does; those that are chosen are
+    learned to the end.
 
     structures: which may be used; matrices may always stay dense.
     refit_outputs: whether to refit to the dense outputs afterwards.
@@ -118,28 +184,17 @@ def mixed(
     budget = keep * anatomy.matrix_bytes()
     matrices = {matrix.name: matrix for matrix in anatomy.matrices()}
 
-    def metric(matrix: Matrix, inputs: float = input_shrinkage, gradients: float = gradient_shrinkage) -> Metric:
-        return Metric(
-            matrix,
-            shrink(_value(calibration.statistics, matrix, _INPUTS), inputs),
-            shrink(_value(calibration.statistics, matrix, _GRADIENTS), gradients),
-            _value(calibration.statistics, matrix, _MEAN),
-        )
-
-    def rounding(matrix: Matrix) -> Metric:
-        return metric(matrix, *_ROUNDING)
-
     def dictionaries(name: str, shares: Sequence[float], rounds: int) -> list[Option]:
-        return list(dictionary_options(metric(matrices[name]), shares, min(rounds, iterations), calibration.seed))
+        metric = prices.metric(matrices[name])
+        return list(dictionary_options(metric, shares, min(rounds, iterations), calibration.seed))
 
-    options = [
-        option
-        for block in calibration.shown(anatomy.blocks, "options")
-        for option in _quick_options(block, metric, rounding, structures, keep)
-    ]
+    options = list(prices.options)
+    for name, losses in prices.losses.items():
+        options += low_rank_options(matrices[name], losses, prices.metric, [keep])
     if structures in ("all", "dictionary"):
         grid = _DICTIONARY_SHARES if keep >= _DICTIONARY_SHARES[0] else (keep, *_DICTIONARY_SHARES)
         tried = _near(grid, choose(options, budget), matrices) if structures == "all" else dict.fromkeys(matrices, grid)
+        tried = _promising(tried, options, matrices) if structures == "all" else tried
         for name, shares in calibration.shown(list(tried.items()), "dictionaries"):
             options += dictionaries(name, shares, _PRICING_ROUNDS)
     chosen = _best(anatomy, calibration, options, budget) if structures == "all" else choose(options, budget)
@@ -157,27 +212,6 @@ def _value(statistics: Statistics, matrix: Matrix, statistic: object) -> torch.T
     return statistics.value(key_of(matrix, statistic), statistic).double()  # type: ignore[arg-type]
 
 
-def _quick_options(
-    block: Block, metric: MetricOf, rounding: MetricOf, structures: str, keep: float
-) -> list[Option]:  # fmt: skip
-    """All options of one block's matrices but dictionaries. rounding: the metric that integers go by."""
-    metrics = [metric(matrix) for matrix in block.matrices()]
-    found = [dense(one) for one in metrics]
-    if structures in ("all", "low-rank"):
-        for one in metrics:
-            found += low_rank_options(one, sorted({*_LOW_RANK_SHARES, keep}))
-    if structures in ("all", "integer"):
-        for one in metrics:
-            found += integer_options(one.matrix, rounding)
-            found += integer_low_rank_options(one.matrix, _LOW_RANK_SHARES, metric, rounding)
-    if structures in ("all", "narrow"):
-        if not block.has_experts:
-            found += narrow_mlp_options(metrics, _NEURON_SHARES, ridge=1e-2)
-        found += narrow_query_key_options(metrics, _WIDTH_SHARES)
-        found += narrow_value_options(metrics, _WIDTH_SHARES)
-    return found
-
-
 def _near(grid: Sequence[float], chosen: Sequence[Option], matrices: dict[str, Matrix]) -> dict[str, tuple[float, ...]]:
     """For each matrix the shares of the grid that are near the one it has in a choice, at least the nearest."""
     found = {}
@@ -192,14 +226,38 @@ def _near(grid: Sequence[float], chosen: Sequence[Option], matrices: dict[str, M
     return found
 
 
+def _promising(
+    tried: dict[str, tuple[float, ...]], options: Sequence[Option], matrices: dict[str, Matrix]
+) -> dict[str, tuple[float, ...]]:
+    """Without the shares at which a dictionary would have to lose a tenth of what low rank does to be taken."""
+
+    def least(name: str, share: float, structures: tuple[str, ...]) -> float:
+        most = share * dense_bytes(matrices[name])
+        return min((o.loss for o in by_name[name] if o.structure in structures and o.bytes <= most), default=math.inf)
+
+    by_name: dict[str, list[Option]] = {}
+    for option in options:
+        if len(option.covers) == 1:
+            by_name.setdefault(option.covers[0], []).append(option)
+    found = {
+        name: tuple(s for s in shares if least(name, s, _INTEGERS) > _HOPELESS * least(name, s, ("low-rank",)))
+        for name, shares in tried.items()
+    }
+    return {name: shares for name, shares in found.items() if shares}
+
+
 def _best(anatomy: Anatomy, calibration: Calibration, options: list[Option], budget: float) -> list[Option]:
     """The choice whose model is closest to the dense one, of all structures together and of fewer."""
-    measure = Divergence(anatomy, [], {}, list(calibration.batches.take(SEARCH_SEQUENCES)))
     choices: list[list[Option]] = []
     for structures in _CANDIDATES:
         chosen = choose([option for option in options if option.structure in ("dense", *structures)], budget)
         if chosen not in choices:
             choices.append(chosen)
+    predicted = [sum(option.loss for option in chosen) for chosen in choices]
+    choices = [each for each, loss in zip(choices, predicted, strict=True) if loss <= _WORSE * min(predicted)]
+    if len(choices) == 1:
+        return choices[0]
+    measure = Divergence(anatomy, [], {}, list(calibration.batches.take(SEARCH_SEQUENCES)))
     distances = []
     for chosen in choices:
         copy = working_copy(anatomy)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ from ...narrow_heads import (
 )
 from ...nystrom import leverage_scores, nystrom_update
 from ...sizes import dense_bytes, neuron_bytes
-from ...weighted_svd import weighted_svd
+from ...weighted_svd import Factorization, weighted_svd
 
 MLP_ROLES = ("gate", "up", "down")
 RATIO = 2.0  # atoms over non-zeros, CoSpaDi's default
@@ -80,6 +81,9 @@ class Metric:
         return float(((self.gradients @ change) @ self.inputs * change).sum().clamp_min(0))
 
 
+MetricOf = Callable[[Matrix], Metric]
+
+
 def named(block: Block, name: str) -> Matrix:
     """The block's matrix of that name."""
     return next(matrix for matrix in block.matrices() if matrix.name == name)
@@ -89,19 +93,24 @@ def dense(metric: Metric) -> Option:
     return Option("dense", (metric.matrix.name,), metric.dense_bytes, 0.0, lambda block: None)
 
 
-def low_rank_options(metric: Metric, shares: Sequence[float]) -> Iterator[Option]:
-    """KFAC-SVD at ranks that cost these shares of the dense bytes."""
-    matrix, (m, n) = metric.matrix, metric.matrix.shape
-    made = weighted_svd(matrix.weight.double(), metric.gradients, metric.inputs)
-    losses = made.losses()
-    left, right = (factor.float() for factor in made.truncate(max(1, int(max(shares) * m * n / (m + n)))))
+def factorized(metric: Metric) -> Factorization:
+    """The KFAC-SVD of a matrix."""
+    return weighted_svd(metric.matrix.weight.double(), metric.gradients, metric.inputs)
+
+
+def low_rank_options(matrix: Matrix, losses: Tensor, metric_of: MetricOf, shares: Sequence[float]) -> Iterator[Option]:
+    """KFAC-SVD at ranks that cost these shares of the dense bytes.
+
+    losses: of the matrix's factorization, by rank. metric_of: gives its metric again when the option is taken.
+    """
+    (m, n), itemsize = matrix.shape, matrix.module.weight.element_size()
     for rank in sorted({int(share * m * n / (m + n)) for share in shares} - {0}):
 
         def put_low_rank(block: Block, rank: int = rank) -> None:
-            put(named(block, matrix.name), LowRank.from_factors(left[:, :rank], right[:rank]))
+            left, right = factorized(metric_of(matrix)).truncate(rank)
+            put(named(block, matrix.name), LowRank.from_factors(left.float(), right.float()))
 
-        size = rank * (m + n) * metric.itemsize
-        yield Option("low-rank", (matrix.name,), size, float(losses[rank]), put_low_rank)
+        yield Option("low-rank", (matrix.name,), rank * (m + n) * itemsize, float(losses[rank]), put_low_rank)
 
 
 def dictionary_options(metric: Metric, shares: Sequence[float], iterations: int, seed: int) -> Iterator[Option]:
@@ -130,11 +139,13 @@ def dictionary_options(metric: Metric, shares: Sequence[float], iterations: int,
         yield Option("dictionary", (matrix.name,), size.bytes, price, put_dictionary, share)
 
 
-def narrow_mlp_options(metrics: Sequence[Metric], shares: Sequence[float], ridge: float) -> Iterator[Option]:
+def narrow_mlp_options(
+    metrics: Sequence[Metric], metric_of: MetricOf, shares: Sequence[float], ridge: float
+) -> Iterator[Option]:
     """The neurons that the others predict worst, the down matrix making up for the rest (MoDeGPT's type I).
 
     metrics: of one block's matrices; nothing is offered where it has no MLP. The price is that of the down matrix's
-    error: on its inputs the kept neurons are exact.
+    error: on its inputs the kept neurons are exact. metric_of: gives its metric again when the option is taken.
     """
     by_role = {metric.matrix.role: metric for metric in metrics if metric.matrix.role in MLP_ROLES}
     if not by_role:
@@ -148,13 +159,13 @@ def narrow_mlp_options(metrics: Sequence[Metric], shares: Sequence[float], ridge
         if count < 1:
             continue
         kept = order[:count].sort().values
-        update = nystrom_update(weight, down.inputs, kept)
         replaced = torch.zeros_like(weight)
-        replaced[:, kept] = update
+        replaced[:, kept] = nystrom_update(weight, down.inputs, kept)
 
-        def put_narrow(block: Block, kept: Tensor = kept, update: Tensor = update) -> None:
+        def put_narrow(block: Block, kept: Tensor = kept, matrix: Matrix = down.matrix) -> None:
             mlp = block.mlp
             assert mlp is not None
+            update = nystrom_update(matrix.weight.double(), metric_of(matrix).inputs, kept)
             mlp.keep(kept.tolist())
             block.matrix("down").write(update)
 
@@ -223,55 +234,76 @@ def _output_moments(metric: Metric) -> Tensor:
     return moments
 
 
-def narrow_value_options(metrics: Sequence[Metric], shares: Sequence[float]) -> Iterator[Option]:
+def narrow_value_options(
+    metrics: Sequence[Metric], metric_of: MetricOf, shares: Sequence[float]
+) -> Iterator[Option]:  # fmt: skip
     """Fewer values a head, in the best basis of each, the output matrix making up for the rest (MoDeGPT's type III).
 
     metrics: of one block's matrices; nothing is offered where the shapes forbid it. The values z of all heads are what
     o reads, so the problem is put in o's metric: for each key/value head, the basis of the SVD of Γ^½ O A^½, of its
     query heads together, A their mean covariance; then O', over all heads, is what reproduces O z best from the values
     that stay (Nyström, as for neurons), and the price is that of the error. MoDeGPT uses the covariance of the block's
-    input and neither Γ nor the correlations between heads.
+    input and neither Γ nor the correlations between heads. metric_of: gives a matrix's metric again when it is needed.
     """
     by_role = {metric.matrix.role: metric for metric in metrics}
     attention = metrics[0].matrix.block.attention
     if attention is None or not has_regular_heads(attention):
         return
-    size, heads, key_heads = attention.head_size, attention.heads, attention.key_value_heads
-    group, out, value = heads // key_heads, by_role["o"], by_role["v"]
+    heads, key_heads, out, value = attention.heads, attention.key_value_heads, by_role["o"], by_role["v"].matrix
+    weight, size = out.matrix.weight.double(), attention.head_size
+    turned = _turned_values(out, heads, key_heads)
+    for count in sorted({int(share * size) for share in shares} - {0}):
+        kept = turned.kept(count)
+        replaced = torch.zeros_like(weight)
+        replaced[:, kept] = nystrom_update(turned.weight, turned.inputs, kept)
+        loss = out.price(weight - replaced @ turned.all_heads)
+
+        def put_narrow_values(block: Block, count: int = count) -> None:
+            again = _turned_values(metric_of(out.matrix), heads, key_heads)
+            columns = nystrom_update(again.weight, again.inputs, again.kept(count))
+            rows = (again.basis[:, :count] @ value.weight.double().view(key_heads, size, -1)).flatten(0, 1)
+            bias = None
+            if value.bias is not None:
+                bias = value.bias.new_zeros(key_heads, size)
+                bias[:, :count] = (again.basis[:, :count] @ value.bias.double().view(key_heads, size, 1))[..., 0]
+                bias = bias.flatten()
+            assert block.attention is not None
+            put_values(block.attention, rows.float(), columns.float(), bias, block.attention.o.bias)
+
+        yield Option("narrow", (value.name, out.matrix.name), value_bytes(attention, count), loss, put_narrow_values)
+
+
+class _TurnedValues(NamedTuple):
+    """The values of all heads in their own bases.
+
+    basis: T of each key/value head (key heads x size x size), the most important values first. all_heads: T of all
+    query heads (d x d). weight: O T⁻¹. inputs: E[T z zᵀ Tᵀ].
+    """
+
+    basis: Tensor
+    all_heads: Tensor
+    weight: Tensor
+    inputs: Tensor
+
+    def kept(self, count: int) -> Tensor:
+        """Where the first values of every query head are."""
+        size = self.basis.shape[-1]
+        starts = torch.arange(0, len(self.all_heads), size, device=self.basis.device)[:, None]
+        return (starts + torch.arange(count, device=self.basis.device)).flatten()
+
+
+def _turned_values(out: Metric, heads: int, key_heads: int) -> _TurnedValues:
     weight = out.matrix.weight.double()
-    d = len(weight)
+    d, size, group = len(weight), weight.shape[1] // heads, heads // key_heads
     within = out.inputs.view(heads, size, heads, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # A of each head
     within = within.unflatten(0, (key_heads, group)).mean(1)
     weighed = raised_cholesky(out.gradients)[0].T @ weight
     weighed = weighed.view(d, key_heads, group, size).permute(1, 2, 0, 3).flatten(1, 2)  # key heads, group · d, size
     identity = torch.eye(size).to(weight).expand(key_heads, -1, -1)
-    basis, _ = narrower_values(identity, weighed, within, size)  # T: the most important values of a head first
+    basis, _ = narrower_values(identity, weighed, within, size)
     all_heads = torch.block_diag(*basis.repeat_interleave(group, dim=0))
-    inputs = all_heads @ out.inputs @ all_heads.T
     turned = torch.linalg.solve(all_heads, weight, left=False)  # O T⁻¹
-    value_weight, value_bias = value.matrix.weight.double().view(key_heads, size, -1), value.matrix.bias
-    starts = torch.arange(heads, device=weight.device)[:, None] * size
-    for count in sorted({int(share * size) for share in shares} - {0}):
-        kept = (starts + torch.arange(count, device=weight.device)).flatten()
-        columns = nystrom_update(turned, inputs, kept)
-        replaced = torch.zeros_like(turned)
-        replaced[:, kept] = columns
-        loss = out.price(weight - replaced @ all_heads)
-        rows = (basis[:, :count] @ value_weight).flatten(0, 1)
-        bias = None
-        if value_bias is not None:
-            bias = value_bias.new_zeros(key_heads, size)
-            bias[:, :count] = (basis[:, :count] @ value_bias.double().view(key_heads, size, 1))[..., 0].to(bias)
-            bias = bias.flatten()
-
-        def put_narrow_values(
-            block: Block, rows: Tensor = rows.float(), columns: Tensor = columns.float(), bias: Tensor | None = bias
-        ) -> None:
-            assert block.attention is not None
-            put_values(block.attention, rows, columns, bias, block.attention.o.bias)
-
-        names = (value.matrix.name, out.matrix.name)
-        yield Option("narrow", names, value_bytes(attention, count), loss, put_narrow_values)
+    return _TurnedValues(basis, all_heads, turned, all_heads @ out.inputs @ all_heads.T)
 
 
 def least_narrow_bytes(block: Block, widths: Sequence[float], neurons: Sequence[float]) -> int:
