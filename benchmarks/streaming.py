@@ -31,13 +31,19 @@ BLOCKS_A_SHARD = 4
 MB = 1e6
 
 
-def write_checkpoint(folder: Path, hidden: int, blocks: int) -> None:
-    """A random float32 Llama, a few blocks a shard, so that making it needs no more memory than one shard."""
+def write_checkpoint(folder: Path, hidden: int, blocks: int, *, dtype: str = "float32", **shape: int) -> None:
+    """A random Llama, a few blocks a shard, so that making it needs no more memory than one shard.
+
+    shape: what its configuration has of its own, such as intermediate_size.
+    """
+    settings: dict[str, Any] = {
+        "intermediate_size": hidden * 11 // 4, "num_attention_heads": heads(hidden),
+        "num_key_value_heads": heads(hidden), **shape,
+    }  # fmt: skip
     config = transformers.LlamaConfig(
-        hidden_size=hidden, intermediate_size=hidden * 11 // 4, num_hidden_layers=blocks, vocab_size=1024,
-        num_attention_heads=heads(hidden), num_key_value_heads=heads(hidden), max_position_embeddings=1024,
-        tie_word_embeddings=False, architectures=["LlamaForCausalLM"], dtype="float32", pad_token_id=None,
-        bos_token_id=0, eos_token_id=1,
+        hidden_size=hidden, num_hidden_layers=blocks, vocab_size=1024, max_position_embeddings=1024,
+        tie_word_embeddings=False, architectures=["LlamaForCausalLM"], dtype=dtype, pad_token_id=None, bos_token_id=0,
+        eos_token_id=1, **settings,
     )  # fmt: skip
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in transformers.LlamaForCausalLM(config).state_dict().items()}
@@ -49,8 +55,8 @@ def write_checkpoint(folder: Path, hidden: int, blocks: int) -> None:
     for number, names in shards.items():
         file = f"model-{number + 2:05d}-of-{len(shards):05d}.safetensors"
         tensors = {
-            name: torch.ones(shapes[name]) if "norm" in name
-            else torch.randn(shapes[name], generator=generator) * shapes[name][-1] ** -0.5
+            name: torch.ones(shapes[name], dtype=getattr(torch, dtype)) if "norm" in name
+            else (torch.randn(shapes[name], generator=generator) * shapes[name][-1] ** -0.5).to(getattr(torch, dtype))
             for name in names
         }  # fmt: skip
         save_file(tensors, folder / file, metadata={"format": "pt"})

@@ -36,6 +36,13 @@ def test_prints_its_table(name: str, heading: str, benchmark: Any, capsys: pytes
     assert "met" in printed and "torch" in printed.splitlines()[-1]
 
 
+def test_blocks_of_a_shape_are_compared_in_a_process_of_their_own(benchmark: Any, capsys: Any) -> None:
+    peaks = benchmark("memory")(["--quick", "--only", "llama-3-8b"])
+    printed = capsys.readouterr().out
+    assert printed.startswith("1 blocks of hidden size 64") and "seconds a block" in printed
+    assert list(peaks) == ["svd-llm"] and 0.05 < peaks["svd-llm"] < 12
+
+
 def test_every_operator_is_timed(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
     rows = benchmark("operators")(["--quick"])
     assert capsys.readouterr().out.startswith("Time over that of a dense matrix")

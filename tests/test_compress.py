@@ -40,7 +40,8 @@ def test_every_architecture_is_compressed_within_its_budget_by_every_method(name
         assert transect.compress(model, method, keep=0.6, data=data_for(name)) is model
         anatomy = Anatomy(model)
         assert 0.5 * whole < matrix_bytes(anatomy) <= 0.6 * whole
-        assert all(isinstance(matrix.module, LowRank) for matrix in anatomy.matrices())
+        low_rank = [isinstance(matrix.module, LowRank) for matrix in anatomy.matrices()]
+        assert all(low_rank) if registered(method).allocation == "uniform" else any(low_rank)  # a ranking may skip some
         assert torch.isfinite(logits(model, batch)).all()
         assert anatomy.record.history[-1]["compress"]["method"] == method
 

@@ -25,7 +25,7 @@ KINDS = {
     "sequential": ("svd-llm", {"sequential": True}),
     "sequential, of no data": ("modegpt", {"sequential": True, "allocation": "uniform"}),
     "gradients": ("kfac-svd", {}),
-    "gradients, sequential": ("kfac-svd", {"sequential": True}),
+    "gradients, sequential": ("kfac-svd", {"sequential": True, "allocation": "uniform"}),
     "drawn labels": ("kfac-svd", {"fisher": "sampled", "seed": 4}),
     "a ranking": ("svd-llm", {"allocation": "global"}),
     "scores": ("svd-llm", {"allocation": "similarity"}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,16 +12,20 @@ import pandas as pd
 
 from ..anatomy import Anatomy
 from ..checkpoint import save
+from ..compression import method
 from ..data import Fact
 from ..errors import OutOfReach, TransectError
 from ..evaluation import standard_error
 from ..statistics import Progress
 from ..store import Folder
 from .engines import Engine, run_here, run_in_processes, run_on_ray
+from .estimate import estimate_size
 from .knowledge import knowledge_of
 from .plan import RUN, Plan, Row, factors_file
 from .prepared import STATISTICS, TIMED, prepare
 from .worker import Worker
+
+_logger = logging.getLogger(__name__)
 
 
 def compare_anatomy(
@@ -57,6 +62,8 @@ def compare_anatomy(
     knowledge = knowledge_of(anatomy, plan, folder, facts, tokenizer) if facts else None
     lost: dict[Row, str] = {}
     if waiting:
+        size = estimate_size(anatomy, plan, calibration, evaluation, streamed=False)
+        _logger.info("this comparison needs %s; with --stream the memory is that of one block", size)
         for name in [STATISTICS, TIMED, *(row.file for row in waiting), *map(factors_file, plan.methods)]:
             folder.file(name)
         prepare(anatomy, plan, folder.path, calibration, waiting, progress)
@@ -109,8 +116,19 @@ def table(plan: Plan, folder: Path, lost: Mapping[Row, str]) -> pd.DataFrame:
         for row in plan.rows
     ]
     frame = pd.DataFrame([_beside_dense(row, rows[0]) for row in rows])
+    frame.attrs["shares"] = plan.dtype
+    frame.attrs["notes"] = notes_of(plan.methods)
     frame.attrs["lost"] = [str(row) for row in lost]
     return frame
+
+
+def notes_of(methods: Sequence[str]) -> list[str]:
+    """What a user should know of these methods beside their numbers, each note once with those that it is about."""
+    about: dict[str, list[str]] = {}
+    for name in methods:
+        if note := method(name).note:
+            about.setdefault(note, []).append(name)
+    return [f"{', '.join(names)}: {note}" for note, names in about.items()]
 
 
 def _beside_dense(row: Mapping[str, Any], dense: Mapping[str, Any]) -> dict[str, Any]:

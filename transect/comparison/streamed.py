@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -36,9 +37,11 @@ from ..streaming.plan import (
 )
 from ..streaming.workspace import Workspace
 from .compare import check_plan, table, take_folder
+from .estimate import estimate_size
 from .plan import Plan, Row
 from .prepared import TIMED
 
+_logger = logging.getLogger(__name__)
 BLOCKS = "blocks"  # the folder of what lies on disk by block, inside the run folder
 
 
@@ -73,6 +76,8 @@ def compare_streamed(
         else:
             on_row(row)
     if waiting:
+        size = estimate_size(source.anatomy, plan, calibration, evaluation, streamed=True)
+        _logger.info("this comparison needs %s", size)
         for name in [TIMED, *(row.file for row in waiting)]:
             folder.file(name)
         worker = _StreamedWorker(open_source, source, plan, folder.path, calibration, evaluation, progress)

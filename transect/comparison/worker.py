@@ -124,7 +124,7 @@ class Worker:
         if chosen.prepare is None or recipe.keep == 1:
             return None, 0.0
         if recipe.method not in self._prepared:
-            recipe.resolved(self.anatomy, self.anatomy.matrices())  # a budget out of reach is none to prepare for
+            recipe = recipe.resolved(self.anatomy, self.anatomy.matrices())  # OutOfReach before anything is prepared
             started = time.perf_counter()
             shared = Calibration(statistics, self.calibration, self.plan.seed)
             made = chosen.prepare(self.anatomy, shared, **recipe.settings)

@@ -42,6 +42,7 @@ class Method:
     prepare: what a restructuring does once for all budgets; see there.
     allocation: how its budget is shared out where the user names no allocation.
     even: what a matrix's size leaves over of its share is not spent on leaving others dense.
+    note: what a user should know beside the numbers of a table, a sentence without its full stop.
     rounding: how the numbers of what it makes are stored, for `NAME+gptq4` and its like; None: as the model's.
     """
 
@@ -56,6 +57,7 @@ class Method:
     prepare: Callable[..., Any] | None = None
     allocation: str = "uniform"
     even: bool = False
+    note: str = ""
     rounding: Rounding | None = None
 
     @property
@@ -128,6 +130,7 @@ def replacement(
     refit: bool = False,
     allocation: str = "uniform",
     even: bool = False,
+    note: str = "",
 ) -> Register:
     """Register `function(weight, *statistics, **size.chosen, **settings) -> Operator`: one matrix, one operator.
 
@@ -137,8 +140,10 @@ def replacement(
         of that shape; it raises OutOfReach where there is none. A method of one size only (2:4) returns that where it
         fits; the frame then leaves as many matrices dense as the budget allows.
     even: it does not, since engines want all matrices stored alike, and a few dense ones buy little.
+    note: see `Method`.
     """
-    return _register("replacement", name, paper, needs, plan=size, refit=refit, allocation=allocation, even=even)
+    more = {"refit": refit, "allocation": allocation, "even": even, "note": note}
+    return _register("replacement", name, paper, needs, plan=size, **more)
 
 
 def slicing(

@@ -11,6 +11,8 @@ from ..errors import OutOfReach
 from ..operators.semi_structured import SemiStructured, semi_structured_bytes
 from .registry import Size
 
+ENGINES = "2:4 sparsity is fast on few engines: vLLM, for one, has removed its kernels for it (its PR 36799)"
+
 
 def best_two_of_four(score: Tensor) -> Tensor:
     """Mask of the two largest scores in every four consecutive columns; of equal ones the first.

@@ -16,11 +16,24 @@ def peak_memory(device: torch.device | str = "cpu") -> int:
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if status.is_file():  # Linux; getrusage would count what a parent process had before it started this one
-        high_water = next(line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM:"))
-        return int(high_water.split()[1]) * 1024
+    on_linux = _status("VmHWM")  # getrusage would count what a parent process had before it started this one
+    if on_linux is not None:
+        return on_linux
     import resource  # not on Windows
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+
+
+def resident_memory() -> int:
+    """Bytes that this process has in memory now; its peak so far where the system does not say that."""
+    return _status("VmRSS") or peak_memory()
+
+
+def _status(what: str) -> int | None:
+    """A number of Linux's about this process, in bytes; None elsewhere."""
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return None
+    line = next(line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith(f"{what}:"))
+    return int(line.split()[1]) * 1024

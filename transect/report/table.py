@@ -51,10 +51,13 @@ _COARSE = 0.01
 
 
 def notes(frame: Any) -> list[str]:
-    """What facts are counted, and why some rows have no numbers, a line each."""
+    """What shares are of, what facts are counted, what to know of methods, why rows have no numbers; a line each."""
     lines = []
+    if shares := frame.attrs.get("shares"):
+        lines.append(f"keep: share of the bytes of the blocks' matrices in {shares}")
     if asked := frame.attrs.get("facts"):
         lines.append(f"facts known: of {asked['known']:,} that the dense model knows, out of {asked['asked']:,}")
+    lines += frame.attrs.get("notes", [])
     if "note" in frame.columns:
         missing = frame[frame["note"].notna()]
         lines += [f"{row['method']} at {row['keep']:g}: {row['note']}" for _, row in missing.iterrows()]

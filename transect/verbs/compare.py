@@ -7,13 +7,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-import pandas as pd
 import torch
 
 from ..anatomy import Anatomy
 from ..arguments import checked
 from ..checkpoint import Opened, folder_of, open_model, tokenizer_of
-from ..comparison import KIND, Engine, Plan, Row, compare_anatomy, compare_streamed
+from ..comparison import KIND, Engine, Plan, Row, check_plan, compare_anatomy, compare_streamed, estimate
 from ..compression.fingerprint import computation_fingerprint, model_fingerprint
 from ..data import SpecialTokens, load_facts
 from ..errors import TransectError
@@ -57,10 +56,11 @@ def compare(
     architecture: Any = None,
     dtype: WeightType | None = None,
     device: Device | None = None,
+    dry_run: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
     on_row: Callable[[Row], None] = lambda row: None,
-) -> pd.DataFrame:
+) -> Any:
     """Compress one model by every method and allocation to every budget, and evaluate each; a row each, dense first.
 
     model, data, tokenizer and the calibration settings: as for `compress`. eval_data: held-out data, same forms;
@@ -76,6 +76,8 @@ def compare(
         with methods that take one block at a time, in one process, and without refit, roles, facts and `ilp`; speeds
         are not measured.
     revision, architecture, dtype, device: of a model that is given by its name; see `transect.checkpoint.open_model`.
+    dry_run: compute nothing; returned is a `transect.comparison.Estimate` of memory, disk and time, the latter from one
+        block that is measured.
 
     Returns the table: method, allocation, keep, kept (share of the matrices' bytes), bytes (of the whole model),
     parameters, loss (nats), its standard_error over the held-out sequences, over_dense (the loss over the dense
@@ -126,6 +128,9 @@ def compare(
         seed=seed, sequential=sequential, refit=refit,
         facts=fingerprint_of(opened.tokenizer, questions) if questions else "",
     )  # fmt: skip
+    if dry_run:
+        check_plan(anatomy, plan, weights=not stream)
+        return estimate(anatomy, plan, calibration, held_out, source=source if stream else None)
     folder.check("table.csv", "table.md", "pareto.png")
     if stream:
         frame = compare_streamed(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from ..printing import print_whole, progress_bar
 @click.option("--facts", metavar="FILE",
               help="Adds the share of the facts that each row still knows: .json, .jsonl or `common`.")  # fmt: skip
 @click.option("--stream", is_flag=True, help="One block in memory at a time; what is known of each lies on disk.")
+@click.option("--dry-run", is_flag=True, help="Only say what memory, disk and time it will take; measures one block.")
 @shared_options("sequential", "refit", "roles", "sequence_length", "sequences", "batch_size", "fisher", "accumulate",
                 "special_tokens", "seed", *LOADING, "overwrite", "json")  # fmt: skip
 @click.pass_context
@@ -58,6 +61,8 @@ def compare(context: click.Context, model: str, out: Path, as_json: bool, **opti
             opened, data=options.pop("data"), eval_data=options.pop("eval_data"), out=out, settings=settings,
             progress=show, on_row=lambda row: bar.advance(task), **loading, **options,
         )  # fmt: skip
+    if options["dry_run"]:
+        return click.echo(json.dumps(asdict(frame))) if as_json else print_whole(f"{model}: {frame}")
     if as_json:
         click.echo(frame.to_json(orient="records"))
     else:

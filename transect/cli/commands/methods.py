@@ -61,6 +61,7 @@ def methods(name: str | None, as_json: bool) -> None:
             {
                 "name": entry.name, "family": entry.family, "paper": entry.paper, "summary": entry.summary,
                 "needs": getattr(entry, "wants", None), "allocation": _allocation_of(entry),
+                "note": getattr(entry, "note", ""),
                 "parameters": [
                     {"name": p.name, "default": p.default, "type": p.kind.__name__, "choices": p.choices,
                      "range": p.range and [p.range.low, p.range.high], "help": p.help}
@@ -82,6 +83,8 @@ def methods(name: str | None, as_json: bool) -> None:
         print_whole(f"needs: {', '.join(entry.wants) or 'no data'}")
     if _allocation_of(entry) is not None:
         print_whole(f"allocation, unless you name another: {entry.allocation}")
+    if note := getattr(entry, "note", ""):
+        print_whole(f"note: {note}")
     print_whole("")
     print_whole(inspect.getdoc(entry.function) or "")
     grid = Table("parameter", "type", "default", "accepts")

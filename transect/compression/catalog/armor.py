@@ -8,7 +8,7 @@ from torch import Tensor
 from ...operators.block_diagonal import WrappedSparse, wrapped_sparse_bytes
 from ...statistics import FeatureNorm
 from ..registry import Range, Seed, Size, replacement
-from ..two_four import best_two_of_four, fitting, normalized, usable
+from ..two_four import ENGINES, best_two_of_four, fitting, normalized, usable
 
 _PATIENCE = 100  # rounds without progress after which it stops
 
@@ -33,7 +33,7 @@ def armor_size(shape: tuple[int, int], itemsize: int, keep: float, *, block: int
     return fitting(size, shape, itemsize, keep, "ARMOR")
 
 
-@replacement("armor", paper="arXiv:2510.05528", size=armor_size, needs=[FeatureNorm(power=2)])
+@replacement("armor", paper="arXiv:2510.05528", size=armor_size, note=ENGINES, needs=[FeatureNorm(power=2)])
 def armor(
     weight: Tensor,
     rms: Tensor,

@@ -9,12 +9,12 @@ from ...operators.semi_structured import SemiStructured
 from ...statistics import InputCovariance
 from ..cholesky import inverse_root
 from ..registry import Range, replacement
-from ..two_four import best_two_of_four, two_four_size
+from ..two_four import ENGINES, best_two_of_four, two_four_size
 
 _BLOCK = 128  # columns between two updates of all that follow; changes the speed, not the result
 
 
-@replacement("sparsegpt", paper="arXiv:2301.00774", size=two_four_size, needs=[InputCovariance()])
+@replacement("sparsegpt", paper="arXiv:2301.00774", size=two_four_size, note=ENGINES, needs=[InputCovariance()])
 def sparsegpt(
     weight: Tensor, covariance: Tensor, *, damping: Annotated[float, Range(1e-6, 1)] = 0.01
 ) -> SemiStructured:

@@ -5,10 +5,10 @@ from torch import Tensor
 from ...operators.semi_structured import SemiStructured
 from ...statistics import FeatureNorm
 from ..registry import replacement
-from ..two_four import two_four, two_four_size
+from ..two_four import ENGINES, two_four, two_four_size
 
 
-@replacement("wanda", paper="arXiv:2306.11695", size=two_four_size, needs=[FeatureNorm(power=2)])
+@replacement("wanda", paper="arXiv:2306.11695", size=two_four_size, note=ENGINES, needs=[FeatureNorm(power=2)])
 def wanda(weight: Tensor, rms: Tensor) -> SemiStructured:
     """Keep the two of every four weights that move the layer's outputs most: |W_ij| times the feature's norm.
 
