@@ -14,11 +14,13 @@ import torch
 from common import alternate, parser, ratio, show
 from torch import nn
 
+from transect.compression.integers import Grid, grouped
 from transect.compression.two_four import best_two_of_four
 from transect.operators import Bank, LowRank, Operator, flops_of
 from transect.operators.atoms import Atoms
 from transect.operators.block_diagonal import WrappedSparse
 from transect.operators.dictionary import SparseDictionary
+from transect.operators.grouped_integer import GroupedInteger
 from transect.operators.monarch import Monarch
 from transect.operators.scattered import LeadingColumns, ScatteredRows
 from transect.operators.semi_structured import SemiStructured
@@ -55,10 +57,19 @@ def operators(size: int, like: torch.Tensor) -> dict[str, nn.Module]:
         "sparse dictionary": SparseDictionary.from_factors(random(atoms, size), random(size, nonzeros), picks),
         "2 shared atoms": Atoms.from_numbers("a", Bank(torch.stack([dense, dense])), True, random(2)),
         "narrow": narrow,
+        **{f"{bits}-bit integers": integers(dense, bits, min(64, size)) for bits in (2, 4, 8)},
         "narrow heads, queries": ScatteredRows.from_rows(random(len(kept), size), kept, size),
         "narrow heads, output": LeadingColumns.from_columns(random(size, len(kept)), size // head, size),
     }
     return {name: module.to(like).eval().requires_grad_(False) for name, module in made.items()}
+
+
+def integers(weight: torch.Tensor, bits: int, group: int) -> GroupedInteger:
+    """A matrix rounded to the nearest of a few steps in each group."""
+    values = grouped(weight, group)
+    grid = Grid.of(values, bits, False)
+    codes = grid.codes(values).flatten(1)[:, : weight.shape[1]].to(torch.uint8)
+    return GroupedInteger.from_codes(codes, grid.scale, grid.zero, bits, group)
 
 
 def dense_flops(size: int) -> int:

@@ -46,7 +46,7 @@ def test_blocks_of_a_shape_are_compared_in_a_process_of_their_own(benchmark: Any
 def test_every_operator_is_timed(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
     rows = benchmark("operators")(["--quick"])
     assert capsys.readouterr().out.startswith("Time over that of a dense matrix")
-    assert len(rows) == 10 and all(value > 0 for row in rows for value in row[2:5])
+    assert len(rows) == 13 and all(value > 0 for row in rows for value in row[2:5])
 
 
 def test_kfac_factors_equal_those_of_curvlinops(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -211,7 +211,7 @@ def test_a_row():
     row = evaluate(model, load([words(100)], model, word_tokenizer(), sequence_length=16))
     assert list(row) == [
         "loss", "standard_error", "examples", "perplexity", "accuracy", "tokens", "parameters", "bytes",
-        "prefill_tokens_per_second", "decode_tokens_per_second", "peak_memory", "seconds",
+        "prefill_tokens_per_second", "decode_tokens_per_second", "peak_memory", "seconds", "kernels",
     ]  # fmt: skip
     assert json.loads(json.dumps(row)) == row
 

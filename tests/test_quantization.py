@@ -1,5 +1,7 @@
 """A few bits a weight: the stored matrix, rounding to it, and GPTQ, which makes up for the rounding."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -78,6 +80,30 @@ def test_the_operator_is_its_formula_and_its_bytes_are_the_size(shape, bits, sym
     assert torch.equal(made.select(rows, None).to_dense(), made.to_dense()[rows])
     with pytest.raises(TransectError, match="cannot lose rows or columns"):
         made.select(None, rows)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_the_kernel_multiplies_as_the_matrix_does(bits, symmetric):
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(2**bits, (48, 128), generator=generator, dtype=torch.uint8)
+    zeros = None if symmetric else torch.randint(2**bits, (48, 2), generator=generator, dtype=torch.uint8)
+    scale = torch.rand(48, 2, generator=generator) + 0.5
+    made = GroupedInteger.from_codes(codes, scale.bfloat16(), zeros, bits, 64)
+    made.set_bias(torch.randn(48, generator=generator).bfloat16())
+    x = torch.randn(2, 3, 128, generator=generator).bfloat16()
+    exact = copy.deepcopy(made).double()
+    expected = x.double() @ exact.to_dense().T + exact.bias
+    with torch.no_grad():
+        if made.kernel == "dense":
+            pytest.skip("this torch has no kernel for integers of 4 bits")
+        for again in range(2):
+            error = (made(x).double() - expected).abs().max() / expected.abs().max()
+            assert error < 0.01, again  # bfloat16 has 8 bits
+        made.codes.fill_(0)  # what the kernel was given is not used for other integers
+        assert (made(x).double() - expected).abs().max() / expected.abs().max() > 0.01
+    assert made(x.requires_grad_()).requires_grad  # gradients go through the matrix
+    assert GroupedInteger.from_codes(codes, scale, zeros, bits, 64).kernel == "dense"  # float32
 
 
 @pytest.mark.parametrize("change", [{"bits": 5}, {"bits": 0}, {"group_size": 0}])

@@ -38,7 +38,8 @@ DATA = torch.randint(3, VOCABULARY, (10, 12), generator=torch.Generator().manual
 @pytest.mark.parametrize(
     ("name", "method", "options"),
     [
-        ("llama", "svd", {}), ("llama", "svd-llm", {}), ("llama", "fwsvd", {}), ("llama", "kfac-svd", {"allocation": "uniform"}),
+        ("llama", "svd", {}), ("llama", "svd-llm", {}), ("llama", "fwsvd", {}),
+        ("llama", "kfac-svd", {"allocation": "uniform"}),
         ("llama", "kfac-svd", {"allocation": "global"}), ("llama", "svd-llm", {"sequential": True}),
         ("llama", "kfac-svd", {"sequential": True, "allocation": "global"}), ("gpt2", "kfac-svd", {}),
         ("gemma3", "svd-llm", {}), ("phi3", "svd-llm", {"sequential": True}), ("gpt_neox", "kfac-svd", {}),

@@ -11,7 +11,7 @@ from .knowledge import says
 from .loss import LossResult, evaluate_loss, standard_error
 from .memory import peak_memory
 from .size import checkpoint_bytes, matrix_bytes, model_bytes, parameters
-from .speed import Speed, measure_speed
+from .speed import Speed, kernels_of, measure_speed
 
 __all__ = [
     "LossResult",
@@ -36,7 +36,7 @@ def evaluate(model: Any, batches: Iterable[Batch]) -> dict[str, Any]:
     loss (nats a prediction), its standard_error (None for a single example), examples (of each, its nats and number of
     predictions), perplexity, accuracy, tokens (predictions scored), seconds (of scoring them), parameters,
     bytes (of the whole model), prefill_tokens_per_second, decode_tokens_per_second (None unless causal), peak_memory
-    (bytes, of the process so far).
+    (bytes, of the process so far), kernels (of the machine's that its operators use, for the speeds).
     """
     scores = evaluate_loss(model, batches)
     speed = measure_speed(model)
@@ -53,4 +53,5 @@ def evaluate(model: Any, batches: Iterable[Batch]) -> dict[str, Any]:
         "decode_tokens_per_second": speed.decode_tokens_per_second,
         "peak_memory": peak_memory(model.device),
         "seconds": scores.seconds,
+        "kernels": kernels_of(model),
     }

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..forward.mode import at_rest
 from ..forward.objective import task_of
+from ..operators import Operator
 
 BUDGET = 1.0  # seconds that a measurement takes, about
 
@@ -91,3 +92,9 @@ def _now(model: Any) -> float:
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
     return time.perf_counter()
+
+
+def kernels_of(model: Any) -> list[str]:
+    """Names of the kernels, beyond dense products, that a model's operators use on this machine."""
+    names = {getattr(module, "kernel", "dense") for module in model.modules() if isinstance(module, Operator)}
+    return sorted(names - {"dense"})

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..anatomy.storage import parameter_of
 from .base import Operator
 from .coded import Coded
+from .int4_kernel import NAME, Int4, knows
 
 BITS = (2, 3, 4, 8)
 
@@ -21,7 +22,8 @@ class GroupedInteger(Coded):
     stores none and has z = 2^(bits - 1). codes and zeros (uint8) are the integers, packed: see `pack`. The last group
     is shorter where `group` does not divide d_in.
 
-    Ŵ is made anew in every call, which costs a pass over it and saves the memory.
+    Ŵ is made anew in every call, which costs a pass over it and saves the memory. Where torch has a kernel for it
+    (`int4_kernel`), the integers are used as they are; they are then there twice, once in the kernel's own layout.
     """
 
     kind = "grouped_integer"
@@ -35,6 +37,7 @@ class GroupedInteger(Coded):
         zeros = None if symmetric else torch.zeros(packed_bytes(d_out * self.groups, bits), dtype=torch.uint8)
         self.register_buffer("zeros", zeros)
         self.register_parameter("bias", nn.Parameter(torch.empty(d_out)) if bias else None)
+        self._laid_out: tuple[Any, Int4] | None = None  # and of which tensors, in which state
 
     codes: Tensor
     zeros: Tensor | None
@@ -59,6 +62,26 @@ class GroupedInteger(Coded):
         codes = unpack(self.codes, self.bits, d_out * self.in_features).view(d_out, -1)
         zeros = self.zeros
         return codes, None if zeros is None else unpack(zeros, self.bits, d_out * self.groups).view(d_out, -1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        other = x.dtype != self.scale.dtype or torch.is_grad_enabled() or torch.compiler.is_compiling()
+        if other or not knows(self):
+            return super().forward(x)
+        y = self._for_the_kernel().multiply(x)
+        return (y if self.bias is None else y + self.bias).to(x.dtype)
+
+    @property
+    def kernel(self) -> str:
+        """What computes its products without gradients: torch's kernel by name, or "dense" for a matrix made anew."""
+        return NAME if knows(self) else "dense"
+
+    def _for_the_kernel(self) -> Int4:
+        held = [self.codes, self.scale, *([] if self.zeros is None else [self.zeros])]
+        state = [(tensor.data_ptr(), tensor._version) for tensor in held]
+        if self._laid_out is None or self._laid_out[0] != state:
+            codes, zeros = self.integers()
+            self._laid_out = state, Int4.of(codes, self.scale.detach(), zeros, self.bits, self.group)
+        return self._laid_out[1]
 
     def to_dense(self) -> Tensor:
         codes, zeros = self.integers()
