@@ -124,8 +124,19 @@ def run_blocks(anatomy: Anatomy, feed: Feed, first: int, hidden: Tensor) -> Tens
         parts = hidden.split(len(feed.hidden))
         return torch.cat([run_blocks(anatomy, feed, first, part) for part in parts])
     for block, call in zip(anatomy.block_list[first:], feed.calls[first:], strict=True):
-        hidden = run_block(block, hidden, call)
+        hidden = run_block(block, hidden, call if len(hidden) == len(feed.hidden) else _of_copies(call, len(hidden)))
     return hidden
+
+
+def _of_copies(call: Call, count: int) -> Call:
+    """A call for that many copies of its one sequence: some models (XGLM) want a mask (B x 1 x T x T) of all rows."""
+
+    def enough(value: Any) -> Any:
+        is_mask = isinstance(value, Tensor) and value.dim() == 4 and len(value) == 1
+        return value.expand(count, -1, -1, -1) if is_mask else value
+
+    args, kwargs = call
+    return tuple(map(enough, args)), {name: enough(value) for name, value in kwargs.items()}
 
 
 @contextmanager
