@@ -54,9 +54,7 @@ def ilp(
     for trial in range(trials):
         alpha, gamma = (0.0, 0.0) if trial == 0 else (draw.uniform(0, 3), draw.uniform(0, 7))
         weights = depth_weights(blocks, alpha, gamma)
-        costs = [
-            weights[table.block] * scales[table.name] * curve for table, curve in zip(tables, curves, strict=True)
-        ]
+        costs = [weights[table.block] * scales[table.name] * curve for table, curve in zip(tables, curves, strict=True)]
         ranks = solve(tables, options, costs, keep)
         score = measure(ranks)
         if best is None or score < best[0]:
