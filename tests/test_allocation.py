@@ -35,9 +35,17 @@ def uniform_ranks(tables, keep):
     return {t.name: rank_of_share(t.name, t.shape, keep) for t in tables}
 
 
-def measure_from(tables):
+class measure_from:
     """A model whose divergence is exactly the sum of the matrices' losses."""
-    return lambda ranks: sum(t.loss_at(ranks.get(t.name)) for t in tables)
+
+    def __init__(self, tables):
+        self.tables = tables
+
+    def __call__(self, ranks):
+        return sum(t.loss_at(ranks.get(t.name)) for t in self.tables)
+
+    def of_each(self, ranks):
+        return {name: self({name: rank}) for name, rank in ranks.items()}
 
 
 MATRIX = st.tuples(st.integers(4, 40), st.integers(4, 40), st.floats(0, 2), st.floats(0.01, 10))

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.facts import specimen_of
+from tests.models import CAUSAL
 from transect.editing.contexts import ESSENCE, prefixes_of, rows_of
 from transect.editing.problems import requests
 from transect.editing.values import Search, values
@@ -105,3 +106,27 @@ def test_values_stay_within_their_length_and_raise_the_answer():
         plain = rows.answer_log_probabilities(rows.logits(specimen))[asked]
         moved = rows.answer_log_probabilities(rows.logits(specimen, {("down", 1): rows.adding(change)}))[asked]
     assert (moved > plain).all()
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_logits_behind_a_layer_are_those_of_the_whole_model(name: str):
+    """With noise on the subject, and a change at the layer; what is in front of it runs once."""
+    specimen = specimen_of(name)
+    rows = rows_of(specimen, requests(specimen, "forcing"), [])
+    change = {("down", 1): rows.adding(torch.ones(2, specimen.anatomy.blocks[1].matrix("down").shape[0]))}
+    places = torch.cat([rows.places, rows.answer_places.flatten()])
+    feed = rows.before(specimen, 1)
+    ran: list[int] = []
+    for index, block in enumerate(specimen.anatomy.block_list):
+        block.register_forward_hook(lambda module, args, output, index=index: ran.append(index))
+    with torch.no_grad():
+        found = rows.logits_behind(specimen, feed, 1, change, places)
+        assert ran == list(range(1, specimen.layers))
+        expected = rows.logits(specimen, change)
+    torch.testing.assert_close(found, expected.flatten(0, 1)[places], rtol=1e-5, atol=1e-5)
+    ran.clear()
+    rows.at_edit(specimen, [("neurons", 1)])
+    assert ran == [0, 1]
+    ran.clear()
+    values(specimen, rows, "down", 1, Search(4, 0.1, 0.0, 0.5, 2.0, lowers=False))
+    assert ran.count(0) == 2 and ran.count(1) == 1 + 4

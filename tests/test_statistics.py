@@ -22,7 +22,7 @@ from transect.statistics import (
 )
 from transect.statistics.gram import add_gram_, symmetric_from_upper
 
-from .models import CONFIGS, inputs, tiny
+from .models import CONFIGS, MOE_CONFIGS, inputs, tiny
 
 EVERYTHING = [
     InputCovariance(), InputMean(), FeatureNorm(1), FeatureNorm(2), OutputGradientCovariance(), FisherDiagonal(),
@@ -94,6 +94,28 @@ def test_all_statistics_against_brute_force(name):
             atol = rounding * 1e-2 * float(value.abs().max())
             torch.testing.assert_close(got, value, rtol=rounding, atol=atol, msg=f"{matrix.name} {statistic}")
     assert -1 <= store.value("blocks.0", BlockSimilarity()) <= 1
+
+
+@pytest.mark.parametrize("name", [*CONFIGS, *MOE_CONFIGS])
+def test_a_pass_stops_behind_the_last_block_that_anything_is_wanted_of(name):
+    """Bit for bit the same sums, with the blocks behind and the head untouched."""
+    model = tiny(name)
+    anatomy = Anatomy(model)
+    data, wanted = [inputs(name, seed=seed) for seed in (1, 2)], [InputCovariance(), InputMean()]
+    ran = []
+    for index, block in enumerate(anatomy.block_list):
+        block.register_forward_hook(lambda module, args, output, index=index: ran.append(index))
+    model.register_forward_hook(lambda module, args, output: ran.append("the model with its head"))
+    whole = collect(anatomy, data, wanted).state()
+    assert ran == [0, 1, 2, 0, 1, 2]
+    ran.clear()
+    matrices = [matrix for block in anatomy.blocks[:2] for matrix in block.matrices()]
+    part = collect(anatomy, data, wanted, matrices).state()
+    assert ran == [0, 1, 0, 1]
+    assert part and all(torch.equal(tensor, whole[key]) for key, tensor in part.items())
+    ran.clear()
+    collect(anatomy, data, [BlockSimilarity()], ())
+    assert ran == [0, 1, 2, 0, 1, 2]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..anatomy import Anatomy, Matrix
-from ..forward import Batch, computing_wide, logits_at, to_device
+from ..forward import Batch, computing_wide, feeds_of, logits_at, put_out, run_block, run_blocks, to_device
 from ..forward.objective import IGNORED, targets_of
-from .frame import apply_ranks, temporarily
+from .frame import apply_ranks, low_rank, temporarily
 from .weighted_svd import Factorization
 
 _TEMPERATURE = 0.6
 _BURN_IN = 256  # predictions with little context say little about the model; half of a sequence's at most
 _POSITIONS = 4096  # bounds the memory: this many rows of logits are kept
+_ORDER_SEQUENCES = 4  # on which single matrices are measured
+_AT_ONCE = 4096  # positions of all candidates that go through the blocks behind together
 
 
 class Divergence:
@@ -36,19 +39,17 @@ class Divergence:
         self.anatomy, self.matrices, self.factors = anatomy, list(matrices), factors
         self.batches = list(batches)
         self._known: dict[frozenset[tuple[str, Any]], float] = {}
-        self._dense = self._log_probabilities(anatomy.model)
+        self._known_alone: dict[tuple[str, int], float] = {}
+        self._chosen = [self._compared(batch) for batch in self.batches]
+        with torch.no_grad(), computing_wide(anatomy.model):
+            self._dense = [  # log-probabilities at the compared positions, a tensor for each batch
+                torch.cat([_log_probabilities(part) for part in logits_at(anatomy.model, batch, chosen)])
+                for batch, chosen in zip(self.batches, self._chosen, strict=True)
+            ]
 
-    @torch.no_grad()
-    def _log_probabilities(self, model: Any) -> list[Tensor]:
-        found = []
-        with computing_wide(model):
-            for batch in self.batches:
-                parts = logits_at(model, batch, self._chosen(model, batch))
-                found += [part.float().div(_TEMPERATURE).log_softmax(-1) for part in parts]
-        return found
-
-    def _chosen(self, model: Any, batch: Batch) -> Tensor:
+    def _compared(self, batch: Batch) -> Tensor:
         """At which positions (B x T) a batch's predictions are compared, or which examples (B)."""
+        model = self.anatomy.model
         counted = targets_of(model, to_device(batch, model.device)) != IGNORED
         if counted.dim() == 2 and "labels" not in batch:
             number, length = counted.long().cumsum(1) - 1, counted.sum(1, keepdim=True)
@@ -71,6 +72,72 @@ class Divergence:
     @torch.no_grad()
     def of(self, model: Any) -> float:
         """Of any model with the same inputs and outputs."""
-        pairs = list(zip(self._dense, self._log_probabilities(model), strict=True))
-        total = sum((dense.exp() * (dense - other)).sum().item() for dense, other in pairs)
-        return max(total / sum(len(dense) for dense, _ in pairs), 0.0)
+        with computing_wide(model):
+            total = sum(
+                _apart(dense, logits_at(model, batch, chosen))
+                for batch, chosen, dense in zip(self.batches, self._chosen, self._dense, strict=True)
+            )
+        return max(total / sum(len(dense) for dense in self._dense), 0.0)
+
+    def of_each(self, ranks: Mapping[str, int]) -> dict[str, float]:
+        """By matrix name, the divergence with that matrix alone at its rank, on the first few search sequences.
+
+        The blocks in front of the matrix are dense, so they are not run for it: its own block reads what the dense
+        model gives it, and several candidates go through the blocks behind together. One sequence at a time.
+        """
+        todo = [matrix for matrix in self.matrices if (matrix.name, ranks.get(matrix.name)) not in self._known_alone]
+        todo = [matrix for matrix in todo if matrix.name in ranks]
+        operators = {matrix.name: low_rank(matrix, self.factors[matrix.name], ranks[matrix.name]) for matrix in todo}
+        totals, count = dict.fromkeys(operators, 0.0), 0
+        with torch.no_grad(), computing_wide(self.anatomy.model, *operators.values()):
+            for batch, chosen, dense in islice(self._sequences(), _ORDER_SEQUENCES) if todo else ():
+                count += len(dense)
+                for name, hidden in self._ends(batch, todo, operators):
+                    with put_out(self.anatomy, hidden):
+                        totals[name] += _apart(dense, logits_at(self.anatomy.model, batch, chosen))
+        self._known_alone |= {(name, ranks[name]): max(total / count, 0.0) for name, total in totals.items()}
+        return {name: self._known_alone[name, rank] for name, rank in ranks.items()}
+
+    def _sequences(self) -> Iterator[tuple[Batch, Tensor, Tensor]]:
+        """Each sequence as a batch of one, where it is compared, and what the dense model says there."""
+        for batch, chosen, dense in zip(self.batches, self._chosen, self._dense, strict=True):
+            start = 0
+            for number, where in enumerate(chosen.split(1)):
+                stop = start + int(where.sum())
+                if stop > start:
+                    yield {key: value[number : number + 1] for key, value in batch.items()}, where, dense[start:stop]
+                start = stop
+
+    def _ends(
+        self, batch: Batch, matrices: Sequence[Matrix], operators: Mapping[str, Any]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """By matrix name, what leaves the last block (1 x T x d) where the operator stands for that matrix alone."""
+        anatomy = self.anatomy
+        (feed,) = feeds_of(anatomy, [batch])
+        hidden = feed.hidden
+        for index, module in enumerate(anatomy.block_list):
+            mine = [matrix for matrix in matrices if matrix.block.index == index]
+            at_once = max(1, _AT_ONCE // hidden.shape[1])
+            for start in range(0, len(mine), at_once):
+                part, states = mine[start : start + at_once], []
+                for matrix in part:
+                    with temporarily(anatomy, [matrix]):
+                        matrix.replace(operators[matrix.name])
+                        states.append(run_block(module, hidden, feed.calls[index]))
+                ends = run_blocks(anatomy, feed, index + 1, torch.cat(states))
+                yield from zip((matrix.name for matrix in part), ends.split(1), strict=True)
+            hidden = run_block(module, hidden, feed.calls[index])
+
+
+def _log_probabilities(logits: Tensor) -> Tensor:
+    return logits.float().div(_TEMPERATURE).log_softmax(-1)
+
+
+def _apart(dense: Tensor, logits: Iterable[Tensor]) -> float:
+    """Sum over positions of KL(dense || other). dense: log-probabilities (n x V). logits: of n positions, in parts."""
+    total, start = 0.0, 0
+    for part in logits:
+        own = dense[start : start + len(part)]
+        total += (own.exp() * (own - _log_probabilities(part))).sum().item()
+        start += len(part)
+    return total

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..data import Fact, Specimen
 from ..errors import TransectError
-from ..forward import Point, changed, watch
+from ..forward import Feed, Point, changed, feeds_of, logits_at, put_out, run_block, run_blocks, stopping_behind, watch
+from ..forward.objective import run_body
 from ..probes.tracing import subject_span
 from .problems import Request
 
@@ -67,12 +68,37 @@ class Rows:
 
     def logits(self, specimen: Specimen, changes: Mapping[tuple[str, int], Any] | None = None) -> Tensor:
         """Logits (n x T x V) of the model, with the rows' noise and under other changes."""
-        whole: dict[tuple[str, int], Any] = dict(changes or {})
-        noise = self.noise
+        with self._changed(specimen, changes or {}):
+            return specimen.model(input_ids=self.ids, use_cache=False).logits
+
+    def _changed(self, specimen: Specimen, changes: Mapping[tuple[str, int], Any]) -> AbstractContextManager[None]:
+        whole, noise = dict(changes), self.noise
         if noise is not None:
             whole[("residual", 0)] = lambda x: x + noise.to(x)
-        with changed(specimen.anatomy, whole):
-            return specimen.model(input_ids=self.ids, use_cache=False).logits
+        return changed(specimen.anatomy, whole)
+
+    @torch.no_grad()
+    def before(self, specimen: Specimen, layer: int) -> Feed:
+        """The rows, with their noise, as they stand before a block: what is in front of it need not run again."""
+        anatomy = specimen.anatomy
+        (feed,) = feeds_of(anatomy, [{"input_ids": self.ids}])
+        if self.noise is not None:
+            feed.hidden = feed.hidden + self.noise.to(feed.hidden)
+        for block, call in zip(anatomy.block_list[:layer], feed.calls[:layer], strict=True):
+            feed.hidden = run_block(block, feed.hidden, call)
+        return feed
+
+    def logits_behind(
+        self, specimen: Specimen, feed: Feed, layer: int, changes: Mapping[tuple[str, int], Any], places: Tensor
+    ) -> Tensor:
+        """Logits (m x V) at m of the places, under changes in block `layer` or behind it. feed: `before` that block."""
+        where = torch.zeros(self.ids.numel(), dtype=torch.bool, device=self.ids.device)
+        where[places] = True
+        with changed(specimen.anatomy, changes):
+            hidden = run_blocks(specimen.anatomy, feed, layer, feed.hidden)
+            with put_out(specimen.anatomy, hidden):
+                parts = list(logits_at(specimen.model, feed.batch, where.view_as(self.ids)))
+        return torch.cat(parts)[(where.cumsum(0) - 1)[places]]
 
     def bare(self, values: Tensor) -> Tensor:
         """Mean by request of values by row, over its bare prompts: one, or one a draw of the noise."""
@@ -90,26 +116,42 @@ class Rows:
         bare, behind = self.bare(values), self.mean(values, prefixed)
         return torch.where(both.view(-1, *[1] * (values.dim() - 1)), (bare + behind) / 2, bare)
 
-    def answer_losses(self, logits: Tensor, lowers: bool) -> Tensor:
-        """Negative log-probability a token of each row's target (n), or where it is to fall, the probability itself."""
-        total = self.answer_log_probabilities(logits)
+    @property
+    def answer_places(self) -> Tensor:
+        """Where each row's target is predicted (n x longest target), laid out as `places` are.
+
+        Behind the end of a shorter target the places mean nothing.
+        """
+        offsets = torch.arange(int(self.tokens.max()), device=self.ids.device)
+        rows = torch.arange(len(self.ids), device=self.ids.device)[:, None]
+        return rows * self.ids.shape[1] + (self.last[:, None] + offsets).clamp_max(self.ids.shape[1] - 2)
+
+    def answer_losses(self, total: Tensor, lowers: bool) -> Tensor:
+        """Negative log-probability a token of each row's target (n), or where it is to fall, the probability itself.
+
+        total: log-probability of each target (n).
+        """
         return total.exp() if lowers else -total / self.tokens.clamp_min(1)
 
     def answer_log_probabilities(self, logits: Tensor) -> Tensor:
-        """Log-probability of each row's target (n), 0 where it has none."""
-        offsets = torch.arange(int(self.tokens.max()), device=self.ids.device)
-        inside = offsets < self.tokens[:, None]
-        where = (self.last[:, None] + offsets).clamp_max(self.ids.shape[1] - 2)
-        rows = torch.arange(len(self.ids), device=self.ids.device)[:, None]
-        chosen = wide(logits[rows, where]).log_softmax(-1).gather(-1, self.ids[rows, where + 1][..., None])[..., 0]
-        return (chosen * inside).sum(1)
+        """Log-probability of each row's target (n), 0 where it has none. logits: n x T x V."""
+        return self.answer_log_probabilities_at(logits.flatten(0, 1)[self.answer_places])
+
+    def answer_log_probabilities_at(self, logits: Tensor) -> Tensor:
+        """The same from the logits at `answer_places` (n x longest target x V)."""
+        inside = torch.arange(logits.shape[1], device=self.ids.device) < self.tokens[:, None]
+        targets = self.ids.flatten()[self.answer_places + 1]
+        return (wide(logits).log_softmax(-1).gather(-1, targets[..., None])[..., 0] * inside).sum(1)
 
     @torch.no_grad()
     def at_edit(self, specimen: Specimen, wanted: Sequence[tuple[Point, int]]) -> list[Tensor]:
-        """Activations (n x width, float64) at the edit tokens, of each (point, layer)."""
+        """Activations (n x width, float64) at the edit tokens, of each (point, layer). No block behind them runs."""
+        anatomy, last = specimen.anatomy, max(layer for _, layer in wanted)
         with ExitStack() as stack:
-            seen = [stack.enter_context(watch(specimen.anatomy, [point], [layer])) for point, layer in wanted]
-            self.logits(specimen)
+            stack.enter_context(stopping_behind(anatomy, last))
+            stack.enter_context(self._changed(specimen, {}))
+            seen = [stack.enter_context(watch(anatomy, [point], [layer])) for point, layer in wanted]
+            run_body(specimen.model, {"input_ids": self.ids})
         return [
             self.pick(getattr(one, point)[layer]).double() for one, (point, layer) in zip(seen, wanted, strict=True)
         ]

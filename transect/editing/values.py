@@ -17,7 +17,7 @@ from ..forward import Point
 from .contexts import ESSENCE, Rows, wide
 
 _ENOUGH = 0.05  # the loss at which a value is good enough
-_NUMBERS = 2**27  # logits in one pass
+_POSITIONS = 4096  # in one pass, whose activations are kept for its gradients
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,7 @@ def values(specimen: Specimen, rows: Rows, point: Point, layer: int, search: Sea
     The loss of a request is the mean over its contexts of the answer's negative log-probability a token (or of its
     probability, to lower it), plus drift · KL(p_δ || p₀) at the subject alone, plus decay · ||δ|| / ||m₀||².
     """
-    vocabulary = specimen.anatomy.config.vocab_size
-    found = [_values(specimen, part, point, layer, search) for part in rows.parts(_NUMBERS // vocabulary)]
+    found = [_values(specimen, part, point, layer, search) for part in rows.parts(_POSITIONS)]
     changes, starts = zip(*found, strict=True)
     return torch.cat(changes), torch.cat(starts)
 
@@ -60,7 +59,10 @@ def _values(specimen: Specimen, rows: Rows, point: Point, layer: int, search: Se
     change = torch.zeros(start.shape, dtype=dtype, device=start.device, requires_grad=True)
     optimizer = torch.optim.Adam([change], lr=search.rate)
     essence = rows.kind == ESSENCE
-    numbers = torch.arange(len(rows.ids), device=start.device)
+    answers = rows.answer_places
+    places = torch.cat([answers.flatten(), rows.places[essence]])
+    first = min(layer, specimen.layers - 1)  # what leaves the last block is changed where it runs
+    feed = rows.before(specimen, first)
     before: Tensor | None = None
     done = torch.zeros(rows.requests, dtype=torch.bool, device=start.device)
     changes: dict[tuple[str, int], Any] = {}
@@ -68,12 +70,13 @@ def _values(specimen: Specimen, rows: Rows, point: Point, layer: int, search: Se
         with torch.enable_grad():
             delta = change * unit
             changes[(point, layer)] = rows.adding(delta)
-            logits = rows.logits(specimen, changes)
-            loss = rows.in_context(rows.answer_losses(logits, search.lowers))
+            logits = rows.logits_behind(specimen, feed, first, changes, places)
+            said, alone = logits[: answers.numel()].unflatten(0, answers.shape), logits[answers.numel() :]
+            loss = rows.in_context(rows.answer_losses(rows.answer_log_probabilities_at(said), search.lowers))
             if step == 0:
                 _check_reach(loss, change, point, layer)
             if search.drift and essence.any():
-                drifted = wide(logits[numbers, rows.edit][essence]).log_softmax(-1)
+                drifted = wide(alone).log_softmax(-1)
                 before = drifted.detach() if before is None else before
                 apart = torch.nn.functional.kl_div(before, drifted, log_target=True, reduction="none").sum(1)
                 loss = loss.index_add(0, rows.owner[essence], search.drift * apart.to(loss))

@@ -58,14 +58,16 @@ class _StandIn(nn.Module):
 
 
 @contextmanager
-def _stand_ins(anatomy: Anatomy, give: Tensor | None = None) -> Iterator[list[_StandIn]]:
-    """Replace all blocks by stand-ins; the last one puts out `give` if that is not None."""
+def _stand_ins(anatomy: Anatomy, first: int = 0, give: Tensor | None = None) -> Iterator[list[_StandIn]]:
+    """Replace the blocks from `first` on by stand-ins; the last one puts out `give` if that is not None."""
     blocks = anatomy.block_list
     originals = list(blocks)
     last, returns = len(originals) - 1, anatomy.architecture.block_returns
-    stand_ins = [_StandIn(block, returns, give if i == last else None) for i, block in enumerate(originals)]
+    stand_ins = [
+        _StandIn(block, returns, give if i == last else None) for i, block in enumerate(originals) if i >= first
+    ]
     try:
-        for index, stand_in in enumerate(stand_ins):
+        for index, stand_in in enumerate(stand_ins, first):
             blocks[index] = stand_in
         yield stand_ins
     finally:
@@ -122,8 +124,26 @@ def run_blocks(anatomy: Anatomy, feed: Feed, first: int, hidden: Tensor) -> Tens
         parts = hidden.split(len(feed.hidden))
         return torch.cat([run_blocks(anatomy, feed, first, part) for part in parts])
     for block, call in zip(anatomy.block_list[first:], feed.calls[first:], strict=True):
-        hidden = run_block(block, hidden, call)
+        hidden = run_block(block, hidden, call if len(hidden) == len(feed.hidden) else _of_copies(call, len(hidden)))
     return hidden
+
+
+def _of_copies(call: Call, count: int) -> Call:
+    """A call for that many copies of its one sequence: some models (XGLM) want a mask (B x 1 x T x T) of all rows."""
+
+    def enough(value: Any) -> Any:
+        is_mask = isinstance(value, Tensor) and value.dim() == 4 and len(value) == 1
+        return value.expand(count, -1, -1, -1) if is_mask else value
+
+    args, kwargs = call
+    return tuple(map(enough, args)), {name: enough(value) for name, value in kwargs.items()}
+
+
+@contextmanager
+def stopping_behind(anatomy: Anatomy, last: int) -> Iterator[None]:
+    """Inside the `with`, the blocks behind block `last` do not run: what it leaves comes out of the model's last."""
+    with _stand_ins(anatomy, last + 1):
+        yield
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..anatomy import Anatomy, Block, ExpertMatrix, Experts, Matrix, experts_apart
 from ..errors import BadData
+from ..forward.blocks import stopping_behind
 from ..forward.head import backpropagate
 from ..forward.mode import at_rest
 from ..forward.objective import Batch, Task, run_body, summed_loss, task_of
@@ -59,6 +60,17 @@ class Recorder:
         self._handles: list[Any] = []
         self._stack = ExitStack()
         self._routed: dict[str, Tensor] = {}  # by the path of the experts: which ones each position is sent to (N x k)
+
+    @property
+    def last_block(self) -> int:
+        """The last block that anything is listened to in; -1 if there is none."""
+        kinds = {statistic.needs for statistic in self.wanted}
+        listened = [block.index for block in self.blocks if "block" in kinds]
+        for matrix in self.matrices:
+            routed = "routing" in kinds and isinstance(matrix, ExpertMatrix)
+            if routed or any(s.needs not in ("block", "routing") and collected_at(matrix, s) for s in self.wanted):
+                listened.append(matrix.block.index)
+        return max(listened, default=-1)
 
     def begin_batch(self, batch_size: int, mask: Tensor | None) -> None:
         """Say how many examples the next forward pass has, and which positions (B, T) count (None: all)."""
@@ -251,6 +263,8 @@ def collect(
 ) -> Statistics:
     """Collect statistics in one forward pass over the batches, and one backward pass if any needs gradients.
 
+    Without gradients no head runs, and no block behind the last one that anything is collected in.
+
     anatomy: the model; its weights, mode and hooks are as before afterwards, also after an error.
     batches: see `objective`; padding (attention_mask 0) does not count.
     wanted: any of `kinds`; duplicates are collected once. matrices: default all of every block.
@@ -282,7 +296,7 @@ def collect(
                 with gradients_from(anatomy.embedding):
                     backpropagate(model, batch, loss)
             else:
-                with torch.no_grad():
+                with torch.no_grad(), stopping_behind(anatomy, recorder.last_block):
                     run_body(model, batch)
     if mine is not batches:
         store.all_reduce()

@@ -40,22 +40,21 @@ def ilp(
     rank_multiple: ranks offered are multiples of it, where the matrix is large enough to leave a choice.
     """
     options = [_options(table, keep, rank_multiple) for table in tables]
-    curves, scales = [], []
+    curves, references = [], {}
     for table, ranks in zip(tables, options, strict=True):
         reference = max(1, int(_MODELLED_RATIO * _equal_rank(table)))
         total = max(float(table.losses[0]), 1e-300)
         at_reference = max(float(table.losses[reference]) / total, 1e-6)
         curves.append(np.array([table.loss_at(rank) / total / at_reference for rank in ranks]))
-        scales.append(measure({table.name: reference}))
+        references[table.name] = reference
+    scales = measure.of_each(references)
     blocks = max(table.block for table in tables) + 1
     draw = random.Random(42)
     best: tuple[float, Ranks] | None = None
     for trial in range(trials):
         alpha, gamma = (0.0, 0.0) if trial == 0 else (draw.uniform(0, 3), draw.uniform(0, 7))
         weights = depth_weights(blocks, alpha, gamma)
-        costs = [
-            weights[table.block] * scale * curve for table, scale, curve in zip(tables, scales, curves, strict=True)
-        ]
+        costs = [weights[table.block] * scales[table.name] * curve for table, curve in zip(tables, curves, strict=True)]
         ranks = solve(tables, options, costs, keep)
         score = measure(ranks)
         if best is None or score < best[0]:

@@ -7,7 +7,7 @@ a share of its bytes, without knowing the method, so it goes with every method t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from ...anatomy import Matrix
 from ...errors import TransectError
@@ -15,10 +15,21 @@ from ...statistics import Statistic, Statistics
 from ..registry import Method
 from .table import Ranks, RankTable, Shares, Unit
 
-# Divergence of the whole model with these ranks from the dense model; matrices that are not named stay dense.
-Measure = Callable[[Mapping[str, int | None]], float]
 # One matrix's score, from its weights or from what was measured: score(matrix, statistics, **settings).
 Score = Callable[..., float]
+
+
+class Measure(Protocol):
+    """Divergence of the compressed model's predictions from the dense model's."""
+
+    def __call__(self, ranks: Mapping[str, int | None]) -> float:
+        """With these ranks by matrix name; matrices that are not named stay dense."""
+        ...
+
+    def of_each(self, ranks: Mapping[str, int]) -> dict[str, float]:
+        """With each of these ranks alone, by matrix name: to be compared with each other."""
+        ...
+
 
 _allocations: dict[str, Method] = {}
 _measuring: set[str] = set()

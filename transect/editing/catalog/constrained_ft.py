@@ -85,7 +85,8 @@ def constrained_ft(
             weight.requires_grad_(True)
         for step in range(steps or (50 if problem == "forcing" else 25)):
             with torch.enable_grad():
-                loss = rows.bare(rows.answer_losses(rows.logits(specimen), lowers)).mean()
+                total = rows.answer_log_probabilities(rows.logits(specimen))
+                loss = rows.bare(rows.answer_losses(total, lowers)).mean()
                 if not lowers and step >= 5 and float(loss.detach()) < 1e-2:
                     break
                 gradients = torch.autograd.grad(loss, stored)
