@@ -1,3 +1,4 @@
+from dataclasses import replace
 from functools import cache
 from importlib import import_module
 
@@ -187,6 +188,15 @@ def test_the_seed_decides():
     specimen = specimen_of("llama")
     one, again, other = (trace(specimen, specimen.facts[0], samples=2, seed=seed) for seed in (0, 0, 1))
     assert torch.equal(one.effects, again.effects) and one.corrupted != other.corrupted
+
+
+def test_of_more_facts_the_seed_chooses():
+    specimen, chosen = specimen_of("gpt2", subjects=[f"w{n} w{n + 1}" for n in range(7, 27)]), []
+    for seed in (0, 0, 1):
+        specimen = replace(specimen, seed=seed)
+        result = run_probes(specimen, {"causal-trace": {"samples": 1, "facts": 5}})["causal-trace"]
+        chosen.append(result.label("fact", 5))
+    assert chosen[0] == chosen[1] and len({*chosen[0], *chosen[2]}) > 5
 
 
 def test_hooks_go_after_an_error():

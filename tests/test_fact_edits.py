@@ -7,14 +7,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.facts import EDITS, QUICK, assert_same, hooks, specimen_of, state
+from tests.facts import EDITS, QUICK, assert_same, hooks, ranking, specimen_of, state
 from tests.models import CAUSAL
+from transect.data import Fact, Passage
 from transect.editing import edit_specimen
 from transect.editing.catalog import memit as memit_file
 from transect.editing.catalog import rome as rome_file
 from transect.editing.closed_form import rank_one, ridge
 from transect.editing.contexts import prefixes_of, rows_of
 from transect.editing.problems import requests
+from transect.editing.scores import measure
 from transect.editing.values import Search, values
 from transect.errors import TransectError
 from transect.forward import changed
@@ -40,6 +42,37 @@ def test_every_architecture(name: str, edit: str):
     assert {"rewrite score", "paraphrase score", "neighbourhood score"} <= set(edited.card.notes)
     edited.undo()
     assert_same(specimen.model, before)
+
+
+def test_a_new_answer_above_the_true_one_is_not_yet_what_the_model_says():
+    specimen = specimen_of(count=2)
+    first, second = specimen.facts
+    order, other, reworded = [ranking(specimen.model, text) for text in (first.text, second.text, "w9")]
+    facts = [
+        replace(first, answer=order[-1], new_answer=order[1], paraphrases=("w9", "w9"), neighbours=()),
+        replace(second, answer=other[-1], new_answer=other[0], paraphrases=("w9",)),
+        Fact("{} w8", "w20", ranking(specimen.model, "w20 w8")[0], paraphrases=("w9",)),
+    ]
+    found = measure(replace(specimen, known_facts=facts))
+    assert found["new answer above the true one"] == 1 and found["generated: new answer"] == 0.5
+    assert found["generated: true answer"] == pytest.approx(1 / 3)
+    says = [reworded[0] == one for one in (order[1], order[1], other[0])]
+    assert found["generated: new answer, paraphrases"] == sum(says) / 3
+    true = [reworded[0] == fact.answer for fact in facts for _ in fact.paraphrases]
+    assert found["generated: true answer, paraphrases"] == sum(true) / 4
+    assert found["generated: neighbours' answers"] == 1
+    near = replace(second, neighbours=(Passage("w9", reworded[0]), Passage("w9", reworded[1]), *second.neighbours))
+    assert measure(replace(specimen, known_facts=[near]))["generated: neighbours' answers"] == pytest.approx(2 / 3)
+    near = replace(first, new_answer=reworded[0], paraphrases=("w9",))
+    assert measure(replace(specimen, known_facts=[near]))["generated: new answer, paraphrases"] == 1
+
+
+def test_erasing_is_judged_without_new_answers():
+    specimen = specimen_of(count=1)
+    facts = [replace(specimen.facts[0], new_answer=None, paraphrases=(), neighbours=())]
+    assert set(measure(replace(specimen, known_facts=facts))) == {
+        "probability of the true answer", "generated: true answer"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gemma3"])

@@ -39,7 +39,7 @@ def test_planted_effects_are_explained():
 def test_a_bench_edits_a_copy_and_puts_it_back(edit: str):
     specimen = specimen_of()
     context = Context(specimen.model, specimen.data, specimen.data, specimen=specimen)
-    bench, before = Bench(context, 2, least=2), state(specimen.model)
+    bench, before = Bench.of(context, 2, least=2), state(specimen.model)
     copied = state(bench.specimen.model)
     outcome = bench.edited(edit, bench.facts, bench.facts, **QUICK[edit])
     alone = edit_specimen(replace(context.fresh(), known_facts=bench.facts), edit, QUICK[edit])
@@ -48,4 +48,4 @@ def test_a_bench_edits_a_copy_and_puts_it_back(edit: str):
     assert_same(bench.specimen.model, copied)
     assert_same(specimen.model, before)
     with pytest.raises(NotApplicable, match="5 are needed"):
-        Bench(context, 20)
+        Bench.of(context, 20)

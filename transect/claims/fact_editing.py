@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data import Fact
+from ..data import Fact, Specimen
 from ..editing import Journal
 from ..editing import edit as registered
 from ..editing.catalog.constrained_ft import constrained_ft
@@ -27,8 +27,8 @@ from .context import Context
 from .registry import NotApplicable, Result, Verdict, claim
 
 SINGLE, TOGETHER, OTHERS = 20, 50, 100  # facts edited one by one and together, and facts that are only looked at
-ENOUGH = 0.95  # share of new answers above the true ones
-_ABOVE, _NEAR = "new answer above the true one", "neighbours answered"
+ENOUGH = 0.95  # share of new answers that the model writes by itself
+_ABOVE, _NEW, _NEAR = "new answer above the true one", "generated: new answer", "generated: neighbours' answers"
 _UNBOUNDED = {"epsilon": 1e9, "steps": 200}
 
 
@@ -44,23 +44,31 @@ class Outcome:
 
 
 class Bench:
-    """A float32 copy of the model, and facts that it answers correctly, from the end of the list on.
+    """A model that may be changed, and facts that it answers correctly, to be edited and put back.
 
-    The defaults of the edits were chosen on the first fifty facts of the bundled model, which the claims so leave out.
-    Not applicable where fewer than `least` facts are known, or none says what to put in.
+    Raises NotApplicable for a model that predicts no next token.
     """
 
-    def __init__(self, context: Context, count: int, least: int = 5) -> None:
-        self.specimen = context.fresh()
-        self.specimen.require_causal()
-        self.specimen.model.eval().requires_grad_(False)
-        able = [fact for fact in reversed(self.specimen.facts) if fact.new_answer and fact.new_answer != fact.answer]
-        self.facts = answered(self.specimen, able, count)
-        if len(self.facts) < least:
-            raise NotApplicable(
-                f"the model knows {len(self.facts)} of the facts that have a new_answer; {least} are needed"
-            )
+    def __init__(self, specimen: Specimen, facts: Sequence[Fact]) -> None:
+        specimen.require_causal()
+        specimen.model.eval().requires_grad_(False)
+        self.specimen, self.facts = specimen, facts
         self._moments: dict[int, Tensor] = {}
+
+    @classmethod
+    def of(cls, context: Context, count: int, least: int = 5) -> Bench:
+        """A float32 copy of the context's model, and facts from the end of the list on.
+
+        The defaults of the edits were chosen on the first fifty facts of the bundled model, which the claims so leave
+        out. Not applicable where fewer than `least` facts are known, or none says what to put in.
+        """
+        specimen = context.fresh()
+        specimen.require_causal()
+        able = [fact for fact in reversed(specimen.facts) if fact.new_answer and fact.new_answer != fact.answer]
+        facts = answered(specimen, able, count)
+        if len(facts) < least:
+            raise NotApplicable(f"the model knows {len(facts)} of the facts that have a new_answer; {least} are needed")
+        return cls(specimen, facts)
 
     def moments(self, layers: Sequence[int]) -> list[Tensor]:
         """C of some layers' down-projections, in the model before any edit."""
@@ -128,33 +136,43 @@ def row(label: str, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     return {
         "edit": label,
         "new above true": mean(outcomes, lambda one: one.after.get(_ABOVE)),
-        "on paraphrases": mean(outcomes, lambda one: one.after.get(f"{_ABOVE}, paraphrases")),
+        "above on paraphrases": mean(outcomes, lambda one: one.after.get(f"{_ABOVE}, paraphrases")),
+        "new generated": mean(outcomes, lambda one: one.after.get(_NEW)),
+        "generated on paraphrases": mean(outcomes, lambda one: one.after.get(f"{_NEW}, paraphrases")),
         "rewrite score": mean(outcomes, lambda one: one.scores.get("rewrite score")),
         "neighbourhood score": mean(outcomes, lambda one: one.scores.get("neighbourhood score")),
-        "neighbours answered before": mean(outcomes, lambda one: one.before.get(_NEAR)),
-        "neighbours answered": mean(outcomes, lambda one: one.after.get(_NEAR)),
+        "neighbours generated before": mean(outcomes, lambda one: one.before.get(_NEAR)),
+        "neighbours generated": mean(outcomes, lambda one: one.after.get(_NEAR)),
         "other facts answered": mean(outcomes, lambda one: one.others if one.others == one.others else None),
     }
 
 
 def efficacy(context: Context, name: str) -> Result:
-    """Facts edited one by one and together; what happens to other facts is reported beside it."""
-    bench = Bench(context, TOGETHER + OTHERS)
+    """Facts edited one by one and together, judged by what the model writes in free greedy generation.
+
+    The papers count a fact as edited where the new answer is more probable than the true one. That is reported beside
+    it, as is what happens to other facts.
+    """
+    bench = Bench.of(context, TOGETHER + OTHERS)
     together, others = bench.facts[:TOGETHER], bench.facts[TOGETHER:]
     single = row("one fact at a time", bench.one_by_one(name, together[:SINGLE]))
     many = row(f"{len(together)} facts together", [bench.edited(name, together, others)])
-    shares = [single["new above true"], many["new above true"]]
+    shares = [single["new generated"], many["new generated"]]
     told = (
-        f"Of {len(together[:SINGLE])} facts edited alone, {shares[0]:.1%} say the new answer rather than the true one, "
-        f"and of {len(together)} edited together {shares[1]:.1%}. Facts of other subjects that are asked alike are "
-        f"still answered in {single['neighbours answered']:.1%} and {many['neighbours answered']:.1%} of cases"
+        f"Of {len(together[:SINGLE])} facts edited alone, the model itself writes the new answer of {shares[0]:.1%}, "
+        f"and of {len(together)} edited together, of {shares[1]:.1%}; it is more probable than the true one for "
+        f"{single['new above true']:.1%} and {many['new above true']:.1%}. On paraphrases it is written in "
+        f"{single['generated on paraphrases']:.1%} and {many['generated on paraphrases']:.1%} of cases. The answers "
+        f"about other subjects that are asked alike, written in {single['neighbours generated before']:.1%} and "
+        f"{many['neighbours generated before']:.1%} of cases before, are still in "
+        f"{single['neighbours generated']:.1%} and {many['neighbours generated']:.1%}"
     )
     return Result(Verdict.HOLDS if min(shares) >= ENOUGH else Verdict.DOES_NOT_HOLD, f"{told}.", [single, many])
 
 
 def spares_neighbours(context: Context, name: str, **settings: Any) -> Result:
     """Single facts, against fine-tuning of the same layers without a bound, for up to 200 steps."""
-    bench = Bench(context, SINGLE)
+    bench = Bench.of(context, SINGLE)
     layer = str(usual_layer(bench.specimen))
     if name == "memit":
         span = chosen(bench.specimen, "")
@@ -166,19 +184,19 @@ def spares_neighbours(context: Context, name: str, **settings: Any) -> Result:
         row("fine-tuning without a bound", bench.one_by_one("constrained-ft", bench.facts, layers=layer, **_UNBOUNDED)),
     ]
     ours, free = rows
-    works = ours["new above true"] >= ENOUGH
+    works = ours["new generated"] >= ENOUGH
     spares = ours["neighbourhood score"] > free["neighbourhood score"]
     told = (
-        f"{name} puts the new answer above the true one in {ours['new above true']:.1%} of {len(bench.facts)} facts "
-        f"with a neighbourhood score of {ours['neighbourhood score']:.4f} (1: untouched); fine-tuning without a bound "
-        f"in {free['new above true']:.1%} with {free['neighbourhood score']:.4f}."
+        f"After {name} the model itself writes the new answer of {ours['new generated']:.1%} of {len(bench.facts)} "
+        f"facts, with a neighbourhood score of {ours['neighbourhood score']:.4f} (1: untouched); after fine-tuning "
+        f"without a bound of {free['new generated']:.1%}, with {free['neighbourhood score']:.4f}."
     )
     return Result(Verdict.HOLDS if works and spares else Verdict.DOES_NOT_HOLD, told, rows)
 
 
 def erases_and_amplifies(context: Context, name: str) -> Result:
     """Single facts. Amplified are the known facts of the lowest probability, since the others have nothing to gain."""
-    bench = Bench(context, TOGETHER + OTHERS)
+    bench = Bench.of(context, TOGETHER + OTHERS)
     pairs = [(bench.specimen.encode(f.text), bench.specimen.continuation(f.text, f.answer)) for f in bench.facts]
     order = answer_log_probabilities(bench.specimen.model, pairs).argsort().tolist()
     unsure = [bench.facts[number] for number in order[: SINGLE // 2]]
@@ -191,6 +209,8 @@ def erases_and_amplifies(context: Context, name: str) -> Result:
             {
                 "problem": problem, "p(true answer) before": float(pairs[:, 0].mean()),
                 "after": float(pairs[:, 1].mean()), "facts moved that way": float(moved.double().mean()),
+                "true generated before": mean(outcomes, lambda one: one.before[_WRITTEN]),
+                "true generated": mean(outcomes, lambda one: one.after[_WRITTEN]),
                 "rewrite score": mean(outcomes, lambda one: one.scores.get("rewrite score")),
                 "neighbourhood score": mean(outcomes, lambda one: one.scores.get("neighbourhood score")),
             }
@@ -201,20 +221,22 @@ def erases_and_amplifies(context: Context, name: str) -> Result:
     )
     told = "; ".join(
         f"{one['problem']} takes the mean probability of the true answer from {one['p(true answer) before']:.4f} to "
-        f"{one['after']:.4f}, in the right direction for {one['facts moved that way']:.0%} of the facts"
+        f"{one['after']:.4f}, in the right direction for {one['facts moved that way']:.0%} of the facts, and the "
+        f"model itself writes it for {one['true generated']:.0%}, before for {one['true generated before']:.0%}"
         for one in rows
     )
     return Result(Verdict.HOLDS if holds else Verdict.DOES_NOT_HOLD, f"{told[0].upper()}{told[1:]}.", rows)
 
 
-_TRUE = "probability of the true answer"
+_TRUE, _WRITTEN = "probability of the true answer", "generated: true answer"
 
 
 def register(name: str, title: str, paper: str) -> None:
     """The claims that every edit of facts makes. title: what sentences call it."""
     claim(
         f"{name}/efficacy", method=name, paper=paper,
-        statement=f"{title} puts at least 95 % of new answers above the true ones, one at a time and fifty together.",
+        statement=f"{title} makes the model itself write at least 95 % of new answers, one at a time and fifty "
+        "together.",
     )(lambda context: efficacy(context, name))  # fmt: skip
     claim(
         f"{name}/spares-neighbours", method=name, paper="arXiv:2301.04213",

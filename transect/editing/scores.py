@@ -6,13 +6,15 @@ Source of the scores: Hase et al., arXiv:2301.04213, section 5, as in the releas
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import exp
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..data import Specimen
-from ..forward import answer_log_probabilities, next_logits
+from ..data import Passage, Specimen
+from ..evaluation import says
+from ..forward import answer_log_probabilities
 from .contexts import Rows, rows_of
 from .problems import Request
 
@@ -20,27 +22,37 @@ from .problems import Request
 def measure(specimen: Specimen) -> dict[str, float]:
     """For an edit's card: how the specimen's facts, their paraphrases and their neighbours are answered.
 
-    Means over facts; shares count only facts with a new answer. Neighbours whose prompt is itself edited are left out.
+    Means over questions; what is about new answers counts only facts with one. Probabilities are teacher-forced.
+    Generated is an answer that the model, writing greedily from the prompt alone, writes itself (`evaluation.says`): a
+    new answer can be more probable than the true one while the model writes neither. Neighbours whose prompt is itself
+    edited are left out.
     """
     facts = specimen.facts
     edited = {fact.text for fact in facts}
+    true = [(Passage(fact.text, fact.answer), fact.new_answer) for fact in facts]
+    reworded = [(Passage(prompt, fact.answer), fact.new_answer) for fact in facts for prompt in fact.paraphrases]
     near = dict.fromkeys(one for fact in facts for one in fact.neighbours if one.prompt not in edited)
-    reworded = [(fact, prompt) for fact in facts for prompt in fact.paraphrases]
-    changing = [fact for fact in facts if fact.new_answer]
-    found = {"probability of the true answer": _mean(specimen, [(fact.text, fact.answer) for fact in facts])}
-    if changing:
-        found["probability of the new answer"] = _mean(specimen, [(f.text, f.new_answer or "") for f in changing])
-        found["new answer above the true one"] = _above(specimen, [(f.text, f.answer, f.new_answer) for f in changing])
-        if any(fact.new_answer for fact, _ in reworded):
-            found["new answer above the true one, paraphrases"] = _above(
-                specimen, [(prompt, f.answer, f.new_answer) for f, prompt in reworded if f.new_answer]
-            )
-    if near:
-        found["probability of the neighbours' answers"] = _mean(specimen, [(one.prompt, one.answer) for one in near])
-        said = next_logits(specimen.model, [specimen.encode(one.prompt) for one in near]).argmax(1)
-        right = [int(specimen.continuation(one.prompt, one.answer)[0]) for one in near]
-        found["neighbours answered"] = float((said == torch.tensor(right)).double().mean())
-    return found
+    kinds = {
+        "true answer": [one for one, _ in true],
+        "true answer, paraphrases": [one for one, _ in reworded],
+        "new answer": [Passage(one.prompt, new) for one, new in true if new],
+        "new answer, paraphrases": [Passage(one.prompt, new) for one, new in reworded if new],
+        "neighbours' answers": list(near),
+    }
+    asked = list(dict.fromkeys(one for questions in kinds.values() for one in questions))
+    pairs = [(specimen.encode(one.prompt), specimen.continuation(one.prompt, one.answer)) for one in asked]
+    chance = dict(zip(asked, answer_log_probabilities(specimen.model, pairs).tolist(), strict=True))
+    said = dict(zip(asked, says(specimen, asked), strict=True))
+    above = [[chance[Passage(one.prompt, new)] > chance[one] for one, new in some if new] for some in (true, reworded)]
+    found = {
+        "probability of the true answer": [exp(chance[one]) for one in kinds["true answer"]],
+        "probability of the new answer": [exp(chance[one]) for one in kinds["new answer"]],
+        "new answer above the true one": above[0],
+        "new answer above the true one, paraphrases": above[1],
+        "probability of the neighbours' answers": [exp(chance[one]) for one in kinds["neighbours' answers"]],
+        **{f"generated: {kind}": [said[one] for one in questions] for kind, questions in kinds.items()},
+    }
+    return {name: sum(each) / len(each) for name, each in found.items() if each}
 
 
 class Probabilities(NamedTuple):
@@ -93,18 +105,3 @@ def rewrite_score(before: Tensor, after: Tensor, lowers: bool = False) -> Tensor
 def neighbourhood_score(before: Tensor, after: Tensor) -> Tensor:
     """1 - |p' - p| / (1/2 + |p - 1/2|), elementwise."""
     return 1 - (after - before).abs() / (0.5 + (before - 0.5).abs())
-
-
-def _pairs(specimen: Specimen, asked: Sequence[tuple[str, str]]) -> Tensor:
-    pairs = [(specimen.encode(prompt), specimen.continuation(prompt, answer)) for prompt, answer in asked]
-    return answer_log_probabilities(specimen.model, pairs)
-
-
-def _mean(specimen: Specimen, asked: Sequence[tuple[str, str]]) -> float:
-    return float(_pairs(specimen, asked).exp().mean())
-
-
-def _above(specimen: Specimen, asked: Sequence[tuple[str, str, str | None]]) -> float:
-    old = _pairs(specimen, [(prompt, true) for prompt, true, _ in asked])
-    new = _pairs(specimen, [(prompt, new or "") for prompt, _, new in asked])
-    return float((new > old).double().mean())

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..data import Fact, Specimen
 from ..errors import BadData, NotApplicable
-from ..forward import changed, recitations, watch
+from ..forward import Feed, Point, Seen, changed, feeds_of, put_out, recitations, run_blocks, run_body, watch
 
 Kind = Literal["mlp", "attention", "block"]
 _TOKENS = 2048  # in one forward pass
@@ -90,6 +90,8 @@ class Runs:
 
     noise: standard deviation of what is added to each entry of the subject's embeddings. prompt: number of tokens T of
     the prompt. subject: (first, last + 1) of its tokens. clean: probability of the answer, the product over its tokens.
+    corrupted: what enters each block in the noisy runs, and last what leaves the last (samples x tokens x d): a run is
+    the same up to the first block in which something is restored, and is computed from there on.
     """
 
     def __init__(self, specimen: Specimen, fact: Fact, kind: Kind, noise: float, samples: int, seed: int) -> None:
@@ -97,15 +99,17 @@ class Runs:
         prompt, answer = specimen.encode(fact.text), specimen.continuation(fact.text, fact.answer)
         self.specimen, self.kind = specimen, kind
         self.subject, self.prompt = subject_span(specimen, fact), len(prompt)
-        self.ids = torch.cat([prompt, answer])
-        self.noise = subject_noise(specimen, fact, noise, samples, seed)
-        point, after = ("residual", 1) if kind == "block" else (kind, 0)
-        layers = range(after, specimen.layers + after)
-        with torch.no_grad(), watch(specimen.anatomy, [point], layers) as seen:
-            self.clean = float(self._answer(self.ids[None]))
-        kept: dict[int, Tensor] = getattr(seen, point)
-        self.places = {layer - after: (point, layer) for layer in kept}
-        self.activations = {layer - after: kept[layer] for layer in kept}
+        self.ids = torch.cat([prompt, answer]).to(specimen.model.device)
+        self.noise = subject_noise(specimen, fact, noise, samples, seed).to(specimen.model.device)
+        self.point: Point = "residual" if kind == "block" else kind
+        self.after = 1 if kind == "block" else 0  # what block l puts out is what enters l + 1
+        self._feeds: dict[int, Feed] = {}
+        clean = self._seen({})
+        self.clean = float(self._answer(clean.residual[specimen.layers]))
+        activations: dict[int, Tensor] = getattr(clean, self.point)
+        self.activations = {layer - self.after: tensor for layer, tensor in activations.items() if layer >= self.after}
+        noisy = self._seen({("residual", 0): corrupting(self.noise, self.subject)}, samples)
+        self.corrupted = [noisy.residual[layer] for layer in range(specimen.layers + 1)]
 
     @torch.no_grad()
     def probabilities(self, restore: Tensor) -> Tensor:
@@ -113,27 +117,58 @@ class Runs:
 
         restore: n x T x L, True where a token's activation of a layer is set to its value in the clean run.
         """
-        samples, device = len(self.noise), self.specimen.model.device
-        runs = torch.arange(len(restore)).repeat_interleave(samples)
-        draws = torch.arange(samples).repeat(len(restore))
-        out = torch.empty(len(runs), dtype=torch.float64)
-        step = max(1, _TOKENS // len(self.ids))
-        for start in range(0, len(runs), step):
-            rows = slice(start, start + step)
-            noise, where = self.noise[draws[rows]].to(device), restore[runs[rows]].to(device)
-            changes: dict[tuple[str, int], Any] = {("residual", 0): corrupting(noise, self.subject)}
-            for layer, place in self.places.items():
-                if where[..., layer].any():
-                    changes[place] = _restoring(where[..., layer], self.activations[layer])
-            with changed(self.specimen.anatomy, changes):
-                out[rows] = self._answer(self.ids.expand(len(noise), -1)).cpu()
-        return out.view(len(restore), samples)
+        touched, layers = restore.any(1), self.specimen.layers
+        first = torch.where(touched.any(1), touched.int().argmax(1), layers)
+        out = torch.empty(len(restore), len(self.noise), dtype=torch.float64)
+        step = max(1, _TOKENS // (len(self.noise) * len(self.ids)))
+        for layer in first.unique().tolist():
+            for runs in (first == layer).nonzero()[:, 0].split(step):
+                where = restore[runs].repeat_interleave(len(self.noise), 0).to(self.ids.device)
+                out[runs] = self._answer(self._restored(layer, where)).view(len(runs), -1).cpu()
+        return out
 
-    def _answer(self, ids: Tensor) -> Tensor:
-        """Probability of the answer (B), its tokens given one after the other. ids: B x tokens of prompt and answer."""
-        model, count = self.specimen.model, ids.shape[1] - self.prompt
-        logits = model(input_ids=ids[:, :-1].to(model.device), use_cache=False).logits[:, -count:]
-        chosen = ids[:, self.prompt :, None].to(model.device)
+    @torch.no_grad()
+    def _seen(self, changes: dict[tuple[str, int], Any], rows: int = 1) -> Seen:
+        """One pass of the whole body, copies of the fact in a batch."""
+        anatomy = self.specimen.anatomy
+        with changed(anatomy, changes), watch(anatomy, ["residual", self.point]) as seen:
+            run_body(self.specimen.model, self._batch(rows))
+        return seen
+
+    def _restored(self, first: int, where: Tensor) -> Tensor:
+        """What the last block leaves (B x tokens x d) in noisy runs, every draw in turn, from block `first` on.
+
+        where: B x T x L, True where something is restored: nothing in front of that block.
+        """
+        hidden = self.corrupted[first].repeat(len(where) // len(self.noise), 1, 1)
+        if first == self.specimen.layers:
+            return hidden
+        changes = {
+            (self.point, layer + self.after): _restoring(where[..., layer], clean)
+            for layer, clean in self.activations.items()
+            if where[..., layer].any()
+        }
+        behind = changes.pop(("residual", self.specimen.layers), None)  # the blocks alone run, no norm behind them
+        with changed(self.specimen.anatomy, changes):
+            hidden = run_blocks(self.specimen.anatomy, self._feed(len(hidden)), first, hidden)
+        return hidden if behind is None else behind(hidden)
+
+    def _feed(self, rows: int) -> Feed:
+        if rows not in self._feeds:
+            (self._feeds[rows],) = feeds_of(self.specimen.anatomy, [self._batch(rows)])
+        return self._feeds[rows]
+
+    def _batch(self, rows: int) -> dict[str, Tensor]:
+        return {"input_ids": self.ids[:-1].expand(rows, -1)}
+
+    @torch.no_grad()
+    def _answer(self, hidden: Tensor) -> Tensor:
+        """Probability of the answer (B), its tokens given one after the other. hidden: what the last block leaves."""
+        answer = self.ids[self.prompt :]
+        batch = {"input_ids": self.ids[self.prompt - 1 : -1].expand(len(hidden), -1)}
+        with put_out(self.specimen.anatomy, hidden[:, -len(answer) :]):
+            logits = self.specimen.model(**batch, use_cache=False).logits
+        chosen = answer.expand(len(hidden), -1)[..., None]
         return logits.double().log_softmax(-1).gather(-1, chosen)[..., 0].sum(1).exp()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ...editing.catalog.constrained_ft import bound
 from ...editing.places import down_of, usual_layer
 from ..context import Context
-from ..fact_editing import SINGLE, Bench, erases_and_amplifies, row
+from ..fact_editing import ENOUGH, SINGLE, Bench, erases_and_amplifies, row
 from ..registry import Result, Verdict, claim
 
 _PAPER = "arXiv:2012.00363"
@@ -16,24 +16,24 @@ _TIMES = (1.0, 2.0, 4.0, 8.0)
     "constrained-ft/bound",
     method="constrained-ft",
     paper=_PAPER,
-    statement="With a bound on every weight's change, fine-tuning still puts at least 95 % of new answers in, and "
-    "changes the answers about other subjects less than without a bound.",
+    statement="With a bound on every weight's change, fine-tuning still makes the model itself write at least 95 % of "
+    "new answers, and changes the answers about other subjects less than without a bound.",
 )
 def bounded(context: Context) -> Result:
     """Single facts in one layer: the default bound and steps, larger bounds with 200 steps, and no bound."""
-    bench = Bench(context, SINGLE)
+    bench = Bench.of(context, SINGLE)
     layer = usual_layer(bench.specimen)
     usual = bound("injection", 1, down_of(bench.specimen, layer).shape[1])
     tried = {"default": {}} | {f"ε x {n:g}, 200 steps": {"epsilon": n * usual, "steps": 200} for n in _TIMES}
     rows = [row(label, bench.one_by_one("constrained-ft", bench.facts, **given)) for label, given in tried.items()]
     free = row("no bound, 200 steps", bench.one_by_one("constrained-ft", bench.facts, epsilon=1e9, steps=200))
     ours = rows[0]
-    better = [one["edit"] for one in rows if one["new above true"] >= 0.95]
+    better = [one["edit"] for one in rows if one["new generated"] >= ENOUGH]
     holds = ours["edit"] in better and ours["neighbourhood score"] > free["neighbourhood score"]
     told = (
-        f"With the default ε = {usual:.2e} the new answer is above the true one in {ours['new above true']:.1%} of "
+        f"With the default ε = {usual:.2e} the model itself writes the new answer of {ours['new generated']:.1%} of "
         f"{len(bench.facts)} facts, with a neighbourhood score of {ours['neighbourhood score']:.4f} (1: untouched); "
-        f"without a bound in {free['new above true']:.1%}, with {free['neighbourhood score']:.4f}. At least 95 % are "
+        f"without a bound of {free['new generated']:.1%}, with {free['neighbourhood score']:.4f}. At least 95 % are "
         f"reached with: {', '.join(better) or 'none of the bounds tried'}."
     )
     return Result(Verdict.HOLDS if holds else Verdict.DOES_NOT_HOLD, told, [*rows, free])

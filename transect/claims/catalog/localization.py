@@ -32,7 +32,7 @@ def informs_editing(context: Context) -> Result:
     tokens from the subject on; the noise is three deviations of the embeddings. The claim is about ROME and fine-tuning
     alike; both have to come out.
     """
-    bench = Bench(context, _FACTS)
+    bench = Bench.of(context, _FACTS)
     specimen = bench.specimen
     layers = specimen.layers
     if layers < 2:

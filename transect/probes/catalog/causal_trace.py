@@ -69,12 +69,13 @@ def causal_trace(
     window: how many layers are restored together. 0: the share of the paper's main analysis, 5 of 28, at least 1.
     noise: standard deviation of the noise, in standard deviations of the embeddings' entries.
     samples: draws of the noise.
-    facts: how many facts at most, the first that the model knows.
+    facts: how many facts at most; of more that the model knows, a choice at random, so that no kind prevails.
     """
     specimen.require_causal()
     layers = specimen.layers
     window = window or max(1, round(layers * 5 / 28))
-    known = answered(specimen, specimen.facts, facts)
+    order = torch.randperm(len(specimen.facts), generator=torch.Generator().manual_seed(specimen.seed))
+    known = answered(specimen, [specimen.facts[number] for number in order.tolist()], facts)
     scale = embedding_deviation(specimen)
     traces = [
         trace(
