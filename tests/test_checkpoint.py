@@ -5,7 +5,6 @@ import gc
 import json
 import os
 import pickle
-import subprocess
 import sys
 from pathlib import Path
 
@@ -127,7 +126,6 @@ CHILD = """
 import json, os, sys
 from pathlib import Path
 root, mode = Path(sys.argv[1]), sys.argv[2]
-sys.path.insert(0, sys.argv[3])
 import torch, transformers
 from transformers import AutoModelForCausalLM
 transformers.logging.set_verbosity_error()
@@ -184,31 +182,24 @@ def root(tmp_path_factory):
     return root
 
 
-def in_fresh_process(root, mode):
-    """With other kernels and another number of threads than here, as on another machine."""
-    kernels = {"ATEN_CPU_CAPABILITY": "default", "OMP_NUM_THREADS": str(torch.get_num_threads() + 1)}
-    environment = os.environ | {"HF_MODULES_CACHE": str(root / f"modules-{mode}"), "HF_HUB_OFFLINE": "1"} | kernels
-    repository = Path(__file__).parent.parent
-    command = [sys.executable, "-c", CHILD, str(root), mode, str(repository)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    assert "RESULTS" in done.stdout, done.stderr[-3000:]
-    return json.loads(done.stdout.rpartition("RESULTS")[2])
+def in_fresh_process(elsewhere, root, mode):
+    return json.loads(elsewhere.python(CHILD, root, mode).rpartition("RESULTS")[2])
 
 
-def test_a_fresh_process_with_transect_loads_everything(root):
-    for what, (difference, module) in in_fresh_process(root, "with").items():
+def test_a_fresh_process_with_transect_loads_everything(root, elsewhere):
+    for what, (difference, module) in in_fresh_process(elsewhere, root, "with").items():
         assert difference <= TOLERANCE[torch.float32], what
         assert module.startswith("transformers.models."), what  # the folder's own code was neither run nor asked for
 
 
-def test_a_fresh_process_without_transect_loads_everything_through_the_folders_own_code(root):
-    for what, (difference, module) in in_fresh_process(root, "trust").items():
+def test_a_fresh_process_without_transect_loads_everything_through_the_folders_own_code(root, elsewhere):
+    for what, (difference, module) in in_fresh_process(elsewhere, root, "trust").items():
         assert difference <= TOLERANCE[torch.float32], what
         assert module.startswith("transformers_modules." if what.split()[0] in STRUCTURED else "transformers."), what
 
 
-def test_a_fresh_process_with_neither_refuses_what_is_not_plain(root):
-    for what, (outcome, _) in in_fresh_process(root, "neither").items():
+def test_a_fresh_process_with_neither_refuses_what_is_not_plain(root, elsewhere):
+    for what, (outcome, _) in in_fresh_process(elsewhere, root, "neither").items():
         if what.split()[0] in PLAIN:
             assert isinstance(outcome, float) and outcome <= TOLERANCE[torch.float32], what
         else:

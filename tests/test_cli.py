@@ -5,8 +5,6 @@ import dataclasses
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import click
@@ -31,6 +29,7 @@ from transect.probes import probes
 from transect.report.table import cells, markdown_table, rich_table
 
 from .models import VOCABULARY, tiny
+from .processes import Job
 
 
 @pytest.fixture(scope="module")
@@ -313,35 +312,7 @@ def test_an_architecture_comes_from_a_file(place, tmp_path, monkeypatch):
     assert "holds a list" in said
 
 
-# Each command line is a process of its own, forked from one that has imported everything.
-FORKS = """
-import json, os, signal, sys, time
-import transect.claims, transect.verbs
-from transect.cli import main
-transect.evaluation.speed.BUDGET = 0.02
-transect.checkpoint.open_model("model")
-for number, (argv, interrupt_when) in enumerate(json.load(open(sys.argv[1]))):
-    child = os.fork()
-    if child == 0:
-        for descriptor, name in ((1, "out"), (2, "err")):
-            os.dup2(os.open(f"{number}.{name}", os.O_CREAT | os.O_WRONLY), descriptor)
-        sys.argv = ["transect", *argv]
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-        main()
-        sys.stdout.flush()
-        os._exit(0)
-    if interrupt_when:
-        while not os.path.exists(interrupt_when):
-            if os.waitpid(child, os.WNOHANG) != (0, 0):
-                sys.exit("ended before it was interrupted: " + open(f"{number}.err").read())
-            time.sleep(0.02)
-        os.kill(child, signal.SIGINT)
-    with open("codes", "a") as file:
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=file)
-"""
-
-
-def test_exit_codes_and_standard_error(place, tmp_path):
+def test_exit_codes_and_standard_error(place, tmp_path, forks):
     """0; 1 and one line for what a user can mend; 2 for wrong usage; 130 for Ctrl-C, after which a run continues."""
     compare = f"compare model --methods svd --data calibration.txt --eval held_out.txt --out {tmp_path / 'run'}"
     many = ",".join(f"{0.9 - i / 100:.2f}" for i in range(50))
@@ -358,20 +329,16 @@ def test_exit_codes_and_standard_error(place, tmp_path):
         "eval model": 2,
         f"{compare} --keep {many}": 130,
     }  # fmt: skip
-    jobs = [(line.split(), str(tmp_path / "run" / "rows" / "dense.json") if code == 130 else None)
-            for line, code in lines.items()]  # fmt: skip
-    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
-    alone = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # safe to fork
-    environment = os.environ | alone | {"PYTHONPATH": str(Path(transect.__file__).parent.parent)}
-    for name in ("model", "calibration.txt", "held_out.txt", "binary.txt"):
-        (tmp_path / name).symlink_to(place / name)
-    command = [sys.executable, "-c", FORKS, str(tmp_path / "jobs.json")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    codes = [int(code) for code in (tmp_path / "codes").read_text().split()]
-    assert dict(zip(lines, codes, strict=True)) == lines
-    for number, (line, code) in enumerate(lines.items()):
-        out, err = ((tmp_path / f"{number}.{name}").read_text() for name in ("out", "err"))
+    ended = {}
+    for line, code in lines.items():
+        process = forks.start(Job(line.split()), place)
+        if code == 130:
+            forks.wait_until(process, (tmp_path / "run" / "rows" / "dense.json").exists)
+            os.kill(process, signal.SIGINT)
+        ended[line] = forks.ended()
+    assert {line: end.code for line, end in ended.items()} == lines
+    for line, code in lines.items():
+        out, err = ended[line].out, ended[line].err
         assert "Traceback" not in err, line
         if code == 0:
             assert out and not err, line
@@ -381,8 +348,9 @@ def test_exit_codes_and_standard_error(place, tmp_path):
             assert "Usage:" in err and not out, line
         else:
             assert err.split() == ["stopped"], line
-    assert "'[empty].txt'" in (tmp_path / "2.err").read_text() and "[/model]" in (tmp_path / "3.err").read_text()
-    assert json.loads((tmp_path / "0.out").read_text())["tokens"] == 400 - 7  # seven sequences of at most 64
+    first, _, bracket, slash, *_ = ended.values()
+    assert "'[empty].txt'" in bracket.err and "[/model]" in slash.err
+    assert json.loads(first.out)["tokens"] == 400 - 7  # seven sequences of at most 64
     finished = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run" / "rows").iterdir()}
     kept = [name for name in finished if name.startswith("svd")][:1]
     shares = ",".join(["0.9", *(name.split("_")[2].removesuffix(".json") for name in kept)])

@@ -2,10 +2,6 @@
 
 import json
 import logging
-import os
-import subprocess
-import sys
-from pathlib import Path
 from random import Random
 
 import pytest
@@ -55,7 +51,6 @@ CHILD = """
 import json, sys
 from pathlib import Path
 root = Path(sys.argv[1])
-sys.path.insert(0, sys.argv[2])
 sys.modules["transect"] = None  # not importable
 import torch
 from transformers import AutoModelForCausalLM
@@ -92,13 +87,9 @@ def settings_of(folder):
 # who reads it
 
 
-def test_a_fresh_process_without_transect_finds_the_same_logits(root):
+def test_a_fresh_process_without_transect_finds_the_same_logits(root, elsewhere):
     pytest.importorskip("compressed_tensors")
-    command = [sys.executable, "-c", CHILD, str(root), str(Path(__file__).parent.parent)]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    assert "RESULTS" in done.stdout, done.stderr[-3000:]
-    found = json.loads(done.stdout.rpartition("RESULTS")[2])
+    found = json.loads(elsewhere.python(CHILD, root).rpartition("RESULTS")[2])
     assert set(found) == set(PACKED)
     for name, difference in found.items():
         assert difference <= TOLERANCE[torch.bfloat16 if name == "bfloat16" else torch.float32], name

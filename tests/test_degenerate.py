@@ -2,12 +2,7 @@
 
 import functools
 import json
-import os
-import subprocess
-import sys
-import warnings
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +17,7 @@ from transect.compression.head_width import narrower_values
 from transect.errors import TransectError
 
 from .models import VOCABULARY, logits, tiny
+from .processes import Job
 
 DATA = torch.randint(3, VOCABULARY, (8, 12), generator=torch.Generator().manual_seed(5))
 KEEP, KEEPS = 0.7, {"masa": 0.9}
@@ -87,16 +83,20 @@ def faults(case):
     return found
 
 
+FAULTS = """
+import json, warnings
+from tests.test_degenerate import CASES, faults
+warnings.simplefilter("ignore")
+print(json.dumps({case: faults(case) for case in CASES}))
+"""
+
+
 @pytest.fixture(scope="module")
-def found():
+def found(forks, tmp_path_factory):
     """The faults of all cases, from a process of its own, which can be ended."""
-    root = Path(__file__).parent.parent
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.test_degenerate"],
-        cwd=root, env=os.environ | {"PYTHONPATH": str(root)}, timeout=_SECONDS, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    done = forks.run(Job(before=FAULTS, seconds=_SECONDS), tmp_path_factory.mktemp("degenerate"))
+    assert done.code == 0, done.err[-2000:]
+    return json.loads(done.out.splitlines()[-1])
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -242,8 +242,3 @@ def test_all_or_nothing_takes_back_structure_attributes_and_tensors():
     with all_or_nothing(model):
         Anatomy(model).drop_block(2)
     assert len(Anatomy(model).blocks) == 2
-
-
-if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    print(json.dumps({case: faults(case) for case in CASES}))

@@ -1,9 +1,6 @@
 """The frame of edits (card, undo, all or nothing, on disk), and neuron-clamp, which changes what a model stores."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -179,13 +176,10 @@ def folders(tmp_path_factory):
     return root, originals
 
 
-def test_edited_models_load_in_plain_transformers_in_a_fresh_process(folders):
+def test_edited_models_load_in_plain_transformers_in_a_fresh_process(folders, elsewhere):
     root, _ = folders
-    command = [sys.executable, "-c", CHILD, *(str(root / case) for case in FOLDERS)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL, cwd="/")
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = [line.split() for line in done.stdout.splitlines()]
+    said = elsewhere.python(CHILD, *(root / case for case in FOLDERS))
+    found = [line.split() for line in said.splitlines()]
     assert [module for module, _ in found] == ["transformers"] * len(FOLDERS)
     assert all(float(apart) <= TOLERANCE[torch.float32] for _, apart in found)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -131,11 +130,9 @@ for run in (
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc")
-def test_a_large_vocabulary_does_not_multiply_memory():
+def test_a_large_vocabulary_does_not_multiply_memory(forks):
     """Peak rise of evaluation and K-FAC in units of the float32 logits, of which there were 2 and 3 at once."""
-    command = [sys.executable, "-c", _LARGE]
-    found = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[1])
-    rises = [float(line) for line in found.stdout.split()]
+    rises = [float(line) for line in forks.python(_LARGE).split()]
     assert len(rises) == 3 and max(rises) < 1.5, rises
 
 

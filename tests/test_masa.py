@@ -2,11 +2,7 @@
 
 import copy
 import json
-import os
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -425,7 +421,6 @@ CHILD = """
 import sys, json, torch
 from pathlib import Path
 root, mode = Path(sys.argv[1]), sys.argv[2]
-sys.path.insert(0, sys.argv[3])
 from transformers import AutoModelForCausalLM
 if mode == "trust":
     sys.modules["transect"] = None
@@ -443,18 +438,14 @@ print("RESULTS" + json.dumps(found))
 
 
 @pytest.mark.parametrize("mode", ["with", "trust"])
-def test_fresh_processes_load_converted_and_trained_models(mode, tmp_path):
+def test_fresh_processes_load_converted_and_trained_models(mode, tmp_path, elsewhere):
     trained = share_attention(tiny("llama"), 2)
     models = {"llama-converted": converted("llama"), "gpt2-converted": converted("gpt2"), "llama-trained": trained}
     for name, model in models.items():
         model.save_pretrained(tmp_path / f"m-{name}")
         batch = inputs(name.split("-")[0])
         torch.save((batch["input_ids"], logits(model, batch)), tmp_path / f"m-{name}.pt")
-    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", CHILD, str(tmp_path), mode, str(Path(__file__).parent.parent)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    assert "RESULTS" in done.stdout, done.stderr[-3000:]
-    found = json.loads(done.stdout.rpartition("RESULTS")[2])
+    found = json.loads(elsewhere.python(CHILD, tmp_path, mode).rpartition("RESULTS")[2])
     assert found.keys() == {f"m-{name}" for name in models}
     assert max(found.values()) <= TOLERANCE[torch.float32]
 

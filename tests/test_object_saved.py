@@ -2,8 +2,6 @@
 
 import copy
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -182,7 +180,7 @@ def test_a_merged_adapter_is_in_the_saved_model(tmp_path):
     assert Anatomy(merged).record.modules  # and it can be opened up again
 
 
-def test_peft_may_be_imported_after_transect():
+def test_peft_may_be_imported_after_transect(elsewhere):
     """This process imported it before."""
     code = """
 import sys, transect
@@ -190,7 +188,7 @@ assert "peft" not in sys.modules
 from peft import PeftModel
 assert PeftModel.save_pretrained.completes_adapter
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    elsewhere.python(code)
 
 
 @pytest.mark.parametrize("kind", ["plain", "compiled", "peft"])

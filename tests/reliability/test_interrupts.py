@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from tests.reliability.processes import Job, environment, run_all
+from tests.processes import Job, environment
 from tests.reliability.test_every_command import place as place
 
 COMPRESS = ["compress", "model", "--method", "svd", "--keep", "0.7", "--out", "out"]
@@ -45,10 +45,9 @@ ANOTHER = "print(signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, sys.excepth
 
 
 @pytest.fixture(scope="module")
-def ended(place, tmp_path_factory):
+def ended(place, forks):
     jobs = {**JOBS, "another": Job(["--version"], ANOTHER)}
-    made = run_all(list(jobs.values()), place, tmp_path_factory.mktemp("interrupts") / "notes")
-    return dict(zip(jobs, made, strict=True))
+    return {name: forks.run(job, place) for name, job in jobs.items()}
 
 
 @pytest.mark.parametrize("name", JOBS)

@@ -8,8 +8,6 @@ import errno
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import click
@@ -23,6 +21,7 @@ from transect.cli import main_group
 from transect.errors import TransectError
 
 from ..models import tiny
+from ..processes import Job
 from ..test_checkpoint import tokenizer
 from .faults import Failing, Kills
 
@@ -137,13 +136,13 @@ def test_whichever_change_fails_it_is_one_error_and_the_old_or_the_new(case, tmp
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no kills on this system")
-def test_a_real_kill_while_a_model_is_exchanged_again_and_again(tmp_path):
+def test_a_real_kill_while_a_model_is_exchanged_again_and_again(tmp_path, forks):
     """A process saves two models over one another until it is killed, some times: what is there is one of the two."""
     code = (
-        "import sys; from tests.models import tiny; from transect.checkpoint import save\n"
+        "from transect.checkpoint import save\n"
         "one, two = tiny('llama', seed=1), tiny('llama', seed=2)\n"
         "while True:\n"
-        "    save(one, sys.argv[1], overwrite=True); save(two, sys.argv[1], overwrite=True); print('.', flush=True)\n"
+        "    save(one, 'm', overwrite=True); save(two, 'm', overwrite=True); print('.', flush=True)\n"
     )
     folder, models = tmp_path / "m", []
     for seed in (1, 2):
@@ -151,12 +150,10 @@ def test_a_real_kill_while_a_model_is_exchanged_again_and_again(tmp_path):
         models.append(tensors(tmp_path / "one of two"))
     shutil.rmtree(tmp_path / "one of two")
     for rounds in (1, 2):
-        process = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE,
-                                   cwd=Path(__file__).parents[2])  # fmt: skip
-        for _ in range(rounds):
-            process.stdout.readline()
-        process.kill()
-        process.wait()
+        process = forks.start(Job(before=code), tmp_path)
+        forks.wait_until(process, lambda rounds=rounds: forks.out().count(".") >= rounds)
+        os.kill(process, signal.SIGKILL)
+        assert forks.ended().code == -signal.SIGKILL
         check_folder(folder)
         assert any(same(tensors(folder), model) for model in models)
     save(tiny("llama", seed=1), folder, overwrite=True)

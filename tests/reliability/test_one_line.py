@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 
-from tests.reliability.processes import Job, run_all
+from tests.processes import Job
 from tests.reliability.test_every_command import place as place
 from transect.ending import LONGEST, line_of, shortened
 
@@ -117,7 +117,7 @@ JOBS = limited() | unwritable() | unreadable() | wrong() | unheard()
 
 
 @pytest.fixture(scope="module")
-def ended(place, tmp_path_factory):
+def ended(place, forks):
     """How each job ended, by its name, and what has come into the folder meanwhile."""
     for name in ("pipe", "pipe.txt"):
         os.mkfifo(place / name)
@@ -128,8 +128,8 @@ def ended(place, tmp_path_factory):
         os.chdir(here)
     (place / "long.txt").write_text(" ".join(f"w{i % 50 + 3}" for i in range(50_000)))
     before = set(os.listdir(place))
-    made = run_all(list(JOBS.values()), place, tmp_path_factory.mktemp("one_line") / "notes")
-    return dict(zip(JOBS, made, strict=True)), set(os.listdir(place)) - before
+    made = {name: forks.run(job, place) for name, job in JOBS.items()}
+    return made, set(os.listdir(place)) - before
 
 
 SILENT = ("methods to nobody", "methods without an output")

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from ..errors import TransectError
+from ..store import alone
 from .gguf import load_gguf
 from .offgrid import off_the_grid
 from .place import LAST, placed
@@ -47,8 +48,10 @@ def named_folder(name: str) -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "transect"
     folder = cache / f"{name.replace(':', '-')}-{found}"
     if not (folder / LAST).exists():
-        with placed(folder) as partial:
-            _unpack(place, partial, name.endswith(OFFGRID))
+        with alone(folder, wait=True):
+            if not (folder / LAST).exists():
+                with placed(folder) as partial:
+                    _unpack(place, partial, name.endswith(OFFGRID))
     return folder
 
 

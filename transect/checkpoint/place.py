@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from ..errors import TransectError
-from ..store import finish_exchange, place_folder, remove, sweep, temporary
+from ..store import alone, finish_exchange, place_folder, remove, sweep, temporary
 from .modeling_file import MODULE
 
 # Files of an earlier model in the same folder that must not outlive it. Everything else in the folder is kept.
@@ -30,23 +30,24 @@ def placed(target: Path) -> Iterator[Path]:
     On any exception, Ctrl-C included, `target` is left as it was and nothing else remains. What a run that was killed
     has left there is finished, or removed, first.
 
-    Raises TransectError if the disk is full or the place cannot be written.
+    Raises TransectError if the disk is full, the place cannot be written, or another run is writing there.
     """
-    there, partial = target.is_dir(), None
-    try:
-        if there:
-            finish_exchange(target, LAST)
-        sweep(target)
-        partial = _beside(target)
-        yield partial
-        is_model = there and (target / LAST).exists()
-        place_folder(partial, target, lambda name: is_model and _MODEL_FILES.fullmatch(name) is not None, LAST)
-    except (OSError, SafetensorError) as error:
-        was = "; what was there before is untouched" if there else ""
-        raise TransectError(f"the checkpoint could not be written to {target}: {error}{was}") from error
-    finally:
-        if partial is not None:
-            remove(partial)
+    with alone(target):
+        there, partial = target.is_dir(), None
+        try:
+            if there:
+                finish_exchange(target, LAST)
+            sweep(target)
+            partial = _beside(target)
+            yield partial
+            is_model = there and (target / LAST).exists()
+            place_folder(partial, target, lambda name: is_model and _MODEL_FILES.fullmatch(name) is not None, LAST)
+        except (OSError, SafetensorError) as error:
+            was = "; what was there before is untouched" if there else ""
+            raise TransectError(f"the checkpoint could not be written to {target}: {error}{was}") from error
+        finally:
+            if partial is not None:
+                remove(partial)
 
 
 def _beside(target: Path) -> Path:

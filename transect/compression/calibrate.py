@@ -15,7 +15,7 @@ from ..anatomy import Anatomy, Matrix
 from ..errors import TransectError
 from ..statistics import Fisher, Progress, Statistic, Statistics, collect
 from ..statistics.store import KIND
-from ..store import carries_mark
+from ..store import alone, carries_mark
 from ..version import __version__
 from .fingerprint import computation_fingerprint
 
@@ -44,7 +44,7 @@ def calibrate(
 ) -> Statistics:
     """Collect the union of the wanted statistics; with `cache` (a file) they are read from it where they fit.
 
-    What is missing there is collected in a pass of its own, and added.
+    What is missing there is collected in a pass of its own, and added. While another run does that, this one waits.
 
     batches: iterable with a `fingerprint`, see `transect.data.Batches`.
     """
@@ -58,18 +58,42 @@ def calibrate(
         "accumulate": str(accumulate),
         "seed": str(seed),
     })  # fmt: skip
-    found = Statistics.load(cache, of) if cache else None
-    store, collected = found or (None, set())
-    missing = [statistic for statistic in wanted if statistic.label not in collected]
+
+    def add(store: Statistics | None, missing: Sequence[Statistic]) -> Statistics:
+        made = collect(
+            anatomy, batches, missing, matrices, fisher=fisher, accumulate=accumulate, seed=seed, progress=progress
+        )
+        return made if store is None else store.merge(made)
+
+    if cache is None:
+        return add(None, wanted)
+    seen = _state(cache)
+    store, collected, missing = _cached(cache, of, wanted)
     if store is not None and not missing:
         return store
-    made = collect(
-        anatomy, batches, missing, matrices, fisher=fisher, accumulate=accumulate, seed=seed, progress=progress
-    )
-    store = made if store is None else store.merge(made)
-    if cache:
+    with alone(cache, wait=True):
+        if _state(cache) != seen:  # another run has kept what it collected
+            store, collected, missing = _cached(cache, of, wanted)
+            if store is not None and not missing:
+                return store
+        store = add(store, missing)
         try:
             store.save(cache, of, {*collected, *(statistic.label for statistic in missing)})
         except (OSError, SafetensorError) as error:
             raise TransectError(f"the statistics cannot be kept in {cache}: {error}") from error
     return store
+
+
+def _cached(cache: Path, of: str, wanted: Sequence[Statistic]) -> tuple[Statistics | None, set[str], list[Statistic]]:
+    """What the cache holds, the labels of what was collected into it, and what is missing there."""
+    store, collected = Statistics.load(cache, of) or (None, set())
+    return store, collected, [statistic for statistic in wanted if statistic.label not in collected]
+
+
+def _state(cache: Path) -> tuple[int, int] | None:
+    """What is another after the file has been replaced."""
+    try:
+        found = cache.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns

@@ -16,7 +16,7 @@ from ..data import Batches, Specimen
 from ..errors import BadCheckpoint
 from ..evaluation import evaluate_loss
 from ..forward import at_rest
-from ..store import Kept, keep, read_json, verified, write_text
+from ..store import Kept, alone, keep, read_json, verified, write_text
 from .card import Card
 from .journal import Journal, restore
 from .registry import edit
@@ -105,23 +105,24 @@ def undo_folder(folder: str | Path, out: str | Path | None = None, *, overwrite:
     except BadCheckpoint as error:
         raise BadCheckpoint(f"the way back is damaged: {error}") from None
     target = source if out is None else check_output(out, overwrite)
-    opened = open_model(source)
-    edited, noted = model_fingerprint(opened.model), described.get("undo")
-    if not isinstance(noted, dict) or noted.get("model") != edited:
-        raise BadCheckpoint(
-            f"the weights in {source} were changed since they were edited, so the edit cannot be taken back bit for "
-            f"bit; what they were before it is in {UNDO}"
-        )
-    try:
-        before = verified(source / UNDO, edited)
-    except BadCheckpoint as error:
-        raise BadCheckpoint(f"{source / UNDO} is not what this edit wrote, {error}; nothing was changed") from None
-    config, added = _way_back(opened.model, before, source / UNDO)
-    restore(opened.model, dict(before), config, added)
-    history = record_of(opened.model).history
-    if history and "edit" in history[-1]:
-        history.pop()
-    return save(opened.model, target, opened.tokenizer or opened.processor, overwrite=out is None or overwrite)
+    with alone(target):
+        opened = open_model(source)
+        edited, noted = model_fingerprint(opened.model), described.get("undo")
+        if not isinstance(noted, dict) or noted.get("model") != edited:
+            raise BadCheckpoint(
+                f"the weights in {source} were changed since they were edited, so the edit cannot be taken back bit "
+                f"for bit; what they were before it is in {UNDO}"
+            )
+        try:
+            before = verified(source / UNDO, edited)
+        except BadCheckpoint as error:
+            raise BadCheckpoint(f"{source / UNDO} is not what this edit wrote, {error}; nothing was changed") from None
+        config, added = _way_back(opened.model, before, source / UNDO)
+        restore(opened.model, dict(before), config, added)
+        history = record_of(opened.model).history
+        if history and "edit" in history[-1]:
+            history.pop()
+        return save(opened.model, target, opened.tokenizer or opened.processor, overwrite=out is None or overwrite)
 
 
 def _way_back(model: Any, before: Kept, file: Path) -> tuple[dict[str, Any], list[str]]:

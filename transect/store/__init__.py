@@ -3,12 +3,14 @@
 from .exchange import finish_exchange, place_folder
 from .folder import Folder
 from .kept import Kept, carries_mark, keep, keep_json, kept, kept_json, tensor_bytes, verified
+from .lock import alone
 from .text import in_short, parsed, read_any_json, read_json
 from .write import link, remove, replacing, sweep, temporary, write_text
 
 __all__ = [
     "Folder",
     "Kept",
+    "alone",
     "carries_mark",
     "finish_exchange",
     "in_short",

@@ -20,7 +20,7 @@ from ..errors import TransectError
 from ..forward import computing_wide
 from ..forward.blocks import Feed, run_block
 from ..statistics import Fisher, Progress
-from ..store import finish_exchange, link, sweep, write_text
+from ..store import alone, finish_exchange, link, sweep, write_text
 from ..version import __version__
 from .passes import backward_pass, forward_pass
 from .plan import check_streams, compress_block, feeds_of_source, make_compressor, shown
@@ -53,28 +53,29 @@ def compress_streamed(
     if recipe.needs_data and batches is None:
         raise TransectError(f"{recipe.method} needs calibration data: pass data=")
     out = out.expanduser().resolve()
-    work = Workspace(out.parent / f".{out.name}.streaming", _run(source, recipe, batches, fisher, accumulate, seed))
-    outcome = _finished(work, out, len(anatomy.blocks) + 1)
-    if outcome is not None:
+    with alone(out):
+        work = Workspace(out.parent / f".{out.name}.streaming", _run(source, recipe, batches, fisher, accumulate, seed))
+        outcome = _finished(work, out, len(anatomy.blocks) + 1)
+        if outcome is not None:
+            return outcome
+        check_output(out, overwrite)
+        work.begin()
+        dense_bytes = anatomy.matrix_bytes()
+        gradients = [s for s in recipe.needs if s.needs in ("gradient", "both")]
+        inputs = [s for s in recipe.needs if s not in gradients]
+        feeds = feeds_of_source(source, batches) if recipe.needs else []
+        if gradients or (inputs and not (recipe.sequential and recipe.allocation == "uniform")):
+            forward_pass(source, feeds, inputs, work, accumulate, bool(gradients), progress)
+        if gradients:
+            backward_pass(source, feeds, gradients, work, accumulate, fisher, seed, progress)
+        compressor = make_compressor(source, recipe, work, progress)
+        if recipe.sequential:
+            feeds = feeds_of_source(source, batches)
+        _compress_blocks(source, recipe, compressor, feeds, work, accumulate, progress)
+        outcome = outcome_of(anatomy, None, dense_bytes)
+        note_in_record(anatomy, recipe, outcome)
+        _finish(source, work, out, tokenizer, outcome)
         return outcome
-    check_output(out, overwrite)
-    work.begin()
-    dense_bytes = anatomy.matrix_bytes()
-    gradients = [s for s in recipe.needs if s.needs in ("gradient", "both")]
-    inputs = [s for s in recipe.needs if s not in gradients]
-    feeds = feeds_of_source(source, batches) if recipe.needs else []
-    if gradients or (inputs and not (recipe.sequential and recipe.allocation == "uniform")):
-        forward_pass(source, feeds, inputs, work, accumulate, bool(gradients), progress)
-    if gradients:
-        backward_pass(source, feeds, gradients, work, accumulate, fisher, seed, progress)
-    compressor = make_compressor(source, recipe, work, progress)
-    if recipe.sequential:
-        feeds = feeds_of_source(source, batches)
-    _compress_blocks(source, recipe, compressor, feeds, work, accumulate, progress)
-    outcome = outcome_of(anatomy, None, dense_bytes)
-    note_in_record(anatomy, recipe, outcome)
-    _finish(source, work, out, tokenizer, outcome)
-    return outcome
 
 
 def _run(source: StreamedModel, recipe: Recipe, batches: Any, *settings: Any) -> str:

@@ -19,7 +19,7 @@ from ..errors import TransectError
 from ..parameters import Seed, listed
 from ..report import markdown_table, pareto_plot
 from ..statistics import Fisher, Progress
-from ..store import Folder, write_text
+from ..store import Folder, alone, write_text
 from ..streaming import StreamedModel
 from .arguments import Count, Device, FolderName, Length, Role, Share, Some, SumType, WeightType
 from .common import CALIBRATION_SEQUENCES, Settings, calibration_of, fingerprint_of, given_of, held_out_of, opened_of
@@ -131,17 +131,18 @@ def compare(
     if dry_run:
         check_plan(anatomy, plan, weights=not stream)
         return estimate(anatomy, plan, calibration, held_out, source=source if stream else None)
-    folder.check("table.csv", "table.md", "pareto.png")
-    if stream:
-        frame = compare_streamed(
-            open_source, plan, folder, calibration, held_out, overwrite=overwrite, progress=progress, on_row=on_row
-        )
-    else:
-        frame = compare_anatomy(
-            anatomy, plan, folder, calibration, held_out, facts=questions, tokenizer=opened.tokenizer,
-            workers=workers, engine=engine, overwrite=overwrite, progress=progress, on_row=on_row,
-        )  # fmt: skip
-    write_text(folder.file("table.csv"), frame.to_csv(index=False))
-    write_text(folder.file("table.md"), markdown_table(frame))
-    pareto_plot(frame, folder.file("pareto.png"), title=f"{opened.source or type(opened.model).__name__}")
-    return frame
+    with alone(folder.path):
+        folder.check("table.csv", "table.md", "pareto.png")
+        if stream:
+            frame = compare_streamed(
+                open_source, plan, folder, calibration, held_out, overwrite=overwrite, progress=progress, on_row=on_row
+            )
+        else:
+            frame = compare_anatomy(
+                anatomy, plan, folder, calibration, held_out, facts=questions, tokenizer=opened.tokenizer,
+                workers=workers, engine=engine, overwrite=overwrite, progress=progress, on_row=on_row,
+            )  # fmt: skip
+        write_text(folder.file("table.csv"), frame.to_csv(index=False))
+        write_text(folder.file("table.md"), markdown_table(frame))
+        pareto_plot(frame, folder.file("pareto.png"), title=f"{opened.source or type(opened.model).__name__}")
+        return frame

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 from ..arguments import checked
@@ -11,6 +13,7 @@ from ..editing import Edited, edit_specimen
 from ..editing import edit as edit_named
 from ..parameters import Seed
 from ..statistics import Progress
+from ..store import alone
 from .arguments import Count, FolderName, Length
 from .common import CALIBRATION_SEQUENCES, Settings, held_out_of, one_of, opened_of, specimen_of
 
@@ -68,7 +71,8 @@ def edit(
         None if eval_data is None
         else held_out_of(eval_data, opened, sequence_length, eval_sequences, batch_size, seed, special_tokens)
     )  # fmt: skip
-    edited = edit_specimen(specimen, method, chosen, evaluation)
-    if out is not None:
-        edited.save(out, opened.tokenizer or opened.processor, overwrite=overwrite)
+    with nullcontext() if out is None else alone(Path(out)):
+        edited = edit_specimen(specimen, method, chosen, evaluation)
+        if out is not None:
+            edited.save(out, opened.tokenizer or opened.processor, overwrite=overwrite)
     return edited

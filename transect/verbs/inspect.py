@@ -15,7 +15,7 @@ from ..probes import KIND, Inspection, Result, probe, run_probes
 from ..probes import probes as all_probes
 from ..report import INDEX, write_report
 from ..statistics import Progress
-from ..store import Folder
+from ..store import Folder, alone
 from ..version import __version__
 from .arguments import Count, FolderName, Length, Some
 from .common import Settings, fingerprint_of, specimen_of
@@ -74,10 +74,12 @@ def inspect(
         length=sequence_length, sequences=sequences, batch_size=batch_size, seed=seed, special_tokens=special_tokens,
         progress=progress,
     )  # fmt: skip
-    if folder is not None:
+    chosen = {name: settings.get(name, {}) for name in names}
+    if folder is None:
+        return run_probes(specimen, chosen, None, _key(specimen), on_result)
+    with alone(folder.path):
         folder.take(among_others=True)
-    found = run_probes(specimen, {name: settings.get(name, {}) for name in names}, folder, _key(specimen), on_result)
-    if folder is not None:
+        found = run_probes(specimen, chosen, folder, _key(specimen), on_result)
         write_report(folder, found, specimen)
     return found
 

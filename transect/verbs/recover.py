@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ..data import SpecialTokens
 from ..parameters import Seed
 from ..recovery import Check, How, Machine, Settings, State, Train, check_same_tokens, recover_anatomy
 from ..statistics import Progress
+from ..store import alone
 from .arguments import Count, Device, FolderName, Length
 from .common import calibration_of, opened_of
 
@@ -72,6 +74,7 @@ def recover(
         rank=rank, alpha=alpha, dropout=dropout, temperature=temperature, held_out=held_out, every=every, seed=seed,
     ).resolved()  # fmt: skip
     target = None if out is None else check_output(out, overwrite)
+    places = [Path(place) for place in (target, checkpoint) if place is not None]
     if target is not None and checkpoint is None:
         checkpoint = target.parent / f".{target.name}.recovery"
     machine = Machine(device)
@@ -82,12 +85,15 @@ def recover(
     if dense is not None:
         check_same_tokens(opened.tokenizer, dense.tokenizer)
     batches = calibration_of(data, opened, sequence_length, sequences, batch_size, seed, special_tokens)
-    recover_anatomy(
-        Anatomy(opened.model), settings, batches, None if dense is None else dense.model,
-        machine=machine, state=state, progress=progress, on_check=on_check,
-    )  # fmt: skip
-    if target is not None and machine.is_main:
-        save(opened.model, target, opened.tokenizer or opened.processor, overwrite=overwrite)
-    machine.wait()
-    state.remove()
+    with ExitStack() as stack:
+        for place in places:
+            stack.enter_context(alone(place))
+        recover_anatomy(
+            Anatomy(opened.model), settings, batches, None if dense is None else dense.model,
+            machine=machine, state=state, progress=progress, on_check=on_check,
+        )  # fmt: skip
+        if target is not None and machine.is_main:
+            save(opened.model, target, opened.tokenizer or opened.processor, overwrite=overwrite)
+        machine.wait()
+        state.remove()
     return opened.model if isinstance(model, (str, Path, Opened)) else model

@@ -35,6 +35,7 @@ def compress(context: click.Context, model: str, out: Path, stream: bool, as_jso
     from ...anatomy import record_of
     from ...checkpoint import check_output, open_model, save
     from ...compression import allocation_named, method
+    from ...store import alone
     from ...verbs import compress as compress_model
 
     settings = method_settings(context.obj, options["method"])
@@ -47,7 +48,7 @@ def compress(context: click.Context, model: str, out: Path, stream: bool, as_jso
     loading = opening(options)
     options["accumulate"] = getattr(torch, options["accumulate"])
     check_output(out, overwrite)
-    with progress_bar(as_json) as (_, show):
+    with alone(out), progress_bar(as_json) as (_, show):
         if stream:
             for name in ("refit", "cache", "roles"):
                 if options.pop(name):
