@@ -44,7 +44,7 @@ class measure_from:
     def __call__(self, ranks):
         return sum(t.loss_at(ranks.get(t.name)) for t in self.tables)
 
-    def of_each(self, ranks):
+    def of_each(self, ranks, predictions):
         return {name: self({name: rank}) for name, rank in ranks.items()}
 
 

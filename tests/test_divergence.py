@@ -37,3 +37,18 @@ def test_one_matrix_alone_is_measured_as_in_the_whole_model(name, monkeypatch):
     expected = {key: measure({key: rank}) for key, rank in ranks.items()}
     assert max(expected.values()) > 1e-4
     assert alone == pytest.approx(expected, rel=1e-3, abs=1e-6)
+
+
+def test_single_matrices_are_measured_on_the_first_sequences_that_have_enough_predictions():
+    """As many as are asked for, in whole sequences; another number is another measurement."""
+    anatomy, batches = Anatomy(tiny("llama")), data("llama")
+    matrices = anatomy.matrices(["down"])
+    ranks, factors = {matrix.name: 2 for matrix in matrices}, factorize(matrices, registered("svd"), {}, None)
+    measure = Divergence(anatomy, matrices, factors, batches)
+    each = len(measure._dense[0]) // 2
+    whole = measure.of_each(ranks)
+    for predictions, sequences in ((1, 1), (each, 1), (each + 1, 2), (2 * each, 2)):
+        first = [{"input_ids": batches[0]["input_ids"][:sequences]}]
+        expected = Divergence(anatomy, matrices, factors, first).of_each(ranks)
+        assert measure.of_each(ranks, predictions) == pytest.approx(expected, rel=1e-3) != whole
+    assert measure.of_each(ranks) == whole

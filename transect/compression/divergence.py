@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
 from typing import Any
 
 import torch
@@ -18,7 +17,6 @@ from .weighted_svd import Factorization
 _TEMPERATURE = 0.6
 _BURN_IN = 256  # predictions with little context say little about the model; half of a sequence's at most
 _POSITIONS = 4096  # bounds the memory: this many rows of logits are kept
-_ORDER_SEQUENCES = 4  # on which single matrices are measured
 _AT_ONCE = 4096  # positions of all candidates that go through the blocks behind together
 
 
@@ -39,7 +37,7 @@ class Divergence:
         self.anatomy, self.matrices, self.factors = anatomy, list(matrices), factors
         self.batches = list(batches)
         self._known: dict[frozenset[tuple[str, Any]], float] = {}
-        self._known_alone: dict[tuple[str, int], float] = {}
+        self._known_alone: dict[tuple[str, int, int], float] = {}
         self._chosen = [self._compared(batch) for batch in self.batches]
         with torch.no_grad(), computing_wide(anatomy.model):
             self._dense = [  # log-probabilities at the compared positions, a tensor for each batch
@@ -79,24 +77,28 @@ class Divergence:
             )
         return max(total / sum(len(dense) for dense in self._dense), 0.0)
 
-    def of_each(self, ranks: Mapping[str, int]) -> dict[str, float]:
-        """By matrix name, the divergence with that matrix alone at its rank, on the first few search sequences.
+    def of_each(self, ranks: Mapping[str, int], predictions: int = _POSITIONS) -> dict[str, float]:
+        """By matrix name, the divergence with that matrix alone at its rank.
 
         The blocks in front of the matrix are dense, so they are not run for it: its own block reads what the dense
         model gives it, and several candidates go through the blocks behind together. One sequence at a time.
+        predictions: on the first sequences that have at least so many to compare.
         """
-        todo = [matrix for matrix in self.matrices if (matrix.name, ranks.get(matrix.name)) not in self._known_alone]
-        todo = [matrix for matrix in todo if matrix.name in ranks]
+        keys = {name: (name, rank, predictions) for name, rank in ranks.items()}
+        todo = [matrix for matrix in self.matrices if matrix.name in ranks]
+        todo = [matrix for matrix in todo if keys[matrix.name] not in self._known_alone]
         operators = {matrix.name: low_rank(matrix, self.factors[matrix.name], ranks[matrix.name]) for matrix in todo}
         totals, count = dict.fromkeys(operators, 0.0), 0
         with torch.no_grad(), computing_wide(self.anatomy.model, *operators.values()):
-            for batch, chosen, dense in islice(self._sequences(), _ORDER_SEQUENCES) if todo else ():
+            for batch, chosen, dense in self._sequences() if todo else ():
                 count += len(dense)
                 for name, hidden in self._ends(batch, todo, operators):
                     with put_out(self.anatomy, hidden):
                         totals[name] += _apart(dense, logits_at(self.anatomy.model, batch, chosen))
-        self._known_alone |= {(name, ranks[name]): max(total / count, 0.0) for name, total in totals.items()}
-        return {name: self._known_alone[name, rank] for name, rank in ranks.items()}
+                if count >= predictions:
+                    break
+        self._known_alone |= {keys[name]: max(total / count, 0.0) for name, total in totals.items()}
+        return {name: self._known_alone[key] for name, key in keys.items()}
 
     def _sequences(self) -> Iterator[tuple[Batch, Tensor, Tensor]]:
         """Each sequence as a batch of one, where it is compared, and what the dense model says there."""

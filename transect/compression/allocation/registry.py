@@ -26,8 +26,8 @@ class Measure(Protocol):
         """With these ranks by matrix name; matrices that are not named stay dense."""
         ...
 
-    def of_each(self, ranks: Mapping[str, int]) -> dict[str, float]:
-        """With each of these ranks alone, by matrix name: to be compared with each other."""
+    def of_each(self, ranks: Mapping[str, int], predictions: int) -> dict[str, float]:
+        """By matrix name, with that matrix alone at its rank, on sequences that have at least so many predictions."""
         ...
 
 
