@@ -7,10 +7,44 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .integers import Grid
+from ..operators.grouped_integer import GroupedInteger
+from .cholesky import inverse_root
+from .integers import Grid, grouped
 
 _BLOCK = 64  # columns between two updates of all that follow; changes the speed, not the result
 GridOf = Callable[[int, Callable[[int], Tensor]], Grid]
+
+
+def rounded_in_order(
+    weight: Tensor, covariance: Tensor, bits: int, group: int, symmetric: bool, act_order: bool, damping: float
+) -> GroupedInteger:
+    """W (d_out x d_in) by GPTQ, for second moments H = E[x xᵀ] (d_in x d_in) of its inputs; see the method `gptq`.
+
+    act_order: take the columns of the largest features first; the grids are then laid over W as it comes.
+    """
+    order = _order(covariance, act_order)
+    upper, dead = inverse_root(covariance, damping, order)
+    weight, upper = torch.where(dead, 0, weight).float(), upper.float()
+    grids = Grid.of(grouped(weight, group), bits, symmetric)
+    scale, zero = (tensor.T.contiguous() for tensor in (grids.scale, grids.zero))  # groups x d_out
+    groups = (order // group).tolist()
+
+    def grid_of(j: int, ahead: Callable[[int], Tensor]) -> Grid:
+        number = groups[j]
+        if not act_order and j % group == 0:
+            grid = Grid.of(ahead(group).T, bits, symmetric)
+            scale[number], zero[number] = grid.scale, grid.zero
+        return Grid(bits, scale[number], zero[number])
+
+    codes = round_in_order(weight.T[order], upper, grid_of)
+    back = torch.empty_like(codes)
+    back[order] = codes
+    return GroupedInteger.from_codes(back.T, scale.T, None if symmetric else zero.T, bits, group)
+
+
+def _order(covariance: Tensor, act_order: bool) -> Tensor:
+    diagonal = covariance.diagonal()
+    return diagonal.argsort(descending=True, stable=True) if act_order else torch.arange(len(diagonal))
 
 
 def round_in_order(work: Tensor, upper: Tensor, grid_of: GridOf) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import OutOfReach
-from ..operators.grouped_integer import BITS, grouped_integer_bytes
+from ..operators.grouped_integer import BITS, GroupedInteger, grouped_integer_bytes
 from .registry import Size
 
 
@@ -69,6 +69,14 @@ def integer_size(
         f"{BITS[0]} bits in groups of {group} store {stored / dense:.4f} of a {shape[0]} x {shape[1]} matrix of "
         f"{itemsize}-byte numbers, scales included, and keep={keep:g} is less; raise it, or take larger groups"
     )
+
+
+def to_nearest(weight: Tensor, bits: int, group: int, symmetric: bool) -> GroupedInteger:
+    """W (d_out x d_in), each entry at the nearest point of its group's grid."""
+    groups = grouped(weight, group)
+    grid = Grid.of(groups, bits, symmetric)
+    codes = grid.codes(groups).flatten(1)[:, : weight.shape[1]]
+    return GroupedInteger.from_codes(codes, grid.scale, None if symmetric else grid.zero, bits, group)
 
 
 def grouped(weight: Tensor, group: int) -> Tensor:

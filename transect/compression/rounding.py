@@ -71,8 +71,8 @@ def round_matrices(matrices: Sequence[Matrix], chosen: Method, statistics: Stati
 def _round_operator(operator: Operator, matrix: Matrix, rounding: Rounding, seen: Tensor | None) -> Quantized:
     if not isinstance(operator, _FACTORS_ALONE):
         raise OutOfReach(
-            f"{matrix.name} is stored as {operator.kind!r}, with positions or shared parts beside its numbers, which "
-            "are not rounded; low-rank and block-diagonal structures are, and matrices that stay dense"
+            f"{matrix.name} is stored as {operator.kind!r}, with integers, positions or shared parts beside its "
+            "numbers, which are not rounded; low-rank and block-diagonal structures are, and matrices that stay dense"
         )
     factors = {}
     for name, parameter in operator.named_parameters():

@@ -1,16 +1,13 @@
 """GPTQ (Frantar et al., ICLR 2023, arXiv:2210.17323)."""
 
-from collections.abc import Callable
 from typing import Annotated
 
-import torch
 from torch import Tensor
 
 from ...operators.grouped_integer import GroupedInteger
 from ...statistics import InputCovariance
-from ..cholesky import inverse_root
-from ..in_order import round_in_order
-from ..integers import Grid, grouped, integer_size
+from ..in_order import rounded_in_order
+from ..integers import integer_size
 from ..registry import Range, replacement
 
 
@@ -39,26 +36,4 @@ def gptq(
         before (what the field calls static groups), so that nothing more is stored.
     damping: added to the diagonal of H, relative to its mean; the authors' default.
     """
-    order = _order(covariance, act_order)
-    upper, dead = inverse_root(covariance, damping, order)
-    weight, upper = torch.where(dead, 0, weight).float(), upper.float()
-    grids = Grid.of(grouped(weight, group), bits, symmetric)
-    scale, zero = (tensor.T.contiguous() for tensor in (grids.scale, grids.zero))  # groups x d_out
-    groups = (order // group).tolist()
-
-    def grid_of(j: int, ahead: Callable[[int], Tensor]) -> Grid:
-        number = groups[j]
-        if not act_order and j % group == 0:
-            grid = Grid.of(ahead(group).T, bits, symmetric)
-            scale[number], zero[number] = grid.scale, grid.zero
-        return Grid(bits, scale[number], zero[number])
-
-    codes = round_in_order(weight.T[order], upper, grid_of)
-    back = torch.empty_like(codes)
-    back[order] = codes
-    return GroupedInteger.from_codes(back.T, scale.T, None if symmetric else zero.T, bits, group)
-
-
-def _order(covariance: Tensor, act_order: bool) -> Tensor:
-    diagonal = covariance.diagonal()
-    return diagonal.argsort(descending=True, stable=True) if act_order else torch.arange(len(diagonal))
+    return rounded_in_order(weight, covariance, bits, group, symmetric, act_order, damping)

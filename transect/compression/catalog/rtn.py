@@ -5,7 +5,7 @@ from typing import Annotated
 from torch import Tensor
 
 from ...operators.grouped_integer import GroupedInteger
-from ..integers import Grid, grouped, integer_size
+from ..integers import integer_size, to_nearest
 from ..registry import Range, replacement
 
 
@@ -20,7 +20,4 @@ def rtn(
     group: consecutive weights of a row that share a scale and a zero point.
     symmetric: no zero point: as many steps below zero as above, but one.
     """
-    groups = grouped(weight, group)
-    grid = Grid.of(groups, bits, symmetric)
-    codes = grid.codes(groups).flatten(1)[:, : weight.shape[1]]
-    return GroupedInteger.from_codes(codes, grid.scale, None if symmetric else grid.zero, bits, group)
+    return to_nearest(weight, bits, group, symmetric)
