@@ -1,4 +1,4 @@
-"""Integers with a low-rank correction: the stored matrix, what a budget pays for, LQER and EoRA."""
+"""Integers with a low-rank correction: the stored matrix, what a budget pays for, LQER, EoRA and CALDERA."""
 
 import pytest
 import torch
@@ -8,6 +8,7 @@ from transect.anatomy import Anatomy
 from transect.anatomy.storage import weight_tensors
 from transect.compression import method
 from transect.compression.correction import corrected_size
+from transect.compression.weighted_svd import shrink, weighted_svd
 from transect.errors import OutOfReach, TransectError
 from transect.operators import LowRank, build
 from transect.operators.corrected import Corrected
@@ -182,10 +183,27 @@ def test_zeros_and_features_that_are_never_on_leave_all_finite(name):
         assert all(parameter.abs().max() < 1e4 for parameter in made.correction.parameters())
 
 
+def test_caldera_begins_as_eora_and_each_round_that_is_kept_leaves_less():
+    weight, x = problem(24, 40)
+    seen = statistics("eora", x)
+
+    def made(name, **more):
+        return method(name).function(weight.clone(), seen.clone(), bits=2, rank=6, group=8, **more)
+
+    eora, losses = made("eora"), []
+    assert torch.equal(made("caldera", rounds=1).to_dense(), eora.to_dense())
+    for rounds in (1, 2, 3, 6):
+        found = made("caldera", rounds=rounds)
+        losses.append(objective("eora", weight - found.to_dense().detach(), x))
+        left = weight - found.integers.to_dense().detach()  # L R is the best for its Q
+        assert losses[-1] == pytest.approx(weighted_svd(left, input_metric=shrink(seen, 1e-6)).losses()[6].item())
+    assert losses == sorted(losses, reverse=True) and losses[-1] < 0.9 * losses[0]
+
+
 # whole models
 
 
-@pytest.mark.parametrize("name", ["lqer", "eora"])
+@pytest.mark.parametrize("name", ["lqer", "eora", "caldera"])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_a_model_is_corrected_everywhere_saved_and_loaded(name, architecture, tmp_path):
     model, dense = tiny(architecture).bfloat16(), tiny(architecture)

@@ -24,7 +24,7 @@ KEEPS = {"masa": 0.9}
 # What takes long at its defaults, made short; the mathematics has tests of its own.
 QUICK = {
     "cospadi": {"iterations": 2}, "cospadi-shared": {"iterations": 2}, "armor": {"rounds": 3},
-    "fusegpt": {"epochs": 1}, "jlcm": {"steps": 5}, "mixed": {"iterations": 2},
+    "fusegpt": {"epochs": 1}, "jlcm": {"steps": 5}, "mixed": {"iterations": 2}, "caldera": {"rounds": 2},
 }  # fmt: skip
 
 
