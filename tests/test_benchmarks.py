@@ -56,6 +56,13 @@ def test_kfac_factors_equal_those_of_curvlinops(benchmark: Any, capsys: pytest.C
     assert len(differences) == 2 and all(difference <= 1e-4 for difference in differences.values())
 
 
+def test_gptq_equals_that_of_llm_compressor(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("llmcompressor", reason="llm-compressor is absent; see benchmarks/gptq_agreement.py")
+    differences = benchmark("gptq_agreement")(["--quick"])
+    assert "gptq against llm-compressor" in capsys.readouterr().out  # which has warned of the processor before
+    assert len(differences) == 16 and all(difference <= 1e-4 for difference in differences)
+
+
 def test_multiply_adds_of_a_gram_matrix(benchmark: Any) -> None:
     upper = importlib.import_module("flops").upper
     assert upper(100) == 100 * 100  # one block
