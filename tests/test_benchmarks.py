@@ -49,6 +49,16 @@ def test_every_operator_is_timed(benchmark: Any, capsys: pytest.CaptureFixture[s
     assert len(rows) == 13 and all(value > 0 for row in rows for value in row[2:5])
 
 
+def test_edits_are_judged_by_what_is_written(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = benchmark("edits")(["--quick"])
+    assert capsys.readouterr().out.startswith("organism: it says ")
+    assert [(row["method"], row["facts"], row["edits"]) for row in rows] == [
+        ("rome", 1, 1), ("rome", 2, 1), ("memit", 1, 1), ("memit", 2, 1)
+    ]  # fmt: skip
+    assert all(0 <= row[share] <= 1 for row in rows for share in ("efficacy", "written", "neighbours", "other facts"))
+    assert rows[0]["written"] == 1
+
+
 def test_kfac_factors_equal_those_of_curvlinops(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("curvlinops", reason="curvlinops is absent; the Makefile says how it is installed")
     differences = benchmark("kfac")(["--quick"])

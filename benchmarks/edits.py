@@ -1,0 +1,104 @@
+"""Facts of a real model edited, one at a time and many together: what it says afterwards, beside the probabilities.
+
+The facts are some of `common` that the model, asked alone, says by itself, in a random order that `--seed` fixes; each
+brings the new answer, which is another fact's answer to the same question, its paraphrases and its neighbours. Size 1
+stands for the first `--alone` facts, each edited alone and taken back; a larger size for the first so many, edited
+together. Efficacy is how papers count: the new answer is more probable than the true one, teacher-forced. Written is
+what the model writes in greedy generation. `other facts` are up to 50 that were not edited and that it knew.
+
+No target: the columns say what an edit is worth.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from common import parser, show
+
+from transect.checkpoint import open_model
+from transect.claims.fact_editing import Bench, row
+from transect.data import Fact, Specimen
+from transect.editing.catalog.memit import chosen as layers_of_memit
+from transect.editing.places import usual_layer
+from transect.evaluation import says
+from transect.verbs.common import specimen_of
+
+OTHERS = 50
+COLUMNS = {
+    "efficacy": "new above true",
+    "written": "new generated",
+    "efficacy, paraphrases": "above on paraphrases",
+    "written, paraphrases": "generated on paraphrases",
+    "neighbours before": "neighbours generated before",
+    "neighbours": "neighbours generated",
+    "neighbourhood score": "neighbourhood score",
+    "other facts": "other facts answered",
+}  # of the table, and what claims call them
+
+
+def known_facts(specimen: Specimen, facts: Sequence[Fact], seed: int) -> list[Fact]:
+    """Those that the model says by itself and that say what to put in, in a random order."""
+    able = [fact for fact in facts if fact.new_answer and fact.new_answer != fact.answer]
+    known = [fact for fact, said in zip(able, says(specimen, able), strict=True) if said]
+    random.Random(seed).shuffle(known)
+    return known
+
+
+def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Edit, print the table, and return its rows."""
+    options = parser(__doc__)
+    options.add_argument("--model", help="default smollm2")
+    options.add_argument("--facts", help="default common")
+    options.add_argument("--data", help="text for statistics; default pydoc:calibration")
+    options.add_argument("--sequences", type=int, help="of the text; default 32")
+    options.add_argument("--length", type=int, help="tokens in a sequence; default 512")
+    options.add_argument("--methods", default="rome,memit")
+    options.add_argument("--sizes", help="facts edited together; default 1,10,50")
+    options.add_argument("--alone", type=int, help="facts that are edited one at a time; default 10")
+    options.add_argument("--seed", type=int, default=0)
+    given = options.parse_args(argv)
+    name = given.model or ("organism" if given.quick else "smollm2")
+    own = name == "organism"
+    sizes = [int(size) for size in (given.sizes or ("1,2" if given.quick else "1,10,50")).split(",")]
+    specimen = specimen_of(
+        open_model(name, dtype="float32"),
+        given.data or ("organism:calibration" if own else "pydoc:calibration"),
+        facts=given.facts or ("organism:facts" if own else "common"),
+        length=given.length or (128 if own else 512),
+        sequences=given.sequences or 32,
+    )  # fmt: skip
+    asked = specimen.facts[:40] if given.quick else specimen.facts
+    known = known_facts(specimen, asked, given.seed)
+    bench = Bench(specimen, known)
+    rows = []
+    for method in given.methods.split(","):
+        layers = [usual_layer(specimen)] if method != "memit" else layers_of_memit(specimen, "")
+        started = time.perf_counter()
+        bench.moments(layers)
+        statistics = time.perf_counter() - started
+        for size in sizes:
+            alone = known[: given.alone or (1 if given.quick else 10)]
+            edited = alone if size == 1 else known[:size]
+            others = known[len(edited) :][: 5 if given.quick else OTHERS]
+            started = time.perf_counter()
+            groups = [[fact] for fact in alone] if size == 1 else [edited]
+            found = row(method, [bench.edited(method, group, others) for group in groups])
+            seconds = (time.perf_counter() - started) / len(groups)
+            where = f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else str(layers[0])
+            rows.append(
+                {"method": method, "layers": where, "facts": len(groups[0]), "edits": len(groups)}
+                | {heading: found[key] for heading, key in COLUMNS.items()}
+                | {"statistics, s": statistics, "an edit, s": seconds}
+            )
+            print(f"{method}, {len(groups[0])} facts, {len(groups)} times: {seconds:.0f} s each", file=sys.stderr)
+    title = f"{name}: it says {len(known)} of {len(asked)} facts by itself"
+    show(title, list(rows[0]), [list(one.values()) for one in rows])
+    return rows
+
+
+if __name__ == "__main__":
+    main()
