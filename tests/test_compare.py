@@ -106,6 +106,7 @@ def test_processes_and_ray_give_the_same_table(tmp_path, monkeypatch):
     facts = [Fact("w3 {} w5", f"w{number}", word) for number, word in enumerate(said, 8)]
     asked = {"facts": facts, "tokenizer": WORDS}
     rows = {"methods": ("svd-llm",), "keep": (0.5,), "allocations": ("uniform", "ilp"), **asked}
+    rows |= {"settings": {"ilp": {"trials": 2}}}
     expected = compare(tmp_path / "one", str(folder), **rows)
     half = open_model(folder, dtype="bfloat16")  # other processes open it in the same type
     narrow = compare(tmp_path / "half", half, workers=2, **rows)

@@ -25,21 +25,22 @@ QUICK = {
     "cospadi": {"iterations": 1}, "cospadi-shared": {"iterations": 1}, "armor": {"rounds": 3},
     "fusegpt": {"epochs": 1}, "jlcm": {"steps": 5}, "mixed": {"iterations": 1},
 }  # fmt: skip
-CASES = ("norm", "silent block", "dead feature", "matrix")
+CASES = ("norm and matrices", "silent block and dead feature")  # two faults, in blocks of their own
 _SECONDS = 300  # for all of them, which take some twenty: a loop without an end must not hold up the suite
 
 
 def broken(case):
-    """A tiny Llama, part of whose second block does nothing."""
+    """A tiny Llama, parts of whose blocks do nothing."""
     model = tiny("llama")
-    layer, block = model.model.layers[1], Anatomy(model).blocks[1]
-    norms = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
+    first, second, third = Anatomy(model).blocks
+    norms = [(layer.input_layernorm.weight, layer.post_attention_layernorm.weight) for layer in model.model.layers]
     weights = {
-        "norm": norms,
-        "silent block": (block.attention.o.weight, block.mlp.down.weight),  # as depth expansion makes them
-        "dead feature": tuple(norm[3:4] for norm in norms),
-        "matrix": (block.attention.q.weight, Anatomy(model).blocks[2].mlp.up.weight),
-    }
+        "norm and matrices": (*norms[1], first.attention.q.weight, third.mlp.up.weight),
+        "silent block and dead feature": (
+            second.attention.o.weight, second.mlp.down.weight,  # as depth expansion makes them
+            *(norm[3:4] for norm in norms[2]),
+        ),
+    }  # fmt: skip
     with torch.no_grad():
         for weight in weights[case]:
             weight.zero_()

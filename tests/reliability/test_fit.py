@@ -76,6 +76,29 @@ def test_a_table_of_positions_is_bounded_too(tmp_path):
     assert "tables" in (attempt(tmp_path / "m", most=2**28) or "")
 
 
+def test_tables_that_are_computed_number_by_number_are_few(tmp_path):
+    """For each number there is a turn of a loop and an object in Python, and that although the table is stored."""
+    model = tiny("distilbert")
+    positions = 2**23 // model.config.dim + 1
+    model.config.update({"max_position_embeddings": positions, "sinusoidal_pos_embds": True})
+    table = torch.zeros(positions, model.config.dim, dtype=torch.float16)
+    model.distilbert.embeddings.position_embeddings.weight = torch.nn.Parameter(table)
+    model.save_pretrained(tmp_path / "m")
+    with pytest.raises(BadCheckpoint, match="sines for its positions, one by one"):
+        open_model(tmp_path / "m")
+
+
+def test_patterns_that_come_often_and_shapes_without_numbers_make_no_long_lists(tmp_path):
+    """transformers makes a list of as many while it reads config.json."""
+    save(tiny("gpt_neo"), tmp_path / "neo")
+    edit(tmp_path / "neo", attention_types=[[["global"], 10**9]], attention_layers=None)
+    assert "attention_types = 1000000000" in (attempt(tmp_path / "neo", most=2**28) or "")
+    save(tiny("qwen2"), tmp_path / "qwen")
+    edit_weights(tmp_path / "qwen", empty=torch.zeros(10**9, 0))
+    edit(tmp_path / "qwen", num_hidden_layers=10**9, layer_types=None)
+    assert "num_hidden_layers = 1000000000" in (attempt(tmp_path / "qwen", most=2**28) or "")
+
+
 def test_a_token_around_every_text_must_have_an_embedding(tmp_path):
     chosen = tokenizer()
     chosen.add_special_tokens({"bos_token": "<begin>"})

@@ -3,10 +3,7 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pandas as pd
@@ -27,6 +24,7 @@ from transect.evaluation import Speed
 from transect.store import Folder
 
 from ..models import VOCABULARY, tiny
+from ..processes import Job
 from ..test_checkpoint import tokenizer
 
 DATA = torch.randint(3, VOCABULARY, (4, 8), generator=torch.Generator().manual_seed(5))
@@ -69,32 +67,21 @@ if __name__ == "__main__":
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no kills on this system")
-def test_a_killed_worker_costs_a_second_try_and_a_killed_parent_takes_its_workers_along(tmp_path):
+def test_a_killed_worker_costs_a_second_try_and_a_killed_parent_takes_its_workers_along(tmp_path, forks):
     save(tiny("llama"), tmp_path / "model")
-    (tmp_path / "script.py").write_text(SCRIPT)
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
     rows = tmp_path / "run" / "rows"
-    with (tmp_path / "said").open("w") as said:
-        run = subprocess.Popen(
-            [sys.executable, str(tmp_path / "script.py"), str(tmp_path)], stdout=said, stderr=said,
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-        )  # fmt: skip
-        try:
-            for _ in range(4000):
-                if (rows / "once_uniform_0.5.json").exists() and (tmp_path / "waiting").exists():
-                    break
-                assert run.poll() is None, (tmp_path / "said").read_text()
-                time.sleep(0.05)
-            children = psutil.Process(run.pid).children(recursive=True)
-        finally:
-            run.kill()
-            run.wait()
+    run_it = f"import runpy\nsys.argv[1:] = [{str(tmp_path)!r}]\nrunpy.run_path({str(script)!r}, run_name='__main__')"
+    run = forks.start(Job(before=run_it, seconds=300), tmp_path)
+    forks.wait_until(run, lambda: (rows / "once_uniform_0.5.json").exists() and (tmp_path / "waiting").exists())
+    children = psutil.Process(run).children(recursive=True)
+    os.kill(run, signal.SIGKILL)
+    assert forks.ended().code == -signal.SIGKILL
     assert children
     _, alive = psutil.wait_procs(children, timeout=60)
     assert not alive
-    assert (
-        "once at 0.5 (uniform): its process was ended by SIGKILL (out of memory?); it is tried again"
-        in (tmp_path / "said").read_text()
-    )
+    assert "once at 0.5 (uniform): its process was ended by SIGKILL (out of memory?); it is tried again" in forks.err()
     losses = {path.name: json.loads(path.read_text())["loss"] for path in rows.iterdir()}
     assert set(losses) == {"dense.json", "once_uniform_0.5.json"}
     assert losses["once_uniform_0.5.json"] == pytest.approx(losses["dense.json"], rel=1e-5)

@@ -21,7 +21,8 @@ HISTORY = "transect"  # the key of config.json under which a plain checkpoint ke
 _REFUSED = ("transformers_weights", "fusion_config", "distributed_config")
 _KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 _DTYPES = ("float64", "float32", "float16", "bfloat16", "auto")
-_COUNT = re.compile(r"(n|num)_.*|.*_layers?|depths?")  # what names how many there are of something
+# What names how many there are of something; GPT-Neo's attention_types say how often each pattern comes.
+_COUNT = re.compile(r"(n|num)_.*|.*_(layers?|blocks|indices)|depths?|attention_types")
 _USUAL = 2**17  # as many of anything are no cause for suspicion
 _LARGEST = 2**63
 
@@ -32,14 +33,15 @@ def check_config(config: dict[str, Any], file: Path, stored: Mapping[str, Stored
     stored: the folder's tensors. They bound how many layers, labels or experts there can be: transformers makes lists
     of these lengths while it reads the file.
     """
-    most = max([_USUAL, len(stored), *(size for tensor in stored.values() for size in tensor.shape)])
+    sizes = (min(size, tensor.numbers) for tensor in stored.values() for size in tensor.shape)  # 0 where it is empty
+    most = max([_USUAL, len(stored), *sizes])
     for key in _REFUSED:
         if config.get(key) is not None:
             raise BadCheckpoint(f"{file} sets {key!r}, with which the model would be another than its files show")
     for key, value in _entries(config):
         if key.startswith("__"):
             raise BadCheckpoint(f"{file} sets {key!r}, which is no entry of a config")
-        for number in value if isinstance(value, list) else [value]:
+        for number in _flat(value):
             if type(number) is int and not -_LARGEST <= number < _LARGEST:
                 raise BadCheckpoint(f"{file} gives {key!r} a number of more than 64 bits")
             if type(number) is int and number > most and _COUNT.fullmatch(key):
@@ -103,6 +105,17 @@ def _entries(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             waiting.extend(found.values())
         elif isinstance(found, list):
             waiting.extend(one for one in found if isinstance(one, (dict, list)))
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    """A value, or what is in a list and the lists in it."""
+    waiting = [value]
+    while waiting:
+        found = waiting.pop()
+        if isinstance(found, list):
+            waiting.extend(found)
+        else:
+            yield found
 
 
 def _is_kernel(value: Any) -> bool:

@@ -25,6 +25,7 @@ from .unpacked import expect_packed
 # Masks and tables that older versions of transformers stored in the blocks, and the present ones compute.
 _LEFT_OVER = re.compile(r"(.*\.)?(inv_freq|masked_bias|position_ids|(attn|attention)\.bias)")
 _COMPUTED = 2**28  # bytes of tables that a model may compute beside its weights, whatever their size
+_ONE_BY_ONE = 2**23  # numbers of tables that transformers computes in a loop in Python: a microsecond, 40 bytes each
 
 
 def check_fit(where: str, kind: Any, config: Any, stored: Mapping[str, Stored]) -> None:
@@ -156,4 +157,17 @@ def _check_computed(where: str, model: Any, state: Mapping[str, Any], stored: Ma
         raise BadCheckpoint(
             f"config.json of {where} describes a model that computes tables of {sum(tables.values())} bytes, the "
             f"largest of them {largest}, and its weights have {size}"
+        )
+    if getattr(model.config, "sinusoidal_pos_embds", False) or getattr(model.config, "sinusoidal_embeddings", False):
+        _check_sines(where, model)
+
+
+def _check_sines(where: str, model: Any) -> None:
+    """Bound the table of sines that DistilBERT and XLM compute although it is stored."""
+    tables = [getattr(module, "position_embeddings", None) for module in model.modules()]
+    sines = sum(table.weight.numel() for table in tables if isinstance(table, torch.nn.Embedding))
+    if sines > _ONE_BY_ONE:
+        raise BadCheckpoint(
+            f"config.json of {where} describes a model that computes {sines} sines for its positions, one by one, and "
+            f"at most {_ONE_BY_ONE} are computed"
         )

@@ -45,7 +45,8 @@ def run_on_ray(
         raise TransectError("the engine ray needs an extra: pip install 'transect[ray]'") from None
     started = not ray.is_initialized()
     if started:
-        ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False, configure_logging=False)
+        address = os.environ.get("RAY_ADDRESS")  # without one, a cluster of this machine, for this run alone
+        ray.init(address=address, include_dashboard=False, log_to_driver=False, configure_logging=False)
     losses, waiting, running = Losses(), list(groups), {}
     try:
         total = ray.cluster_resources()

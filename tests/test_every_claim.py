@@ -1,0 +1,132 @@
+"""Every claim through the command line, on a tiny model that knows some facts: a verdict, or why there is none."""
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from transect.anatomy import Anatomy
+from transect.checkpoint import save
+from transect.claims import Verdict, claims, context, ordering
+from transect.claims.catalog import jlcm
+from transect.claims.fact_editing import Bench
+from transect.cli import main_group
+from transect.compression import Recipe
+from transect.forward import recitations
+
+WORDS = [*(f"w{number}" for number in range(60)), *"ABCD"]
+PROMPT = "w3 w4 {} w5 w6"
+# What takes hundreds of steps, rounds or facts, made short: places below `transect.claims`.
+SHORT = {
+    "catalog.latent_language.latent_language.bilingual.__defaults__": (3,), "catalog.monarch.STEPS": 3,
+    "catalog.feature_neurons.STEPS": 2, "catalog.depth_efficiency.shallower.STEPS": 2,
+    "catalog.lazy_neuron.relu_classifier.STEPS": 10, "catalog.localization._FACTS": 5, "catalog.jlcm.BITS": (2,),
+    "catalog.constrained_ft.SINGLE": 5, "catalog.constrained_ft._TIMES": (1.0,), "fact_editing.SINGLE": 5,
+    "fact_editing.TOGETHER": 6, "fact_editing.OTHERS": 2,
+}  # fmt: skip
+QUICK = {
+    "armor": {"rounds": 2}, "cospadi": {"iterations": 1}, "cospadi-shared": {"iterations": 1},
+    "mixed": {"iterations": 1}, "fusegpt": {"epochs": 1}, "jlcm": {"steps": 2},
+    "rome": {"steps": 1, "rounds": 1, "contexts": 1}, "memit": {"steps": 1, "contexts": 1},
+    "constrained-ft": {"steps": 1},
+}  # fmt: skip
+MORE = {"depth-efficiency/cross-model": 40, "nuclear-norm/ranks-as-exact": 10}  # sequences of some that ask for them
+# Why some say nothing of this model: a random one has no heads that copy, and learns no language in three steps.
+NOT_HERE = {
+    "cd-t/copying-heads": "no head of this model attends to what came behind",
+    "factual-recall/function-application": "no head that lowers the metric",
+    "kfac-edit/what-suffers": "are those of the bundled model",
+    "latent-language/dimensions": "it asks for concepts of the bundled model",
+    "latent-language/dominant": "did not learn to translate",
+    "localization/informs-editing": "?",
+    "talking-heads/induction": "no head of this model looks one token back",
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A model, its tokenizer, a text, and facts and passages that it knows."""
+    folder = tmp_path_factory.mktemp("claims")
+    words = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, "w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(WORDS), hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+        max_position_embeddings=256, pad_token_id=None, bos_token_id=None, eos_token_id=None,
+    )).eval()  # fmt: skip
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+        for matrix in Anatomy(model).matrices(["v", "o"]):  # let the answer depend on more than the last word
+            matrix.write(matrix.weight * 4)
+    save(model, folder / "model", tokenizer)
+
+    def said(prompts, tokens):
+        asked = [(torch.tensor(tokenizer(prompt)["input_ids"]), torch.zeros(tokens)) for prompt in prompts]
+        return [tokenizer.decode(answer) for answer in recitations(model, asked)]
+
+    subjects = [f"w{number} w{number + 20}" for number in range(8, 32)]
+    answers = said([PROMPT.replace("{}", subject) for subject in subjects], 1)
+    near = [PROMPT.replace("{}", f"w{number + 1} w{number + 2}") for number in range(8, 32)]
+    facts = [
+        {"prompt": PROMPT, "subject": subject, "answer": answer, "new_answer": WORDS[(WORDS.index(answer) + 7) % 60],
+         "paraphrases": [f"w9 w4 {subject} w5 w6"], "neighbours": [{"prompt": other, "answer": beside}]}
+        for subject, answer, other, beside in zip(subjects, answers, near, said(near, 1), strict=True)
+    ]  # fmt: skip
+    choices = [
+        {"question": f"w{3 + i} w{4 + i}", "options": [f"w{10 + i + j}" for j in range(4)], "answer": i % 4,
+         "template": "{question} {options} w9"}
+        for i in range(8)
+    ]  # fmt: skip
+    prompts = [f"w{3 + i} w{9 + i} w{4 + i} w{30 + i}" for i in range(6)]
+    passages = [{"prompt": prompt, "answer": text} for prompt, text in zip(prompts, said(prompts, 8), strict=True)]
+    for name, entries in (("facts", facts), ("choices", choices), ("passages", passages)):
+        (folder / f"{name}.json").write_text(json.dumps(entries))
+    (folder / "text.txt").write_text(" ".join(WORDS[(i * 7 + i * i // 5) % 60] for i in range(700)))
+    return folder
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Methods, edits and what claims train are short, and of the budgets of a claim the first is measured."""
+    for name, value in SHORT.items():
+        monkeypatch.setattr(f"transect.claims.{name}", value)
+
+    def recipe(method, keep, allocation=None, settings=None, **more):
+        return Recipe(method, keep, allocation, {**QUICK.get(method, {}), **(settings or {})}, **more)
+
+    def edited(self, name, facts, others=(), **settings):
+        return edits(self, name, facts, others, **{**settings, **QUICK[name]})
+
+    def with_bits(context, way, bits, settings):
+        return rounds(context, way, bits, {**settings, **QUICK["jlcm"]} if settings else settings)
+
+    def ordered_at(context, keeps, *pairs, **more):
+        return orders(context, keeps[:1], *pairs, **more)
+
+    edits, rounds, orders = Bench.edited, jlcm.with_bits, ordering.ordered_at
+    monkeypatch.setattr(context, "Recipe", recipe)
+    monkeypatch.setattr(Bench, "edited", edited)
+    monkeypatch.setattr(jlcm, "with_bits", with_bits)
+    monkeypatch.setattr(ordering, "ordered_at", ordered_at)
+
+
+@pytest.mark.parametrize("name", [claim.name for claim in claims()])
+def test_every_claim(name, place, quick):
+    data = [word for option in ("facts", "choices", "passages") for word in (f"--{option}", f"{place / option}.json")]
+    text = ["--data", f"{place / 'text.txt'}", "--eval", f"{place / 'text.txt'}"]
+    sizes = ["--sequences", str(MORE.get(name, 4)), "--eval-sequences", "4", "--sequence-length", "16"]
+    words = ["claims", name, "--model", f"{place / 'model'}", *text, *data, *sizes, "--json"]
+    said = CliRunner().invoke(main_group, words, catch_exceptions=False, standalone_mode=False)
+    assert said.exception is None, said.stderr
+    (outcome,) = json.loads(said.stdout)
+    assert outcome["name"] == name and outcome["verdict"] != Verdict.FAILED
+    assert outcome["explanation"] and "\n" not in outcome["explanation"]
+    if name in NOT_HERE:
+        assert outcome["verdict"] == Verdict.NOT_APPLICABLE and NOT_HERE[name] in outcome["explanation"]
+    else:
+        assert outcome["verdict"] != Verdict.NOT_APPLICABLE and outcome["numbers"], outcome
