@@ -39,9 +39,9 @@ NOT_HERE = {
     "cd-t/copying-heads": "no head of this model attends to what came behind",
     "factual-recall/function-application": "no head that lowers the metric",
     "kfac-edit/what-suffers": "are those of the bundled model",
-    "latent-language/dimensions": "it asks for concepts of the bundled model",
+    "latent-language/dimensions": "nothing tells them apart",  # its words are unknown here
     "latent-language/dominant": "did not learn to translate",
-    "localization/informs-editing": "?",
+    "localization/informs-editing": "nothing can be written there",  # in the last layer
     "talking-heads/induction": "no head of this model looks one token back",
 }
 
