@@ -119,7 +119,8 @@ def quick(monkeypatch):
 def test_every_claim(name, place, quick):
     data = [word for option in ("facts", "choices", "passages") for word in (f"--{option}", f"{place / option}.json")]
     text = ["--data", f"{place / 'text.txt'}", "--eval", f"{place / 'text.txt'}"]
-    sizes = ["--sequences", str(MORE.get(name, 4)), "--eval-sequences", "4", "--sequence-length", "16"]
+    count = str(MORE.get(name, 4))
+    sizes = ["--sequences", count, "--eval-sequences", count, "--sequence-length", "16"]
     words = ["claims", name, "--model", f"{place / 'model'}", *text, *data, *sizes, "--json"]
     said = CliRunner().invoke(main_group, words, catch_exceptions=False, standalone_mode=False)
     assert said.exception is None, said.stderr
