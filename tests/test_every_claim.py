@@ -41,7 +41,6 @@ NOT_HERE = {
     "kfac-edit/what-suffers": "are those of the bundled model",
     "latent-language/dimensions": "nothing tells them apart",  # its words are unknown here
     "latent-language/dominant": "did not learn to translate",
-    "localization/informs-editing": "nothing can be written there",  # in the last layer
     "talking-heads/induction": "no head of this model looks one token back",
 }
 
