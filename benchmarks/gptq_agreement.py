@@ -53,13 +53,14 @@ def difference(
     """
     from compressed_tensors.quantization import QuantizationArgs
     from compressed_tensors.quantization.utils import calculate_qparams
-    from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
+    from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight  # pyright: ignore[reportMissingImports]
 
     made = method("gptq").function(
         weight.double(), moments.double(), bits=bits, group=group, symmetric=symmetric, act_order=own
     )
     settings: Any = dict(num_bits=bits, symmetric=symmetric, strategy="group", group_size=group)
-    arguments = QuantizationArgs(**settings, actorder="weight" if own else None)
+    settings["actorder"] = "weight" if own else None
+    arguments = QuantizationArgs(**settings)
     groups = weight.unflatten(1, (-1, group))
     scale, zero = calculate_qparams(groups.amin(-1), groups.amax(-1), arguments)
     steps = made.scale.detach().float()
@@ -90,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> list[float]:
     if shape[1] % chosen.group:
         raise SystemExit(f"llm-compressor wants groups that divide the columns: {shape[1]} are no multiple of --group")
     try:
-        import llmcompressor  # noqa: F401
+        import llmcompressor  # noqa: F401 # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise SystemExit(f"llm-compressor is missing ({error}); `--help` says how to install it") from None
 
