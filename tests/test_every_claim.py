@@ -33,7 +33,7 @@ QUICK = {
     "rome": {"steps": 1, "rounds": 1, "contexts": 1}, "memit": {"steps": 1, "contexts": 1},
     "constrained-ft": {"steps": 1},
 }  # fmt: skip
-MORE = {"depth-efficiency/cross-model": 40, "nuclear-norm/ranks-as-exact": 10}  # sequences of some that ask for them
+MORE = {"depth-efficiency/cross-model": 70, "nuclear-norm/ranks-as-exact": 10}  # sequences of some that ask for them
 # Why some say nothing of this model: a random one has no heads that copy, and learns no language in three steps.
 NOT_HERE = {
     "cd-t/copying-heads": "no head of this model attends to what came behind",
@@ -85,7 +85,7 @@ def place(tmp_path_factory):
     passages = [{"prompt": prompt, "answer": text} for prompt, text in zip(prompts, said(prompts, 8), strict=True)]
     for name, entries in (("facts", facts), ("choices", choices), ("passages", passages)):
         (folder / f"{name}.json").write_text(json.dumps(entries))
-    (folder / "text.txt").write_text(" ".join(WORDS[(i * 7 + i * i // 5) % 60] for i in range(700)))
+    (folder / "text.txt").write_text(" ".join(WORDS[(i * 7 + i * i // 5) % 60] for i in range(1200)))
     return folder
 
 

@@ -337,7 +337,7 @@ def test_dropped_sublayers_are_gaps():
     assert path[1].isnan().all() and path[[0, 2]].isfinite().all()
     assert result["factual-recall"]["mlp path"][0, 2].isnan() and result["factual-recall"]["explained"][0, 1].isnan()
     assert "layer 1" in result["factual-recall"].findings[-1]  # the last MLP that is left
-    assert result["causal-trace"]["fraction"][:, 2].abs().max() == 0
+    assert result["causal-trace"]["fraction"][:, 2].abs().max() < 1e-4  # blocks behind run for many at once
     assert len(drawings(result["factual-recall"])) == 4
 
 

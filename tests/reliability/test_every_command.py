@@ -209,7 +209,8 @@ COMMANDS = {
     "check-architecture": (["architecture.json"], {}, []),
     "claims": (["fwsvd/below-svd"], {}, []),
     "compare": (
-        ["model"], {"methods": "svd,svd-llm", "keep": "0.8,0.6", "sequence_length": "12", "facts": "said.json"}, [],
+        ["model"], {"methods": "svd,svd-llm", "keep": "0.8,0.6", "sequence_length": "12", "facts": "said.json"},
+        ["stream", "dry_run"],
     ),
     "compress": (["model"], {"method": "svd-llm"}, ["stream"]),
     "edit": (["model"], {"method": "kfac-edit"}, ["undo"]),

@@ -41,9 +41,12 @@ class Divergence:
         self._chosen = [self._compared(batch) for batch in self.batches]
         with torch.no_grad(), computing_wide(anatomy.model):
             self._dense = [  # log-probabilities at the compared positions, a tensor for each batch
-                torch.cat([_log_probabilities(part) for part in logits_at(anatomy.model, batch, chosen)])
-                for batch, chosen in zip(self.batches, self._chosen, strict=True)
+                self._at(batch, chosen) for batch, chosen in zip(self.batches, self._chosen, strict=True)
             ]
+
+    def _at(self, batch: Batch, chosen: Tensor) -> Tensor:
+        parts = [_log_probabilities(part) for part in logits_at(self.anatomy.model, batch, chosen)]
+        return torch.cat(parts) if parts else torch.empty(0)  # nothing is compared in this batch
 
     def _compared(self, batch: Batch) -> Tensor:
         """At which positions (B x T) a batch's predictions are compared, or which examples (B)."""

@@ -7,12 +7,13 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ..anatomy import Anatomy, Matrix
-from ..errors import TransectError
+from ..errors import OutOfReach, TransectError
 from ..statistics import Statistic
 from .allocation import allocation_named, check_keep, is_ranking, needs_measure
 from .compressors import compressor_of, out_of_reach
 from .registry import Method, method
 from .rounding import stored_share
+from .sizes import dense_bytes
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,8 @@ class Recipe:
                 chosen.plan(anatomy, keep, **settings)
         elif self.allocation == "uniform":  # others need scores, and are checked when those are known
             compressor_of(anatomy, matrices, chosen, settings, dict.fromkeys((m.name for m in matrices), keep))
+        elif is_ranking(self.allocation) and keep < 1:
+            _check_rank_one(matrices, keep)
         return replace(self, settings=settings, allocation_settings=allocation_settings, structure_keep=keep)
 
     @property
@@ -99,6 +102,17 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """As JSON, for the structure record's history."""
         return asdict(self)
+
+
+def _check_rank_one(matrices: Sequence[Matrix], keep: float) -> None:
+    """OutOfReach where a budget does not pay for rank 1 of every matrix, which a ranking leaves at least."""
+    least = sum(sum(matrix.shape) * matrix.module.weight.element_size() for matrix in matrices)
+    dense = sum(dense_bytes(matrix) for matrix in matrices)
+    if least > keep * dense:
+        raise OutOfReach(
+            f"keep={keep:.4g} does not pay for rank 1 of every matrix, which takes {least / dense:.4g} of the bytes; "
+            "raise it"
+        )
 
 
 def goes_with(chosen: Method, allocation: str) -> bool:
