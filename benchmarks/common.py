@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 import platform
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -107,6 +111,15 @@ def alternate(candidates: Mapping[str, Callable[[], Any]], repeats: int) -> Seco
 def ratio(seconds: Seconds, numerator: str, denominator: str) -> float:
     """Median over the rounds of numerator / denominator."""
     return median(a / b for a, b in zip(seconds[numerator], seconds[denominator], strict=True))
+
+
+def apart(script: str, option: str, arguments: Mapping[str, Any]) -> Any:
+    """The JSON that a benchmark prints last when it is called in a fresh process with `option` and these arguments."""
+    command = [sys.executable, script, option, json.dumps(arguments)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit(f"{Path(script).name} {option} failed with {json.dumps(arguments)}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def verdict(met: bool) -> str:

@@ -13,15 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import parser, show, token_batches, verdict
+from common import apart, parser, show, token_batches, verdict
 from streaming import peak, write_checkpoint
 
 import transect
@@ -43,11 +41,7 @@ def compare_here(folder: str, out: str, methods: list[str], keep: float, length:
 
 def compare_apart(**arguments: Any) -> dict[str, Any]:
     """`compare_here` in a fresh process."""
-    command = [sys.executable, __file__, "--compare", json.dumps(arguments)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise SystemExit(f"comparing {', '.join(arguments['methods'])} failed")
-    return json.loads(done.stdout.splitlines()[-1])
+    return apart(__file__, "--compare", arguments)
 
 
 def depth(hidden: int, depths: Sequence[int], length: int, sequences: int) -> float:

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +19,7 @@ from typing import Any
 
 import torch
 import transformers
-from common import heads, parser, show, token_batches, verdict
+from common import apart, heads, parser, show, token_batches, verdict
 from safetensors.torch import save_file
 
 import transect
@@ -84,11 +82,7 @@ def compress_here(folder: str, out: str, method: str, length: int, sequences: in
 
 def compress_apart(**arguments: Any) -> dict[str, int]:
     """`compress_here` in a fresh process."""
-    command = [sys.executable, __file__, "--compress", json.dumps(arguments)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise SystemExit(f"compressing with {arguments['method']} failed")
-    return json.loads(done.stdout.splitlines()[-1])
+    return apart(__file__, "--compress", arguments)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:

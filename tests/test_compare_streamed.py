@@ -119,8 +119,9 @@ def test_another_run_is_not_gone_on_with(folder, tmp_path):
 ])  # fmt: skip
 def test_what_needs_the_whole_model_is_refused_before_any_work(options, reason, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(streamed, "forward_pass", lambda *a, **k: pytest.fail("work was done"))
-    with pytest.raises(TransectError, match=reason):
-        compare(folder, tmp_path / "run", **options)
+    for dry_run in (False, True):
+        with pytest.raises(TransectError, match=reason):
+            compare(folder, tmp_path / "run", dry_run=dry_run, **options)
 
 
 def test_the_command_line(tmp_path):

@@ -18,6 +18,7 @@ from ..errors import OutOfReach, TransectError
 from ..evaluation import standard_error
 from ..statistics import Progress
 from ..store import Folder
+from ..streaming.plan import check_streams
 from .engines import Engine, run_here, run_in_processes, run_on_ray
 from .estimate import estimate_size
 from .knowledge import knowledge_of
@@ -80,10 +81,10 @@ def compare_anatomy(
     return frame
 
 
-def check_plan(anatomy: Anatomy, plan: Plan, weights: bool = True) -> None:
+def check_plan(anatomy: Anatomy, plan: Plan, streamed: bool = False) -> None:
     """Raise an error, before any work, if a row cannot be computed, or a budget is out of every method's reach.
 
-    weights: whether they are there to be looked at.
+    streamed: with one block in memory at a time, so that the weights are not there to be looked at.
     """
     matrices = anatomy.matrices(plan.roles)
     known = {*plan.methods, *(row.allocation for row in plan.rows)}
@@ -93,6 +94,8 @@ def check_plan(anatomy: Anatomy, plan: Plan, weights: bool = True) -> None:
     for row in plan.rows:
         if row.method is None:
             continue
+        if streamed:
+            check_streams(plan.recipe(row))
         try:
             plan.recipe(row).resolved(anatomy, matrices)
             reached[row.keep] = None
@@ -101,7 +104,7 @@ def check_plan(anatomy: Anatomy, plan: Plan, weights: bool = True) -> None:
     for reason in reached.values():
         if reason is not None:
             raise reason
-    if weights:
+    if not streamed:
         anatomy.check_finite()
 
 

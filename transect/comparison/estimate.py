@@ -40,7 +40,7 @@ class Estimate:
     unknown: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        told = f"about {_gigabytes(self.memory)} of memory and {_gigabytes(self.disk)} of disk"
+        told = f"at least about {_gigabytes(self.memory)} of memory and {_gigabytes(self.disk)} of disk"
         if self.seconds is not None:
             told += f", and {_duration(self.seconds)} as this machine is now"
         if self.unknown:
@@ -53,8 +53,8 @@ def estimate_size(anatomy: Anatomy, plan: Plan, calibration: Any, evaluation: An
 
     Memory is what the process holds now, and on top of it what is there at once: float32 copies of 16-bit weights, the
     statistics (of one block, and the residual streams, if streamed), what a batch leaves behind for the gradients, and
-    a copy of the blocks for methods that are not low rank. Python's own needs, and what a method holds for itself, are
-    not in it: it is good to about a third.
+    a copy of the blocks for methods that are not low rank. What a method holds for itself, and what the allocator
+    keeps, come on top.
     """
     blocks, matrices = anatomy.blocks, anatomy.matrices(plan.roles)
     of_block = [[matrix for matrix in matrices if matrix.block.index == block.index] for block in blocks]
@@ -66,10 +66,10 @@ def estimate_size(anatomy: Anatomy, plan: Plan, calibration: Any, evaluation: An
     outside = sum(p.numel() for p in anatomy.model.parameters()) - sum(numbers)
     gradients = any(s.needs in ("gradient", "both") for s in plan.needs)
     tokens = [_positions(batches) for batches in (calibration, evaluation)]
-    width = anatomy.blocks[0].matrices()[0].shape[1]
+    width = anatomy.config_value("hidden")
     batch = max(_positions([one]) for one in calibration) if len(list(calibration)) else 0
     # A matrix's input and output, and about as much again for what lies between.
-    behind = 2 * _WIDE * batch * sum(sum(matrix.shape) for matrix in of_block[0])
+    behind = 2 * _WIDE * batch * max(sum(sum(matrix.shape) for matrix in mine) for mine in of_block)
     disk = sum(statistics) + len(factorized) * sum(factors)
     memory = resident_memory()
     if streamed:
@@ -89,16 +89,17 @@ def estimate_size(anatomy: Anatomy, plan: Plan, calibration: Any, evaluation: An
 def estimate(
     anatomy: Anatomy, plan: Plan, calibration: Any, evaluation: Any, *, source: Any = None
 ) -> Estimate:  # fmt: skip
-    """Memory, disk and time. The first block is run on one batch, and one of its matrices compressed by each method.
+    """Memory, disk and time. The first block that has matrices is run on one batch, and one of them compressed.
 
     source: the streamed model of this anatomy, if its blocks are empty.
     The time of a matrix is taken to grow as m n min(m, n) for factorizations and as m n for the rest.
     """
     size = estimate_size(anatomy, plan, calibration, evaluation, streamed=source is not None)
-    block, blocks = anatomy.blocks[0], len(anatomy.blocks)
-    mine = [matrix for matrix in anatomy.matrices(plan.roles) if matrix.block.index == block.index]
+    matrices, blocks = anatomy.matrices(plan.roles), len(anatomy.blocks)
+    block = anatomy.blocks[matrices[0].block.index]
+    mine = [matrix for matrix in matrices if matrix.block.index == block.index]
     waiting = [row for row in plan.rows if row.method is not None]
-    with at_rest(anatomy.model, frozen=True), source.block(0) if source else nullcontext():
+    with at_rest(anatomy.model, frozen=True), source.block(block.index) if source else nullcontext():
         with computing_wide(anatomy.model):
             forward, backward, statistics = _passes(anatomy, block, mine, plan, next(iter(calibration)))
             held_out = next(iter(evaluation))
@@ -122,13 +123,13 @@ def _passes(
     gradients = any(s.needs in ("gradient", "both") for s in wanted)
     (feed,) = feeds_of(anatomy, [batch])
     store = Statistics(getattr(torch, plan.accumulate))
-    run_block(block.module, feed.hidden, feed.calls[0])  # a first run makes what later ones find made
+    run_block(block.module, feed.hidden, feed.calls[block.index])  # a first run makes what later ones find made
     with Recorder(matrices, wanted, store, task_of(anatomy.model), [block]) as recorder:
         recorder.begin_batch(len(feed.hidden), feed.mask)
         started = time.perf_counter()
         hidden = feed.hidden.detach().requires_grad_(gradients)
         with torch.set_grad_enabled(gradients):
-            output = run_block(block.module, hidden, feed.calls[0])
+            output = run_block(block.module, hidden, feed.calls[block.index])
         forward = time.perf_counter() - started
         started = time.perf_counter()
         if gradients:
@@ -142,7 +143,7 @@ def _scoring(anatomy: Anatomy, block: Block, batch: Any) -> float:
     """Seconds that a batch of held-out data takes, through as many blocks as there are and the head."""
     (feed,) = feeds_of(anatomy, [batch])
     started = time.perf_counter()
-    hidden = run_block(block.module, feed.hidden, feed.calls[0])
+    hidden = run_block(block.module, feed.hidden, feed.calls[block.index])
     through, started = time.perf_counter() - started, time.perf_counter()
     with put_out(anatomy, hidden):
         for logits, labels, _ in scored(anatomy.model, batch):
@@ -159,11 +160,10 @@ def _compressing(
     keep = max((keep for keep in plan.keeps if keep < 1), default=0.5)
     if chosen.family == "restructuring":
         return None
-    started = time.perf_counter()
     if chosen.family == "slicing":
         copy = working_copy(anatomy, weights=False)
         started = time.perf_counter()
-        chosen.function(copy.blocks[0], statistics, keep, **settings)
+        chosen.function(copy.blocks[block.index], statistics, keep, **settings)
         return time.perf_counter() - started
     matrix = min(matrices, key=lambda one: one.shape[0] * one.shape[1])
     values = [statistics.value(key_of(matrix, s), s).double() for s in chosen.needs]

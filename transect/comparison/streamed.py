@@ -15,7 +15,7 @@ import torch
 
 from ..anatomy import Anatomy
 from ..compression import Recipe, method
-from ..compression.allocation import RankTable, is_ranking
+from ..compression.allocation import RankTable, allocation_named, is_ranking
 from ..compression.compress import outcome_of
 from ..errors import OutOfReach
 from ..evaluation import evaluate_loss, model_bytes, parameters, peak_memory, standard_error
@@ -26,7 +26,6 @@ from ..store import Folder, keep_json, kept_json
 from ..streaming import StreamedModel
 from ..streaming.passes import backward_pass, forward_pass
 from ..streaming.plan import (
-    check_streams,
     compress_block,
     factorize_blocks,
     feeds_of_source,
@@ -64,10 +63,7 @@ def compare_streamed(
     in the same folder make the passes over the calibration data begin anew.
     """
     source = open_source()
-    check_plan(source.anatomy, plan, weights=False)
-    for row in plan.rows:
-        if row.method is not None:
-            check_streams(plan.recipe(row))
+    check_plan(source.anatomy, plan, streamed=True)
     take_folder(folder, plan, overwrite)
     waiting = []
     for row in dict.fromkeys(plan.rows):
@@ -184,6 +180,8 @@ class _StreamedWorker:
             seconds += factorizing
             if ranking:
                 return ranks_of(recipe, tables), seconds
+        if allocation_named(recipe.allocation).plan is None:  # it goes by no scores
+            return {}, seconds
         if recipe.allocation not in self._scores:
             self._scores[recipe.allocation] = score_blocks(self.source, recipe, self.work, None)
         return self._scores[recipe.allocation], seconds

@@ -129,7 +129,7 @@ def compare(
         facts=fingerprint_of(opened.tokenizer, questions) if questions else "",
     )  # fmt: skip
     if dry_run:
-        check_plan(anatomy, plan, weights=not stream)
+        check_plan(anatomy, plan, streamed=stream)
         return estimate(anatomy, plan, calibration, held_out, source=source if stream else None)
     with alone(folder.path):
         folder.check("table.csv", "table.md", "pareto.png")
