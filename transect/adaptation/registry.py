@@ -1,0 +1,102 @@
+"""An adapter is a function whose signature is its configuration: it gives PEFT the config of a published method.
+
+`@adapter(name, ...)` registers `function(paths, size, **settings) -> PeftConfig`. paths: of the linear layers that are
+adapted. size: the one number that decides how many numbers are trained, under the name that the paper has for it (a
+rank, a block); it is a parameter with a default like the others, and a contest sets it from a count that all share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import OutOfReach, TransectError
+from ..parameters import Parameter, parameters_of, settings_of, summary_of
+from ..parameters import Range as Range
+
+Shape = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A registered way of choosing what is trained.
+
+    size: the name of the parameter that decides how many numbers are trained. numbers: `numbers(d_out, d_in, size)`,
+    how many those are in a matrix of that shape, or None if that size does not fit it. largest: `largest(d_out, d_in)`,
+    above which a larger size changes nothing or is refused.
+    merges: whether its result can be written into the weights.
+    """
+
+    name: str
+    paper: str
+    function: Callable[..., Any]
+    size: str
+    numbers: Callable[[int, int, int], int | None]
+    largest: Callable[[int, int], int] = min
+    merges: bool = True
+
+    @property
+    def family(self) -> str:
+        return "adapter"
+
+    @property
+    def summary(self) -> str:
+        """First sentence of the function's docstring."""
+        return summary_of(self.function)
+
+    @property
+    def parameters(self) -> list[Parameter]:
+        """The settings that a user can choose."""
+        return parameters_of(self.function)
+
+    def settings(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """All settings: the ones given, validated, and the defaults of the others."""
+        return settings_of(self.function, self.name, given)
+
+    def config(self, paths: list[str], settings: Mapping[str, Any]) -> Any:
+        """The PEFT config for these layers."""
+        return self.function(paths, **self.settings(settings))
+
+    def trained(self, shapes: Iterable[Shape], size: int) -> int | None:
+        """How many numbers are trained in matrices of these shapes; None if the size does not fit one of them."""
+        counts = [self.numbers(*shape, size) for shape in shapes]
+        return None if None in counts else sum(count for count in counts if count is not None)
+
+    def size_for(self, shapes: list[Shape], most: int) -> int:
+        """The largest size that fits and trains at most so many numbers; OutOfReach if there is none."""
+        sizes = range(1, max(self.largest(*shape) for shape in shapes) + 1)
+        counts = {size: self.trained(shapes, size) for size in sizes}
+        fitting = [size for size, count in counts.items() if count is not None and count <= most]
+        if not fitting:
+            least = min((count for count in counts.values() if count is not None), default=None)
+            reason = "no size fits these matrices" if least is None else f"it trains {least:,} numbers at the least"
+            raise OutOfReach(f"{self.name} cannot train as few as {most:,} numbers: {reason}")
+        return max(fitting)
+
+
+_adapters: dict[str, Adapter] = {}
+
+
+def adapter(
+    name: str, *, paper: str, size: str, numbers: Callable[[int, int, int], int | None], **more: Any
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register an adapter; see `Adapter` for the fields."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        _adapters[name] = Adapter(name, paper, function, size, numbers, **more)
+        return function
+
+    return register
+
+
+def adapter_named(name: str) -> Adapter:
+    """The adapter of that name, or an error that lists the known ones."""
+    if name not in _adapters:
+        raise TransectError(f"unknown adapter {name!r}; known: {', '.join(sorted(_adapters))}")
+    return _adapters[name]
+
+
+def adapters() -> list[Adapter]:
+    """All registered adapters, by name."""
+    return [_adapters[name] for name in sorted(_adapters)]
