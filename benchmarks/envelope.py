@@ -5,7 +5,7 @@
 
 The envelope at a share of the bytes is the least loss that the other rows have there or to the left of it, or that a
 line between two of them has: somebody who mixes two models' answers can have that. Differences are taken sequence by
-sequence, and their standard errors likewise.
+sequence, and their standard errors likewise. A table for the held-out data, and one for each text given by `--also`.
 """
 
 from __future__ import annotations
@@ -58,16 +58,16 @@ def _name(row: Row) -> str:
     return f"{row['method']} {row['kept']:.3f}"
 
 
-def main(argv: Sequence[str] | None = None) -> dict[float, float]:
-    """Print the table; returns the difference to the envelope by share kept."""
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("folder", type=Path)
-    options.add_argument("--method", default="mixed", help="default mixed")
-    chosen = options.parse_args(argv)
-    rows = rows_of(chosen.folder)
+def on(rows: Sequence[Row], text: str) -> list[Row]:
+    """The rows with their loss and examples on another text; "" for the held-out data itself."""
+    return [{**row, **row["also"][text]} if text else row for row in rows if not text or text in row.get("also", {})]
+
+
+def against_envelope(rows: Sequence[Row], method: str, title: str) -> dict[float, float]:
+    """Print one table; returns the method's difference to the envelope by share kept."""
     dense = next(row for row in rows if row["method"] == "dense")
-    mine = sorted((row for row in rows if row["method"] == chosen.method), key=lambda row: -row["kept"])
-    others = [row for row in rows if row["method"] != chosen.method]
+    mine = sorted((row for row in rows if row["method"] == method), key=lambda row: -row["kept"])
+    others = [row for row in rows if row["method"] != method]
     table, found = [], {}
     for row in mine:
         best, name = envelope(others, row["kept"])
@@ -84,12 +84,24 @@ def main(argv: Sequence[str] | None = None) -> dict[float, float]:
                 f"{difference / error:+.1f}", verdict(difference <= 0),
             ]
         )  # fmt: skip
-    show(
-        f"{chosen.method} against the lower envelope of the other rows of {chosen.folder.name}: loss over dense, nats",
-        ["kept", chosen.method, "envelope", "which is", "difference", "std. error", "in errors", "<= 0"],
-        table,
-    )
+    show(title, ["kept", method, "envelope", "which is", "difference", "std. error", "in errors", "<= 0"], table)
     return found
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, dict[float, float]]:
+    """Print the tables; returns the differences to the envelope by text ("" is the held-out data) and share kept."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("folder", type=Path)
+    options.add_argument("--method", default="mixed", help="default mixed")
+    chosen = options.parse_args(argv)
+    rows = rows_of(chosen.folder)
+    title = f"{chosen.method} against the lower envelope of the other rows of {chosen.folder.name}"
+    return {
+        text: against_envelope(
+            on(rows, text), chosen.method, f"{title}: loss over dense, nats{text and ', on ' + text}"
+        )
+        for text in ("", *dict.fromkeys(name for row in rows for name in row.get("also", {})))
+    }
 
 
 if __name__ == "__main__":

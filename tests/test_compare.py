@@ -4,9 +4,11 @@ import os
 import pandas as pd
 import pytest
 import torch
+from click.testing import CliRunner
 
 import transect
 from transect.checkpoint import open_model
+from transect.cli import main_group
 from transect.comparison import engines, worker
 from transect.data import Fact
 from transect.errors import TransectError
@@ -153,3 +155,32 @@ def test_encoders_and_vision_models_are_compared(tmp_path):
     labelled = [{"input_ids": DATA, "labels": DATA}]
     frame = transect.compare(tiny("bert"), ["fwsvd"], [0.6], labelled, labelled, tmp_path / "bert")
     assert len(frame) == 2 and json.loads((tmp_path / "bert" / "run.json").read_text())["methods"] == ["fwsvd"]
+
+
+def test_rows_are_judged_on_further_texts(tmp_path):
+    other = torch.randint(3, VOCABULARY, (5, 16), generator=torch.Generator().manual_seed(7))
+    plain = compare(tmp_path / "run", methods=("svd",), keep=(0.5,))
+    frame = compare(tmp_path / "run", methods=("svd",), keep=(0.5,), also={"novels": other, "held out": HELD_OUT})
+    swapped = transect.compare(tiny("llama"), ("svd",), (0.5,), DATA, other, tmp_path / "other")
+    for column in ("loss", "standard_error", "over_dense", "over_dense_error"):
+        assert frame[column].tolist() == pytest.approx(plain[column].tolist(), nan_ok=True)
+        assert frame[f"{column}, novels"].tolist() == pytest.approx(swapped[column].tolist(), nan_ok=True)
+        assert frame[f"{column}, held out"].tolist() == pytest.approx(plain[column].tolist(), nan_ok=True)
+    assert "| over dense, novels | std. error, novels |" in (tmp_path / "run" / "table.md").read_text()
+    both = compare(
+        tmp_path / "run", methods=("svd",), keep=(0.5, 0.4), workers=2, also={"novels": other, "held out": HELD_OUT}
+    )
+    assert both["loss, novels"].iloc[:2].tolist() == frame["loss, novels"].tolist()  # kept, whoever computes the rest
+    assert both["loss, novels"].notna().all()
+
+
+def test_further_texts_from_the_command_line_are_named_by_their_files(tmp_path):
+    text = "the cat sat on the mat. " * 400
+    for name in ("plays.txt", "letters.txt"):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    arguments = ["compare", "organism", "--methods", "svd", "--keep", "0.8", "--data", "organism:calibration",
+                 "--sequences", "2", "--eval", "organism:heldout", "--eval-sequences", "2", "--json",
+                 "--also", str(tmp_path / "plays.txt"), "--also", str(tmp_path / "letters.txt")]  # fmt: skip
+    result = CliRunner().invoke(main_group, [*arguments, "--out", str(tmp_path / "run")], catch_exceptions=False)
+    row = json.loads(result.stdout)[1]
+    assert row["over_dense, plays"] == row["over_dense, letters"] != row["over_dense"]

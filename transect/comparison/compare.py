@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,10 @@ import pandas as pd
 from ..anatomy import Anatomy
 from ..checkpoint import save
 from ..compression import method
-from ..data import Fact
+from ..data import Batches, Fact
 from ..errors import OutOfReach, TransectError
 from ..evaluation import standard_error
+from ..forward import Batch
 from ..statistics import Progress
 from ..store import Folder
 from ..streaming.plan import check_streams
@@ -24,7 +25,7 @@ from .estimate import estimate_size
 from .knowledge import knowledge_of
 from .plan import RUN, Plan, Row, factors_file
 from .prepared import STATISTICS, TIMED, prepare
-from .worker import Worker
+from .worker import Worker, also_file
 
 _logger = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ def compare_anatomy(
     calibration: Any,
     evaluation: Any,
     *,
+    also: Mapping[str, Batches] | None = None,
     facts: Sequence[Fact] = (),
     tokenizer: Any = None,
     workers: int = 1,
@@ -49,6 +51,7 @@ def compare_anatomy(
     A folder that holds a run of the same model, data and settings is continued: its rows, statistics and
     factorizations are kept, whichever methods and budgets they were for. A folder with another run is replaced only
     with `overwrite`, but for what others have put there, and one that holds anything else is always refused.
+    also: each row is judged on these texts, too, by name.
     facts: each row has the share, of those that the dense model says by itself, that it says too. How many these are
     is in the table's `attrs["facts"]`, {"known", "asked"}. TransectError if there are none.
     A row that was lost with its process, twice, has a note in the table and is named in the table's `attrs["lost"]`.
@@ -63,18 +66,19 @@ def compare_anatomy(
     knowledge = knowledge_of(anatomy, plan, folder, facts, tokenizer) if facts else None
     lost: dict[Row, str] = {}
     if waiting:
-        size = estimate_size(anatomy, plan, calibration, evaluation, streamed=False)
+        size = estimate_size(anatomy, plan, calibration, [*evaluation, *_all_of(also)], streamed=False)
         _logger.info("this comparison needs %s; with --stream the memory is that of one block", size)
         for name in [STATISTICS, TIMED, *(row.file for row in waiting), *map(factors_file, plan.methods)]:
             folder.file(name)
         prepare(anatomy, plan, folder.path, calibration, waiting, progress)
         groups = plan.groups(waiting)
         if engine == "ray" or workers > 1:
-            plan = _for_other_processes(anatomy, plan, folder, calibration, evaluation)
+            plan = _for_other_processes(anatomy, plan, folder, calibration, evaluation, also or {})
             run = run_on_ray if engine == "ray" else run_in_processes
             lost = run(folder.path, plan, groups, max(workers, 1), on_row, knowledge)
         else:
-            run_here(Worker(folder.path, plan, anatomy.model, calibration, evaluation, knowledge), groups, on_row)
+            worker = Worker(folder.path, plan, anatomy.model, calibration, evaluation, knowledge, also)
+            run_here(worker, groups, on_row)
     frame = table(plan, folder.path, lost)
     if knowledge is not None:
         frame.attrs["facts"] = {"known": len(knowledge.known), "asked": knowledge.asked}
@@ -134,16 +138,22 @@ def notes_of(methods: Sequence[str]) -> list[str]:
     return [f"{', '.join(names)}: {note}" for note, names in about.items()]
 
 
-def _beside_dense(row: Mapping[str, Any], dense: Mapping[str, Any]) -> dict[str, Any]:
-    """The row with its loss over the dense model's and the standard error of that, in place of its examples."""
-    beside = {}
+def _beside_dense(row: Mapping[str, Any], dense: Mapping[str, Any], text: str = "") -> dict[str, Any]:
+    """The row with its loss over the dense model's and the standard error of that, in place of its examples.
+
+    text: the row is what was measured on another text, of which this is the name; its columns end with it.
+    """
+    beside, of = {}, f", {text}" if text else ""
     for name, value in row.items():
         if name == "examples":
             compared = row is not dense
-            beside["over_dense"] = row["loss"] - dense["loss"] if compared else None
-            beside["over_dense_error"] = standard_error(value, dense["examples"]) if compared else None
+            beside[f"over_dense{of}"] = row["loss"] - dense["loss"] if compared else None
+            beside[f"over_dense_error{of}"] = standard_error(value, dense["examples"]) if compared else None
+        elif name == "also":
+            for other, measured in value.items():
+                beside |= _beside_dense(measured, dense["also"][other], other)
         else:
-            beside[name] = value
+            beside[f"{name}{of}"] = value
     return beside
 
 
@@ -160,10 +170,19 @@ def take_folder(folder: Folder, plan: Plan, overwrite: bool) -> None:
     plan.save(folder.file(RUN))
 
 
-def _for_other_processes(anatomy: Anatomy, plan: Plan, folder: Folder, calibration: Any, evaluation: Any) -> Plan:
+def _all_of(texts: Mapping[str, Batches] | None) -> Iterator[Batch]:
+    for batches in (texts or {}).values():
+        yield from batches
+
+
+def _for_other_processes(
+    anatomy: Anatomy, plan: Plan, folder: Folder, calibration: Any, evaluation: Any, also: Mapping[str, Batches]
+) -> Plan:
     """Put the data, and a model that exists only in memory, where other processes find them."""
     calibration.save(folder.file("calibration.safetensors"))
     evaluation.save(folder.file("evaluation.safetensors"))
+    for batches in also.values():
+        batches.save(folder.file(also_file(batches.fingerprint)))
     if plan.model:
         return plan
     dense = folder.path / "dense"

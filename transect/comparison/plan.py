@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -50,8 +50,8 @@ class Plan:
     model: folder or hub name, from which every process loads the same weights; `weights` is their fingerprint, and
         `computation` that of the weights and all else that decides what the model puts out.
     dtype, device, architecture: how another process opens it. settings: per method or allocation, its parameters.
-    allocations: none for the own default of each method. facts: those that rows are asked, "" for none; statistics and
-        factorizations are kept whatever is asked, rows are not.
+    allocations: none for the own default of each method. facts: those that rows are asked, "" for none. also: other
+        texts on which rows are judged, by name. Statistics and factorizations are kept whatever is asked, rows are not.
     """
 
     model: str
@@ -73,6 +73,7 @@ class Plan:
     sequential: bool
     refit: bool
     facts: str = ""
+    also: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def rows(self) -> list[Row]:
@@ -137,7 +138,7 @@ class Plan:
 
         The kind of device is part of it, since every row holds speeds.
         """
-        no_part = ("model", "device", "methods", "allocations", "keeps", "settings", "facts")
+        no_part = ("model", "device", "methods", "allocations", "keeps", "settings", "facts", "also")
         decides = {key: value for key, value in asdict(self).items() if key not in no_part}
         decides |= {"transect": __version__, "device": self.device.split(":")[0]}
         decides["settings"] = {name: self._settings_of(name) for name, given in self.settings.items() if given}
@@ -171,7 +172,7 @@ class Plan:
 
     def of_row(self, row: Row) -> str:
         """What the row's file belongs to."""
-        asked = [self.facts] if self.facts else []
+        asked = [part for part in (self.facts, dict(self.also)) if part]
         return self.of("row", row.method, row.allocation, repr(row.keep), *asked)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ from ..anatomy import Anatomy
 from ..compression import Recipe, method
 from ..compression.allocation import RankTable, allocation_named, is_ranking
 from ..compression.compress import outcome_of
+from ..data import Batches
 from ..errors import OutOfReach
-from ..evaluation import evaluate_loss, model_bytes, parameters, peak_memory, standard_error
+from ..evaluation import evaluate_loss, model_bytes, parameters, peak_memory
 from ..forward import Batch, at_rest, computing_wide
 from ..forward.blocks import Feed, put_out, run_block
 from ..statistics import Progress
@@ -51,6 +52,7 @@ def compare_streamed(
     calibration: Any,
     evaluation: Any,
     *,
+    also: Mapping[str, Batches] | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
     on_row: Callable[[Row], None] = lambda row: None,
@@ -72,11 +74,13 @@ def compare_streamed(
         else:
             on_row(row)
     if waiting:
-        size = estimate_size(source.anatomy, plan, calibration, evaluation, streamed=True)
+        texts = {"": evaluation, **(also or {})}
+        judging = [batch for batches in texts.values() for batch in batches]
+        size = estimate_size(source.anatomy, plan, calibration, judging, streamed=True)
         _logger.info("this comparison needs %s", size)
         for name in [TIMED, *(row.file for row in waiting)]:
             folder.file(name)
-        worker = _StreamedWorker(open_source, source, plan, folder.path, calibration, evaluation, progress)
+        worker = _StreamedWorker(open_source, source, plan, folder.path, calibration, texts, progress)
         worker.prepare()
         for row in waiting:
             keep_json(folder.path / row.file, worker.compute(row), plan.of_row(row))
@@ -92,11 +96,11 @@ class _StreamedWorker:
         plan: Plan,
         folder: Path,
         calibration: Any,
-        evaluation: Any,
+        texts: Mapping[str, Batches],
         progress: Progress | None,
     ) -> None:
         self.open_source, self.source, self.plan, self.folder = open_source, source, plan, folder
-        self.calibration, self.evaluation, self.progress = calibration, evaluation, progress
+        self.calibration, self.texts, self.progress = calibration, texts, progress
         self.accumulate = getattr(torch, plan.accumulate)
         labels = sorted(statistic.label for statistic in plan.needs)
         self.work = Workspace(folder / BLOCKS, plan.of("blocks", *labels), "what a comparison keeps of each block")
@@ -151,7 +155,8 @@ class _StreamedWorker:
             kind = _kind(row.method)
             planned, seconds = self._planned(recipe)
             compressor = planned_compressor(source, recipe, planned)
-        feeds, calibration = feeds_of_source(source, self.evaluation), []
+        texts, calibration = {name: feeds_of_source(source, batches) for name, batches in self.texts.items()}, []
+        feeds = [feed for each in texts.values() for feed in each]
         if recipe is not None and recipe.sequential:
             calibration = feeds_of_source(source, self.calibration)
         for block in shown(source, str(row), self.progress):
@@ -163,7 +168,7 @@ class _StreamedWorker:
                 with computing_wide(module):
                     for item in (*feeds, *calibration):
                         item.hidden = run_block(module, item.hidden, item.calls[block.index])
-        return self._measured(anatomy, feeds, dense_bytes, seconds)
+        return self._measured(anatomy, texts, dense_bytes, seconds)
 
     def _planned(self, recipe: Recipe) -> tuple[dict[str, Any], float]:
         """Ranks or scores of the dense model's matrices, and the seconds that the row would have spent up to there."""
@@ -186,21 +191,23 @@ class _StreamedWorker:
             self._scores[recipe.allocation] = score_blocks(self.source, recipe, self.work, None)
         return self._scores[recipe.allocation], seconds
 
-    def _measured(self, anatomy: Anatomy, feeds: list[Feed], dense_bytes: int, seconds: float) -> dict[str, Any]:
-        def batches() -> Iterator[Batch]:
-            for item in feeds:
+    def _measured(
+        self, anatomy: Anatomy, texts: Mapping[str, list[Feed]], dense_bytes: int, seconds: float
+    ) -> dict[str, Any]:
+        def batches(text: str) -> Iterator[Batch]:
+            for item in texts[text]:
                 with put_out(anatomy, item.hidden):
                     yield item.batch
 
         model, outcome = anatomy.model, outcome_of(anatomy, None, dense_bytes)
-        scores = evaluate_loss(model, batches())
+        scores = evaluate_loss(model, batches(""))
+        also = {name: evaluate_loss(model, batches(name)).to_row() for name in texts if name}
         return {
-            "kept": outcome["kept"], "matrix_bytes": outcome["matrix_bytes"], "loss": scores.loss,
-            "standard_error": standard_error(scores.examples), "examples": [list(pair) for pair in scores.examples],
+            "kept": outcome["kept"], "matrix_bytes": outcome["matrix_bytes"], **scores.to_row(),
             "perplexity": scores.perplexity, "accuracy": scores.accuracy, "tokens": scores.tokens,
             "parameters": parameters(model), "bytes": model_bytes(model), "prefill_tokens_per_second": None,
             "decode_tokens_per_second": None, "peak_memory": peak_memory(model.device), "seconds": scores.seconds,
-            "compress_seconds": seconds,
+            "compress_seconds": seconds, **({"also": also} if also else {}),
         }  # fmt: skip
 
 

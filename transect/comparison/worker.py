@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from ..compression.fingerprint import model_fingerprint
 from ..compression.frame import temporarily
 from ..compression.registry import Calibration
 from ..errors import OutOfReach, TransectError
-from ..evaluation import evaluate
+from ..evaluation import evaluate, evaluate_loss
 from ..forward import at_rest
 from ..statistics import Statistics
 from ..store import keep_json
@@ -35,7 +35,8 @@ from .prepared import calibrate_plan, calibration_seconds, factors_of
 class Worker:
     """Holds the dense model and computes any row of the plan; the model is dense again after each.
 
-    calibration, evaluation: `transect.data.Batches`. knowledge: what each row is asked, if anything.
+    calibration, evaluation: `transect.data.Batches`. also: further texts that each row is judged on, by name.
+    knowledge: what each row is asked, if anything.
     """
 
     def __init__(
@@ -46,10 +47,11 @@ class Worker:
         calibration: Any,
         evaluation: Any,
         knowledge: Knowledge | None = None,
+        also: Mapping[str, Any] | None = None,
     ) -> None:
         self.folder, self.plan, self.knowledge = folder, plan, knowledge
         self.anatomy = Anatomy(model)
-        self.calibration, self.evaluation = calibration, evaluation
+        self.calibration, self.evaluation, self.also = calibration, evaluation, also or {}
         self._factorized: dict[str, tuple[Factorized, Factors]] = {}
         self._prepared: dict[str, tuple[Any, float]] = {}  # and what it took, in seconds; of one method at a time
         self._scores = Scores(self.anatomy.matrices(plan.roles))  # the first row that needs some pays for them
@@ -75,9 +77,11 @@ class Worker:
 
     def _evaluated(self, anatomy: Anatomy, kept: float, seconds: float, dense: bool = False) -> dict[str, Any]:
         measured = evaluate(anatomy.model, self.evaluation)
-        known = {}
+        known: dict[str, Any] = {}
         if self.knowledge is not None:
             known["facts"] = 1.0 if dense else self.knowledge.share(anatomy)
+        if self.also:
+            known["also"] = {name: evaluate_loss(anatomy.model, also).to_row() for name, also in self.also.items()}
         return {
             "kept": kept, "matrix_bytes": anatomy.matrix_bytes(), **measured, **known, "compress_seconds": seconds,
         }  # fmt: skip
@@ -158,4 +162,10 @@ def load_worker(folder: Path, plan: Plan, knowledge: Knowledge | None = None) ->
         )
     calibration = Batches.load(folder / "calibration.safetensors", plan.calibration)
     evaluation = Batches.load(folder / "evaluation.safetensors", plan.evaluation)
-    return Worker(folder, plan, opened.model, calibration, evaluation, knowledge)
+    also = {name: Batches.load(folder / also_file(of), of) for name, of in plan.also.items()}
+    return Worker(folder, plan, opened.model, calibration, evaluation, knowledge, also)
+
+
+def also_file(fingerprint: str) -> str:
+    """Where a further text lies in the run folder."""
+    return f"evaluation-{fingerprint}.safetensors"

@@ -41,9 +41,7 @@ def evaluate(model: Any, batches: Iterable[Batch]) -> dict[str, Any]:
     scores = evaluate_loss(model, batches)
     speed = measure_speed(model)
     return {
-        "loss": scores.loss,
-        "standard_error": standard_error(scores.examples),
-        "examples": [list(pair) for pair in scores.examples],
+        **scores.to_row(),
         "perplexity": scores.perplexity,
         "accuracy": scores.accuracy,
         "tokens": scores.tokens,

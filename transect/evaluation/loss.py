@@ -35,6 +35,11 @@ class LossResult:
     seconds: float
     examples: Examples
 
+    def to_row(self) -> dict[str, Any]:
+        """What a table row keeps of one text: loss, its standard_error, and the examples."""
+        examples = [list(pair) for pair in self.examples]
+        return {"loss": self.loss, "standard_error": standard_error(self.examples), "examples": examples}
+
 
 @torch.no_grad()
 def evaluate_loss(model: Any, batches: Iterable[Batch], progress: Progress | None = None) -> LossResult:

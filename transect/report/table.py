@@ -76,11 +76,16 @@ def cells(frame: Any) -> tuple[list[str], list[list[str]]]:
     if "prefill_tokens_per_second" in frame.columns and frame["prefill_tokens_per_second"].isna().all():  # not measured
         idle |= {"prefill_tokens_per_second", "decode_tokens_per_second", "accuracy"}
     shown = [column for column in COLUMNS if column in frame.columns and column not in idle]
+    headed = {column: COLUMNS[column] for column in shown}
+    for column in frame.columns:  # of further texts: "over_dense, novels"
+        base, _, text = column.partition(", ")
+        if text and base in ("over_dense", "over_dense_error"):
+            headed[column] = f"{COLUMNS[base][0]}, {text}", COLUMNS[base][1]
     rows = [
-        ["-" if pd.isna(row[column]) else COLUMNS[column][1](row[column]) for column in shown]
+        ["-" if pd.isna(row[column]) else write(row[column]) for column, (_, write) in headed.items()]
         for _, row in frame.iterrows()
     ]
-    return [COLUMNS[column][0] for column in shown], rows
+    return [heading for heading, _ in headed.values()], rows
 
 
 def rich_table(frame: pd.DataFrame, title: str = "") -> Table:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +14,7 @@ from ..arguments import checked
 from ..checkpoint import Opened, folder_of, open_model, tokenizer_of
 from ..comparison import KIND, Engine, Plan, Row, check_plan, compare_anatomy, compare_streamed, estimate
 from ..compression.fingerprint import computation_fingerprint, model_fingerprint
-from ..data import SpecialTokens, load_facts
+from ..data import Batches, SpecialTokens, load_facts
 from ..errors import TransectError
 from ..parameters import Seed, listed
 from ..report import markdown_table, pareto_plot
@@ -34,6 +34,7 @@ def compare(
     eval_data: Any,
     out: FolderName,
     *,
+    also: Mapping[str, Any] | None = None,
     facts: Any = None,
     tokenizer: Any = None,
     allocations: Annotated[Sequence[str], Some] | None = None,
@@ -65,6 +66,8 @@ def compare(
 
     model, data, tokenizer and the calibration settings: as for `compress`. eval_data: held-out data, same forms;
     eval_sequences of it, evenly spaced (default all).
+    also: further held-out texts, by name; every row is judged on them, too (columns `loss, NAME` and so on).
+        Calibrating and judging on one kind of text hides what a method costs elsewhere.
     facts: asked of every row, see `transect.data.load_facts`; `common` are several hundred that everybody knows.
     out: the run folder. Rows are written as they finish; a run that was interrupted goes on where it stopped, and
     methods and budgets can be added to it. It ends with table.csv, table.md and pareto.png in it.
@@ -115,6 +118,10 @@ def compare(
         weights, computation = model_fingerprint(opened.model), computation_fingerprint(opened.model)
     calibration = calibration_of(data, opened, sequence_length, sequences, batch_size, seed, special_tokens)
     held_out = held_out_of(eval_data, opened, sequence_length, eval_sequences, batch_size, seed, special_tokens)
+    texts = {
+        name: held_out_of(text, opened, sequence_length, eval_sequences, batch_size, seed, special_tokens)
+        for name, text in (also or {}).items()
+    }
     plan = Plan(
         model="" if opened.source == "" else str(opened.path or opened.source),
         dtype=str(opened.model.dtype).removeprefix("torch."), device=str(opened.model.device),
@@ -127,19 +134,22 @@ def compare(
         roles=None if roles is None else tuple(listed(roles)), fisher=fisher, accumulate=str(accumulate).split(".")[1],
         seed=seed, sequential=sequential, refit=refit,
         facts=fingerprint_of(opened.tokenizer, questions) if questions else "",
+        also={name: batches.fingerprint for name, batches in texts.items()},
     )  # fmt: skip
     if dry_run:
         check_plan(anatomy, plan, streamed=stream)
-        return estimate(anatomy, plan, calibration, held_out, source=source if stream else None)
+        judging = Batches([batch for batches in (held_out, *texts.values()) for batch in batches])
+        return estimate(anatomy, plan, calibration, judging, source=source if stream else None)
     with alone(folder.path):
         folder.check("table.csv", "table.md", "pareto.png")
         if stream:
             frame = compare_streamed(
-                open_source, plan, folder, calibration, held_out, overwrite=overwrite, progress=progress, on_row=on_row
-            )
+                open_source, plan, folder, calibration, held_out, also=texts, overwrite=overwrite, progress=progress,
+                on_row=on_row,
+            )  # fmt: skip
         else:
             frame = compare_anatomy(
-                anatomy, plan, folder, calibration, held_out, facts=questions, tokenizer=opened.tokenizer,
+                anatomy, plan, folder, calibration, held_out, also=texts, facts=questions, tokenizer=opened.tokenizer,
                 workers=workers, engine=engine, overwrite=overwrite, progress=progress, on_row=on_row,
             )  # fmt: skip
         write_text(folder.file("table.csv"), frame.to_csv(index=False))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from ..printing import print_whole, progress_bar
 @click.option("--keep", required=True, callback=shares, help="Comma-separated shares of bytes, in (0, 1].")
 @click.option("--data", help="Calibration data.", required=True)
 @click.option("--eval", "eval_data", help="Held-out data.", required=True)
+@click.option("--also", multiple=True, metavar="DATA",
+              help="Further held-out data, of another kind, to judge rows on; may be repeated.")  # fmt: skip
 @click.option("--out", type=Place(), required=True, help="Run folder; a run in it is continued.")
 @click.option("--allocation", "allocations", callback=split,
               help="Comma-separated. Default: each method's own, mostly uniform.")  # fmt: skip
@@ -51,6 +54,7 @@ def compare(context: click.Context, model: str, out: Path, as_json: bool, **opti
     for name in allocations:
         allocation_named(name)
     refuse_unused(settings, dict.fromkeys([*options["methods"], *allocations]))
+    options["also"] = _named(options["also"])
     loading = opening(options)
     opened, loading = (model, loading) if options["stream"] else (open_model(model, **loading), {})
     options["accumulate"] = getattr(torch, options["accumulate"])
@@ -70,3 +74,9 @@ def compare(context: click.Context, model: str, out: Path, as_json: bool, **opti
         print_whole(f"run folder: {out}   plot: {out / 'pareto.png'}")
     if frame.attrs["lost"]:
         raise TransectError(f"not computed: {', '.join(frame.attrs['lost'])}; the same command tries again")
+
+
+def _named(texts: Sequence[str]) -> dict[str, str]:
+    """By the shortest name that tells them apart: file names without their ending, or what was given."""
+    short = [Path(text).stem for text in texts]
+    return dict(zip(short if len(set(short)) == len(short) else texts, texts, strict=True))
