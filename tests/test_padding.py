@@ -19,8 +19,6 @@ from transect.forward import backpropagate, feeds_of, predictions, run_blocks, s
 from transect.forward.objective import inputs_of
 from transect.probes import run_probes
 from transect.probes.curvature import counted_positions, factors
-from transect.recovery.machine import Machine
-from transect.recovery.objectives import distance_from, held_out_loss
 from transect.statistics import (
     BlockSimilarity,
     FeatureNorm,
@@ -32,6 +30,8 @@ from transect.statistics import (
     SublayerSimilarity,
     collect,
 )
+from transect.training.machine import Machine
+from transect.training.objectives import distance_from, held_out_loss
 
 WANTED = [
     InputCovariance(), InputMean(), FeatureNorm(1), FeatureNorm(2), OutputGradientCovariance(),

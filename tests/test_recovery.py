@@ -17,15 +17,16 @@ import transect
 from transect.anatomy import Anatomy
 from transect.cli import main_group
 from transect.data import Batches, load
+from transect.data.split import share, split
 from transect.errors import BadData, TransectError
 from transect.evaluation.loss import evaluate_loss
 from transect.operators import Bank, Operator, Shared
 from transect.recovery import Machine, Settings
-from transect.recovery.loop import Problem, _gradients
-from transect.recovery.objectives import distance_from, own_loss
-from transect.recovery.optimizer import Optimizer
-from transect.recovery.split import share, split
 from transect.recovery.trained import changed_parameters
+from transect.training.loop import Problem, _gradients
+from transect.training.objectives import distance_from, own_loss
+from transect.training.schedule import Schedule
+from transect.training.stepper import Stepper
 
 from .models import CONFIGS, VOCABULARY, assert_same_model, inputs, logits, tiny
 
@@ -373,15 +374,15 @@ def test_distillation_measures_the_divergence(dense, small):
 
 def test_steps_in_bfloat16_add_up_and_the_rate_rises_and_falls():
     parameter = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
-    optimizer = Optimizer({"w": parameter}, 1e-3, 40)
-    rates = [optimizer.rate(step) for step in range(40)]
+    optimizer = Stepper({"w": parameter}, Schedule(lr=1e-3), 40)
+    rates = [Schedule(lr=1e-3).rate(step, 40) for step in range(40)]
     assert max(rates) == rates[2] == 1e-3 and rates[0] == 5e-4 and rates[1:2] == [1e-3] and 0 < rates[-1] < 1e-5
     for step in range(40):
         optimizer.step(step, {"w": torch.full((4,), 0.1)})
     # Adam moves by the rate under a constant gradient; each of these steps is below bfloat16's spacing near 1.
     assert optimizer.masters["w"][0].item() == pytest.approx(1 - sum(rates), abs=1e-5)
     assert parameter[0].item() == pytest.approx(1 - sum(rates), abs=2**-8) and parameter[0] < 1
-    again = Optimizer({"w": nn.Parameter(torch.ones(4, dtype=torch.bfloat16))}, 1e-3, 40)
+    again = Stepper({"w": nn.Parameter(torch.ones(4, dtype=torch.bfloat16))}, Schedule(lr=1e-3), 40)
     again.load({name: tensor.clone() for name, tensor in optimizer.state().items()})
     for one in (optimizer, again):
         one.step(5, {"w": torch.tensor([0.1, 0.2, -0.3, 0.4])})
@@ -392,7 +393,7 @@ def test_a_step_has_at_most_norm_1():
     steps = []
     for size in (1.0, 1000.0):
         parameter = nn.Parameter(torch.zeros(2))
-        optimizer = Optimizer({"w": parameter}, 1e-2, 10)
+        optimizer = Stepper({"w": parameter}, Schedule(lr=1e-2), 10)
         optimizer.step(0, {"w": torch.tensor([3.0, 4.0]) * size})
         optimizer.step(1, {"w": torch.tensor([0.3, 0.4])})
         steps.append(parameter.detach().clone())

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from ..anatomy import Anatomy
 from ..forward import Batch, at_rest
 from ..forward.blocks import Feed, feeds_of, run_block
-from .loop import Course, Job, Problem, train
-from .trained import Parameters, trainable, training_mode
+from ..training import Course, Parameters, Problem, train
+from .job import Job
+from .trained import trainable, training_mode
 
 
 @dataclass
@@ -70,7 +71,7 @@ def _advance(block: nn.Module, index: int, feeds: Sequence[Feed | None]) -> list
 
 def _repair(index: int, block: nn.Module, mine: Parameters, learning: Task, judging: Task, job: Job) -> Course:
     """Train one block, or take it from the state if it was finished before."""
-    finished = job.state.read(f"block-{index:05d}")
+    finished = job.run.state.read(f"block-{index:05d}")
     if finished is not None:
         with torch.no_grad():
             for name, parameter in mine.items():
@@ -92,9 +93,10 @@ def _repair(index: int, block: nn.Module, mine: Parameters, learning: Task, judg
 
     items = [None if pair is None else (pair, target) for pair, target in zip(*learning, strict=True)]
     with trainable(block, mine, job.settings) as parameters:
-        problem = Problem(f"block {index}", parameters, items, loss, measure, lambda: training_mode(block))
-        course = train(problem, job, {"block": index})
-    job.state.write(f"block-{index:05d}", mine, asdict(course))
+        mode = lambda: training_mode(block)  # noqa: E731
+        problem = Problem(f"block {index}", parameters, items, loss, measure, mode, job.tokens)
+        course = train(problem, job.run, {"block": index})
+    job.run.state.write(f"block-{index:05d}", mine, asdict(course))
     return course
 
 
@@ -113,5 +115,5 @@ def _mean(error: Callable[[Pair, Tensor], tuple[Tensor, int]], task: Task, job: 
         if pair is not None and target is not None:
             value, count = error(pair, target)
             summed += torch.tensor([value.item(), count], dtype=torch.float64)
-    value, count = job.machine.total(summed).tolist()
+    value, count = job.run.machine.total(summed).tolist()
     return value / max(1, count)

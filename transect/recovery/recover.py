@@ -13,19 +13,29 @@ import torch
 from ..anatomy import Anatomy
 from ..compression.fingerprint import computation_fingerprint
 from ..data import Batches
+from ..data.split import share, split
 from ..errors import TransectError
 from ..forward import at_rest
 from ..statistics import Progress
+from ..training import (
+    Course,
+    Machine,
+    OnCheck,
+    Parameters,
+    Problem,
+    Run,
+    State,
+    distance_from,
+    held_out_loss,
+    own_loss,
+    train,
+)
 from ..version import __version__
 from .blocks import distill_blocks
-from .loop import Course, Job, OnCheck, Problem, train
-from .machine import Machine
-from .objectives import distance_from, held_out_loss, own_loss
+from .job import Job
 from .settings import Settings
-from .split import share, split
-from .state import State
 from .teacher import check_teacher
-from .trained import Parameters, changed_parameters, check_peft, trainable, training_mode
+from .trained import changed_parameters, check_peft, trainable, training_mode
 
 
 def recover_anatomy(
@@ -70,9 +80,9 @@ def recover_anatomy(
     state.begin(json.dumps(plan, sort_keys=True))
     machine.wait()
     job = Job(
-        settings, machine, state, share(training, machine.index, machine.count),
-        share(held_out, machine.index, machine.count), [Batches([batch]).tokens for batch in training], progress,
-        on_check,
+        settings, Run(settings.schedule, machine, state, progress, on_check),
+        share(training, machine.index, machine.count), share(held_out, machine.index, machine.count),
+        [Batches([batch]).tokens for batch in training],
     )  # fmt: skip
     models = [one for one in (model, teacher) if one is not None]
     with _on_device(machine, models), at_rest(*models, frozen=True):
@@ -112,15 +122,15 @@ def _train_whole(anatomy: Anatomy, teacher: Any, changed: Parameters, job: Job) 
         return distance_from(teacher, model, batch, job.settings.temperature)
 
     def measure() -> float:
-        return held_out_loss(model, job.held_out, job.machine)
+        return held_out_loss(model, job.held_out, job.run.machine)
 
     def set_mode() -> None:
         model.eval()
         training_mode(blocks)
 
     with trainable(blocks, changed, job.settings) as parameters:
-        problem = Problem(job.settings.how, parameters, job.training, loss, measure, set_mode)
-        return train(problem, job, {})
+        problem = Problem(job.settings.how, parameters, job.training, loss, measure, set_mode, job.tokens)
+        return train(problem, job.run, {})
 
 
 @contextmanager

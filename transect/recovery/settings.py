@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, get_args
 from ..arguments import Range, checked_fields
 from ..errors import TransectError
 from ..parameters import Seed
+from ..training import Schedule
 
 How = Literal["lora", "full", "distill", "blocks"]
 Train = Literal["lora", "full"]
@@ -56,6 +57,15 @@ class Settings:
             raise TransectError(f"how={chosen.how!r} trains {implied!r}; train= is a choice of distill and blocks")
         train = chosen.train or implied or "full"
         return replace(chosen, train=train, lr=_LEARNING_RATE[train] if chosen.lr is None else chosen.lr)
+
+    @property
+    def schedule(self) -> Schedule:
+        """Of the trainings that it consists of, once it is resolved: AdamW without decay, and half a cosine (ours)."""
+        assert self.lr is not None
+        return Schedule(
+            lr=self.lr, epochs=self.epochs, steps=self.steps, accumulate=self.accumulate, every=self.every,
+            seed=self.seed,
+        )  # fmt: skip
 
     @property
     def needs_teacher(self) -> bool:

@@ -15,9 +15,8 @@ from transformers.pytorch_utils import Conv1D
 from ..anatomy import Anatomy
 from ..errors import TransectError
 from ..operators import Operator
+from ..training import Parameters
 from .settings import Settings
-
-Parameters = dict[str, nn.Parameter]
 
 
 def changed_parameters(anatomy: Anatomy, settings: Settings) -> Parameters:

@@ -12,7 +12,7 @@ from ..arguments import checked
 from ..checkpoint import Opened, check_output, save
 from ..data import SpecialTokens
 from ..parameters import Seed
-from ..recovery import Check, How, Machine, Settings, State, Train, check_same_tokens, recover_anatomy
+from ..recovery import KIND, Check, How, Machine, Settings, State, Train, check_same_tokens, recover_anatomy
 from ..statistics import Progress
 from ..store import alone
 from .arguments import Count, Device, FolderName, Length
@@ -78,7 +78,7 @@ def recover(
     if target is not None and checkpoint is None:
         checkpoint = target.parent / f".{target.name}.recovery"
     machine = Machine(device)
-    state = State(None if checkpoint is None else Path(checkpoint), writes=machine.is_main)
+    state = State(None if checkpoint is None else Path(checkpoint), writes=machine.is_main, kind=KIND)
     state.check_place()
     opened = opened_of(model, tokenizer)
     dense = None if teacher is None else opened_of(teacher, None)

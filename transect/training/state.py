@@ -1,4 +1,4 @@
-"""Unfinished work on disk, in a folder of ours; what is of another repair, or damaged, is not gone on from."""
+"""Unfinished training on disk, in a folder of ours; what is of another one, or damaged, is not gone on from."""
 
 from __future__ import annotations
 
@@ -10,18 +10,15 @@ from torch import Tensor
 
 from ..store import Folder, keep, kept
 
-KIND = "an unfinished repair"
-
 
 class State:
-    """A folder with `state.safetensors` (how far the training in progress is), and in the repair block by block
-    `block-00000.safetensors` ... (what is finished).
+    """A folder with `state.safetensors` (how far the training in progress is), and what else is finished.
 
-    folder: None to keep nothing. writes: False in all processes but one.
+    folder: None to keep nothing. writes: False in all processes but one. kind: what the folder's mark says that it is.
     """
 
-    def __init__(self, folder: Path | None, writes: bool = True) -> None:
-        self.folder, self.writes = None if folder is None else Folder(folder, KIND), writes
+    def __init__(self, folder: Path | None, writes: bool = True, kind: str = "an unfinished training") -> None:
+        self.folder, self.writes = None if folder is None else Folder(folder, kind), writes
         self._of = ""
 
     def check_place(self) -> None:
@@ -30,7 +27,7 @@ class State:
             self.folder.check_place()
 
     def begin(self, of: str) -> None:
-        """What is there of this very repair will be gone on from. of: names all that decides how it goes.
+        """What is there of this very training will be gone on from. of: names all that decides how it goes.
 
         Raises TransectError for a folder in which something else lies.
         """
@@ -44,11 +41,11 @@ class State:
             keep(self.folder.file(f"{name}.safetensors"), tensors, self._of, note)
 
     def read(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """What `write` wrote in this very repair, or None."""
+        """What `write` wrote in this very training, or None."""
         found = None if self.folder is None else kept(self.folder.path / f"{name}.safetensors", self._of)
         return None if found is None else (dict(found), found.note)
 
     def remove(self) -> None:
-        """The repair is finished."""
+        """The training is finished."""
         if self.folder is not None and self.writes:
             self.folder.clear()

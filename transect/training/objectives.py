@@ -1,4 +1,4 @@
-"""What a repair of the whole model lowers: its own loss, or its distance from the dense model's predictions."""
+"""What a training of the whole model lowers: its own loss, or its distance from the dense model's predictions."""
 
 from __future__ import annotations
 

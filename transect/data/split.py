@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..data import Batches
-from ..data.batches import stacked
 from ..errors import BadData
+from .batches import Batches, stacked
 
 Row = dict[str, Tensor]
 

@@ -1,25 +1,25 @@
-"""The training loop: steps, held-out loss, and the best state kept."""
+"""The training loop: steps, held-out loss, the best state kept, and all of it resumable bit for bit."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import TransectError
-from ..forward import Batch
 from ..statistics import Progress
 from .machine import Machine
-from .optimizer import Optimizer
-from .settings import Settings
+from .schedule import Schedule
 from .state import State
-from .trained import Parameters
+from .stepper import Stepper
+
+Parameters = dict[str, nn.Parameter]
 
 
 @dataclass
@@ -28,7 +28,8 @@ class Course:
 
     before, best: held-out loss at the start and of the best state, which was reached after `best_step` steps.
     checks: [step, mean training loss since the check before, held-out loss]. seconds: of wall clock, over all runs.
-    numbers: how many were trained. tokens: positions of the batches that were trained on.
+    numbers: how many were trained. tokens: positions of the batches that were trained on. optimizer_bytes: of what the
+    optimizer holds besides the numbers themselves.
     """
 
     numbers: int = 0
@@ -38,6 +39,7 @@ class Course:
     steps: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    optimizer_bytes: int = 0
     checks: list[list[float]] = field(default_factory=list)
 
 
@@ -56,93 +58,101 @@ OnCheck = Callable[[Check], None]
 
 
 @dataclass(frozen=True)
-class Job:
-    """What all trainings of one repair have in common.
+class Run:
+    """What does not depend on the problem: how long, where, and what is told and kept meanwhile."""
 
-    settings: resolved. training, held_out: this process's share of every batch; None where it has no part of one.
-    tokens: positions of each whole training batch.
-    """
-
-    settings: Settings
+    schedule: Schedule
     machine: Machine
     state: State
-    training: Sequence[Batch | None]
-    held_out: Sequence[Batch | None]
-    tokens: Sequence[int]
-    progress: Progress | None
-    on_check: OnCheck
+    progress: Progress | None = None
+    on_check: OnCheck = lambda check: None
 
 
 @dataclass
 class Problem:
     """Something to lower.
 
-    name: for messages. parameters: what may change.
+    name: for messages. parameters: what may change, by name.
     batches: this process's share of every training batch; None where it has no part of one.
-    loss: of such a batch, the summed loss (a scalar) and how many terms it has. measure: the held-out loss.
+    loss: of such a batch, the summed loss (a scalar) and how many terms it has (their weights' sum, if they have any).
+    measure: the held-out loss. Without one nothing is measured, and the parameters end as the last step leaves them.
     set_mode: called before the model is run for gradients.
+    tokens: positions of every whole training batch, to be counted.
+    penalty: what is added to the mean loss of a batch, after `loss` has run on it; a scalar, or None for nothing.
+    after_step: called with the number of steps done and the optimizer, such as for what chooses anew what is trained.
+    rates: factors of the learning rate, by the parameter's name; 1 where there is none.
     """
 
     name: str
     parameters: Parameters
     batches: Sequence[Any]
-    loss: Callable[[Any], tuple[Tensor, int]]
-    measure: Callable[[], float]
+    loss: Callable[[Any], tuple[Tensor, float]]
+    measure: Callable[[], float] | None
     set_mode: Callable[[], None]
+    tokens: Sequence[int] = ()
+    penalty: Callable[[Any], Tensor | None] | None = None
+    after_step: Callable[[int, torch.optim.Optimizer], None] | None = None
+    rates: Mapping[str, float] = field(default_factory=dict)
 
 
-def train(problem: Problem, job: Job, note: dict[str, Any]) -> Course:
+def train(problem: Problem, run: Run, note: Mapping[str, Any]) -> Course:
     """Lower the problem's loss; its parameters end with the values that were best on the held-out data.
 
     They may be those of the start. The same holds after an exception, Ctrl-C included. note: goes into the state;
     only a state with this note is gone on from.
     Raises TransectError if the loss is not finite any more.
     """
-    settings, progress = job.settings, job.progress
-    assert settings.lr is not None
-    per_epoch = math.ceil(len(problem.batches) / settings.accumulate)
-    total = settings.epochs * per_epoch if settings.steps is None else min(settings.steps, settings.epochs * per_epoch)
-    every = settings.every or math.ceil(total / 10)
-    optimizer = Optimizer(problem.parameters, settings.lr, total)
+    schedule, progress = run.schedule, run.progress
+    per_epoch = math.ceil(len(problem.batches) / schedule.accumulate)
+    total = schedule.total(per_epoch)
+    every = schedule.every or math.ceil(total / 10)
+    stepper = Stepper(problem.parameters, schedule, total, problem.rates)
     course = Course(numbers=sum(parameter.numel() for parameter in problem.parameters.values()))
     since = [0.0, 0]  # loss and number of steps since the last check
-    saved = job.state.read("state")
+    saved = run.state.read("state")
     if saved is not None and saved[1]["note"] == note:
         tensors, course = saved[0], Course(**saved[1]["course"])
-        optimizer.load(tensors)
+        stepper.load(tensors)
         best = {name: tensors[f"best|{name}"] for name in problem.parameters}
     else:
-        course.before = course.best = problem.measure()
-        if not math.isfinite(course.before):
-            raise TransectError(f"{problem.name}: the held-out loss is {course.before} before any repair")
+        if problem.measure is not None:
+            course.before = course.best = problem.measure()
+            if not math.isfinite(course.before):
+                raise TransectError(f"{problem.name}: the held-out loss is {course.before} before any training")
         best = _copied(problem.parameters)
     started = time.perf_counter() - course.seconds
     remaining = range(course.steps, total)
     try:
         for step in progress(remaining, problem.name) if progress else remaining:
-            group = _batches_of(step, per_epoch, len(problem.batches), settings)
-            with _noise_of(step, settings.seed, job.machine):
-                gradients, loss = _gradients(problem, group, job.machine)
-            held_out = math.nan
-            if math.isfinite(loss):
-                optimizer.step(step, gradients)
-                course.steps, course.tokens = step + 1, course.tokens + sum(job.tokens[i] for i in group)
+            group = _batches_of(step, per_epoch, len(problem.batches), schedule)
+            with _noise_of(step, schedule.seed, run.machine):
+                gradients, loss = _gradients(problem, group, run.machine)
+            held_out, finite = math.nan, math.isfinite(loss)
+            if finite:
+                stepper.step(step, gradients)
+                if problem.after_step is not None:
+                    problem.after_step(step + 1, stepper.optimizer)
+                course.steps = step + 1
+                course.tokens += sum(problem.tokens[i] for i in group) if problem.tokens else 0
                 since = [since[0] + loss, since[1] + 1]
                 if course.steps % every and course.steps != total:
                     continue
-                held_out = problem.measure()
-            if not math.isfinite(held_out):
+                if problem.measure is not None:
+                    held_out = problem.measure()
+                    finite = math.isfinite(held_out)
+            if not finite:
+                told = f"; what was best so far (held-out loss {course.best:.4f}) is kept" if problem.measure else ""
                 raise TransectError(
                     f"{problem.name}: the loss is not finite after {step + 1} steps at learning rate "
-                    f"{settings.lr:g}; what was best so far (held-out loss {course.best:.4f}) is kept. Lower the rate"
+                    f"{schedule.lr:g}{told}. Lower the rate"
                 )
             course.checks.append([course.steps, since[0] / since[1], held_out])
-            if held_out < course.best:
+            if problem.measure is None or held_out < course.best:
                 course.best, course.best_step, best = held_out, course.steps, _copied(problem.parameters)
-            course.seconds = time.perf_counter() - started
-            tensors = optimizer.state() | {f"best|{name}": tensor for name, tensor in best.items()}
-            job.state.write("state", tensors, {"note": note, "course": asdict(course)})
-            job.on_check(Check(problem.name, course.steps, total, since[0] / since[1], held_out))
+            course.seconds, course.optimizer_bytes = time.perf_counter() - started, stepper.state_bytes
+            tensors = stepper.state() | {f"best|{name}": tensor for name, tensor in best.items()}
+            run.state.write("state", tensors, {"note": note, "course": asdict(course)})
+            run.on_check(Check(problem.name, course.steps, total, since[0] / since[1], held_out))
             since = [0.0, 0]
     finally:
         with torch.no_grad():
@@ -156,11 +166,13 @@ def _copied(parameters: Parameters) -> dict[str, Tensor]:
     return {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()}
 
 
-def _batches_of(step: int, per_epoch: int, count: int, settings: Settings) -> list[int]:
+def _batches_of(step: int, per_epoch: int, count: int, schedule: Schedule) -> list[int]:
     """Which batches a step is made of: those of an epoch in an order of its own, `accumulate` at a time."""
     epoch, position = divmod(step, per_epoch)
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(settings.seed + 1 + epoch)).tolist()
-    return order[position * settings.accumulate : (position + 1) * settings.accumulate]
+    order = list(range(count))
+    if schedule.shuffle:
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(schedule.seed + 1 + epoch)).tolist()
+    return order[position * schedule.accumulate : (position + 1) * schedule.accumulate]
 
 
 @contextmanager
@@ -173,18 +185,23 @@ def _noise_of(step: int, seed: int, machine: Machine) -> Iterator[None]:
 
 
 def _gradients(problem: Problem, group: Sequence[int], machine: Machine) -> tuple[dict[str, Tensor], float]:
-    """Gradients of the mean loss over a step's batches, in every process the same, and that loss."""
+    """Gradients of the mean loss over a step's batches, in every process the same, and that loss, penalties left out.
+
+    A penalty weighs as its batch does.
+    """
     problem.set_mode()
     summed = torch.zeros(2, dtype=torch.float64)  # the loss, and how many terms it has
     for index in group:
         batch = problem.batches[index]
         if batch is not None:
-            with machine.autocast():
+            with torch.enable_grad(), machine.autocast():
                 loss, count = problem.loss(batch)
-            loss.backward()
+                penalty = None if problem.penalty is None else problem.penalty(batch)
+                lowered = loss if penalty is None else loss + count * penalty.to(loss)
+            lowered.backward()
             summed += torch.tensor([loss.item(), count], dtype=torch.float64)
     summed = machine.total(summed)
-    loss, count = float(summed[0]), max(1.0, float(summed[1]))
+    loss, count = float(summed[0]), float(summed[1]) or 1.0
     gradients = {}
     for name, parameter in problem.parameters.items():
         gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad

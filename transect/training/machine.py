@@ -1,4 +1,4 @@
-"""Where the repair runs: the device and the processes, as accelerate has them."""
+"""Where a training runs: the device and the processes, as accelerate has them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Machine:
         self.accelerator = Accelerator()
         if self.accelerator.distributed_type not in _ALIKE:
             raise TransectError(
-                f"recover runs as plain processes, each with the whole model, not under "
+                f"training runs as plain processes, each with the whole model, not under "
                 f"{self.accelerator.distributed_type.value}: choose multi-GPU or multi-CPU in accelerate's config"
             )
         if self.accelerator.mixed_precision not in ("no", "bf16"):

@@ -1,0 +1,17 @@
+"""The one training loop: what is lowered, which numbers change, how steps are taken, where it runs.
+
+Everything is written beside its place as it goes, so that an interrupted training goes on bit for bit (`state`).
+"""
+
+from .loop import Check, Course, OnCheck, Parameters, Problem, Run, train
+from .machine import Machine
+from .objectives import distance_from, held_out_loss, own_loss
+from .optimizers import optimizer, optimizer_named, optimizers
+from .schedule import Schedule
+from .state import State
+from .stepper import Stepper
+
+__all__ = [
+    "Check", "Course", "Machine", "OnCheck", "Parameters", "Problem", "Run", "Schedule", "State", "Stepper",
+    "distance_from", "held_out_loss", "optimizer", "optimizer_named", "optimizers", "own_loss", "train",
+]  # fmt: skip
