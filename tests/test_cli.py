@@ -162,7 +162,7 @@ def test_another_run_in_the_folder_is_refused(tmp_path):
 
 
 def test_methods_are_listed_with_all_that_there_is_to_know():
-    every = [*methods(), *allocations(), *probes(), *edits()]
+    every = [*methods(), *allocations(), *probes(), *edits(), *transect.adapters(), *transect.optimizers()]
     listed = run("methods").stdout
     described = {entry["name"]: entry for entry in json.loads(run("methods --json").stdout)}
     assert set(described) == {entry.name for entry in every}
@@ -203,7 +203,7 @@ def test_help_shows_every_method_with_its_paper_parameters_and_defaults(command)
 
 def test_help_and_version():
     assert set(main_group.commands) == {
-        "compress", "compare", "eval", "methods", "claims", "recover", "inspect", "edit", "check-architecture",
+        "adapt", "compress", "compare", "eval", "methods", "claims", "recover", "inspect", "edit", "check-architecture",
     }  # fmt: skip
     for command in main_group.commands:
         assert command in run("--help").stdout and "Usage:" in run(f"{command} -h").stdout

@@ -11,15 +11,18 @@ from . import ending as _ending  # noqa: F401 - before what takes long
 
 # isort: split
 from . import checkpoint as _checkpoint  # noqa: F401 - registers the loader with transformers
+from .adaptation import adapters
 from .anatomy import Anatomy, register_architecture
 from .compression import allocations, methods
 from .editing import edits, undo_folder
 from .errors import BadCheckpoint, BadData, TransectError, UnknownArchitecture
-from .verbs import check_claims, compare, compress, edit, evaluate, inspect, recover
+from .training import optimizers
+from .verbs import adapt, check_claims, compare, compress, edit, evaluate, inspect, recover
 from .version import __version__
 
 __all__ = [
-    "Anatomy", "BadCheckpoint", "BadData", "TransectError", "UnknownArchitecture", "__version__", "allocations",
+    "Anatomy", "BadCheckpoint", "BadData", "TransectError", "UnknownArchitecture", "__version__", "adapt",
+    "adapters", "allocations",
     "check_claims", "compare", "compress", "edit", "edits", "evaluate", "inspect", "methods",
-    "recover", "register_architecture", "undo_folder",
+    "optimizers", "recover", "register_architecture", "undo_folder",
 ]  # fmt: skip

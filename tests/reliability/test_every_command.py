@@ -206,10 +206,12 @@ def test_edits(entry, complete, command, tmp_path):
 
 # A command: its arguments, what it needs beside `VALUES`, and flags that do not go with the others.
 COMMANDS = {
+    "adapt": (["model"], {"method": "lora", "forgets": "text.txt"}, []),
     "check-architecture": (["architecture.json"], {}, []),
     "claims": (["fwsvd/below-svd"], {}, []),
     "compare": (
-        ["model"], {"methods": "svd,svd-llm", "keep": "0.8,0.6", "sequence_length": "12", "facts": "said.json"},
+        ["model"], {"methods": "svd,svd-llm", "keep": "0.8,0.6", "sequence_length": "12", "facts": "said.json",
+                   "also": "text.txt"},
         ["stream", "dry_run"],
     ),
     "compress": (["model"], {"method": "svd-llm"}, ["stream"]),

@@ -1,6 +1,9 @@
-"""Adapting a trained model: what is trained of it, as tuners of PEFT, one file or folder each in `catalog`."""
+"""Adapting a trained model: what is trained of it, as tuners of PEFT, one file or folder each in `catalog`.
 
-from . import catalog
+The catalog, and PEFT with it, is imported when an adapter is asked for.
+"""
+
 from .registry import Adapter, adapter, adapter_named, adapters
+from .settings import Settings
 
-__all__ = ["Adapter", "adapter", "adapter_named", "adapters", "catalog"]
+__all__ = ["Adapter", "Settings", "adapter", "adapter_named", "adapters"]

@@ -7,6 +7,7 @@ rank, a block); it is a parameter with a default like the others, and a contest 
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,8 @@ class Adapter:
     size: the name of the parameter that decides how many numbers are trained. numbers: `numbers(d_out, d_in, size)`,
     how many those are in a matrix of that shape, or None if that size does not fit it. largest: `largest(d_out, d_in)`,
     above which a larger size changes nothing or is refused.
-    merges: whether its result can be written into the weights.
+    rate: the largest learning rate, where the user names none.
+    merges: whether its result can be written into the weights. rewrites: it changes the frozen weights at its start.
     """
 
     name: str
@@ -34,7 +36,9 @@ class Adapter:
     size: str
     numbers: Callable[[int, int, int], int | None]
     largest: Callable[[int, int], int] = min
+    rate: float = 3e-4
     merges: bool = True
+    rewrites: bool = False
 
     @property
     def family(self) -> str:
@@ -55,8 +59,24 @@ class Adapter:
         return settings_of(self.function, self.name, given)
 
     def config(self, paths: list[str], settings: Mapping[str, Any]) -> Any:
-        """The PEFT config for these layers."""
+        """The PEFT config for these layers; None if every number of the model is trained as it is."""
         return self.function(paths, **self.settings(settings))
+
+    def check(self, targets: Mapping[str, Shape], settings: Mapping[str, Any]) -> None:
+        """TransectError, naming the layer, where the size does not fit. targets: (d_out, d_in) by path."""
+        size = self.settings(settings).get(self.size)
+        for path, shape in targets.items():
+            if size is not None and size > self.largest(*shape):
+                raise TransectError(
+                    f"{self.name}: {self.size}={size} is above {self.largest(*shape)}, the largest for {path} "
+                    f"({shape[0]} x {shape[1]})"
+                )
+            if size is not None and self.numbers(*shape, size) is None:
+                fit = [n for n in range(1, self.largest(*shape) + 1) if self.numbers(*shape, n) is not None]
+                raise TransectError(
+                    f"{self.name}: {self.size}={size} does not fit {path} ({shape[0]} x {shape[1]}); there "
+                    f"{', '.join(map(str, fit))} would"
+                )
 
     def trained(self, shapes: Iterable[Shape], size: int) -> int | None:
         """How many numbers are trained in matrices of these shapes; None if the size does not fit one of them."""
@@ -90,8 +110,19 @@ def adapter(
     return register
 
 
+def _load() -> None:
+    """Import the catalog, and PEFT with it."""
+    try:
+        importlib.import_module(".catalog", __package__)
+    except ModuleNotFoundError as missing:
+        if missing.name != "peft":
+            raise
+        raise TransectError("adapters need the package peft: pip install 'transect[recover]'") from None
+
+
 def adapter_named(name: str) -> Adapter:
     """The adapter of that name, or an error that lists the known ones."""
+    _load()
     if name not in _adapters:
         raise TransectError(f"unknown adapter {name!r}; known: {', '.join(sorted(_adapters))}")
     return _adapters[name]
@@ -99,4 +130,5 @@ def adapter_named(name: str) -> Adapter:
 
 def adapters() -> list[Adapter]:
     """All registered adapters, by name."""
+    _load()
     return [_adapters[name] for name in sorted(_adapters)]

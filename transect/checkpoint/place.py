@@ -17,18 +17,19 @@ from .modeling_file import MODULE
 _MODEL_FILES = re.compile(
     rf"(config|generation_config)\.json|(model|pytorch_model)[^/]*\.(safetensors|bin)(\.index\.json)?|{MODULE}\.py"
     r"|edit\.(json|md)|undo\.safetensors"  # of an edit of that model, see `transect.editing`
+    r"|adapter_(config\.json|model\.(safetensors|bin))|adaptation\.json"  # of an adapter, see `transect.adaptation`
 )
 LAST = "config.json"  # without it nobody takes a folder for a model's
 
 
 @contextmanager
-def placed(target: Path) -> Iterator[Path]:
+def placed(target: Path, last: str = LAST) -> Iterator[Path]:
     """An empty folder to write a checkpoint into; at the end of the `with` it becomes `target`, or its files join it.
 
     A checkpoint that is there is exchanged for the new one, in one step where the system can (see `store.exchange`);
     what is not of an earlier model stays. The current directory, or a mount, stays the folder that it is.
     On any exception, Ctrl-C included, `target` is left as it was and nothing else remains. What a run that was killed
-    has left there is finished, or removed, first.
+    has left there is finished, or removed, first. last: the file without which it is no checkpoint.
 
     Raises TransectError if the disk is full, the place cannot be written, or another run is writing there.
     """
@@ -36,12 +37,12 @@ def placed(target: Path) -> Iterator[Path]:
         there, partial = target.is_dir(), None
         try:
             if there:
-                finish_exchange(target, LAST)
+                finish_exchange(target, last)
             sweep(target)
             partial = _beside(target)
             yield partial
-            is_model = there and (target / LAST).exists()
-            place_folder(partial, target, lambda name: is_model and _MODEL_FILES.fullmatch(name) is not None, LAST)
+            is_ours = there and ((target / LAST).exists() or (target / last).exists())
+            place_folder(partial, target, lambda name: is_ours and _MODEL_FILES.fullmatch(name) is not None, last)
         except (OSError, SafetensorError) as error:
             was = "; what was there before is untouched" if there else ""
             raise TransectError(f"the checkpoint could not be written to {target}: {error}{was}") from error

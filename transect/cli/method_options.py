@@ -72,6 +72,16 @@ class EditCommand(MethodCommand):
         return (("Edits and their parameters", edits()),)
 
 
+class AdapterCommand(MethodCommand):
+    """The same for adapters and optimizers."""
+
+    def sections(self) -> Sequence[tuple[str, Sequence[Any]]]:
+        from ..adaptation import adapters
+        from ..training import optimizers
+
+        return ("Adapters and their parameters", adapters()), ("Optimizers", optimizers())
+
+
 def method_settings(options: list[tuple[str, str]], method: str | None) -> dict[str, dict[str, Any]]:
     """`--svd-llm.shrinkage 1e-4` (or `--shrinkage 1e-4` where there is one method) by method, as strings."""
     found: dict[str, dict[str, Any]] = {}

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,6 +25,7 @@ from ..training import (
     State,
     distance_from,
     held_out_loss,
+    on_device,
     own_loss,
     train,
 )
@@ -85,7 +84,7 @@ def recover_anatomy(
         [Batches([batch]).tokens for batch in training],
     )  # fmt: skip
     models = [one for one in (model, teacher) if one is not None]
-    with _on_device(machine, models), at_rest(*models, frozen=True):
+    with on_device(machine, models), at_rest(*models, frozen=True):
         before = held_out_loss(model, job.held_out, machine)
         if not math.isfinite(before):
             raise TransectError(f"the model's loss on the held-out data is {before} before any repair; mend that first")
@@ -131,16 +130,3 @@ def _train_whole(anatomy: Anatomy, teacher: Any, changed: Parameters, job: Job) 
     with trainable(blocks, changed, job.settings) as parameters:
         problem = Problem(job.settings.how, parameters, job.training, loss, measure, set_mode, job.tokens)
         return train(problem, job.run, {})
-
-
-@contextmanager
-def _on_device(machine: Machine, models: Sequence[Any]) -> Iterator[None]:
-    """Inside the `with` the models are on the machine's device."""
-    moved = [(model, model.device) for model in models if model.device != machine.device]
-    try:
-        for model, _ in moved:
-            model.to(machine.device)
-        yield
-    finally:
-        for model, device in moved:
-            model.to(device)

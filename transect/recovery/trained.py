@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..adaptation.targets import linear_layers
 from ..anatomy import Anatomy
 from ..errors import TransectError
 from ..operators import Operator
@@ -30,7 +31,7 @@ def changed_parameters(anatomy: Anatomy, settings: Settings) -> Parameters:
     blocks = anatomy.block_list
     named = {name: p for name, p in blocks.named_parameters() if p.is_floating_point() and p.numel()}
     if settings.train == "lora":
-        linear = set(_linear_layers(blocks))
+        linear = set(linear_layers(blocks))
         direct = _held_directly(blocks)
         named = {k: p for k, p in named.items() if k.removesuffix(".weight") in linear or id(p) in direct}
     if settings.how == "blocks":
@@ -39,16 +40,6 @@ def changed_parameters(anatomy: Anatomy, settings: Settings) -> Parameters:
     if not named:
         raise TransectError(f"the model's blocks hold nothing that train={settings.train!r} can change")
     return named
-
-
-def _linear_layers(blocks: nn.Module) -> list[str]:
-    """Paths of the linear layers whose weight no other module shares."""
-    uses = Counter(id(parameter) for _, parameter in blocks.named_parameters(remove_duplicate=False))
-    return [
-        path
-        for path, module in blocks.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and module.weight.numel() and uses[id(module.weight)] == 1
-    ]
 
 
 def _held_directly(blocks: nn.Module) -> set[int]:
@@ -78,7 +69,7 @@ def trainable(host: nn.Module, changed: Parameters, settings: Settings) -> Itera
     if settings.train == "full":
         yield _requiring(changed)
         return
-    linear = {path for path in _linear_layers(host) if f"{path}.weight" in changed}
+    linear = {path for path in linear_layers(host) if f"{path}.weight" in changed}
     direct = {name: p for name, p in changed.items() if name.removesuffix(".weight") not in linear}
     adapters = add_adapters(host, sorted(linear), settings) if linear else {}
     try:

@@ -4,7 +4,7 @@ Everything is written beside its place as it goes, so that an interrupted traini
 """
 
 from .loop import Check, Course, OnCheck, Parameters, Problem, Run, train
-from .machine import Machine
+from .machine import Machine, on_device
 from .objectives import distance_from, held_out_loss, own_loss
 from .optimizers import optimizer, optimizer_named, optimizers
 from .schedule import Schedule
@@ -13,5 +13,5 @@ from .stepper import Stepper
 
 __all__ = [
     "Check", "Course", "Machine", "OnCheck", "Parameters", "Problem", "Run", "Schedule", "State", "Stepper",
-    "distance_from", "held_out_loss", "optimizer", "optimizer_named", "optimizers", "own_loss", "train",
+    "distance_from", "held_out_loss", "on_device", "optimizer", "optimizer_named", "optimizers", "own_loss", "train",
 ]  # fmt: skip

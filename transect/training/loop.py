@@ -20,6 +20,7 @@ from .state import State
 from .stepper import Stepper
 
 Parameters = dict[str, nn.Parameter]
+_HELD, _BEST = "held|", "best|"
 
 
 @dataclass
@@ -81,6 +82,8 @@ class Problem:
     penalty: what is added to the mean loss of a batch, after `loss` has run on it; a scalar, or None for nothing.
     after_step: called with the number of steps done and the optimizer, such as for what chooses anew what is trained.
     rates: factors of the learning rate, by the parameter's name; 1 where there is none.
+    held: further tensors that go with the parameters as they are now, such as which entries of a matrix they stand for.
+    put_back: takes what `held` once gave.
     """
 
     name: str
@@ -93,6 +96,21 @@ class Problem:
     penalty: Callable[[Any], Tensor | None] | None = None
     after_step: Callable[[int, torch.optim.Optimizer], None] | None = None
     rates: Mapping[str, float] = field(default_factory=dict)
+    held: Callable[[], Mapping[str, Tensor]] = dict
+    put_back: Callable[[Mapping[str, Tensor]], None] = lambda tensors: None
+
+    def now(self) -> dict[str, Tensor]:
+        """A copy of everything that the training changes."""
+        tensors = {**self.parameters, **{f"{_HELD}{name}": tensor for name, tensor in self.held().items()}}
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+
+    @torch.no_grad()
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Make everything again as `now` once copied it."""
+        self.put_back({k.removeprefix(_HELD): tensor for k, tensor in tensors.items() if k.startswith(_HELD)})
+        for name, parameter in self.parameters.items():
+            parameter.copy_(tensors[name])
+            parameter.grad = None
 
 
 def train(problem: Problem, run: Run, note: Mapping[str, Any]) -> Course:
@@ -112,14 +130,15 @@ def train(problem: Problem, run: Run, note: Mapping[str, Any]) -> Course:
     saved = run.state.read("state")
     if saved is not None and saved[1]["note"] == note:
         tensors, course = saved[0], Course(**saved[1]["course"])
+        best = _with(_BEST, tensors)
+        problem.put_back(_with(_HELD, tensors))
         stepper.load(tensors)
-        best = {name: tensors[f"best|{name}"] for name in problem.parameters}
     else:
         if problem.measure is not None:
             course.before = course.best = problem.measure()
             if not math.isfinite(course.before):
                 raise TransectError(f"{problem.name}: the held-out loss is {course.before} before any training")
-        best = _copied(problem.parameters)
+        best = problem.now()
     started = time.perf_counter() - course.seconds
     remaining = range(course.steps, total)
     try:
@@ -148,22 +167,20 @@ def train(problem: Problem, run: Run, note: Mapping[str, Any]) -> Course:
                 )
             course.checks.append([course.steps, since[0] / since[1], held_out])
             if problem.measure is None or held_out < course.best:
-                course.best, course.best_step, best = held_out, course.steps, _copied(problem.parameters)
+                course.best, course.best_step, best = held_out, course.steps, problem.now()
             course.seconds, course.optimizer_bytes = time.perf_counter() - started, stepper.state_bytes
-            tensors = stepper.state() | {f"best|{name}": tensor for name, tensor in best.items()}
+            tensors = stepper.state() | {f"{_BEST}{name}": tensor for name, tensor in best.items()}
+            tensors |= {f"{_HELD}{name}": tensor for name, tensor in problem.held().items()}
             run.state.write("state", tensors, {"note": note, "course": asdict(course)})
             run.on_check(Check(problem.name, course.steps, total, since[0] / since[1], held_out))
             since = [0.0, 0]
     finally:
-        with torch.no_grad():
-            for name, parameter in problem.parameters.items():
-                parameter.copy_(best[name])
-                parameter.grad = None
+        problem.restore(best)
     return course
 
 
-def _copied(parameters: Parameters) -> dict[str, Tensor]:
-    return {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()}
+def _with(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _batches_of(step: int, per_epoch: int, count: int, schedule: Schedule) -> list[int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -62,3 +64,16 @@ class Machine:
     def wait(self) -> None:
         """Until every process has come here."""
         self.accelerator.wait_for_everyone()
+
+
+@contextmanager
+def on_device(machine: Machine, models: Sequence[Any]) -> Iterator[None]:
+    """Inside the `with` the models are on the machine's device."""
+    moved = [(model, model.device) for model in models if model.device != machine.device]
+    try:
+        for model, _ in moved:
+            model.to(machine.device)
+        yield
+    finally:
+        for model, device in moved:
+            model.to(device)

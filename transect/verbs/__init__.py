@@ -1,5 +1,6 @@
 """The verbs that a user calls, each a few lines over the rooms."""
 
+from .adapt import Adapted, adapt
 from .claims import check_claims
 from .compare import compare
 from .compress import compress
@@ -8,4 +9,4 @@ from .evaluate import evaluate
 from .inspect import inspect
 from .recover import recover
 
-__all__ = ["check_claims", "compare", "compress", "edit", "evaluate", "inspect", "recover"]
+__all__ = ["Adapted", "adapt", "check_claims", "compare", "compress", "edit", "evaluate", "inspect", "recover"]

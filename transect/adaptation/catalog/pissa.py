@@ -8,7 +8,7 @@ from ..registry import adapter
 from .lora import Rank, Share, of_pair
 
 
-@adapter("pissa", paper="arXiv:2404.02948", size="rank", numbers=of_pair)
+@adapter("pissa", paper="arXiv:2404.02948", size="rank", numbers=of_pair, rewrites=True)
 def pissa(paths: list[str], *, rank: Rank = 8, dropout: Share = 0.0) -> Any:
     """LoRA whose factors start as the leading singular components of W, with the rest of W frozen (alpha is the rank).
 

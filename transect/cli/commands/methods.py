@@ -23,6 +23,8 @@ PURPOSES = {
     "sharing": "Share out the bytes that are kept, before the method runs (--allocation)",
     "ranking": "Choose the ranks of low-rank methods by the loss that they cost (--allocation)",
     "probe": "Look inside (inspect)",
+    "adapter": "Fine-tune it: what is trained (adapt --method)",
+    "optimizer": "Fine-tune it: how steps are taken (adapt --optimizer)",
     "edit": "Change what it knows or does (edit)",
 }
 
@@ -47,13 +49,15 @@ def _print_by_purpose(entries: Sequence[Any]) -> None:
 @click.argument("name", required=False)
 @shared_options("json")
 def methods(name: str | None, as_json: bool) -> None:
-    """List the methods, allocations, probes and edits, or the parameters of one."""
+    """List the methods, allocations, probes, edits, adapters and optimizers, or the parameters of one."""
+    from ...adaptation import adapters
     from ...compression import allocations, method
     from ...compression import methods as all_methods
     from ...editing import edits
     from ...probes import probes
+    from ...training import optimizers
 
-    entries = [*all_methods(), *allocations(), *probes(), *edits()]
+    entries = [*all_methods(), *allocations(), *probes(), *edits(), *adapters(), *optimizers()]
     if name is not None:  # `method` says which names there are
         entries = [entry for entry in entries if entry.name == name] or [method(name)]
     if as_json:

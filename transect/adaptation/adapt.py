@@ -1,0 +1,115 @@
+"""One model, one adaptation: attach, train on new text, and see what was learned and what was forgotten."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ..anatomy import Anatomy
+from ..compression.fingerprint import computation_fingerprint
+from ..data import Batches
+from ..data.split import share, split
+from ..errors import TransectError
+from ..evaluation import evaluate_loss, standard_error
+from ..forward import Batch, at_rest
+from ..statistics import Progress
+from ..training import Machine, OnCheck, Problem, Run, State, held_out_loss, on_device, own_loss, train
+from ..version import __version__
+from .attached import Attached
+from .settings import Settings
+from .targets import targets_of
+
+
+def adapt_anatomy(
+    anatomy: Anatomy,
+    settings: Settings,
+    data: Batches,
+    texts: Mapping[str, Batches] | None = None,
+    *,
+    machine: Machine | None = None,
+    state: State | None = None,
+    progress: Progress | None = None,
+    on_check: OnCheck = lambda check: None,
+) -> tuple[Attached, dict[str, Any]]:
+    """Train the model on the data, in place; the model with its adapter, and what came of it.
+
+    data: of which the last sequences only choose the best state. texts: on which the model is measured before and
+    after, by name. state: where unfinished work is kept; the same call goes on from there.
+
+    The outcome has `loss_before` and `loss_after` (on the held-out sequences, in nats), `kept` (which state that is),
+    `texts` (for each: before, after, and the standard error of the difference over its sequences), `trained` (numbers),
+    `optimizer_bytes`, `steps`, `tokens`, `seconds`, and `checks` (step, training loss, held-out loss).
+    Raises TransectError: before any change if something cannot be done; and if the loss stops being finite, in which
+    case the best numbers so far are in the state and the model is as it was.
+    """
+    settings = settings.resolved()
+    model = anatomy.model
+    if model.dtype == torch.float16:
+        raise TransectError("small gradients vanish in float16: open the model in bfloat16 or float32 (dtype, --dtype)")
+    anatomy.check_finite()
+    targets = targets_of(anatomy, settings.roles)
+    settings.adapter.check(targets, settings.options)
+    training, held_out = split(data, settings.held_out, settings.batch_size, settings.seed)
+    machine, state = machine or Machine(), state or State(None)
+    plan = {
+        "transect": __version__, "adapt": settings.to_dict(), "data": data.fingerprint,
+        "model": computation_fingerprint(model), "machine": machine.to_dict(),
+    }  # fmt: skip
+    state.begin(json.dumps(plan, sort_keys=True, default=str))
+    machine.wait()
+    with on_device(machine, [model]), at_rest(model, frozen=True):
+        before = {name: evaluate_loss(model, batches).examples for name, batches in (texts or {}).items()}
+        config = settings.adapter.config(list(targets), settings.options)
+        attached = Attached(model, config, settings.seed, targets if settings.adapter.rewrites else ())
+        try:
+            judging = share(held_out, machine.index, machine.count)
+            problem = _problem(attached, settings, share(training, machine.index, machine.count), judging, machine)
+            problem.tokens = [Batches([batch]).tokens for batch in training]
+            course = train(problem, Run(settings.schedule, machine, state, progress, on_check), {})
+        except BaseException:
+            attached.detach()
+            raise
+        after = {name: evaluate_loss(model, batches).examples for name, batches in (texts or {}).items()}
+    attached.freeze_the_rest()
+    outcome = {
+        "method": settings.method, "loss_before": course.before, "loss_after": course.best,
+        "kept": f"step {course.best_step}" if course.best_step else "start",
+        "texts": {name: _change(before[name], after[name]) for name in after},
+        "trained": course.numbers, "optimizer_bytes": course.optimizer_bytes, "steps": course.steps,
+        "tokens": course.tokens, "seconds": round(course.seconds, 3), "checks": course.checks,
+    }  # fmt: skip
+    return attached, outcome
+
+
+def _problem(
+    attached: Attached,
+    settings: Settings,
+    training: Sequence[Batch | None],
+    held_out: Sequence[Batch | None],
+    machine: Machine,
+) -> Problem:
+    model = attached.base
+    return Problem(
+        settings.method,
+        attached.parameters,
+        training,
+        loss=lambda batch: own_loss(model, batch),
+        measure=lambda: held_out_loss(model, held_out, machine),
+        set_mode=model.train,
+        penalty=lambda batch: attached.penalty(),
+        after_step=attached.after_step,
+        held=attached.held,
+        put_back=attached.put_back,
+    )
+
+
+def _change(before: Any, after: Any) -> dict[str, float | None]:
+    """Loss before and after, and the standard error of the difference, sequence by sequence."""
+    losses = [sum(nats for nats, _ in examples) / sum(count for _, count in examples) for examples in (before, after)]
+    if not math.isfinite(losses[1]):
+        raise TransectError("the adapted model's loss is not finite")
+    return {"before": losses[0], "after": losses[1], "error": standard_error(after, before)}

@@ -1,0 +1,78 @@
+"""What an adaptation does, as one value: validated before any work, and written beside its result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Annotated, Any
+
+from ..arguments import Range, checked_fields
+from ..errors import TransectError
+from ..parameters import Seed
+from ..training import Schedule, optimizer_named
+from .registry import Adapter, adapter_named
+
+Count = Annotated[int, Range(1, 2**31 - 1)]
+Positive = Annotated[float, Range(0, above=True)]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """An adaptation.
+
+    method: a registered adapter. options: its settings. roles: matrices that are adapted; default every linear layer.
+    optimizer, optimizer_options: a registered optimizer and its settings.
+    lr: the largest learning rate. Default: the adapter's.
+    epochs: passes over the training sequences. steps: no more optimizer steps than this.
+    batch_size: sequences in a batch. accumulate: batches in a step.
+    held_out: share of the sequences, the last ones of the data, that is not trained on but chooses the best state.
+    every: measure the held-out loss, and write the state, every so many steps. Default: a tenth of all steps.
+    """
+
+    method: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    roles: tuple[str, ...] | None = None
+    optimizer: str = "adamw"
+    optimizer_options: Mapping[str, Any] = field(default_factory=dict)
+    lr: Positive | None = None
+    epochs: Count = 1
+    steps: Count | None = None
+    batch_size: Count = 8
+    accumulate: Count = 1
+    held_out: Annotated[float, Range(0, 1, above=True, below=True)] = 0.1
+    every: Count | None = None
+    seed: Seed = 0
+
+    @property
+    def adapter(self) -> Adapter:
+        """What is trained."""
+        return adapter_named(self.method)
+
+    def resolved(self) -> Settings:
+        """The same with defaults filled in; TransectError for a value that means nothing."""
+        chosen = checked_fields(self, "adapt")
+        adapter, optimizer = adapter_named(chosen.method), optimizer_named(chosen.optimizer)
+        return replace(
+            chosen,
+            options=adapter.settings(chosen.options),
+            optimizer_options=optimizer.settings(chosen.optimizer_options),
+            lr=adapter.rate if chosen.lr is None else chosen.lr,
+        )
+
+    def check_merges(self) -> None:
+        """TransectError for an adapter that depends on what it reads, and so is no change of the weights."""
+        if not self.adapter.merges:
+            raise TransectError(f"{self.method} cannot be written into the weights: keep the adapter, without merge")
+
+    @property
+    def schedule(self) -> Schedule:
+        """Of the training, once it is resolved: a short rise, then half a cosine down to 0."""
+        assert self.lr is not None
+        return Schedule(
+            lr=self.lr, epochs=self.epochs, steps=self.steps, accumulate=self.accumulate, every=self.every,
+            optimizer=self.optimizer, options=self.optimizer_options, seed=self.seed,
+        )  # fmt: skip
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self)
