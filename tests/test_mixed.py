@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import transect
 from transect.anatomy import Anatomy
@@ -12,6 +12,7 @@ from transect.compression import method
 from transect.compression.catalog.mixed.integers import (
     GROUP,
     best_grid,
+    correction_leaves,
     integer_low_rank_options,
     integer_options,
 )
@@ -34,6 +35,7 @@ from transect.compression.integers import Grid
 from transect.compression.weighted_svd import shrink
 from transect.errors import OutOfReach
 from transect.operators import LowRank
+from transect.operators.corrected import Corrected
 from transect.operators.dictionary import SparseDictionary
 from transect.operators.grouped_integer import GroupedInteger
 from transect.operators.quantized import Quantized
@@ -102,12 +104,14 @@ def test_the_price_of_integers_is_about_that_of_what_they_put_in_place(name):
         one = lambda matrix, metric=metric: metric  # noqa: E731
         whole = list(integer_options(metric.matrix, one))
         options = [*whole, *integer_low_rank_options(metric.matrix, factorized(metric), (0.3, 0.6), one, one)]
-        assert len(whole) == 4 and len(options) == 4 + 6
+        whole = [option for option in whole if option.structure == "integer"]
+        assert len(whole) == 4 and [option.structure for option in options].count("integer low-rank") == 6
+        kinds = {"integer": GroupedInteger, "corrected": Corrected, "integer low-rank": Quantized}
         for option in options:
             copy = working_copy(Anatomy(model))
             option.put(copy.blocks[0])
             placed = copy.blocks[0].matrix(metric.matrix.role)
-            assert isinstance(placed.module, GroupedInteger if option in whole else Quantized)
+            assert isinstance(placed.module, kinds[option.structure])
             found.append((option.loss, metric.price(weight - placed.weight.double())))
             tensors = [*placed.module.parameters(), *placed.module.buffers()]
             bias = 0 if placed.bias is None else placed.bias.numel() * 4
@@ -116,6 +120,33 @@ def test_the_price_of_integers_is_about_that_of_what_they_put_in_place(name):
         assert losses == sorted(losses, reverse=True)  # 2, 3, 4, 8 bits
     ratios = torch.tensor([expected / price for expected, price in found])
     assert 0.9 < ratios.median() < 1.1 and ((ratios > 0.5) & (ratios < 2)).double().mean() > 0.9
+
+
+def test_corrections_cost_what_is_expected_and_are_offered_below_the_next_number_of_bits():
+    generator = torch.Generator().manual_seed(3)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, hidden_size=96, intermediate_size=192,
+                                         num_hidden_layers=1, num_attention_heads=4)).bfloat16()  # fmt: skip
+    matrix = Anatomy(model).blocks[0].matrix("down")  # 96 x 192
+    sides = []
+    for size in (96, 192):
+        seen = torch.randn(400, size, generator=generator, dtype=torch.float64)
+        sides.append((seen * torch.linspace(0.1, 3, size)).T @ (seen * torch.linspace(0.1, 3, size)) / 400)
+    metric = Metric(matrix, sides[1], sides[0], torch.zeros(192, dtype=torch.float64))
+    found = list(integer_options(matrix, lambda matrix: metric))
+    assert [option.structure for option in found] == [
+        "integer", *["corrected"] * 2, "integer", *["corrected"] * 2, "integer", *["corrected"] * 4, "integer"
+    ]  # fmt: skip
+    assert [option.bytes for option in found] == sorted(option.bytes for option in found)
+    weight = matrix.weight.double().clone()
+    for option in found:
+        copy = working_copy(Anatomy(model))
+        option.put(copy.blocks[0])
+        price = metric.price(weight - copy.blocks[0].matrix("down").weight.double())
+        assert 0.8 < option.loss / price < 1.25, option
+    plain, corrected = found[6], found[7:11]
+    losses = [plain.loss, *(option.loss for option in corrected)]
+    assert losses == sorted(losses, reverse=True) and losses[-1] < 0.6 * losses[0]
+    assert correction_leaves(torch.zeros(2), torch.ones(2, 3), torch.ones(3), [1]) == [1.0]
 
 
 def test_a_grid_that_reaches_less_far_is_taken_where_it_loses_less():

@@ -11,17 +11,19 @@ from torch.nn.functional import pad
 
 from ....anatomy import Block, Matrix
 from ....operators import LowRank
+from ....operators.corrected import Corrected
 from ....operators.grouped_integer import BITS, GroupedInteger, grouped_integer_bytes
 from ....operators.quantized import Quantized
 from ...frame import put
 from ...integers import Grid, grouped
 from ...two_sided import pivots, round_two_sided
-from ...weighted_svd import Factorization
+from ...weighted_svd import Factorization, weighted_svd
 from .options import Metric, MetricOf, Option, factorized, named
 
 _Factors = tuple[LowRank, dict[str, GroupedInteger]]
 GROUP = 64
 _FACTOR_BITS = (3, 4, 8)
+_RANKS = (2, 4, 8, 16, 32, 64)  # of corrections
 _NARROWER = tuple(1 - i / 20 for i in range(11))  # of the grid that reaches every weight
 
 
@@ -31,12 +33,18 @@ def integer_options(matrix: Matrix, rounding: MetricOf) -> Iterator[Option]:
     The price is what is expected: D_i E_j times the mean squared error of rounding to the nearest, over the group. That
     is exact where what is added to an entry is spread evenly over a step.
     rounding: gives the matrix's metric, now and again when the option is taken.
+
+    After each come the same integers with a low-rank correction of what rounding lost, see `correction`, at ranks that
+    cost less than the next number of bits.
     """
     metric, weight = rounding(matrix), matrix.weight.float()
     rows, columns = (pivots(each).float() for each in (metric.gradients, metric.inputs))
-    for bits in BITS:
+    a_rank = sum(matrix.shape) * metric.itemsize
+    sizes = {bits: grouped_integer_bytes(*matrix.shape, bits, GROUP, False, metric.itemsize) for bits in BITS}
+    for bits, larger in zip(BITS, (*BITS[1:], None), strict=True):
         grid = best_grid(weight, metric.inputs.diagonal(), bits)
-        loss = float(rows @ _squared_errors(weight, grid) @ columns)
+        errors = _squared_errors(weight, grid)
+        loss = float(rows @ errors @ columns)
 
         @cache
         def made(bits: int = bits) -> GroupedInteger:
@@ -46,8 +54,47 @@ def integer_options(matrix: Matrix, rounding: MetricOf) -> Iterator[Option]:
         def put_integers(block: Block, made: Callable[[], GroupedInteger] = made) -> None:
             put(named(block, matrix.name), made().select(None, None))  # a copy: it may be put in several models
 
-        size = grouped_integer_bytes(*matrix.shape, bits, GROUP, False, metric.itemsize)
+        size = sizes[bits]
         yield Option("integer", (matrix.name,), size, loss, put_integers, size / metric.dense_bytes)
+        ranks = [] if larger is None else [rank for rank in _RANKS if size + rank * a_rank < sizes[larger]]
+        for rank, left in zip(ranks, correction_leaves(rows, errors, columns, ranks), strict=True):
+
+            @cache
+            def corrected(made: Callable[[], GroupedInteger] = made, rank: int = rank) -> Corrected:
+                return correction(rounding(matrix), made(), rank)
+
+            def put_corrected(block: Block, corrected: Callable[[], Corrected] = corrected) -> None:
+                put(named(block, matrix.name), corrected().select(None, None))
+
+            whole = size + rank * a_rank
+            yield Option(
+                "corrected", (matrix.name,), whole, loss * left, put_corrected, whole / metric.dense_bytes
+            )  # fmt: skip
+
+
+def correction(metric: Metric, integers: GroupedInteger, rank: int) -> Corrected:
+    """The integers with the low-rank correction under which the price is least (LQER and EoRA, by both sides)."""
+    lost = metric.matrix.weight.double() - integers.to_dense().detach().double()
+    left, right = weighted_svd(lost, metric.gradients, metric.inputs).truncate(rank)
+    return Corrected(integers, LowRank.from_factors(left.float(), right.float()))
+
+
+def correction_leaves(rows: Tensor, errors: Tensor, columns: Tensor, ranks: Sequence[int]) -> list[float]:
+    """The shares of the price that are expected to be left after corrections of these ranks.
+
+    rows, columns: D (d_out) and E (d_in), the pivots of both sides. errors: mean squared errors (d_out x d_in).
+    In the axes of `round_two_sided` what rounding leaves is as good as independent, with the price D_i E_j a square; a
+    correction takes the leading singular components of that, and the shares are those of one such matrix, drawn.
+    """
+    if not ranks:
+        return []
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.rand(errors.shape, generator=generator).to(errors.device).mul_(2).sub_(1)
+    drawn *= (rows[:, None] * errors * columns).sqrt()
+    gram = drawn @ drawn.T if len(rows) <= len(columns) else drawn.T @ drawn
+    energy = torch.linalg.eigvalsh(gram).flip(0).clamp_min(0)
+    total = energy.sum()
+    return [float(energy[rank:].sum() / total) if total > 0 else 1.0 for rank in ranks]
 
 
 def integer_low_rank_options(

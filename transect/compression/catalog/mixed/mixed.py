@@ -50,9 +50,10 @@ _ROUNDING = (0.01, 0.1)  # shrinkages of A (as GPTQ damps it) and of Γ for inte
 _PRICING_ROUNDS = 4  # of dictionary learning: all later ones lower the price by a tenth or two
 _HOPELESS = 0.1  # no dictionary loses so much less than low rank of its size
 _WORSE = 4.0  # prices are truer than that
-_INTEGERS = ("integer", "integer low-rank")
+_INTEGERS = ("integer", "corrected", "integer low-rank")
 _CANDIDATES = (
-    (*_INTEGERS, "low-rank", "dictionary", "narrow"), (*_INTEGERS, "low-rank"), _INTEGERS, ("integer",),
+    (*_INTEGERS, "low-rank", "dictionary", "narrow"), (*_INTEGERS, "low-rank"), _INTEGERS, ("integer", "corrected"),
+    ("integer",),
     ("low-rank", "dictionary", "narrow"), ("low-rank",),
 )  # fmt: skip
 
@@ -155,8 +156,9 @@ def mixed(
 ) -> None:
     """Choose a structure and a size for every matrix by the loss increase that its bytes are predicted to save.
 
-    Each matrix may stay dense, become integers of 2, 3, 4 or 8 bits in groups of 64, low-rank (KFAC-SVD) with factors
-    of floating-point numbers or of integers, or a sparse dictionary (CoSpaDi). Instead, each MLP, each pair of queries
+    Each matrix may stay dense, become integers of 2, 3, 4 or 8 bits in groups of 64, with or without a low-rank
+    correction (LQER, EoRA), low-rank (KFAC-SVD) with factors of floating-point numbers or of integers, or a sparse
+    dictionary (CoSpaDi). Instead, each MLP, each pair of queries
     and keys, and each pair of values and outputs may become narrower (MoDeGPT). Every option is priced by the two-sided
     K-FAC metric tr(Γ ΔW A ΔWᵀ), and one integer program over the whole model picks the cheapest choice within the
     budget. With `all`, it is solved for all structures and for several choices of them; the assembled models, but for

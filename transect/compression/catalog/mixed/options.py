@@ -45,7 +45,7 @@ RATIO = 2.0  # atoms over non-zeros, CoSpaDi's default
 class Option:
     """One way to store the matrices that it covers.
 
-    structure: `dense`, `low-rank`, `dictionary`, `narrow`, `integer` or `integer low-rank`.
+    structure: `dense`, `low-rank`, `dictionary`, `narrow`, `integer`, `corrected` or `integer low-rank`.
     covers: the names of its matrices.
     loss: its price, above. put: changes a block, of the model itself or of a copy, accordingly.
     share: of the dense bytes that it was made for; `bytes` may be a little less.
