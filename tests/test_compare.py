@@ -9,10 +9,11 @@ from click.testing import CliRunner
 import transect
 from transect.checkpoint import open_model
 from transect.cli import main_group
-from transect.comparison import engines, worker
+from transect.comparison import worker
 from transect.data import Fact
 from transect.errors import TransectError
 from transect.evaluation import Speed
+from transect.pool import on_ray
 
 from .facts import WORDS, ranking
 from .models import VOCABULARY, inputs, logits, tiny
@@ -117,18 +118,19 @@ def test_processes_and_ray_give_the_same_table(tmp_path, monkeypatch):
     assert expected["facts"].between(0.01, 1).all() and expected["facts"].nunique() > 1
     pd.testing.assert_frame_equal(compare(tmp_path / "two", str(folder), workers=2, **rows)[same], expected[same])
     pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # of a cluster that starts here; beside other tests it would starve
 
-    class DiesOnce(engines._RayWorker):
+    class DiesOnce(on_ray._RayWorker):
         def compute(self, rows):
             if rows[0].allocation == "ilp" and not (self.worker.folder / "died").exists():
                 (self.worker.folder / "died").touch()
                 os._exit(1)
             super().compute(rows)
 
-    monkeypatch.setattr(engines, "_RayWorker", DiesOnce)
-    on_ray = compare(tmp_path / "ray", workers=2, engine="ray", **rows)  # the model comes from memory
+    monkeypatch.setattr(on_ray, "_RayWorker", DiesOnce)
+    spread = compare(tmp_path / "ray", workers=2, engine="ray", **rows)  # the model comes from memory
     assert (tmp_path / "ray" / "died").exists()  # and the row was tried again, by another actor
-    pd.testing.assert_frame_equal(on_ray[same], expected[same])
+    pd.testing.assert_frame_equal(spread[same], expected[same])
 
 
 def test_everything_is_checked_before_any_work(tmp_path, monkeypatch):

@@ -46,14 +46,17 @@ def locks(folder):
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no kills on this system")
 @pytest.mark.parametrize("name", [*WRITERS, "undo"])
-def test_a_second_run_is_refused_until_the_first_is_killed(name, forks, place):
+def test_a_second_run_is_refused_until_the_first_is_killed(name, forks, place, monkeypatch):
+    """And before it has opened the model."""
     words, out = (["edit", "busy", "--undo"], []) if name == "undo" else (WRITERS[name], ["--out", "busy"])
     if name == "undo":
         assert command([*WRITERS["edit"], "--out", "busy"]).exception is None
     first = forks.start(Job([*words, *out], STOPS), place)
     forks.wait_until(first, Path("stopped").exists)
     there = sorted(Path().rglob("*"))
-    second = command([*words, *out]).exception
+    with monkeypatch.context() as patch:
+        patch.setattr("transect.checkpoint.open_model", lambda *_, **__: pytest.fail("the model was opened"))
+        second = command([*words, *out]).exception
     assert isinstance(second, TransectError)
     said = f"another run (process {first}) is writing to {place / 'busy'}; wait for it, or choose another folder"
     assert str(second) == said and sorted(Path().rglob("*")) == there

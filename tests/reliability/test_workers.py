@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import time
-from types import SimpleNamespace
 
 import pandas as pd
 import psutil
@@ -15,12 +14,11 @@ from click.testing import CliRunner
 import transect
 from transect.checkpoint import open_model, save
 from transect.cli import main_group
-from transect.comparison import Row, processes
-from transect.comparison.losses import Losses
-from transect.comparison.worker import load_worker
+from transect.comparison import Row
 from transect.data import Batches
 from transect.errors import TransectError
 from transect.evaluation import Speed
+from transect.pool import Losses, processes
 from transect.store import Folder
 
 from ..models import VOCABULARY, tiny
@@ -37,7 +35,7 @@ import logging, os, signal, sys, time
 from pathlib import Path
 import torch
 import transect
-from transect.comparison.processes import run_in_processes
+from transect.pool.processes import run_in_processes
 from transect.compression.registry import slicing
 
 HERE = Path(sys.argv[1])
@@ -60,7 +58,7 @@ def endless(block, statistics, keep):
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     comparing, several = sys.modules["transect.comparison.compare"], run_in_processes
-    comparing.run_in_processes = lambda *given: several(*given[:3], 1, *given[4:])
+    comparing.run_in_processes = lambda load, groups, workers, *rest: several(load, groups, 1, *rest)
     data = (torch.arange(32) % 60 + 3).view(4, 8)
     transect.compare(str(HERE / "model"), ["once", "endless"], [0.5], data, data, HERE / "run", workers=2)
 """
@@ -101,8 +99,8 @@ def lost(monkeypatch):
     """Rows whose process is lost, twice; the others are computed here."""
     chosen = []
 
-    def run(folder, plan, groups, workers, on_row, knowledge):
-        worker, losses = load_worker(folder, plan, knowledge), Losses()
+    def run(load, groups, workers, on_row, finished):
+        worker, losses = load(), Losses()
         for row in [row for rows in groups for row in rows]:
             if row.keep in chosen:
                 assert [losses.rest([row], "was lost") for _ in range(2)] == [[row], []]
@@ -152,9 +150,8 @@ def test_the_command_shows_the_table_and_ends_with_an_error(tmp_path, lost):
 
 def test_processes_that_cannot_load_the_model_are_one_error(tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "_serve", time.sleep)  # which is not given a time, and fails
-    nothing_finished: object = SimpleNamespace(finished=print)
     with pytest.raises(TransectError, match="ended with exit code 1 while it loaded the model"):
-        processes.run_in_processes(tmp_path, nothing_finished, [["a"], ["b"], ["c"]], 2, lambda row: None)
+        processes.run_in_processes(list, [["a"], ["b"], ["c"]], 2, print, lambda item: False)
 
 
 def test_other_processes_refuse_another_model_than_the_one_that_is_compared(tmp_path, lost):

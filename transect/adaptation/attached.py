@@ -37,6 +37,9 @@ class Attached:
             with warnings.catch_warnings(), torch.random.fork_rng():
                 torch.manual_seed(seed)
                 warnings.filterwarnings("ignore", "fan_in_fan_out is set to")  # PEFT finds out which way Conv1D lies
+                warnings.filterwarnings(
+                    "ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning
+                )  # PEFT asks
                 self.peft = get_peft_model(model, config)
         except TransectError:
             raise

@@ -1,9 +1,8 @@
 """Comparisons: every method at every budget on one model, resumable, over processes or a cluster."""
 
 from .compare import check_plan, compare_anatomy
-from .engines import Engine
 from .estimate import Estimate, estimate
 from .plan import KIND, Plan, Row
 from .streamed import compare_streamed
 
-__all__ = ["KIND", "Engine", "Estimate", "Plan", "Row", "check_plan", "compare_anatomy", "compare_streamed", "estimate"]
+__all__ = ["KIND", "Estimate", "Plan", "Row", "check_plan", "compare_anatomy", "compare_streamed", "estimate"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,15 @@ from ..data import Batches, Fact
 from ..errors import OutOfReach, TransectError
 from ..evaluation import standard_error
 from ..forward import Batch
+from ..pool import Engine, run_in_processes, run_on_ray
 from ..statistics import Progress
 from ..store import Folder
 from ..streaming.plan import check_streams
-from .engines import Engine, run_here, run_in_processes, run_on_ray
 from .estimate import estimate_size
 from .knowledge import knowledge_of
 from .plan import RUN, Plan, Row, factors_file
 from .prepared import STATISTICS, TIMED, prepare
-from .worker import Worker, also_file
+from .worker import Worker, also_file, load_worker
 
 _logger = logging.getLogger(__name__)
 
@@ -75,10 +76,12 @@ def compare_anatomy(
         if engine == "ray" or workers > 1:
             plan = _for_other_processes(anatomy, plan, folder, calibration, evaluation, also or {})
             run = run_on_ray if engine == "ray" else run_in_processes
-            lost = run(folder.path, plan, groups, max(workers, 1), on_row, knowledge)
+            load = partial(load_worker, folder.path.resolve(), plan, knowledge)
+            lost = run(load, groups, workers, on_row, lambda row: plan.finished(folder.path, row) is not None)
         else:
             worker = Worker(folder.path, plan, anatomy.model, calibration, evaluation, knowledge, also)
-            run_here(worker, groups, on_row)
+            for rows in groups:
+                worker.run(rows, on_row)
     frame = table(plan, folder.path, lost)
     if knowledge is not None:
         frame.attrs["facts"] = {"known": len(knowledge.known), "asked": knowledge.asked}

@@ -12,11 +12,12 @@ import torch
 from ..anatomy import Anatomy
 from ..arguments import checked
 from ..checkpoint import Opened, folder_of, open_model, tokenizer_of
-from ..comparison import KIND, Engine, Plan, Row, check_plan, compare_anatomy, compare_streamed, estimate
+from ..comparison import KIND, Plan, Row, check_plan, compare_anatomy, compare_streamed, estimate
 from ..compression.fingerprint import computation_fingerprint, model_fingerprint
 from ..data import Batches, SpecialTokens, load_facts
 from ..errors import TransectError
 from ..parameters import Seed, listed
+from ..pool import Engine
 from ..report import markdown_table, pareto_plot
 from ..statistics import Fisher, Progress
 from ..store import Folder, alone, write_text

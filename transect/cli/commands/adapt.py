@@ -48,6 +48,7 @@ def adapt(context: click.Context, model: str, method: str, out: Path, as_json: b
     """
     from ...adaptation import adapter_named
     from ...checkpoint import check_output, open_model
+    from ...store import alone
     from ...training import Check, Machine, optimizer_named
     from ...verbs import adapt as adapt_model
 
@@ -57,7 +58,7 @@ def adapt(context: click.Context, model: str, method: str, out: Path, as_json: b
     check_output(out, options["overwrite"])
     revision, loading = options.pop("revision"), {name: options.pop(name) for name in ("dtype", "architecture")}
     main = Machine(options["device"]).is_main
-    with progress_bar(as_json or not main) as (_, show):
+    with alone(out), progress_bar(as_json or not main) as (_, show):
 
         def say(check: Check) -> None:
             if main and not as_json:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ def compare(context: click.Context, model: str, out: Path, as_json: bool, **opti
     from ...compression import allocation_named, method
     from ...errors import TransectError
     from ...report import rich_table
+    from ...store import alone
     from ...verbs import compare as compare_models
 
     settings = method_settings(context.obj, None)
@@ -56,10 +58,10 @@ def compare(context: click.Context, model: str, out: Path, as_json: bool, **opti
     refuse_unused(settings, dict.fromkeys([*options["methods"], *allocations]))
     options["also"] = _named(options["also"])
     loading = opening(options)
-    opened, loading = (model, loading) if options["stream"] else (open_model(model, **loading), {})
     options["accumulate"] = getattr(torch, options["accumulate"])
     rows = 1 + len(options["methods"]) * len(options["allocations"] or [""]) * len(options["keep"])
-    with progress_bar(as_json) as (bar, show):
+    with nullcontext() if options["dry_run"] else alone(out), progress_bar(as_json) as (bar, show):
+        opened, loading = (model, loading) if options["stream"] else (open_model(model, **loading), {})
         task = bar.add_task("rows", total=rows)
         frame = compare_models(
             opened, data=options.pop("data"), eval_data=options.pop("eval_data"), out=out, settings=settings,

@@ -34,6 +34,7 @@ def edit(
     from ...checkpoint import check_output, open_model
     from ...editing import edit as edit_named
     from ...editing import undo_folder
+    from ...store import alone
     from ...verbs import edit as edit_model
 
     overwrite = options.pop("overwrite")
@@ -49,8 +50,8 @@ def edit(
     refuse_unused(settings, (method,))
     chosen.settings(settings.get(method, {}))
     check_output(out, overwrite)
-    opened = open_model(model, **opening(options))
-    with progress_bar(as_json) as (_, show):
+    with alone(out), progress_bar(as_json) as (_, show):
+        opened = open_model(model, **opening(options))
         edited = edit_model(
             opened, method, out=out, overwrite=overwrite, settings=settings, progress=show, **options
         )  # fmt: skip

@@ -32,6 +32,7 @@ def inspect(
     from ...errors import TransectError
     from ...probes import probe
     from ...probes import probes as all_probes
+    from ...store import alone
     from ...verbs import inspect as inspect_model
 
     names = [one.name for one in all_probes()] if probes is None else probes
@@ -39,13 +40,13 @@ def inspect(
     refuse_unused(settings, names)
     for name in names:
         probe(name).settings(settings.get(name, {}))
-    opened = open_model(model, **opening(options))
-    with progress_bar(as_json) as (_, show):
+    with alone(out), progress_bar(as_json) as (_, show):
 
         def say(name: str) -> None:
             if not as_json:
                 stderr.print(f"{name}: done")
 
+        opened = open_model(model, **opening(options))
         found = inspect_model(
             opened, names, options.pop("data"), out=out, settings=settings, progress=show, on_result=say, **options
         )

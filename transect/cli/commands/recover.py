@@ -48,13 +48,14 @@ def recover(model: str, data: str, out: Path, teacher: str | None, as_json: bool
     from ...anatomy import record_of
     from ...checkpoint import check_output, open_model
     from ...recovery import Check, Machine
+    from ...store import alone
     from ...verbs import recover as recover_model
 
     check_output(out, options["overwrite"])
     revision, loading = options.pop("revision"), {name: options.pop(name) for name in ("dtype", "architecture")}
     main = Machine(options["device"]).is_main
 
-    with progress_bar(as_json or not main) as (_, show):
+    with alone(out), progress_bar(as_json or not main) as (_, show):
 
         def say(check: Check) -> None:
             if main and not as_json:

@@ -1,4 +1,4 @@
-"""Rows in several processes of this machine, which end with the one that has started them."""
+"""Work in several processes of this machine, which end with the one that has started them."""
 
 from __future__ import annotations
 
@@ -8,40 +8,39 @@ import signal
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from multiprocessing import connection, get_all_start_methods, get_context, parent_process
-from pathlib import Path
 from threading import Thread
 from typing import Any
 
 from ..errors import TransectError
-from .knowledge import Knowledge
 from .losses import Losses
-from .plan import Plan, Row
-from .worker import load_worker
 
 _READY = "ready"  # the model is loaded
+Load = Callable[[], Any]  # makes a worker, which has `run(items, on_item)`; a partial of a function of a module
+Item = Any  # hashable, and says what it is
 
 
 def run_in_processes(
-    folder: Path,
-    plan: Plan,
-    groups: Sequence[list[Row]],
+    load: Load,
+    groups: Sequence[list[Item]],
     workers: int,
-    on_row: Callable[[Row], None],
-    knowledge: Knowledge | None = None,
-) -> dict[Row, str]:
+    on_item: Callable[[Item], None],
+    finished: Callable[[Item], bool],
+) -> dict[Item, str]:
     """Spread the groups over processes; the cores are shared out among them.
 
-    A process that is lost (killed, as the system does where memory runs out) costs nothing but the row that it was
-    computing, which is tried once more in a new process. Returns why, for each row that was lost twice.
-    Raises TransectError if no process can so much as load the model, and whatever a row raises.
+    load: called in each process. finished: whether the result of an item is on disk.
+    A process that is lost (killed, as the system does where memory runs out) costs nothing but the item that it was
+    at, which is tried once more in a new process. Returns why, for each item that was lost twice.
+    Raises TransectError if no process can so much as load the model, and whatever an item raises.
     """
     threads = max(1, (os.cpu_count() or 1) // workers)
     waiting, losses, pool, failed_starts = list(groups), Losses(), [], 0
     try:
         while waiting or pool:
             while waiting and len(pool) < workers:
-                pool.append(_Process(folder, plan, threads, waiting.pop(0), knowledge))
+                pool.append(_Process(load, threads, waiting.pop(0)))
             heard = connection.wait([one.pipe for one in pool])
             for one in [one for one in pool if one.pipe in heard]:
                 message = one.receive()
@@ -49,24 +48,24 @@ def run_in_processes(
                     raise message
                 if message == _READY:
                     failed_starts = 0
-                elif isinstance(message, Row):
-                    one.rows.remove(message)
-                    on_row(message)
+                elif isinstance(message, _Done):
+                    one.items.remove(message.item)
+                    on_item(message.item)
                 elif message is None:  # the group is finished
                     one.give(waiting.pop(0) if waiting else [])
                 else:
                     pool.remove(one)
                     ended = one.end(seconds=5)
-                    for row in [row for row in one.rows if plan.finished(folder, row) is not None]:
-                        one.rows.remove(row)
-                        on_row(row)
-                    if one.ready or not one.rows:
-                        waiting[:0] = [rest] if (rest := losses.rest(one.rows, ended)) else []
+                    for item in [item for item in one.items if finished(item)]:
+                        one.items.remove(item)
+                        on_item(item)
+                    if one.ready or not one.items:
+                        waiting[:0] = [rest] if (rest := losses.rest(one.items, ended)) else []
                         continue
-                    waiting.insert(0, one.rows)
+                    waiting.insert(0, one.items)
                     workers, failed_starts = max(1, workers - 1), failed_starts + 1  # so many may not fit into memory
                     if not pool and failed_starts > 1:
-                        raise TransectError(f"a process that was to compute rows {ended} while it loaded the model")
+                        raise TransectError(f"a process that was to work {ended} while it loaded the model")
     finally:
         for one in pool:
             one.end()
@@ -77,28 +76,35 @@ class _Lost:
     """Received from a process that is no more."""
 
 
-class _Process:
-    """One process, at work on `rows`. ready: it has loaded the model."""
+@dataclass(frozen=True)
+class _Done:
+    """Sent when an item is finished."""
 
-    def __init__(self, folder: Path, plan: Plan, threads: int, rows: list[Row], knowledge: Knowledge | None) -> None:
-        context = _context()
+    item: Item
+
+
+class _Process:
+    """One process, at work on `items`. ready: it has loaded the model."""
+
+    def __init__(self, load: Load, threads: int, items: list[Item]) -> None:
+        context = _context(load)
         self.pipe, theirs = context.Pipe()
-        self.rows: list[Row] = []
+        self.items: list[Item] = []
         self.ready = False
-        self.process = context.Process(target=_serve, args=(theirs, folder, plan, threads, knowledge), daemon=True)
+        self.process = context.Process(target=_serve, args=(theirs, load, threads), daemon=True)
         with _no_ctrl_c():
             self.process.start()
         theirs.close()  # so that the pipe ends with the process
-        self.give(rows)
+        self.give(items)
 
-    def give(self, rows: list[Row]) -> None:
-        """Rows to compute; none to let it end."""
-        self.rows = list(rows)
+    def give(self, items: list[Item]) -> None:
+        """What to do; nothing to let it end."""
+        self.items = list(items)
         with suppress(OSError):  # it is lost, which is what will be received
-            self.pipe.send(rows)
+            self.pipe.send(items)
 
     def receive(self) -> Any:
-        """What it says next: `_READY`, a row that is finished, None for all of them, an error; `_Lost` at its end."""
+        """What it says next: `_READY`, an item that is done, None for all of them, an error; `_Lost` at its end."""
         try:
             message = self.pipe.recv()
         except (EOFError, OSError):
@@ -120,7 +126,7 @@ class _Process:
         return f"was ended by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
 
 
-def _context() -> Any:
+def _context(load: Load) -> Any:
     """How processes are started: forked from one that has imported everything, where the system can; it takes seconds.
 
     That one has run nothing, and so has no threads of torch's, which a fork of this process would miss.
@@ -128,7 +134,7 @@ def _context() -> Any:
     if "forkserver" not in get_all_start_methods():
         return get_context("spawn")
     context = get_context("forkserver")
-    context.set_forkserver_preload(["transect.comparison.worker"])
+    context.set_forkserver_preload([getattr(load, "func", load).__module__])
     return context
 
 
@@ -145,17 +151,17 @@ def _no_ctrl_c() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _serve(pipe: Any, folder: Path, plan: Plan, threads: int, knowledge: Knowledge | None) -> None:
+def _serve(pipe: Any, load: Load, threads: int) -> None:
     """What a process does: load the model, and compute the groups that it is given, until it is given none."""
     Thread(target=_end_with_parent, daemon=True).start()
     try:
         import torch
 
         torch.set_num_threads(threads)
-        worker = load_worker(folder, plan, knowledge)
+        worker = load()
         pipe.send(_READY)
-        while rows := pipe.recv():
-            worker.run(rows, pipe.send)
+        while items := pipe.recv():
+            worker.run(items, lambda item: pipe.send(_Done(item)))
             pipe.send(None)
     except Exception as error:
         pipe.send(_portable(error))
