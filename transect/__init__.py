@@ -17,12 +17,12 @@ from .compression import allocations, methods
 from .editing import edits, undo_folder
 from .errors import BadCheckpoint, BadData, TransectError, UnknownArchitecture
 from .training import optimizers
-from .verbs import adapt, check_claims, compare, compress, edit, evaluate, inspect, recover
+from .verbs import adapt, check_claims, compare, compress, edit, evaluate, inspect, race, recover
 from .version import __version__
 
 __all__ = [
     "Anatomy", "BadCheckpoint", "BadData", "TransectError", "UnknownArchitecture", "__version__", "adapt",
     "adapters", "allocations",
     "check_claims", "compare", "compress", "edit", "edits", "evaluate", "inspect", "methods",
-    "optimizers", "recover", "register_architecture", "undo_folder",
+    "optimizers", "race", "recover", "register_architecture", "undo_folder",
 ]  # fmt: skip

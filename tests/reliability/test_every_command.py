@@ -219,6 +219,10 @@ COMMANDS = {
     "eval": (["model"], {}, []),
     "inspect": (["model"], {}, []),
     "methods": (["svd"], {}, []),
+    "race": (
+        ["model"],
+        {"adapters": "lora,full", "forgets": "text.txt", "shares": "0.2", "rates": "1", "optimizer": "adamw"}, [],
+    ),
     "recover": (["model"], {"how": "distill"}, []),
 }  # fmt: skip
 

@@ -34,6 +34,7 @@ def adapt_anatomy(
     state: State | None = None,
     progress: Progress | None = None,
     on_check: OnCheck = lambda check: None,
+    examples: bool = False,
 ) -> tuple[Attached, dict[str, Any]]:
     """Train the model on the data, in place; the model with its adapter, and what came of it.
 
@@ -41,7 +42,8 @@ def adapt_anatomy(
     after, by name. state: where unfinished work is kept; the same call goes on from there.
 
     The outcome has `loss_before` and `loss_after` (on the held-out sequences, in nats), `kept` (which state that is),
-    `texts` (for each: before, after, and the standard error of the difference over its sequences), `trained` (numbers),
+    `texts` (for each: before, after, and the standard error of the difference over its sequences; with `examples`, also
+    the nats and predictions of each sequence afterwards), `trained` (numbers),
     `optimizer_bytes`, `steps`, `tokens`, `seconds`, and `checks` (step, training loss, held-out loss).
     Raises TransectError: before any change if something cannot be done; and if the loss stops being finite, in which
     case the best numbers so far are in the state and the model is as it was.
@@ -78,7 +80,10 @@ def adapt_anatomy(
     outcome = {
         "method": settings.method, "loss_before": course.before, "loss_after": course.best,
         "kept": f"step {course.best_step}" if course.best_step else "start",
-        "texts": {name: _change(before[name], after[name]) for name in after},
+        "texts": {
+            name: _change(before[name], after[name]) | ({"examples": after[name]} if examples else {})
+            for name in after
+        },
         "trained": course.numbers, "optimizer_bytes": course.optimizer_bytes, "steps": course.steps,
         "tokens": course.tokens, "seconds": round(course.seconds, 3), "checks": course.checks,
     }  # fmt: skip
@@ -107,7 +112,7 @@ def _problem(
     )
 
 
-def _change(before: Any, after: Any) -> dict[str, float | None]:
+def _change(before: Any, after: Any) -> dict[str, Any]:
     """Loss before and after, and the standard error of the difference, sequence by sequence."""
     losses = [sum(nats for nats, _ in examples) / sum(count for _, count in examples) for examples in (before, after)]
     if not math.isfinite(losses[1]):

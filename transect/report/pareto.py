@@ -10,8 +10,8 @@ import pandas as pd
 from ..store import replacing
 
 # Distinguishable with the common forms of colour blindness (Okabe and Ito), and by marker where printed without colour.
-_COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
-_MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
 _LINES = {"uniform": "-", "global": "--", "ilp": ":"}
 
 
@@ -35,7 +35,7 @@ def pareto_plot(frame: pd.DataFrame, path: Path, title: str = "") -> Path:
             label = str(method) if allocation == "uniform" else f"{method}, {allocation}"
             axes.plot(
                 line["bytes"] / 1e6, line["loss"], _LINES.get(str(allocation), "-."), label=label,
-                color=_COLOURS[number % 7], marker=_MARKERS[(number + number // 7) % 7], markersize=5,
+                color=COLOURS[number % 7], marker=MARKERS[(number + number // 7) % 7], markersize=5,
             )  # fmt: skip
     if len(dense):
         axes.axhline(dense["loss"].iloc[0], color="0.6", linewidth=1, zorder=0)

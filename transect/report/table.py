@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pandas as pd
@@ -48,6 +48,7 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
 
 # A method whose steps are whole sublayers or blocks may keep less than it was allowed; by this much it is shown.
 _COARSE = 0.01
+_LEFT = ("method", "allocation")  # columns of words
 
 
 def notes(frame: Any) -> list[str]:
@@ -93,25 +94,34 @@ def rich_table(frame: pd.DataFrame, title: str = "") -> Table:
 
     Headings break between words where it gets narrow; a full table needs about 100 columns.
     """
-    headings, rows = cells(frame)
-    grid = Table(
-        title=title or None, caption="\n".join(notes(frame)) or None, caption_justify="left",
+    best = set(frame.dropna(subset="loss").groupby("keep")["loss"].idxmin()) if "keep" in frame.columns else set()
+    return grid(*cells(frame), title, notes(frame), [index in best for index in frame.index])
+
+
+def grid(
+    headings: Sequence[str], rows: Sequence[Sequence[str]], title: str, notes: Sequence[str], bold: Sequence[bool]
+) -> Table:
+    """Cells of text as a table for the terminal, some rows bold."""
+    found = Table(
+        title=title or None, caption="\n".join(notes) or None, caption_justify="left",
         header_style="bold", box=SIMPLE_HEAD, padding=0, pad_edge=False,
     )  # fmt: skip
     for column, heading in enumerate(headings):
-        justify = "left" if heading in ("method", "allocation") else "right"
+        justify = "left" if heading in _LEFT else "right"
         width = max(map(len, [*heading.split(), *(row[column] for row in rows)]))
-        grid.add_column(heading, justify=justify, vertical="bottom", min_width=width)
-    best = set(frame.dropna(subset="loss").groupby("keep")["loss"].idxmin()) if "keep" in frame.columns else set()
-    for index, row in zip(frame.index, rows, strict=True):
-        grid.add_row(*row, style="bold" if index in best else None)
-    return grid
+        found.add_column(heading, justify=justify, vertical="bottom", min_width=width)
+    for strong, row in zip(bold, rows, strict=True):
+        found.add_row(*row, style="bold" if strong else None)
+    return found
 
 
 def markdown_table(frame: pd.DataFrame) -> str:
     """For a README."""
-    headings, rows = cells(frame)
-    left = {"method", "allocation"}
-    lines = [headings, [":---" if heading in left else "---:" for heading in headings], *rows]
+    return markdown(*cells(frame), notes(frame))
+
+
+def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
+    """Cells of text as a Markdown table."""
+    lines = [headings, [":---" if heading in _LEFT else "---:" for heading in headings], *rows]
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-    return table + "".join(f"\n{note}\n" for note in notes(frame))
+    return table + "".join(f"\n{note}\n" for note in notes)

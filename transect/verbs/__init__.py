@@ -7,6 +7,7 @@ from .compress import compress
 from .edit import edit
 from .evaluate import evaluate
 from .inspect import inspect
+from .race import race
 from .recover import recover
 
-__all__ = ["Adapted", "adapt", "check_claims", "compare", "compress", "edit", "evaluate", "inspect", "recover"]
+__all__ = ["Adapted", "adapt", "check_claims", "compare", "compress", "edit", "evaluate", "inspect", "race", "recover"]

@@ -1,0 +1,6 @@
+"""A contest of trainings: the same model, data, order and steps; each entrant at its best rate, over several seeds."""
+
+from .plan import KIND, Entrant, Plan, Trial
+from .race import race_model
+
+__all__ = ["KIND", "Entrant", "Plan", "Trial", "race_model"]

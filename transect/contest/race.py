@@ -1,0 +1,145 @@
+"""Trainings side by side: each entrant at its best rate, over seeds, on the same data in the same order."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from ..data import Batches
+from ..errors import TransectError
+from ..evaluation import standard_error
+from ..pool import Engine, run_in_processes, run_on_ray
+from ..store import Folder
+from .plan import RUN, Plan, Trial
+from .worker import UNFINISHED, Worker, load_worker, text_file
+
+TARGET, FORGETS = "eval", "forgets"
+
+
+def race_model(
+    model: Any,
+    plan: Plan,
+    folder: Folder,
+    training: Batches,
+    texts: Mapping[str, Batches],
+    *,
+    workers: int = 1,
+    engine: Engine = "local",
+    overwrite: bool = False,
+    on_trial: Callable[[Trial], None] = lambda trial: None,
+) -> pd.DataFrame:
+    """Run all trials of the plan into `folder` and return the table; see `transect.race`.
+
+    First the grid of rates of every entrant with the first seed, then the other seeds at the best rate of each. A
+    folder that holds a contest of the same model, data and settings is gone on with.
+    """
+    _take(folder, plan, overwrite)
+    lost: dict[Trial, str] = {}
+    grids = [trial for entrant in plan.entrants for trial in plan.grid(entrant)]
+    lost |= _run(model, plan, folder, training, texts, [Trial(None, None, 0), *grids], workers, engine, on_trial)
+    chosen = [plan.chosen(folder.path, entrant) for entrant in plan.entrants]
+    rest = [other for trial in chosen if trial is not None for other in plan.others(trial)]
+    lost |= _run(model, plan, folder, training, texts, rest, workers, engine, on_trial)
+    with suppress(OSError):  # it is empty, unless a training was lost
+        (folder.path / UNFINISHED).rmdir()
+    return table(plan, folder.path, lost)
+
+
+def _run(
+    model: Any,
+    plan: Plan,
+    folder: Folder,
+    training: Batches,
+    texts: Mapping[str, Batches],
+    trials: Sequence[Trial],
+    workers: int,
+    engine: Engine,
+    on_trial: Callable[[Trial], None],
+) -> dict[Trial, str]:
+    """Run those trials that have not run; why some could not, if their process was lost twice."""
+
+    def finished(trial: Trial) -> bool:
+        return plan.finished(folder.path, trial) is not None
+
+    waiting = []
+    for trial in dict.fromkeys(trials):
+        if finished(trial):
+            on_trial(trial)
+        else:
+            waiting.append(trial)
+    for trial in waiting:
+        folder.file(trial.file)
+    if (engine == "local" and workers == 1) or not waiting:
+        Worker(folder.path, plan, model, training, texts).run(waiting, on_trial)
+        return {}
+    for name, batches in {"training": training, **texts}.items():
+        batches.save(folder.file(text_file(name)))
+    run = run_on_ray if engine == "ray" else run_in_processes
+    return run(
+        partial(load_worker, folder.path.resolve(), plan), [[trial] for trial in waiting], workers, on_trial, finished
+    )
+
+
+def _take(folder: Folder, plan: Plan, overwrite: bool) -> None:
+    """Make the run folder, or go on in it; TransectError if it holds something else."""
+    folder.take()
+    if not plan.is_in(folder.path) and not folder.is_empty:
+        if not overwrite:
+            raise TransectError(
+                f"the folder {folder.path} holds a contest of another model, data or settings, or of another version; "
+                "pass overwrite=True (--overwrite) to replace it, or choose another folder"
+            )
+        folder.empty(last=RUN)
+    plan.save(folder.file(RUN))
+
+
+def table(plan: Plan, folder: Path, lost: Mapping[Trial, str]) -> pd.DataFrame:
+    """A row for the base model and one for each entrant, over its seeds."""
+    base = plan.finished(folder, Trial(None, None, 0))
+    if base is None:
+        raise TransectError(f"the base model: {next(iter(lost.values()), 'not measured')}; the same call tries again")
+    texts = base["texts"]
+    rows: list[dict[str, Any]] = [
+        {"method": "base", **{name: text["loss"] for name, text in texts.items()}, "seeds": 0}
+    ]
+    for entrant in plan.entrants:
+        row: dict[str, Any] = {"method": entrant.name, "share": entrant.share}
+        best = plan.chosen(folder, entrant)
+        if best is None:
+            reasons = [plan.finished(folder, trial) or {"note": lost.get(trial)} for trial in plan.grid(entrant)]
+            rows.append({**row, "note": next((r.get("note") for r in reasons if r.get("note")), "not run")})
+            continue
+        found = [plan.finished(folder, trial) for trial in [best, *plan.others(best)]]
+        done = [result for result in found if result is not None and "texts" in result]
+        rows.append({**row, "rate": best.rate, **_summary(done, texts)})
+    frame = pd.DataFrame(rows)
+    frame.attrs["lost"] = [str(trial) for trial in lost]
+    frame.attrs["rates"] = sorted(plan.rates)
+    return frame
+
+
+def _summary(done: Sequence[Mapping[str, Any]], base: Mapping[str, Any]) -> dict[str, Any]:
+    """What an entrant's seeds come to. `NAME`: mean loss on a text; its change from the base model, the standard error
+    of that over sequences (of the change averaged over seeds), and the standard error over seeds."""
+    row: dict[str, Any] = {}
+    for name, before in base.items():
+        losses = [result["texts"][name]["after"] for result in done]
+        runs = [result["texts"][name]["examples"] for result in done]
+        mean = [
+            (statistics.fmean(nats), counts[0])
+            for nats, counts in (zip(*each, strict=True) for each in zip(*runs, strict=True))
+        ]
+        row[name] = statistics.fmean(losses)
+        row[f"{name}_change"] = row[name] - before["loss"]
+        row[f"{name}_error"] = standard_error(mean, [tuple(pair) for pair in before["examples"]])
+        row[f"{name}_seed_error"] = statistics.stdev(losses) / len(losses) ** 0.5 if len(losses) > 1 else None
+    first = done[0]
+    row |= {"trained": first["trained"], "size": first["size"], "optimizer_bytes": first["optimizer_bytes"]}
+    row["seconds_a_step"] = statistics.fmean(result["seconds"] / max(1, result["steps"]) for result in done)
+    return row | {"steps": first["steps"], "tokens": first["tokens"], "seeds": len(done)}
