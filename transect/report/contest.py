@@ -87,7 +87,7 @@ def contest_plot(frame: pd.DataFrame, path: Path, title: str = "") -> Path:
         axes.set_xlabel("trained numbers")
         axes.set_ylabel(f"loss on the {_TEXTS[name]} (nats a prediction)")
         axes.grid(alpha=0.25)
-        if number == 0:
+        if number == 0 and len(rest):
             axes.legend(frameon=False, fontsize=8)
             axes.set_title(title)
     with replacing(path) as partial:
