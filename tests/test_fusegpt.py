@@ -123,7 +123,7 @@ def test_padding_counts_neither_for_influence_nor_for_training():
     for batch in (short, padded):
         anatomy = Anatomy(model)
         lessons = lessons_of(feeds_of(anatomy, [batch]), anatomy.blocks, 0, 1, 3)
-        losses.append(list(train(group_of(model, 1, 0, 3), lessons, 2, "kl", 1e-2, 1e-3)))
+        losses.append(train(group_of(model, 1, 0, 3), lessons, 2, "kl", 1e-2, 1e-3))
     assert losses[1] == pytest.approx(losses[0], rel=1e-9)
 
 
@@ -264,10 +264,7 @@ def test_training_lowers_the_error_epoch_by_epoch_also_on_held_out_text(loss):
 
     group = group_of(model, 1, 0, 4)
     outside = [error()]
-    inside = []
-    for value in train(group, lessons, 4, loss, 1e-2, 1e-3):
-        inside.append(value)
-        outside.append(error())
+    inside = train(group, lessons, 4, loss, 1e-2, 1e-3, on_epoch=lambda value: outside.append(error()))
     assert inside == sorted(inside, reverse=True) and outside == sorted(outside, reverse=True)
     assert inside[-1] < 0.95 * inside[0] and outside[-1] < 0.95 * outside[0]
 
@@ -279,7 +276,7 @@ def test_only_what_is_learned_gets_gradients_and_the_model_is_untouched():
     lessons = lessons_of(feeds_of(anatomy, ONE), anatomy.blocks, 0, 1, 3)
     group = group_of(model, 1, 0, 3)
     start = [tensor.detach().clone() for tensor in [*group.coefficients, *group.repairs]]
-    list(train(group, lessons, 2, "kl", 1e-3, 1e-4))
+    train(group, lessons, 2, "kl", 1e-3, 1e-4)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     moved = [*group.coefficients, *group.repairs]
@@ -290,7 +287,7 @@ def test_a_rate_that_diverges_is_an_error():
     model = tiny("llama")
     lessons = lessons_of(feeds_of(Anatomy(model), ONE), Anatomy(model).blocks, 0, 1, 3)
     with pytest.raises(TransectError, match=r"diverged.*fusion_rate=1e\+30"):
-        list(train(group_of(model, 1, 0, 3), lessons, 3, "mse", 1e30, 1.0))
+        train(group_of(model, 1, 0, 3), lessons, 3, "mse", 1e30, 1.0)
 
 
 # The method

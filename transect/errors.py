@@ -27,3 +27,7 @@ class OutOfReach(TransectError):
 
 class NotApplicable(TransectError):
     """A claim, probe or edit means nothing for this model or data; the message is the reason."""
+
+
+class Diverged(TransectError):
+    """A training whose loss is not finite any more."""

@@ -13,7 +13,7 @@ from ..anatomy import Anatomy
 from ..compression.fingerprint import computation_fingerprint
 from ..data import Batches
 from ..data.split import share, split
-from ..errors import TransectError
+from ..errors import Diverged, TransectError
 from ..evaluation import evaluate_loss, standard_error
 from ..forward import Batch, at_rest
 from ..statistics import Progress
@@ -116,5 +116,5 @@ def _change(before: Any, after: Any) -> dict[str, Any]:
     """Loss before and after, and the standard error of the difference, sequence by sequence."""
     losses = [sum(nats for nats, _ in examples) / sum(count for _, count in examples) for examples in (before, after)]
     if not math.isfinite(losses[1]):
-        raise TransectError("the adapted model's loss is not finite")
+        raise Diverged("the loss is not finite: the adapted model puts out NaN or infinity. Lower the rate")
     return {"before": losses[0], "after": losses[1], "error": standard_error(after, before)}

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
 from ..statistics import Progress
+from ..training import Machine, Problem, Run, Schedule, Shape, State, train
 
 
 def descend(
@@ -18,19 +17,20 @@ def descend(
     rate: float,
     weight_decay: float = 0.1,
     progress: Progress | None = None,
+    *,
+    warm_up: float = 0.1,
+    shape: Shape = "cosine",
 ) -> None:
     """Train every parameter with AdamW; the module is in eval mode afterwards.
 
-    loss: step -> scalar. rate: the highest, after a linear warm-up over a tenth of the steps; then a cosine to
-    zero. Gradients are clipped to length 1.
+    loss: step -> scalar. rate: the highest, after a linear warm-up over that share of the steps; then a cosine to zero,
+    or another shape. Gradients are clipped to length 1. Diverged if the loss is not finite any more.
     """
-    module.train()
-    optimizer = torch.optim.AdamW(module.parameters(), lr=rate, weight_decay=weight_decay)
-    for step in progress(range(steps), "training") if progress else range(steps):
-        warm = min(1.0, (step + 1) / (steps / 10))
-        optimizer.param_groups[0]["lr"] = rate * warm * (1 + math.cos(math.pi * step / steps)) / 2
-        loss(step).backward()
-        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+    parameters = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    schedule = Schedule(
+        lr=rate, warm_up=warm_up, shape=shape, options={"weight_decay": weight_decay}, shuffle=False
+    )  # fmt: skip
+    problem = Problem("training", parameters, range(steps), lambda step: (loss(step), 1), None, module.train)
+    machine = Machine(next(iter(parameters.values())).device)
+    train(problem, Run(schedule, machine, State(None), progress), {})
     module.eval()

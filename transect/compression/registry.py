@@ -210,6 +210,12 @@ class Calibration:
         """The items, with a progress bar if there is one."""
         return self.progress(items, label) if self.progress else items
 
+    def ticked(self, count: int, label: str) -> Callable[..., None]:
+        """What to call at the end of each of so many rounds, to move a progress bar on, if there is one."""
+        rounds = iter(self.shown(range(count), label))
+        next(rounds, None)
+        return lambda *_: next(rounds, None)
+
 
 def method(name: str) -> Method:
     """The method of that name, or an error that lists the known ones. `NAME+gptq4` is NAME in few bits."""

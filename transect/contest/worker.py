@@ -14,7 +14,7 @@ from ..adaptation.targets import targets_of
 from ..anatomy import Anatomy
 from ..compression.fingerprint import model_fingerprint
 from ..data import Batches
-from ..errors import OutOfReach, TransectError
+from ..errors import Diverged, OutOfReach, TransectError
 from ..evaluation import evaluate_loss, parameters
 from ..store import keep_json
 from ..training import Machine, State
@@ -58,9 +58,7 @@ class Worker:
             )  # fmt: skip
         except OutOfReach as reason:
             return {"note": str(reason)}
-        except TransectError as reason:
-            if "not finite" not in str(reason):
-                raise
+        except Diverged as reason:
             state.remove()
             return {"note": str(reason)}
         state.remove()

@@ -1,16 +1,18 @@
 """Trains the bundled model: `python -m transect.organism.train --out FOLDER`, or measures one with `--evaluate FOLDER`.
 
-Training is a pure function of the constants below and of the number of threads. While it runs, everything lives in
-`FOLDER.part`; a run that was stopped goes on from its last checkpoint when the same command is given again, and ends
-with the very same weights. A checkpoint of another plan, or a damaged one, is not used. The finished model is moved to
-FOLDER at the end. The bundled model saw 11 million tokens in about 40 minutes on one core.
+Training is a pure function of the constants below and of the number of threads; the bundled weights come from the same
+steps, taken with sums in another order. While it runs, everything lives in `FOLDER.part`; a run that was stopped goes
+on from its last checkpoint when the same command is given again, and ends with the very same weights. A checkpoint of
+another plan, or a damaged one, is not used. The finished model is moved to FOLDER at the end. The bundled model saw 11
+million tokens in about 40 minutes on one core.
 """
 
 import argparse
 import json
-import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -18,15 +20,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from transect.organism.architecture import untrained
-from transect.organism.stream import skills_of_mix, stream
+from transect.organism.stream import Stream, skills_of_mix, stream
 from transect.organism.tasks import evaluate
 from transect.organism.tokenizer import LENGTH, build
 from transect.organism.world import World
 from transect.pretrained import pretrained
-from transect.store import keep, kept, place_folder
+from transect.store import place_folder
+from transect.training import Check, Machine, Problem, Run, Schedule, State
+from transect.training import train as train_problem
 from transect.version import __version__
 
 # Facts and copying are found much sooner where attention has few unrelated documents to look past.
@@ -45,11 +49,31 @@ class Plan:
     save_every: int = 500  # steps between checkpoints
     seed: int = 0
 
-    def rate_at(self, step: int) -> float:
+    @property
+    def schedule(self) -> Schedule:
         """Linear warm-up, then a cosine to zero."""
-        if step < self.warmup:
-            return self.rate * (step + 1) / self.warmup
-        return self.rate * (1 + math.cos(math.pi * (step - self.warmup) / (self.steps - self.warmup))) / 2
+        return Schedule(
+            lr=self.rate, warm_up=self.warmup / self.steps, every=min(self.save_every, self.steps), shuffle=False,
+            seed=self.seed, options={"beta2": 0.98, "weight_decay": 0.05},
+        )  # fmt: skip
+
+
+class _Rows(Sequence[Any]):
+    """The batch of every step: tokens, weights and kinds, each [rows, length]."""
+
+    def __init__(self, text: Stream, plan: Plan) -> None:
+        self.text, self.plan = text, plan
+
+    def __len__(self) -> int:
+        return self.plan.steps
+
+    def __getitem__(self, step: Any) -> tuple[Tensor, Tensor, Tensor]:
+        length = SHORT if step < self.plan.short else LENGTH
+        return self.text.rows(step * self.plan.batch, self.plan.batch // length, length)
+
+
+class _Stop(Exception):
+    """Raised to interrupt a training after a checkpoint."""
 
 
 def train(out: Path, plan: Plan, stop_after: int | None = None) -> None:
@@ -57,44 +81,41 @@ def train(out: Path, plan: Plan, stop_after: int | None = None) -> None:
     world = World()
     tokenizer = build(world)
     model = untrained(len(tokenizer), plan.seed)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.05, fused=True)
     part = out.with_name(out.name + ".part")
-    part.mkdir(parents=True, exist_ok=True)
-    checkpoint = part / "checkpoint.safetensors"
-    of = json.dumps(["organism", __version__, asdict(plan), torch.get_num_threads()])
-    start = _resume(checkpoint, of, model, optimizer)
-    text = stream(world, tokenizer, plan.steps * plan.batch, plan.seed)
+    state = State(part, kind="an unfinished bundled model")
+    state.begin(json.dumps(["organism", __version__, asdict(plan), torch.get_num_threads()]))
+    report = _Report()
+
+    def loss(rows: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, float]:
+        tokens, weights, kinds = rows
+        logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]  # [rows, length - 1, vocabulary]
+        losses = functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+        report.add(logits, tokens[:, 1:], weights[:, 1:], kinds[:, 1:])
+        weight = weights[:, 1:].flatten()
+        return (losses * weight).sum(), float(weight.sum())
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    report = _Report()
     with Progress(*columns, TimeRemainingColumn(), console=_console) as progress:
-        bar = progress.add_task("training", total=plan.steps, completed=start)
-        for step in range(start, plan.steps):
-            length = SHORT if step < plan.short else LENGTH
-            tokens, weights, kinds = text.rows(step * plan.batch, plan.batch // length, length)
-            for group in optimizer.param_groups:
-                group["lr"] = plan.rate_at(step)
-            logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]  # [batch, LENGTH - 1, vocabulary]
-            losses = functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
-            weight = weights[:, 1:].flatten()
-            (losses * weight).sum().div(weight.sum()).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            report.add(logits, tokens[:, 1:], weights[:, 1:], kinds[:, 1:])
-            progress.advance(bar)
-            if (step + 1) % 100 == 0:
-                progress.console.print(f"{step + 1:5d} {report.line()}", soft_wrap=True)
-            if (step + 1) % plan.save_every == 0:
-                _save(checkpoint, of, model, optimizer, step + 1)
-            if step + 1 == stop_after:
-                return
+
+        def check(found: Check) -> None:
+            progress.console.print(f"{found.step:5d} {report.line()}", soft_wrap=True)
+            if found.step == stop_after:
+                raise _Stop
+
+        rows = _Rows(stream(world, tokenizer, plan.steps * plan.batch, plan.seed), plan)
+        problem = Problem("training", dict(model.named_parameters()), rows, loss, None, model.train)
+        run = Run(
+            plan.schedule, Machine("cpu"), state, lambda steps, name: progress.track(steps, description=name), check
+        )
+        try:
+            train_problem(problem, run, {})
+        except _Stop:
+            return
     finished = part / "model"
     model.bfloat16().save_pretrained(finished)
     tokenizer.save_pretrained(finished)
     place_folder(finished, out, lambda name: False, "config.json")
-    checkpoint.unlink(missing_ok=True)
-    part.rmdir()
+    state.remove()
 
 
 class _Report:
@@ -117,27 +138,6 @@ class _Report:
         self.hits.zero_()
         self.seen.zero_()
         return "  ".join(f"{name} {share:.2f}" for name, share in zip(self.names, shares, strict=True))
-
-
-def _save(path: Path, of: str, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Weights and both moments of AdamW in one file. of: names the plan."""
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        state = optimizer.state[parameter]
-        tensors |= {f"weight {name}": parameter}
-        tensors |= {f"{key} {name}": state[key] for key in ("step", "exp_avg", "exp_avg_sq")}
-    keep(path, tensors, of, step)
-
-
-def _resume(path: Path, of: str, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer) -> int:
-    """Puts a checkpoint into model and optimizer; returns the number of steps that were done, 0 without one."""
-    found = kept(path, of)
-    if found is None:
-        return 0
-    for name, parameter in model.named_parameters():
-        parameter.data.copy_(found[f"weight {name}"])
-        optimizer.state[parameter] = {key: found[f"{key} {name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-    return found.note
 
 
 def accuracy_table(folder: Path, n: int) -> Table:

@@ -7,11 +7,11 @@ from .loop import Check, Course, OnCheck, Parameters, Problem, Run, train
 from .machine import Machine, on_device
 from .objectives import distance_from, held_out_loss, own_loss
 from .optimizers import optimizer, optimizer_named, optimizers
-from .schedule import Schedule
+from .schedule import Schedule, Shape
 from .state import State
 from .stepper import Stepper
 
 __all__ = [
-    "Check", "Course", "Machine", "OnCheck", "Parameters", "Problem", "Run", "Schedule", "State", "Stepper",
+    "Check", "Course", "Machine", "OnCheck", "Parameters", "Problem", "Run", "Schedule", "Shape", "State", "Stepper",
     "distance_from", "held_out_loss", "on_device", "optimizer", "optimizer_named", "optimizers", "own_loss", "train",
 ]  # fmt: skip

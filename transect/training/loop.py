@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import TransectError
+from ..errors import Diverged, TransectError
 from ..statistics import Progress
 from .machine import Machine
 from .schedule import Schedule
@@ -118,7 +118,7 @@ def train(problem: Problem, run: Run, note: Mapping[str, Any]) -> Course:
 
     They may be those of the start. The same holds after an exception, Ctrl-C included. note: goes into the state;
     only a state with this note is gone on from.
-    Raises TransectError if the loss is not finite any more.
+    Raises Diverged if the loss is not finite any more.
     """
     schedule, progress = run.schedule, run.progress
     per_epoch = math.ceil(len(problem.batches) / schedule.accumulate)
@@ -161,7 +161,7 @@ def train(problem: Problem, run: Run, note: Mapping[str, Any]) -> Course:
                     finite = math.isfinite(held_out)
             if not finite:
                 told = f"; what was best so far (held-out loss {course.best:.4f}) is kept" if problem.measure else ""
-                raise TransectError(
+                raise Diverged(
                     f"{problem.name}: the loss is not finite after {step + 1} steps at learning rate "
                     f"{schedule.lr:g}{told}. Lower the rate"
                 )

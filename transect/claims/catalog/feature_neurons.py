@@ -16,6 +16,7 @@ from ...probes.catalog.feature_neurons.decoded import decode
 from ...probes.catalog.feature_neurons.stability import stability
 from ...probes.neurons import Vector, kinds_of, unembedding
 from ..context import Context
+from ..descent import descend
 from ..registry import NotApplicable, Result, Verdict, claim
 
 NEURONS, CONTROLS = 16, 6
@@ -127,17 +128,8 @@ def stable(context: Context) -> Result:
 
 def _tune(specimen: Specimen, rows: list[Tensor], rate: float) -> None:
     """Train the whole model in place."""
-    model = specimen.model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(specimen.seed)  # dropout, where the model has any
-        for step, ids in enumerate(_batches(rows, specimen.seed)):
-            optimizer.param_groups[0]["lr"] = rate * min(1.0, (step + 1) / 5) * (1 - step / STEPS)
-            _loss_of(model, ids).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-    model.eval()
+    model, batches = specimen.model, list(_batches(rows, specimen.seed))
+    descend(model, lambda step: _loss_of(model, batches[step]), STEPS, rate, 0.0, warm_up=5 / STEPS, shape="linear")
 
 
 @torch.no_grad()

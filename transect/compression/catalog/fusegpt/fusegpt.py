@@ -105,9 +105,10 @@ def fusegpt(
             if collapse == "every":
                 learned = {}
             fused = FusedGroup(receivers, blocks[removed], rank, generator, inject, learned)
-            steps = train(fused, lessons, epochs, loss, fusion_rate, repair_rate)
-            for _ in calibration.shown(range(epochs), f"fusegpt: fusing block {number}"):
-                next(steps)
+            train(
+                fused, lessons, epochs, loss, fusion_rate, repair_rate,
+                calibration.ticked(epochs, f"fusegpt: fusing block {number}"),
+            )  # fmt: skip
         anatomy.drop_block(removed)
         if fused is not None:
             fused.collapse()

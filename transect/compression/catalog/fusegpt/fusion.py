@@ -8,9 +8,9 @@ one); matrices stored as one count as one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,10 @@ from torch.nn import functional
 
 from ....anatomy import Block
 from ....anatomy.storage import is_dense
-from ....errors import NotApplicable, TransectError
+from ....errors import Diverged, NotApplicable, TransectError
 from ....forward.blocks import Call, Feed, run_block
+from ....training import Check, Machine, Problem, Run, Schedule, State
+from ....training import train as train_problem
 
 Distance = Literal["kl", "mse"]
 _BETAS = (0.9, 0.95)
@@ -215,32 +217,47 @@ def lessons_of(feeds: Iterable[Feed], blocks: Sequence[Block], first: int, remov
 
 
 def train(
-    group: FusedGroup, lessons: Sequence[Lesson], epochs: int, loss: Distance, fusion_rate: float, repair_rate: float
-) -> Iterator[float]:
-    """Train a group to put out the lessons' targets; yields every epoch's mean loss.
+    group: FusedGroup,
+    lessons: Sequence[Lesson],
+    epochs: int,
+    loss: Distance,
+    fusion_rate: float,
+    repair_rate: float,
+    on_epoch: Callable[[float], None] = lambda loss: None,
+) -> list[float]:
+    """Train a group to put out the lessons' targets; every epoch's mean loss, of which `on_epoch` is told.
 
     Adam, a step a batch, in order, with both rates on a cosine down to 0. fusion_rate: of P, Q and c. repair_rate: of
-    A, B, norms and biases. Raises TransectError if the loss becomes NaN or infinite.
+    A, B, norms and biases. Raises Diverged if the loss becomes NaN or infinite.
     """
-    rates = ((group.coefficients, fusion_rate), (group.repairs, repair_rate))
-    optimizer = torch.optim.Adam([{"params": found, "lr": rate} for found, rate in rates if found], betas=_BETAS)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs * len(lessons))
-    for _ in range(epochs):
-        total = 0.0
-        for lesson in lessons:
-            with torch.enable_grad():
-                value = distance(group.run(lesson.hidden, lesson.calls), lesson.target, lesson.mask, loss)
-                optimizer.zero_grad()
-                value.backward()
-            total += value.item()
-            optimizer.step()
-            schedule.step()
-        if not total < float("inf"):
-            raise TransectError(
-                f"training the fused group diverged: its loss is {total:g}; choose rates below fusion_rate="
-                f"{fusion_rate:g} and repair_rate={repair_rate:g}"
-            )
-        yield total / len(lessons)
+    if not lessons or not epochs:
+        return []
+    found = {"fusion": (group.coefficients, fusion_rate), "repair": (group.repairs, repair_rate)}
+    named: dict[str, Any] = {f"{kind} {i}": one for kind, (held, _) in found.items() for i, one in enumerate(held)}
+    losses: list[float] = []
+
+    def ended(check: Check) -> None:
+        losses.append(check.loss)
+        on_epoch(check.loss)
+
+    problem = Problem(
+        "fusing", named, lessons,
+        loss=lambda lesson: (distance(group.run(lesson.hidden, lesson.calls), lesson.target, lesson.mask, loss), 1),
+        measure=None, set_mode=lambda: None,
+        rates={name: found[name.partition(" ")[0]][1] for name in named},
+    )  # fmt: skip
+    schedule = Schedule(
+        lr=1.0, epochs=epochs, every=len(lessons), warm_up=0.0, clip=None, shuffle=False,
+        options={"beta1": _BETAS[0], "beta2": _BETAS[1]},
+    )  # fmt: skip
+    try:
+        train_problem(problem, Run(schedule, Machine(lessons[0].hidden.device), State(None), None, ended), {})
+    except Diverged:
+        raise Diverged(
+            f"training the fused group diverged; choose rates below fusion_rate={fusion_rate:g} and "
+            f"repair_rate={repair_rate:g}"
+        ) from None
+    return losses
 
 
 def distance(student: Tensor, target: Tensor, mask: Tensor | None, loss: Distance) -> Tensor:
