@@ -2,8 +2,8 @@
 
 Source: Meng et al., arXiv:2202.05262, section 3.1 (ROME), and arXiv:2210.07229 (MEMIT), with the released code's loss.
 
-The steps are taken here and not by `transect.training`, since nothing of the model is trained: one vector a fact, each of
-which is held within a ball and stops by itself.
+The steps are taken here and not by `transect.training`, since nothing of the model is trained: one vector a fact, each
+of which is held within a ball and stops by itself.
 """
 
 from __future__ import annotations

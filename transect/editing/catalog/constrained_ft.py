@@ -1,7 +1,7 @@
 """Fine-tuning of a few down-projections on facts, with every weight kept close to what it was.
 
-The steps are taken here and not by `transect.training`: 25 of them, each followed by a projection into the ball that the
-stored, rounded weights must not leave, and ended by the loss of the bare prompts.
+The steps are taken here and not by `transect.training`: 25 of them, each followed by a projection into the ball that
+the stored, rounded weights must not leave, and ended by the loss of the bare prompts.
 """
 
 from __future__ import annotations
