@@ -24,12 +24,13 @@ SHORT = {
     "catalog.latent_language.latent_language.bilingual.__defaults__": (3,), "catalog.monarch.STEPS": 3,
     "catalog.feature_neurons.STEPS": 2, "catalog.depth_efficiency.shallower.STEPS": 2,
     "catalog.lazy_neuron.relu_classifier.STEPS": 10, "catalog.localization._FACTS": 5, "catalog.jlcm.BITS": (2,),
-    "catalog.constrained_ft.SINGLE": 5, "catalog.constrained_ft._TIMES": (1.0,), "fact_editing.SINGLE": 5,
+    "catalog.constrained_ft.SINGLE": 5, "catalog.constrained_ft._TIMES": (1.0,), "catalog.dsformer.KEEPS": (0.8,),
+    "fact_editing.SINGLE": 5,
     "fact_editing.TOGETHER": 6, "fact_editing.OTHERS": 2,
 }  # fmt: skip
 QUICK = {
     "armor": {"rounds": 2}, "cospadi": {"iterations": 1}, "cospadi-shared": {"iterations": 1},
-    "mixed": {"iterations": 1}, "fusegpt": {"epochs": 1}, "jlcm": {"steps": 2},
+    "dsformer": {"iterations": 1}, "mixed": {"iterations": 1}, "fusegpt": {"epochs": 1}, "jlcm": {"steps": 2},
     "rome": {"steps": 1, "rounds": 1, "contexts": 1}, "memit": {"steps": 1, "contexts": 1},
     "constrained-ft": {"steps": 1},
 }  # fmt: skip

@@ -25,6 +25,7 @@ KEEPS = {"masa": 0.9}
 QUICK = {
     "cospadi": {"iterations": 2}, "cospadi-shared": {"iterations": 2}, "armor": {"rounds": 3},
     "fusegpt": {"epochs": 1}, "jlcm": {"steps": 5}, "mixed": {"iterations": 2}, "caldera": {"rounds": 2},
+    "dsformer": {"iterations": 2},
 }  # fmt: skip
 
 

@@ -289,6 +289,7 @@ PER_MATRIX = {
     "svd": {}, "fwsvd": {}, "asvd": {}, "svd-llm": {}, "kfac-svd": {}, "cospadi": {"iterations": 2}, "monarch": {},
     "armor": {"rounds": 3}, "wanda": {}, "sparsegpt": {}, "magnitude": {}, "nowag-p": {},
     "cospadi-shared": {"iterations": 2}, "mixed": {"iterations": 2}, "jlcm": {"steps": 5},
+    "dsformer": {"iterations": 2},
 }  # fmt: skip
 
 

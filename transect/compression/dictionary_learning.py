@@ -184,16 +184,20 @@ def alternate(signals: Tensor, dictionary: Tensor, nonzeros: int, iterations: in
 def orthogonal_matching_pursuit(signals: Tensor, dictionary: Tensor, nonzeros: int) -> tuple[Tensor, Tensor]:
     """Greedy coefficients of signals (n x d) over unit-norm atoms (k x d), exactly s each: values, indices (n x s).
 
-    The indices ascend. Each step takes the atom most correlated with what is left, and then fits all coefficients
-    anew, which here is a Cholesky factorization of the chosen atoms' Gram matrix, one row a step. The factor's rows are
-    kept over all k atoms (they are the correlations of the atoms with an orthonormal basis of the chosen ones), so that
-    a step updates the correlations without touching the signals.
+    Both may have further dimensions in front, the same ones: problems that are solved together. The indices ascend.
+    Each step takes the atom most correlated with what is left, and then fits all coefficients anew, which here is a
+    Cholesky factorization of the chosen atoms' Gram matrix, one row a step. The factor's rows are kept over all k atoms
+    (they are the correlations of the atoms with an orthonormal basis of the chosen ones), so that a step updates the
+    correlations without touching the signals.
     """
-    gram = dictionary @ dictionary.T
-    atoms = len(dictionary)
+    gram = (dictionary @ dictionary.mT).flatten(0, -2)
+    atoms = dictionary.shape[-2]
+    correlations = signals @ dictionary.mT
+    problem = torch.arange(0, len(gram), atoms, device=signals.device)  # where each Gram matrix begins
+    begins = problem.repeat_interleave(signals.shape[-2])[:, None]
     parts = []
-    chunk = _CHUNK if signals.is_cpu else _DEVICE_CHUNK
-    for part in (signals @ dictionary.T).split(max(1, chunk // (nonzeros * atoms))):
+    chunk = max(1, (_CHUNK if signals.is_cpu else _DEVICE_CHUNK) // (nonzeros * atoms))
+    for part, begin in zip(correlations.flatten(0, -2).split(chunk), begins.split(chunk), strict=True):
         left = part.clone()  # correlations of what is left with every atom (c x k)
         rows = part.new_empty(len(part), nonzeros, atoms)
         picks = torch.empty(len(part), nonzeros, dtype=torch.long, device=part.device)
@@ -202,7 +206,7 @@ def orthogonal_matching_pursuit(signals: Tensor, dictionary: Tensor, nonzeros: i
         for step in range(nonzeros):
             pick = left.abs().add_(taken).argmax(1, keepdim=True)
             taken.scatter_(1, pick, -torch.inf)
-            row = gram[pick[:, 0]]
+            row = gram[(begin + pick)[:, 0]]
             if step:
                 known = rows[:, :step]
                 at_pick = known.gather(2, pick[:, None].expand(-1, step, 1))
@@ -218,7 +222,8 @@ def orthogonal_matching_pursuit(signals: Tensor, dictionary: Tensor, nonzeros: i
         indices, order = picks.sort(1)
         parts.append((values.gather(1, order), indices))
     values, indices = zip(*parts, strict=True)
-    return torch.cat(values), torch.cat(indices)
+    shape = (*correlations.shape[:-1], nonzeros)
+    return torch.cat(values).view(shape), torch.cat(indices).view(shape)
 
 
 def update_atoms(signals: Tensor, dictionary: Tensor, values: Tensor, indices: Tensor) -> Tensor:
@@ -258,5 +263,5 @@ def update_atoms(signals: Tensor, dictionary: Tensor, values: Tensor, indices: T
 
 
 def scatter(values: Tensor, indices: Tensor, atoms: int) -> Tensor:
-    """The coefficients as a dense matrix (n x k)."""
-    return values.new_zeros(len(values), atoms).scatter_(1, indices, values)
+    """The coefficients (... x n x s) as a dense matrix (... x n x k)."""
+    return values.new_zeros(*values.shape[:-1], atoms).scatter_(-1, indices, values)
