@@ -101,7 +101,7 @@ class Training:
         passed = time.perf_counter()
         for optimizer in (self.of_matrices, self.of_others):
             for group in optimizer.param_groups:
-                group["lr"] = self.plan.rate_at(len(self.steps))
+                group["lr"] = self.plan.schedule.rate(len(self.steps), self.plan.steps)
             optimizer.step()
             optimizer.zero_grad()
         self.passes.append(passed - started)
