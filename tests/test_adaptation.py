@@ -20,8 +20,8 @@ from .models import VOCABULARY, inputs, logits, tiny
 
 DATA = torch.randint(3, VOCABULARY, (20, 12), generator=torch.Generator().manual_seed(5))
 OTHER = torch.randint(3, VOCABULARY, (6, 12), generator=torch.Generator().manual_seed(6))
-# A size for each that fits the tiny model (width 32, keys of 16, MLP of 48), where the default does not.
-SMALL = {"bone": {"block": 4}, "miss": {"rank": 4}}
+# A size for each that fits the tiny model (width 32, keys of 16, MLP of 48), where the default does not or is no count.
+SMALL = {"bone": {"block": 4}, "miss": {"rank": 4}, "svfit": {"rank": 4}}
 NAMES = [one.name for one in adapters()]
 PEFT = [name for name in NAMES if name != "full"]
 FAST = dict(lr=1e-2, epochs=2, batch_size=4, device="cpu")
@@ -146,7 +146,7 @@ def test_a_rate_that_diverges_is_one_error_and_the_model_as_it_was():
 @pytest.mark.parametrize(("architecture", "dtype"), [("gpt2", torch.float32), ("llama", torch.bfloat16)])
 def test_transposed_layers_and_half_precision(name, architecture, dtype):
     if name == "shira" and architecture == "gpt2":
-        with pytest.raises(TransectError, match=r"does not go with the model: .*Conv1D"):
+        with pytest.raises(TransectError, match=r"shira adapts Linear layers alone, and .* is a Conv1D"):
             adapt(tiny(architecture), name)
         return
     model = tiny(architecture, dtype=dtype)

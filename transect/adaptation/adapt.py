@@ -55,6 +55,7 @@ def adapt_anatomy(
     anatomy.check_finite()
     targets = targets_of(anatomy, settings.roles)
     settings.adapter.check(targets, settings.options)
+    settings.adapter.check_kinds({path: model.get_submodule(path) for path in targets})
     training, held_out = split(data, settings.held_out, settings.batch_size, settings.seed)
     machine, state = machine or Machine(), state or State(None)
     plan = {

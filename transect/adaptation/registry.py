@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from ..errors import OutOfReach, TransectError
 from ..parameters import Parameter, parameters_of, settings_of, summary_of
 from ..parameters import Range as Range
@@ -28,6 +30,7 @@ class Adapter:
     above which a larger size changes nothing or is refused.
     rate: the largest learning rate, where the user names none.
     merges: whether its result can be written into the weights. rewrites: it changes the frozen weights at its start.
+    only_linear: PEFT's tuner takes `nn.Linear` and no layer that stores its weight another way, such as GPT-2's.
     """
 
     name: str
@@ -39,6 +42,7 @@ class Adapter:
     rate: float = 3e-4
     merges: bool = True
     rewrites: bool = False
+    only_linear: bool = False
 
     @property
     def family(self) -> str:
@@ -76,6 +80,15 @@ class Adapter:
                 raise TransectError(
                     f"{self.name}: {self.size}={size} does not fit {path} ({shape[0]} x {shape[1]}); there "
                     f"{', '.join(map(str, fit))} would"
+                )
+
+    def check_kinds(self, layers: Mapping[str, nn.Module]) -> None:
+        """TransectError for a linear layer, by path, of a kind that it does not adapt."""
+        for path, layer in layers.items():
+            if self.only_linear and not isinstance(layer, nn.Linear):
+                kind, others = type(layer).__name__, ", ".join(one.name for one in adapters() if not one.only_linear)
+                raise TransectError(
+                    f"{self.name} adapts Linear layers alone, and {path} is a {kind}: choose one of {others}"
                 )
 
     def trained(self, shapes: Iterable[Shape], size: int) -> int | None:

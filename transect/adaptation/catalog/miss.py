@@ -7,8 +7,14 @@ from typing import Annotated, Any
 from ..registry import Range, adapter
 
 
-@adapter("miss", paper="arXiv:2409.15371", size="rank", numbers=lambda d_out, d_in, rank: d_out * rank,
-         largest=lambda d_out, d_in: d_in)  # fmt: skip
+def _numbers(d_out: int, d_in: int, rank: int) -> int | None:
+    """The matrix that is added to every column block; the last of them may be cut."""
+    return None if rank > d_in else d_out * rank
+
+
+@adapter(
+    "miss", paper="arXiv:2409.15371", size="rank", numbers=_numbers, largest=lambda d_out, d_in: d_in, only_linear=True
+)
 def miss(paths: list[str], *, rank: Annotated[int, Range(1, 2**20)] = 64) -> Any:
     """The later form of Bone: the same d_out x rank matrix is added to every column block of W; zero at the start.
 

@@ -9,7 +9,7 @@ from ..registry import adapter
 from .lora import Rank, of_pair
 
 
-@adapter("shira", paper="arXiv:2406.13175", size="rank", numbers=of_pair)
+@adapter("shira", paper="arXiv:2406.13175", size="rank", numbers=of_pair, only_linear=True)
 def shira(paths: list[str], *, rank: Rank = 8, seed: Seed = 0) -> Any:
     """Some entries of each weight, drawn at random, are trained, and no others.
 
