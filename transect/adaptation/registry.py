@@ -14,11 +14,13 @@ from typing import Any
 
 from torch import nn
 
+from ..anatomy.storage import shape_of
 from ..errors import OutOfReach, TransectError
 from ..parameters import Parameter, parameters_of, settings_of, summary_of
 from ..parameters import Range as Range
 
 Shape = tuple[int, int]
+Counted = Callable[[int], int | None]
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class Adapter:
     rate: the largest learning rate, where the user names none.
     merges: whether its result can be written into the weights. rewrites: it changes the frozen weights at its start.
     only_linear: PEFT's tuner takes `nn.Linear` and no layer that stores its weight another way, such as GPT-2's.
+    counting: `counting(model, paths, settings)` gives `count(size)`, how many numbers are trained in all these layers
+    of the model: of an adapter for which shape and size do not decide that.
     """
 
     name: str
@@ -43,6 +47,7 @@ class Adapter:
     merges: bool = True
     rewrites: bool = False
     only_linear: bool = False
+    counting: Callable[[Any, list[str], Mapping[str, Any]], Counted] | None = None
 
     @property
     def family(self) -> str:
@@ -98,14 +103,39 @@ class Adapter:
 
     def size_for(self, shapes: list[Shape], most: int) -> int:
         """The largest size that fits and trains at most so many numbers; OutOfReach if there is none."""
+        return self._largest(shapes, most, lambda size: self.trained(shapes, size))
+
+    def trained_in(self, model: Any, paths: list[str], settings: Mapping[str, Any]) -> int | None:
+        """How many numbers are trained in these layers of a model; None if the size does not fit one of them."""
+        chosen = self.settings(settings)
+        return self._counted(model, paths, chosen)(chosen.get(self.size, 0))
+
+    def size_in(self, model: Any, paths: list[str], most: int, settings: Mapping[str, Any]) -> int:
+        """The largest size with which at most so many numbers are trained in these layers; OutOfReach if none.
+
+        settings: the others.
+        """
+        return self._largest(_shapes(model, paths), most, self._counted(model, paths, self.settings(settings)))
+
+    def _counted(self, model: Any, paths: list[str], settings: Mapping[str, Any]) -> Counted:
+        if self.counting is not None:
+            return self.counting(model, paths, settings)
+        shapes = _shapes(model, paths)
+        return lambda size: self.trained(shapes, size)
+
+    def _largest(self, shapes: list[Shape], most: int, count: Counted) -> int:
         sizes = range(1, max(self.largest(*shape) for shape in shapes) + 1)
-        counts = {size: self.trained(shapes, size) for size in sizes}
-        fitting = [size for size, count in counts.items() if count is not None and count <= most]
+        counts = {size: count(size) for size in sizes}
+        fitting = [size for size, number in counts.items() if number is not None and number <= most]
         if not fitting:
-            least = min((count for count in counts.values() if count is not None), default=None)
+            least = min((number for number in counts.values() if number is not None), default=None)
             reason = "no size fits these matrices" if least is None else f"it trains {least:,} numbers at the least"
             raise OutOfReach(f"{self.name} cannot train as few as {most:,} numbers: {reason}")
         return max(fitting)
+
+
+def _shapes(model: Any, paths: list[str]) -> list[Shape]:
+    return [shape_of(model.get_submodule(path)) for path in paths]
 
 
 _adapters: dict[str, Adapter] = {}
