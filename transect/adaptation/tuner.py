@@ -152,12 +152,16 @@ class UpdateTuner(BaseTuner):
             kinds = ", ".join(kind.__name__ for kind in self.accepts)
             raise TransectError(f"{current_key} is a {type(base).__name__}; {config.peft_type} adapts {kinds}")
         try:
-            layer = self.tuner_layer_cls(target, name, config, inference_mode=config.inference_mode)
+            layer = self.wrap(target, name, config, current_key)
         except TransectError as reason:
             raise TransectError(f"{current_key}: {reason}") from None
         if name not in self.active_adapters:  # a further adapter does not train by itself
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    def wrap(self, target: Any, name: str, config: Any, path: str) -> UpdateLayer:
+        """The layer around a target. path: the target's, which matters where layers of one place go together."""
+        return self.tuner_layer_cls(target, name, config, inference_mode=config.inference_mode)
 
 
 def register_tuner(name: str, config: type[UpdateConfig], model: type[UpdateTuner]) -> None:
