@@ -21,7 +21,7 @@ from .models import VOCABULARY, inputs, logits, tiny
 DATA = torch.randint(3, VOCABULARY, (20, 12), generator=torch.Generator().manual_seed(5))
 OTHER = torch.randint(3, VOCABULARY, (6, 12), generator=torch.Generator().manual_seed(6))
 # A size for each that fits the tiny model (width 32, keys of 16, MLP of 48), where the default does not or is no count.
-SMALL = {"bone": {"block": 4}, "miss": {"rank": 4}, "svfit": {"rank": 4}}
+SMALL = {"bone": {"block": 4}, "miss": {"rank": 4}, "svfit": {"rank": 4}, "mole": {"rank": 4}}
 NAMES = [one.name for one in adapters()]
 PEFT = [name for name in NAMES if name != "full"]
 FAST = dict(lr=1e-2, epochs=2, batch_size=4, device="cpu")
@@ -45,10 +45,11 @@ def test_it_starts_as_the_frozen_model_and_trains_what_it_says(name):
     found = attached(model, name)
     torch.testing.assert_close(logits(model.eval(), inputs("llama")), before, atol=1e-5, rtol=1e-4)
     one = adapter_named(name)
-    targets = targets_of(Anatomy(tiny("llama")), None)
-    size = one.settings(SMALL.get(name, {}))[one.size]
-    assert sum(p.numel() for p in found.parameters.values()) == one.trained(list(targets.values()), size)
-    assert one.size_for(list(targets.values()), one.trained(list(targets.values()), size)) == size
+    plain, settings = tiny("llama"), one.settings(SMALL.get(name, {}))
+    targets = list(targets_of(Anatomy(plain), None))
+    count = sum(p.numel() for p in found.parameters.values())
+    assert count == one.trained_in(plain, targets, settings)
+    assert one.size_in(plain, targets, count, settings) == settings[one.size]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -65,8 +65,9 @@ class Worker:
         return {**outcome, "size": options.get(adapter.size)}
 
     def _size(self, anatomy: Anatomy, share: float, name: str) -> int:
-        shapes = list(targets_of(anatomy, self.plan.shared.roles).values())
-        return adapter_named(name).size_for(shapes, int(share * sum(d_out * d_in for d_out, d_in in shapes)))
+        targets = targets_of(anatomy, self.plan.shared.roles)
+        most = int(share * sum(d_out * d_in for d_out, d_in in targets.values()))
+        return adapter_named(name).size_in(anatomy.model, list(targets), most, self.plan.adapters[name])
 
 
 def load_worker(folder: Path, plan: Plan) -> Worker:
