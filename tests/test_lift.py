@@ -11,11 +11,11 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from tests.models import assert_alike, inputs, logits, tiny
+import transect
+from tests.models import VOCABULARY, assert_alike, inputs, logits, tiny
 from transect.adaptation import adapter_named
-from transect.adaptation.catalog.lift import masks
+from transect.adaptation.catalog.lift import LiftConfig, RefreshMasks, masks
 from transect.adaptation.catalog.lift.layer import LiftLayer
-from transect.adaptation.catalog.lift.tuner import LiftConfig, RefreshMasks
 from transect.claims.catalog import lift as claim
 from transect.errors import TransectError
 
@@ -30,7 +30,7 @@ def decaying(d_out: int = 64, d_in: int = 48, seed: int = 0) -> torch.Tensor:
 
 
 def adapted(name: str = "llama", dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
-    config = LiftConfig(target_modules=MATRICES[name], **{"rank": 2, "filter_rank": 4, "every": 0, **settings})
+    config = LiftConfig(target_modules=MATRICES[name], **{"rank": 2, "filter_rank": 4, "interval": 0, **settings})
     return get_peft_model(tiny(name, dtype=dtype), config)
 
 
@@ -54,7 +54,7 @@ def train(model: Any, name: str, steps: int, optimizer: Any = None, rate: float 
 
 def refreshed(name: str = "llama", dtype: torch.dtype = torch.float32) -> Any:
     """A model whose masks have changed twice."""
-    model = adapted(name, dtype, every=2)
+    model = adapted(name, dtype, interval=2)
     train(model, name, 5, rate=0.3)
     assert sum(len(layer.lift_settled_index["default"]) for layer in layers(model)) > 0
     return model
@@ -206,7 +206,7 @@ def test_with_all_entries_it_is_dense_adam():
 
 
 def test_the_optimizer_holds_two_numbers_an_entry():
-    model = adapted(every=1)
+    model = adapted(interval=1)
     optimizer = train(model, "llama", 2)
     held = sum(t.numel() for state in optimizer.state.values() for t in state.values() if t.dim())
     assert held == 2 * 3 * (masks.budget(32, 32, 2) * 2 + masks.budget(32, 48, 2))
@@ -260,13 +260,34 @@ def test_entries_that_come_back_have_the_change_that_they_had(monkeypatch):
 
 
 def test_masks_are_refreshed_behind_every_so_many_steps(monkeypatch):
-    model, seen = adapted(every=3), []
+    model, seen = adapted(interval=3), []
     monkeypatch.setattr(LiftLayer, "refresh", lambda layer, optimizer, name: seen.append(name))
     for step in range(1, 8):
         layers(model)[0].after_step(step, torch.optim.SGD([torch.zeros(1)]))
     assert seen == ["default"] * 2
-    layers(adapted(every=0))[0].after_step(3, torch.optim.SGD([torch.zeros(1)]))
+    layers(adapted(interval=0))[0].after_step(3, torch.optim.SGD([torch.zeros(1)]))
     assert len(seen) == 2
+
+
+def test_a_training_with_refreshed_masks_goes_on_bit_for_bit_and_keeps_its_best_state(tmp_path):
+    data = torch.randint(3, VOCABULARY, (10, 12), generator=torch.Generator().manual_seed(5))
+    options = dict(interval=1, rank=2, filter_rank=4, lr=0.3, epochs=2, batch_size=3, every=1, device="cpu")
+    seen: list[Any] = []
+
+    def stop(check):
+        if check.step == 4:
+            raise KeyboardInterrupt
+
+    whole = transect.adapt(tiny("llama"), "lift", data, on_check=seen.append, **options)
+    with pytest.raises(KeyboardInterrupt):
+        transect.adapt(tiny("llama"), "lift", data, checkpoint=tmp_path / "state", on_check=stop, **options)
+    again = transect.adapt(tiny("llama"), "lift", data, checkpoint=tmp_path / "state", **options)
+    assert len(seen) == 6 and again.outcome["checks"] == whole.outcome["checks"]
+    losses = [whole.outcome["loss_before"], *(check.held_out for check in seen)]
+    assert whole.outcome["loss_after"] == min(losses)
+    held_out = {"input_ids": data[-1:], "labels": data[-1:]}
+    for adapted in (whole.model, again.model):
+        assert adapted.eval()(**held_out).loss.item() == pytest.approx(min(losses), rel=1e-4)
 
 
 def test_a_merged_layer_is_not_refreshed():
@@ -329,7 +350,7 @@ def test_several_adapters():
 def test_the_trainer_refreshes_masks(tmp_path):
     from transformers import Trainer, TrainingArguments
 
-    model = adapted(every=2)
+    model = adapted(interval=2)
     before = [layer.lift_index["default"].clone() for layer in layers(model)]
     rows = [{"input_ids": row, "labels": row} for row in inputs("llama", batch=4)["input_ids"]]
     arguments = TrainingArguments(
@@ -349,7 +370,7 @@ def test_the_trainer_refreshes_masks(tmp_path):
     [
         ({"rank": 0}, "rank must be at least 1, got 0"),
         ({"filter_rank": 0}, "filter_rank must be at least 1, got 0"),
-        ({"every": -1}, "every must be at least 0, got -1"),
+        ({"interval": -1}, "interval must be at least 0, got -1"),
         ({"select": "gradient"}, "select must be one of lift, magnitude, random, got 'gradient'"),
     ],
 )

@@ -129,13 +129,13 @@ class LiftLayer(UpdateLayer):
         return output if bias is None else output + bias.to(dtype)  # type: ignore[operator]
 
     def after_step(self, step: int, optimizer: Optimizer) -> None:
-        """Called after every step, counted from 1: chooses anew behind each `every`-th.
+        """Called after every step, counted from 1: chooses anew behind each `interval`-th.
 
         The released code does it one step earlier, behind steps T - 1, 2 T - 1 and so on.
         """
         for name in self.adapters():
-            every = self.lift_config[name].every
-            if every and step % every == 0 and self.lift_delta[name].requires_grad:
+            interval = self.lift_config[name].interval
+            if interval and step % interval == 0 and self.lift_delta[name].requires_grad:
                 self.refresh(optimizer, name)
 
     @torch.no_grad()

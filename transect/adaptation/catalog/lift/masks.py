@@ -33,7 +33,7 @@ def low_rank(weight: Tensor, rank: int) -> Tensor:
 
     W projected onto the leading R eigenvectors of its smaller Gram matrix. Random probes, which the released code can
     take instead, are not: in SmolLM2-135M, whose singular values fall off slowly, 2 R probes and two rounds of subspace
-    iteration (Halko et al., 2009) find between a fifth and four fifths of the entries, in half of the time.
+    iteration (Halko et al., 2009) find between a fifth and four fifths of the entries.
     """
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
     if rank >= min(wide.shape):

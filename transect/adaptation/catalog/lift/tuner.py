@@ -22,20 +22,20 @@ class LiftConfig(UpdateConfig):
 
     rank: L, from which the number of trained entries follows: (d_out + d_in) L, and not more than there are.
     filter_rank: R, of the approximation whose largest entries are trained; not the same as `rank`.
-    every: steps after which entries are chosen anew; 0 for never. select: what is large where; see `masks`.
+    interval: steps after which entries are chosen anew; 0 for never. select: what is large where; see `masks`.
     seed: of the entries that are drawn at random.
     """
 
     rank: int = 8
     filter_rank: int = 32
-    every: int = 400
+    interval: int = 400
     select: Select = "lift"
     seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType("LIFT")
-        for name, least in (("rank", 1), ("filter_rank", 1), ("every", 0)):
+        for name, least in (("rank", 1), ("filter_rank", 1), ("interval", 0)):
             if (given := getattr(self, name)) < least:
                 raise TransectError(f"lift: {name} must be at least {least}, got {given}")
         if self.select not in (known := typing.get_args(Select)):
