@@ -15,7 +15,7 @@ def _numbers(d_out: int, d_in: int, rank: int) -> int | None:
     return None if rank > whole else rank or whole
 
 
-@adapter("svfit", paper="arXiv:2409.05926", size="rank", numbers=_numbers)
+@adapter("svfit", paper="arXiv:2409.05926", size="rank", numbers=_numbers, rate=0.1)
 def svfit(
     paths: list[str], *, rank: Annotated[int, Range(0, 2**20)] = 0,
     energy: Annotated[float, Range(0, 1, above=True)] = 0.99, relative: bool = False, select: Select = "leading",
@@ -24,7 +24,7 @@ def svfit(
     """The leading singular values of each weight are trained, and nothing else: its singular vectors stay.
 
     A change that lies outside their diagonal cannot be learned. Rates that suit low-rank factors are too small for so
-    few numbers.
+    few numbers: on a language model of 7 million parameters 0.3 to 1 was best of 40 steps, relative 0.1 to 0.3.
 
     rank: how many values of each weight; 0 for as few as carry the share `energy` of the sum of their squares.
     energy: that share, where rank is 0. Of a flat spectrum it takes nearly all values.

@@ -84,11 +84,11 @@ class SvfitLayer(UpdateLayer):
     def change(self, name: str) -> Tensor:
         """sigma - s (r)."""
         shift = self.svfit_shift[name]
-        return shift * self.svfit_start[name] if self.svfit_config[name].relative else shift
+        return shift * self._start(name) if self.svfit_config[name].relative else shift
 
     def sigma(self, name: str) -> Tensor:
         """The singular values as they are now (r), of any sign and in any order."""
-        return self.svfit_start[name] + self.change(name)
+        return self._start(name) + self.change(name)
 
     def delta(self, name: str) -> Tensor:
         left, right, change = *self._vectors(name), self.change(name)
@@ -108,10 +108,11 @@ class SvfitLayer(UpdateLayer):
 
     def extra_repr(self) -> str:
         most = min(self.out_features, self.in_features)
-        return ", ".join(f"{name}: {len(start)} of {most} singular values" for name, start in self._starts().items())
+        return ", ".join(f"{name}: {len(self._start(name))} of {most} singular values" for name in self.svfit_start)
 
-    def _starts(self) -> dict[str, Tensor]:
-        return {name: self.svfit_start[name] for name in self.svfit_start}
+    def _start(self, name: str) -> Tensor:
+        start: Any = self.svfit_start[name]
+        return start
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """To the device alone: PEFT would round the values to the type of the weight, too."""
@@ -125,15 +126,14 @@ class SvfitLayer(UpdateLayer):
 
         Where the energy chose their count, rounding may have chosen one more or less of them here.
         """
-        for name, start in self._starts().items():
+        for name in self.svfit_start:
             given = state_dict.get(f"{prefix}svfit_start.{name}")
             if given is None:
                 continue
-            by_energy = self.svfit_config[name].r is None
-            if by_energy and len(given) != len(start) and 0 < len(given) <= min(self.out_features, self.in_features):
+            by_energy, most = self.svfit_config[name].r is None, min(self.out_features, self.in_features)
+            if by_energy and len(given) != len(self._start(name)) and 0 < len(given) <= most:
                 self._begin(name, len(given))
-                start = self.svfit_start[name]
-            if not _same(given, start):
+            if not _same(given, self._start(name)):
                 raise TransectError(
                     f"{prefix.rstrip('.')}: this adapter was trained on another weight, which had other singular "
                     "values: load it on its own base model, in the type that this had then, with nothing merged"
