@@ -22,7 +22,7 @@ PROMPT = "w3 w4 {} w5 w6"
 # What takes hundreds of steps, rounds or facts, made short: places below `transect.claims`.
 SHORT = {
     "catalog.latent_language.latent_language.bilingual.__defaults__": (3,), "catalog.monarch.STEPS": 3,
-    "catalog.feature_neurons.STEPS": 2, "catalog.depth_efficiency.shallower.STEPS": 2,
+    "catalog.mole.STEPS": 2, "catalog.feature_neurons.STEPS": 2, "catalog.depth_efficiency.shallower.STEPS": 2,
     "catalog.lazy_neuron.relu_classifier.STEPS": 10, "catalog.localization._FACTS": 5, "catalog.jlcm.BITS": (2,),
     "catalog.constrained_ft.SINGLE": 5, "catalog.constrained_ft._TIMES": (1.0,), "catalog.dsformer.KEEPS": (0.8,),
     "catalog.svfit.STEPS": 2, "catalog.svfit.RATES": (0.1,), "fact_editing.SINGLE": 5,
