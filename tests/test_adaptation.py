@@ -2,6 +2,10 @@
 
 import copy
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +22,7 @@ from transect.errors import OutOfReach, TransectError
 
 from .models import VOCABULARY, inputs, logits, tiny
 
+ROOT = Path(__file__).parent.parent
 DATA = torch.randint(3, VOCABULARY, (20, 12), generator=torch.Generator().manual_seed(5))
 OTHER = torch.randint(3, VOCABULARY, (6, 12), generator=torch.Generator().manual_seed(6))
 # A size for each that fits the tiny model (width 32, keys of 16, MLP of 48), where the default does not or is no count.
@@ -178,3 +183,28 @@ def test_the_command(name, tmp_path):
     result = CliRunner().invoke(main_group, words, catch_exceptions=False)
     assert result.exit_code == 0 and "numbers trained" in result.output and "must not be forgotten" in result.output
     assert (tmp_path / "out" / ("config.json" if name == "full" else "adapter_config.json")).is_file()
+
+
+LOADS = """
+import sys
+import transect
+assert "peft" not in sys.modules  # which takes seconds
+from peft import AutoPeftModelForCausalLM, PeftConfig
+assert PeftConfig.from_pretrained("adapter").peft_type == "SVFIT"
+model = AutoPeftModelForCausalLM.from_pretrained("adapter")
+import torch
+print(model(torch.arange(3, 15)[None]).logits.double().sum().item())
+"""
+
+
+def test_a_fresh_process_that_has_imported_transect_loads_our_adapters(tmp_path):
+    tiny("llama").save_pretrained(tmp_path / "base")
+    opened = transect.checkpoint.open_model(tmp_path / "base")
+    adapted = adapt(opened, "svfit", out=tmp_path / "adapter").model.eval()
+    with torch.no_grad():
+        expected = adapted(torch.arange(3, 15)[None]).logits.double().sum().item()
+    said = subprocess.run(
+        [sys.executable, "-c", LOADS], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True,
+        capture_output=True, text=True,
+    ).stdout  # fmt: skip
+    assert float(said) == pytest.approx(expected, abs=1e-3)

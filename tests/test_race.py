@@ -10,7 +10,6 @@ from click.testing import CliRunner
 import transect
 from transect.cli import main_group
 from transect.contest import Trial
-from transect.contest import worker as rooms
 from transect.contest.worker import Worker
 from transect.errors import TransectError
 
@@ -104,7 +103,7 @@ def test_processes_give_the_same_table(folder, tmp_path):
 
 
 def test_what_does_not_go_is_said_before_any_training(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(rooms, "adapt_anatomy", lambda *_, **__: pytest.fail("it trained"))
+    monkeypatch.setattr("transect.adaptation.adapt.adapt_anatomy", lambda *_, **__: pytest.fail("it trained"))
     for options, said in [
         ({"adapters": ("lorra",)}, "unknown adapter"),
         ({"settings": {"lora": {"rank": 4}}}, "rank=4 is set by shares in a contest"),

@@ -153,7 +153,7 @@ def adapter(
     return register
 
 
-def _load() -> None:
+def load() -> None:
     """Import the catalog, and PEFT with it."""
     try:
         importlib.import_module(".catalog", __package__)
@@ -165,7 +165,7 @@ def _load() -> None:
 
 def adapter_named(name: str) -> Adapter:
     """The adapter of that name, or an error that lists the known ones."""
-    _load()
+    load()
     if name not in _adapters:
         raise TransectError(f"unknown adapter {name!r}; known: {', '.join(sorted(_adapters))}")
     return _adapters[name]
@@ -173,5 +173,5 @@ def adapter_named(name: str) -> Adapter:
 
 def adapters() -> list[Adapter]:
     """All registered adapters, by name."""
-    _load()
+    load()
     return [_adapters[name] for name in sorted(_adapters)]

@@ -7,13 +7,11 @@ Transect changed it, the base is saved too: into `base` inside the adapter's fol
 from __future__ import annotations
 
 import functools
-import importlib.util
 import json
-import sys
-from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import Any
 
+from ..modules import when_imported
 from ..store import read_json, replacing
 from .base import place_of_base
 from .save import is_changed, save_base
@@ -36,29 +34,7 @@ def complete_adapter(base: Any, folder: str | Path) -> None:
 
 def attach_to_peft() -> None:
     """Make `PeftModel.save_pretrained` complete the adapter: now, or as soon as peft is imported."""
-    if "peft.peft_model" in sys.modules:
-        _wrap(sys.modules["peft.peft_model"])
-    elif not any(isinstance(finder, _WhenImported) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _WhenImported())
-
-
-class _WhenImported(MetaPathFinder):
-    """Importing peft takes a second, and most never need it."""
-
-    def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
-        if fullname != "peft.peft_model":
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def exec_module(module: Any) -> None:
-                execute(module)
-                _wrap(module)
-
-            spec.loader.exec_module = exec_module
-        return spec
+    when_imported("peft.peft_model", _wrap)
 
 
 def _wrap(peft_model: Any) -> None:

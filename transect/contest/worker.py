@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from ..adaptation import adapter_named
-from ..adaptation.adapt import adapt_anatomy
 from ..adaptation.targets import targets_of
 from ..anatomy import Anatomy
 from ..compression.fingerprint import model_fingerprint
@@ -38,6 +37,8 @@ class Worker:
 
     def compute(self, trial: Trial) -> dict[str, Any]:
         """One trial; what the method cannot do, or what diverges, has a note instead of numbers."""
+        from ..adaptation.adapt import adapt_anatomy  # peft takes a second to import
+
         if trial.entrant is None:
             found = {name: evaluate_loss(self.model, text) for name, text in self.texts.items()}
             texts = {name: {"loss": each.loss, "examples": list(each.examples)} for name, each in found.items()}

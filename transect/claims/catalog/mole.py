@@ -11,8 +11,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from ...adaptation import adapter_named
-from ...adaptation.attached import Attached
-from ...adaptation.catalog.mole import MoleLayer
 from ...adaptation.targets import targets_of
 from ...data import Specimen
 from ...forward import at_rest
@@ -144,6 +142,9 @@ def _trained(
     adapter, model = adapter_named(method), specimen.model
     given = {"rank": RANK, "dropout": 0.0} | dict(settings)
     config = adapter.config(list(targets_of(specimen.anatomy, None)), given | {"alpha": 2.0 * given["rank"]})
+    from ...adaptation.attached import Attached  # peft takes a second to import
+    from ...adaptation.catalog.mole import MoleLayer
+
     halves = [_sequences(words, task, STEPS * BATCH // 2, 1000 + seed) for task in range(2)]
     batches = [torch.cat(parts) for parts in zip(*(half.split(BATCH // 2) for half in halves), strict=True)]
     attached = Attached(model, config, seed)

@@ -7,6 +7,9 @@ from typing import Annotated, Any
 from ....parameters import Seed
 from ...registry import Range, adapter
 from .spectrum import Select
+from .tuner import SvfitConfig, SvfitModel
+
+__all__ = ["SvfitConfig", "SvfitModel", "svfit"]
 
 
 def _numbers(d_out: int, d_in: int, rank: int) -> int | None:
@@ -32,8 +35,6 @@ def svfit(
     select: which values: `leading`, or, to compare, the `smallest` or some drawn at `random`.
     seed: of the draw.
     """
-    from .tuner import SvfitConfig
-
     return SvfitConfig(
         r=rank or None, energy=energy, relative=relative, select=select, seed=seed, target_modules=paths,
     )  # fmt: skip
