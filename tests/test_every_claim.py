@@ -34,7 +34,11 @@ QUICK = {
     "rome": {"steps": 1, "rounds": 1, "contexts": 1}, "memit": {"steps": 1, "contexts": 1},
     "constrained-ft": {"steps": 1},
 }  # fmt: skip
-MORE = {"depth-efficiency/cross-model": 70, "nuclear-norm/ranks-as-exact": 10}  # sequences of some that ask for them
+MORE = {
+    "depth-efficiency/cross-model": 70,
+    "mole/conflicting-tasks": 12,
+    "nuclear-norm/ranks-as-exact": 10,
+}  # sequences
 # Why some say nothing of this model: a random one has no heads that copy, and learns no language in three steps.
 NOT_HERE = {
     "cd-t/copying-heads": "no head of this model attends to what came behind",
