@@ -201,6 +201,13 @@ def test_blocks_without_an_mlp_are_left_out_and_broken_weights_are_named():
         scored(model, [inputs("opt")])
 
 
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_it_says_nothing_of_mixtures_of_experts(name):
+    model = tiny(name)
+    found = run_probes(Specimen(Anatomy(model), data=load(IDS, model)), {"w-pca": {}})
+    assert "mixture" in found.refused["w-pca"]
+
+
 # Rankings
 
 

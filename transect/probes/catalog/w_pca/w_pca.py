@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from ....anatomy import Block
+from ....anatomy import MLP
 from ....data import Specimen
 from ....errors import NotApplicable
 from ....parameters import Range
@@ -57,19 +57,19 @@ def w_pca(
     where: before the activation function ("pre"; the released code), in a gated MLP the gate's outputs, or what the
         last matrix reads ("post").
     """
-    blocks = [block for block in specimen.anatomy.blocks if _entrance(block) is not None]
-    if not blocks:
-        raise NotApplicable("no block of this model has an MLP with one hidden layer")
-    tallies = {block.index: Scatter() for block in blocks}
-    points = {block.index: "neurons" if where == "post" else _entrance(block) for block in blocks}
+    mlps = {block.index: block.mlp for block in specimen.anatomy.blocks if isinstance(block.mlp, MLP)}
+    if not mlps:
+        raise NotApplicable("no block of this model has an MLP: they were dropped, or are mixtures of experts")
+    tallies = {layer: Scatter() for layer in mlps}
     while (seen := (yield)) is not None:
-        for layer, tally in tallies.items():
-            states: Tensor = getattr(seen, str(points[layer]))[layer]
-            tally.add(states.flatten(0, -2) if seen.mask is None else states[seen.mask])
+        for layer, mlp in mlps.items():
+            entrance = seen.up if mlp.gate is None else seen.gate
+            states: Tensor = (entrance if where == "pre" else seen.neurons)[layer]
+            tallies[layer].add(states.flatten(0, -2) if seen.mask is None else states[seen.mask])
     dimension = torch.tensor([tally.dimension(eta) for tally in tallies.values()])
-    neurons, read = (torch.tensor([block.matrix("up").shape[side] for block in blocks]) for side in (0, 1))
+    neurons, read = (torch.tensor([mlp.up.shape[side] for mlp in mlps.values()]) for side in (0, 1))
     parameters = sum(parameter.numel() for parameter in specimen.model.parameters())
-    tokens, proxy = tallies[blocks[0].index].rows, dimension.double().mean()
+    tokens, proxy = next(iter(tallies.values())).rows, dimension.double().mean()
     quantities = {
         "dimension": Quantity(dimension, ("layer",), "", "principal components that hold the share of the variance"),
         "neurons": Quantity(neurons, ("layer",), "neurons", "width of the hidden layer"),
@@ -80,27 +80,21 @@ def w_pca(
         "tokens": Quantity(torch.tensor(tokens), (), "tokens", "T"),
     }
     return Result(
-        quantities, _findings(quantities, blocks, eta, where), _caveats(neurons, read, tokens, where),
-        {"layer": [str(block.index) for block in blocks]},
+        quantities, _findings(quantities, list(mlps), eta, where), _caveats(neurons, read, tokens, where),
+        {"layer": [str(layer) for layer in mlps]},
     )  # fmt: skip
 
 
-def _entrance(block: Block) -> Literal["gate", "up"] | None:
-    """The matrix whose outputs go through the activation function; None where there is no such matrix."""
-    roles = {matrix.role for matrix in block.matrices()}
-    return "gate" if "gate" in roles else "up" if "up" in roles else None
-
-
-def _findings(quantities: dict[str, Quantity], blocks: list[Block], eta: float, where: Where) -> list[str]:
+def _findings(quantities: dict[str, Quantity], layers: list[int], eta: float, where: Where) -> list[str]:
     values = {name: one.values for name, one in quantities.items()}
     dimension, neurons = values["dimension"], values["neurons"]
     least, most = int(dimension.argmin()), int(dimension.argmax())
     side = "before the activation function" if where == "pre" else "that the last matrix reads"
     return [
         f"On {int(values['tokens'])} tokens, {float(values['proxy']):.1f} principal components hold {eta:.4g} of the "
-        f"variance of the hidden activations {side} (mean over {len(blocks)} blocks): from {int(dimension[least])} of "
-        f"{int(neurons[least])} in block {blocks[least].index} to {int(dimension[most])} of {int(neurons[most])} in "
-        f"block {blocks[most].index}.",
+        f"variance of the hidden activations {side} (mean over {len(layers)} blocks): from {int(dimension[least])} of "
+        f"{int(neurons[least])} in block {layers[least]} to {int(dimension[most])} of {int(neurons[most])} in "
+        f"block {layers[most]}.",
         f"Times {int(values['parameters']):,} parameters, W-PCA is {float(values['score']):.4g}. Of untrained models "
         "on the same text, the larger score is ranked higher.",
     ]
