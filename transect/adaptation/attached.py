@@ -78,8 +78,8 @@ class Attached:
     def after_step(self, step: int, optimizer: torch.optim.Optimizer) -> None:
         """Let the layers that change what they train do so. step: how many are done."""
         for layer in self.layers.values():
-            if hasattr(layer, "after_step"):
-                layer.after_step(step, optimizer)
+            if (act := getattr(layer, "after_step", None)) is not None:
+                act(step, optimizer)
 
     def held(self) -> dict[str, Tensor]:
         """Buffers of the adapter: what its numbers stand for."""

@@ -9,6 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..anatomy import Anatomy
+from ..anatomy.storage import shape_of
 from ..errors import TransectError
 
 Shape = tuple[int, int]
@@ -49,9 +50,4 @@ def targets_of(anatomy: Anatomy, roles: Sequence[str] | None) -> dict[str, Shape
         found = [path for path in found if any(path == host or path.startswith(f"{host}.") for host in chosen)]
     if not found:
         raise TransectError("the model's blocks have no linear layer that could be adapted")
-    return {path: _shape(model.get_submodule(path)) for path in found}
-
-
-def _shape(layer: nn.Module) -> Shape:
-    rows, columns = layer.weight.shape  # type: ignore[misc]
-    return (columns, rows) if isinstance(layer, Conv1D) else (rows, columns)
+    return {path: shape_of(model.get_submodule(path)) for path in found}

@@ -34,7 +34,7 @@ def contest_cells(frame: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
     headings = ["method", "trained", "rate"]
     for name in texts:
         headings += [_TEXTS[name], f"{_TEXTS[name]}, change", "over seeds"]
-    headings += ["optimizer MB", "s/step", "seeds"]
+    headings += ["optimizer bytes", "s/step", "seeds"]
     rows = []
     for _, row in frame.iterrows():
         cells = [row["method"], _written(row, "trained", ",.0f"), _written(row, "rate", ".2g")]
@@ -43,15 +43,14 @@ def contest_cells(frame: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
             if (error := _written(row, f"{name}_error", ".4f")) != "-":
                 change += f" ± {error}"
             cells += [_written(row, name, ".4f"), change, _written(row, f"{name}_seed_error", ".4f")]
-        held = row.get("optimizer_bytes")
-        cells += ["-" if pd.isna(held) else f"{held / 1e6:.2f}", _written(row, "seconds_a_step", ".3f")]
+        cells += [_written(row, "optimizer_bytes", ",.0f"), _written(row, "seconds_a_step", ".3f")]
         rows.append([*cells, _written(row, "seeds", ".0f")])
     return headings, rows
 
 
 def _written(row: Any, column: str, form: str) -> str:
-    value = row.get(column)
-    return "-" if pd.isna(value) else format(value, form)
+    value: Any = row.get(column)
+    return "-" if value is None or bool(pd.isna(value)) else format(value, form)
 
 
 def contest_table(frame: pd.DataFrame, title: str = "") -> Table:

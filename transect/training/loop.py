@@ -91,7 +91,7 @@ class Problem:
     batches: Sequence[Any]
     loss: Callable[[Any], tuple[Tensor, float]]
     measure: Callable[[], float] | None
-    set_mode: Callable[[], None]
+    set_mode: Callable[[], object]
     tokens: Sequence[int] = ()
     penalty: Callable[[Any], Tensor | None] | None = None
     after_step: Callable[[int, torch.optim.Optimizer], None] | None = None
