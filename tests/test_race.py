@@ -82,7 +82,7 @@ def test_an_interrupted_contest_goes_on_and_can_be_widened(folder, tmp_path, mon
     wider = race(folder, tmp_path / "run", ("lora", "full", "shira"), seeds=2, shares=(0.2, 0.1))
     assert list(wider["method"]) == ["base", "lora", "lora", "full", "shira", "shira"]
     assert wider["rate"].iloc[2] == expected["rate"].iloc[1] and len(ran) == 6 + 2 + 4 + 5
-    with pytest.raises(TransectError, match="holds a contest of another model, data or settings"):
+    with pytest.raises(TransectError, match="holds a run with another model, data or settings"):
         race(folder, tmp_path / "run", batch_size=5)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pandas as pd
 
@@ -160,8 +160,14 @@ def _beside_dense(row: Mapping[str, Any], dense: Mapping[str, Any], text: str = 
     return beside
 
 
-def take_folder(folder: Folder, plan: Plan, overwrite: bool) -> None:
-    """Make the run folder, or go on in it; TransectError if it holds something else."""
+class _Plan(Protocol):
+    def is_in(self, folder: Path) -> bool: ...
+
+    def save(self, path: Path) -> None: ...
+
+
+def take_folder(folder: Folder, plan: _Plan, overwrite: bool) -> None:
+    """Make the run folder, or go on in it; TransectError if it holds something else. plan: of a contest, too."""
     folder.take()
     if not plan.is_in(folder.path) and not folder.is_empty:
         if not overwrite:

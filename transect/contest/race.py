@@ -11,12 +11,13 @@ from typing import Any
 
 import pandas as pd
 
+from ..comparison.compare import take_folder
 from ..data import Batches
 from ..errors import TransectError
 from ..evaluation import standard_error
 from ..pool import Engine, run_in_processes, run_on_ray
 from ..store import Folder
-from .plan import RUN, Plan, Trial
+from .plan import Plan, Trial
 from .worker import UNFINISHED, Worker, load_worker, text_file
 
 TARGET, FORGETS = "eval", "forgets"
@@ -39,7 +40,7 @@ def race_model(
     First the grid of rates of every entrant with the first seed, then the other seeds at the best rate of each. A
     folder that holds a contest of the same model, data and settings is gone on with.
     """
-    _take(folder, plan, overwrite)
+    take_folder(folder, plan, overwrite)
     lost: dict[Trial, str] = {}
     grids = [trial for entrant in plan.entrants for trial in plan.grid(entrant)]
     lost |= _run(model, plan, folder, training, texts, [Trial(None, None, 0), *grids], workers, engine, on_trial)
@@ -84,19 +85,6 @@ def _run(
     return run(
         partial(load_worker, folder.path.resolve(), plan), [[trial] for trial in waiting], workers, on_trial, finished
     )
-
-
-def _take(folder: Folder, plan: Plan, overwrite: bool) -> None:
-    """Make the run folder, or go on in it; TransectError if it holds something else."""
-    folder.take()
-    if not plan.is_in(folder.path) and not folder.is_empty:
-        if not overwrite:
-            raise TransectError(
-                f"the folder {folder.path} holds a contest of another model, data or settings, or of another version; "
-                "pass overwrite=True (--overwrite) to replace it, or choose another folder"
-            )
-        folder.empty(last=RUN)
-    plan.save(folder.file(RUN))
 
 
 def table(plan: Plan, folder: Path, lost: Mapping[Trial, str]) -> pd.DataFrame:
