@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from transect.errors import TransectError
-from transect.training import optimizer_named
+from transect.training import Schedule, Stepper, optimizer_named
 from transect.training.optimizers import dct_adamw
 from transect.training.optimizers.dct_adamw import (
     FFT_FROM,
@@ -445,6 +445,32 @@ def test_it_is_registered_with_its_settings():
     group = made.param_groups[0]
     assert isinstance(made, DCTAdamW) and group["betas"] == (0.8, 0.999) and group["feedback"] == "int8"
     assert group["rank"] == 0.5 and group["lr"] == 0.1 and all(p.help for p in registered.parameters)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_training_loop_goes_on_bit_for_bit(dtype):
+    names, shapes = ("a", "b"), ((12, 8), (6,))
+    schedule = Schedule(lr=0.1, optimizer="dct-adamw", options={"feedback": "int8", "every": 2})
+
+    def stepper():
+        parameters = {
+            name: torch.nn.Parameter(normal(*shape, dtype=dtype)) for name, shape in zip(names, shapes, strict=True)
+        }
+        return Stepper(parameters, schedule, 6)
+
+    def go(one, steps):
+        for step in steps:
+            one.step(step, {name: normal(*s, seed=step, dtype=dtype) for name, s in zip(names, shapes, strict=True)})
+        return one
+
+    whole, first, second = go(stepper(), range(6)), go(stepper(), range(3)), stepper()
+    second.load({name: tensor.clone() for name, tensor in first.state().items()})
+    go(second, range(3, 6))
+    for name, tensor in whole.state().items():
+        assert torch.equal(second.state()[name], tensor) and second.state()[name].dtype == tensor.dtype
+    for name in names:
+        assert torch.equal(second.parameters[name], whole.parameters[name])
+    assert whole.state_bytes == 2 * 4 * 12 * 2 + 4 * 2 + 12 * 8 + 4 * 12 + 2 * 4 * 6 + 2 * 4
 
 
 # Bad input
