@@ -43,7 +43,7 @@ lint: .venv/installed
 
 # Each benchmark is one command, `python benchmarks/NAME.py`; see benchmarks/README.md.
 bench: .venv/installed
-	for script in kfac calibration compare low_rank structured operators streaming memory nuclear_norm; do $(BIN)/python benchmarks/$$script.py || exit 1; done
+	for script in kfac calibration compare low_rank structured operators optimizers streaming memory nuclear_norm; do $(BIN)/python benchmarks/$$script.py || exit 1; done
 
 organism: .venv/installed
 	$(BIN)/python -m transect.organism.train --out run/organism
