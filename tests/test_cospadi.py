@@ -13,8 +13,10 @@ from transect.anatomy import Anatomy
 from transect.compression import dictionary_learning as learning
 from transect.compression import method, weighted_svd
 from transect.compression.dictionary_learning import dictionary_size, learn, nominal_kept
+from transect.compression.two_four import two_four
 from transect.errors import OutOfReach, TransectError
 from transect.evaluation import matrix_bytes
+from transect.forward import computing_wide
 from transect.operators import Bank, build, stored_bytes
 from transect.operators.dictionary import SharedSparseDictionary, SparseDictionary, fit_on_support
 from transect.statistics import InputCovariance, collect, key_of
@@ -327,6 +329,18 @@ def test_the_dense_coefficients_follow_every_change():
     kept = stored_bytes(made)
     check(made)
     assert stored_bytes(made) == kept and len(made.state_dict()) == 5
+
+
+def test_what_is_kept_follows_wide_arithmetic_and_back():
+    """Evaluation holds numbers of 16 bits as float32 for a while, in the same parameters."""
+    weight = torch.randn(8, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    for made, d_in in ((operator(dtype=torch.bfloat16)[0], 7), (two_four(weight, weight.float().abs()), 8)):
+        x = torch.randn(3, d_in, generator=torch.Generator().manual_seed(1)).bfloat16()
+        with torch.no_grad():
+            before = made(x)
+            with computing_wide(made):
+                torch.testing.assert_close(made(x.float()), before.float(), rtol=0.1, atol=0.2)
+            assert torch.equal(made(x), before)
 
 
 def test_it_works_frozen_under_inference_mode_autocast_and_compile():

@@ -58,7 +58,8 @@ class SparseRows(nn.Module):
         if torch.is_grad_enabled() and self.values.requires_grad:
             return self._made()
         parts = (self.values, self.support)
-        versions = [0 if part.is_inference() else part._version for part in parts]  # counts writes in place
+        # Writes in place are counted; wide arithmetic for a while (`computing_wide`) shows in the dtype alone.
+        versions = [(0 if part.is_inference() else part._version, part.dtype) for part in parts]
         kept = self._kept
         if kept is None or kept[0] is not parts[0] or kept[1] is not parts[1] or kept[2] != versions:
             with torch.inference_mode(False), torch.no_grad():

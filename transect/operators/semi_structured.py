@@ -74,7 +74,8 @@ class SemiStructured(Operator):
 
     def _ready(self) -> Tensor:
         """Ŵ in the form that the forward pass uses, made anew only if what it is made of has changed."""
-        made_of = [(t, 0 if t.is_inference() else t._version) for t in (self.values, self.positions)]
+        # Writes in place are counted; wide arithmetic for a while (`computing_wide`) shows in the dtype alone.
+        made_of = [(t, (0 if t.is_inference() else t._version, t.dtype)) for t in (self.values, self.positions)]
         kept = self.__dict__.get("_form")
         if kept is not None and all(t is u and v == w for (t, v), (u, w) in zip(made_of, kept[0], strict=True)):
             return kept[1]
