@@ -280,7 +280,6 @@ def test_weight_decay_leads_back_to_the_weight():
     one = One()
     weight = one.map.weight.detach().clone()
     _, layer = around(one, r=LEAST)
-    assert layer.no_decay == ("svfit_shift",)
     moved(layer)
     distance = layer.delta("default").detach().norm()
     optimizer = torch.optim.AdamW([layer.svfit_shift["default"]], lr=0.1, weight_decay=5.0)

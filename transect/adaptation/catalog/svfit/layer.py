@@ -42,7 +42,6 @@ class SvfitLayer(UpdateLayer):
 
     adapter_layer_names = ("svfit_shift",)
     other_param_names = ("svfit_config", "svfit_start", "svfit_basis")
-    no_decay = ("svfit_shift",)  # dictionaries whose numbers a training loop leaves out of weight decay
 
     def prepare(self) -> None:
         self.svfit_config: dict[str, Any] = {}
