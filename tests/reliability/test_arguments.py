@@ -29,15 +29,18 @@ VERBS = [getattr(verbs, name) for name in verbs.__all__]
 DATA = torch.randint(3, VOCABULARY, (4, 16), generator=torch.Generator().manual_seed(5))
 # What each verb requires, right; only one argument at a time is wrong.
 RIGHT: dict[str, dict[str, Any]] = {
+    "adapt": {"method": "lora", "data": DATA},
     "check_claims": {"names": ["fwsvd/below-svd"], "data": DATA, "eval_data": DATA},
     "compare": {"methods": ["svd"], "keep": [0.7], "data": DATA, "eval_data": DATA, "out": "out"},
     "compress": {"method": "svd", "keep": 0.7, "data": DATA},
     "edit": {"method": "neuron-clamp", "data": DATA},
     "evaluate": {"data": DATA},
     "inspect": {"probes": ["spectra"], "data": DATA},
+    "race": {"adapters": ["lora"], "data": DATA, "eval_data": DATA, "out": "out"},
     "recover": {"data": DATA},
 }  # fmt: skip
-UNCHECKED = {"model", "data", "eval_data", "facts", "choices", "passages", "tokenizer", "teacher", "architecture"}
+UNCHECKED = {"model", "data", "eval_data", "facts", "choices", "passages", "tokenizer", "teacher", "architecture",
+             "forgets"}  # fmt: skip
 NEVER = [object(), b"bytes", 1j, float("nan"), float("-inf"), -(2**70), {1: object()}, torch.zeros(2, 2), lambda: None,
          "no such thing \0", "", [], [[]], True, 10**5000, -1, 1.5, "8", torch.int8, None, Ellipsis]  # fmt: skip
 
