@@ -206,7 +206,7 @@ def test_edits(entry, complete, command, tmp_path):
 
 # A command: its arguments, what it needs beside `VALUES`, and flags that do not go with the others.
 COMMANDS = {
-    "adapt": (["model"], {"method": "lora", "forgets": "text.txt"}, []),
+    "adapt": (["model"], {"method": "lora", "forgets": "text.txt", "penalties": "decorrelation"}, []),
     "check-architecture": (["architecture.json"], {}, []),
     "claims": (["fwsvd/below-svd"], {}, []),
     "compare": (

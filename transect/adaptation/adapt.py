@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..anatomy import Anatomy
 from ..compression.fingerprint import computation_fingerprint
@@ -17,7 +19,20 @@ from ..errors import Diverged, TransectError
 from ..evaluation import evaluate_loss, standard_error
 from ..forward import Batch, at_rest
 from ..statistics import Progress
-from ..training import Machine, OnCheck, Problem, Run, State, held_out_loss, on_device, own_loss, train
+from ..training import (
+    Machine,
+    OnCheck,
+    Problem,
+    Run,
+    Seen,
+    State,
+    held_out_loss,
+    on_device,
+    own_loss,
+    penalty_named,
+    train,
+    watching,
+)
 from ..version import __version__
 from .attached import Attached
 from .settings import Settings
@@ -70,9 +85,11 @@ def adapt_anatomy(
         attached = Attached(model, config, settings.seed, targets if settings.adapter.rewrites else ())
         try:
             judging = share(held_out, machine.index, machine.count)
-            problem = _problem(attached, settings, share(training, machine.index, machine.count), judging, machine)
-            problem.tokens = [Batches([batch]).tokens for batch in training]
-            course = train(problem, Run(settings.schedule, machine, state, progress, on_check), {})
+            with watching(list(anatomy.block_list)) if settings.penalties else nullcontext([]) as states:
+                ours = share(training, machine.index, machine.count)
+                problem = _problem(attached, settings, ours, judging, machine, states)
+                problem.tokens = [Batches([batch]).tokens for batch in training]
+                course = train(problem, Run(settings.schedule, machine, state, progress, on_check), {})
         except BaseException:
             attached.detach()
             raise
@@ -97,8 +114,17 @@ def _problem(
     training: Sequence[Batch | None],
     held_out: Sequence[Batch | None],
     machine: Machine,
+    states: list[Tensor],
 ) -> Problem:
     model = attached.base
+
+    def penalty(batch: Batch) -> Tensor | None:
+        seen = Seen(model, batch, states)
+        own = attached.penalty()
+        terms = [penalty_named(name).function(seen, **given) for name, given in settings.penalties.items()]
+        terms += [] if own is None else [own]
+        return torch.stack([term.float() for term in terms]).sum() if terms else None
+
     return Problem(
         settings.method,
         attached.parameters,
@@ -106,7 +132,7 @@ def _problem(
         loss=lambda batch: own_loss(model, batch),
         measure=lambda: held_out_loss(model, held_out, machine),
         set_mode=model.train,
-        penalty=lambda batch: attached.penalty(),
+        penalty=penalty,
         after_step=attached.after_step,
         held=attached.held,
         put_back=attached.put_back,

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from ..arguments import Range, checked_fields
 from ..errors import TransectError
 from ..parameters import Seed
-from ..training import Schedule, optimizer_named
+from ..training import Schedule, optimizer_named, penalty_named
 from .registry import Adapter, adapter_named
 
 Count = Annotated[int, Range(1, 2**31 - 1)]
@@ -22,6 +22,7 @@ class Settings:
 
     method: a registered adapter. options: its settings. roles: matrices that are adapted; default every linear layer.
     optimizer, optimizer_options: a registered optimizer and its settings.
+    penalties: registered penalties, each with its settings, that are added to the loss.
     lr: the largest learning rate. Default: the adapter's.
     epochs: passes over the training sequences. steps: no more optimizer steps than this.
     batch_size: sequences in a batch. accumulate: batches in a step.
@@ -34,6 +35,7 @@ class Settings:
     roles: tuple[str, ...] | None = None
     optimizer: str = "adamw"
     optimizer_options: Mapping[str, Any] = field(default_factory=dict)
+    penalties: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     lr: Positive | None = None
     epochs: Count = 1
     steps: Count | None = None
@@ -56,6 +58,7 @@ class Settings:
             chosen,
             options=adapter.settings(chosen.options),
             optimizer_options=optimizer.settings(chosen.optimizer_options),
+            penalties={name: penalty_named(name).settings(given) for name, given in chosen.penalties.items()},
             lr=adapter.rate if chosen.lr is None else chosen.lr,
         )
 

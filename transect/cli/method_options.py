@@ -73,13 +73,13 @@ class EditCommand(MethodCommand):
 
 
 class AdapterCommand(MethodCommand):
-    """The same for adapters and optimizers."""
+    """The same for adapters, optimizers and penalties."""
 
     def sections(self) -> Sequence[tuple[str, Sequence[Any]]]:
         from ..adaptation import adapters
-        from ..training import optimizers
+        from ..training import optimizers, penalties
 
-        return ("Adapters and their parameters", adapters()), ("Optimizers", optimizers())
+        return ("Adapters and their parameters", adapters()), ("Optimizers", optimizers()), ("Penalties", penalties())
 
 
 def method_settings(options: list[tuple[str, str]], method: str | None) -> dict[str, dict[str, Any]]:

@@ -51,6 +51,7 @@ def adapt(
     tokenizer: Any = None,
     roles: Annotated[Sequence[Role], Some] | None = None,
     optimizer: str = "adamw",
+    penalties: Sequence[str] = (),
     lr: float | None = None,
     epochs: int = 1,
     steps: int | None = None,
@@ -81,19 +82,22 @@ def adapt(
         checkpoint. Unfinished work lies beside it, and the same call goes on from there.
     merge: write the adapter into the weights.
     checkpoint: a folder for unfinished work, where there is no `out`. It is removed at the end.
-    roles: only these matrices. optimizer: see `transect.optimizers()`. lr ... seed: see
-        `transect.adaptation.Settings`. sequences: use so many of the data's, evenly spaced; default all.
+    roles: only these matrices. optimizer: see `transect.optimizers()`. penalties: added to the loss, see
+        `transect.penalties()`. lr ... seed: see `transect.adaptation.Settings`.
+    sequences: use so many of the data's, evenly spaced; default all.
     device: where to train. Default: where accelerate puts it (a GPU if there is one); the model returns to its place.
-    parameters: the adapter's. settings: the same by the adapter's or the optimizer's name.
+    parameters: the adapter's. settings: the same by the name of the adapter, the optimizer or a penalty.
 
     Raises TransectError before any change if something cannot be done; after any error the model has no adapter.
     """
     from ..adaptation.adapt import adapt_anatomy  # peft takes a second to import
 
-    chosen = one_of(settings, {method: parameters, optimizer: {}})
+    added = listed(penalties)
+    chosen = one_of(settings, {method: parameters, optimizer: {}, **{name: {} for name in added}})
     resolved = Settings(
         method=method, options=chosen[method], roles=None if roles is None else tuple(listed(roles)),
-        optimizer=optimizer, optimizer_options=chosen[optimizer], lr=lr, epochs=epochs, steps=steps,
+        optimizer=optimizer, optimizer_options=chosen[optimizer],
+        penalties={name: chosen[name] for name in added}, lr=lr, epochs=epochs, steps=steps,
         batch_size=batch_size, accumulate=accumulate, held_out=held_out, every=every, seed=seed,
     ).resolved()  # fmt: skip
     if merge:

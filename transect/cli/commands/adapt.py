@@ -26,6 +26,7 @@ from ..printing import print_whole, progress_bar, stderr
 @click.option("--roles", callback=split, metavar="q,k,...",
               help="Only these matrices: q, k, v, o, gate, up, down. Default: every linear layer.")  # fmt: skip
 @click.option("--optimizer", default="adamw", show_default=True, help="How steps are taken; see the list below.")
+@click.option("--penalties", callback=split, help="Added to the loss, comma-separated; see the list below.")
 @click.option("--lr", type=float, help="Largest learning rate. Default: the method's.")
 @click.option("--epochs", type=int, default=1, show_default=True, help="Passes over the training sequences.")
 @click.option("--steps", type=int, help="At most so many optimizer steps.")
@@ -49,11 +50,14 @@ def adapt(context: click.Context, model: str, method: str, out: Path, as_json: b
     from ...adaptation import adapter_named
     from ...checkpoint import check_output, open_model
     from ...store import alone
-    from ...training import Check, Machine, optimizer_named
+    from ...training import Check, Machine, optimizer_named, penalty_named
     from ...verbs import adapt as adapt_model
 
     adapter_named(method)
     optimizer_named(options["optimizer"])
+    options["penalties"] = options["penalties"] or []
+    for name in options["penalties"]:
+        penalty_named(name)
     settings = method_settings(context.obj, method)
     check_output(out, options["overwrite"])
     revision, loading = options.pop("revision"), {name: options.pop(name) for name in ("dtype", "architecture")}

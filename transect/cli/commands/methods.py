@@ -25,6 +25,7 @@ PURPOSES = {
     "probe": "Look inside (inspect)",
     "adapter": "Fine-tune it: what is trained (adapt --method)",
     "optimizer": "Fine-tune it: how steps are taken (adapt --optimizer)",
+    "penalty": "Fine-tune it: what is added to the loss (adapt --penalties)",
     "edit": "Change what it knows or does (edit)",
 }
 
@@ -49,15 +50,15 @@ def _print_by_purpose(entries: Sequence[Any]) -> None:
 @click.argument("name", required=False)
 @shared_options("json")
 def methods(name: str | None, as_json: bool) -> None:
-    """List the methods, allocations, probes, edits, adapters and optimizers, or the parameters of one."""
+    """List the methods, allocations, probes, edits, adapters, optimizers and penalties, or the parameters of one."""
     from ...adaptation import adapters
     from ...compression import allocations, method
     from ...compression import methods as all_methods
     from ...editing import edits
     from ...probes import probes
-    from ...training import optimizers
+    from ...training import optimizers, penalties
 
-    entries = [*all_methods(), *allocations(), *probes(), *edits(), *adapters(), *optimizers()]
+    entries = [*all_methods(), *allocations(), *probes(), *edits(), *adapters(), *optimizers(), *penalties()]
     if name is not None:  # `method` says which names there are
         entries = [entry for entry in entries if entry.name == name] or [method(name)]
     if as_json:
