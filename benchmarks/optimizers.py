@@ -45,6 +45,7 @@ class SVDAdamW(DCTAdamW):
     """The same, with the leading right singular vectors of the gradient in place of basis vectors."""
 
     def low_rank(self, state: dict[str, Any], gradient: Tensor, group: dict[str, Any]) -> Tensor:
+        """As of the cosine basis, with the leading right singular vectors of the gradient in its place."""
         rank = round(group["rank"] * gradient.shape[1])
         if state["step"] == 1 or state["step"] % group["every"] == 0:
             rows = torch.linalg.svd(gradient, full_matrices=False).Vh[:rank]

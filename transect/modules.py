@@ -36,6 +36,7 @@ class _WhenImported(MetaPathFinder):
         return (self.name, self.act) == (name, act)
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
+        """That of the module itself, which tells once it has been executed; None for all others."""
         if fullname != self.name:
             return None
         sys.meta_path.remove(self)

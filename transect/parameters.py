@@ -101,3 +101,26 @@ def settings_of(function: Callable[..., Any], owner: str, given: Mapping[str, An
         )
     chosen = {name: parameter.default for name, parameter in known.items()}
     return chosen | {name: known[name].accept(value, owner) for name, value in given.items()}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A registered function, with what a list of them and a command line have to know of it."""
+
+    name: str
+    paper: str
+    function: Callable[..., Any]
+
+    @property
+    def summary(self) -> str:
+        """First sentence of the function's docstring."""
+        return summary_of(self.function)
+
+    @property
+    def parameters(self) -> list[Parameter]:
+        """The settings that a user can choose."""
+        return parameters_of(self.function)
+
+    def settings(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """All settings: the ones given, validated, and the defaults of the others."""
+        return settings_of(self.function, self.name, given)

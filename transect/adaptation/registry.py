@@ -10,13 +10,13 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
 from ..anatomy.storage import shape_of
 from ..errors import OutOfReach, TransectError
-from ..parameters import Parameter, parameters_of, settings_of, summary_of
+from ..parameters import Entry
 from ..parameters import Range as Range
 
 Shape = tuple[int, int]
@@ -24,7 +24,7 @@ Counted = Callable[[int], int | None]
 
 
 @dataclass(frozen=True)
-class Adapter:
+class Adapter(Entry):
     """A registered way of choosing what is trained.
 
     size: the name of the parameter that decides how many numbers are trained. numbers: `numbers(d_out, d_in, size)`,
@@ -37,9 +37,7 @@ class Adapter:
     of the model: of an adapter for which shape and size do not decide that.
     """
 
-    name: str
-    paper: str
-    function: Callable[..., Any]
+    family: ClassVar[str] = "adapter"
     size: str
     numbers: Callable[[int, int, int], int | None]
     largest: Callable[[int, int], int] = min
@@ -48,24 +46,6 @@ class Adapter:
     rewrites: bool = False
     only_linear: bool = False
     counting: Callable[[Any, list[str], Mapping[str, Any]], Counted] | None = None
-
-    @property
-    def family(self) -> str:
-        return "adapter"
-
-    @property
-    def summary(self) -> str:
-        """First sentence of the function's docstring."""
-        return summary_of(self.function)
-
-    @property
-    def parameters(self) -> list[Parameter]:
-        """The settings that a user can choose."""
-        return parameters_of(self.function)
-
-    def settings(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """All settings: the ones given, validated, and the defaults of the others."""
-        return settings_of(self.function, self.name, given)
 
     def config(self, paths: list[str], settings: Mapping[str, Any]) -> Any:
         """The PEFT config for these layers; None if every number of the model is trained as it is."""

@@ -9,45 +9,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from ..data import Specimen
 from ..errors import TransectError
-from ..parameters import Parameter, parameters_of, settings_of, summary_of
+from ..parameters import Entry
 
 Measure = Callable[[Specimen], Mapping[str, float]]
 
 
 @dataclass(frozen=True)
-class Edit:
+class Edit(Entry):
     """A registered edit.
 
     measure: what its card shows beside the general loss, before and after: `measure(specimen)`, numbers by name.
     check: `check(specimen, **settings)`, called before any work; raises TransectError.
     """
 
-    name: str
-    paper: str
-    function: Callable[..., Mapping[str, Any] | None]
+    family: ClassVar[str] = "edit"
     measure: Measure
     check: Callable[..., None] | None = None
-
-    @property
-    def summary(self) -> str:
-        """First sentence of the function's docstring."""
-        return summary_of(self.function)
-
-    @property
-    def family(self) -> str:
-        return "edit"
-
-    @property
-    def parameters(self) -> list[Parameter]:
-        return parameters_of(self.function)
-
-    def settings(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """All settings: the ones given, validated, and the defaults of the others."""
-        return settings_of(self.function, self.name, given)
 
 
 _edits: dict[str, Edit] = {}

@@ -7,41 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from ...errors import TransectError
-from ...parameters import Parameter, parameters_of, settings_of, summary_of
+from ...parameters import Entry
 
 Groups = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
-class Registered:
+class Registered(Entry):
     """A registered optimizer."""
 
-    name: str
-    paper: str
-    function: Callable[..., torch.optim.Optimizer]
-
-    @property
-    def family(self) -> str:
-        return "optimizer"
-
-    @property
-    def summary(self) -> str:
-        """First sentence of the function's docstring."""
-        return summary_of(self.function)
-
-    @property
-    def parameters(self) -> list[Parameter]:
-        """The settings that a user can choose."""
-        return parameters_of(self.function)
-
-    def settings(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """All settings: the ones given, validated, and the defaults of the others."""
-        return settings_of(self.function, self.name, given)
+    family: ClassVar[str] = "optimizer"
 
     def build(self, groups: Groups, lr: float, given: Mapping[str, Any]) -> torch.optim.Optimizer:
         """The optimizer of these groups, {"params": [(name, parameter), ...]}."""

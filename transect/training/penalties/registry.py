@@ -6,15 +6,15 @@ just done with the batch, see `Seen`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from ...errors import TransectError
 from ...forward.objective import Batch
-from ...parameters import Parameter, parameters_of, settings_of, summary_of
+from ...parameters import Entry
 
 
 @dataclass(frozen=True)
@@ -30,30 +30,10 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Penalty:
+class Penalty(Entry):
     """A registered penalty."""
 
-    name: str
-    paper: str
-    function: Callable[..., Tensor]
-
-    @property
-    def family(self) -> str:
-        return "penalty"
-
-    @property
-    def summary(self) -> str:
-        """First sentence of the function's docstring."""
-        return summary_of(self.function)
-
-    @property
-    def parameters(self) -> list[Parameter]:
-        """The settings that a user can choose."""
-        return parameters_of(self.function)
-
-    def settings(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """All settings: the ones given, validated, and the defaults of the others."""
-        return settings_of(self.function, self.name, given)
+    family: ClassVar[str] = "penalty"
 
 
 _penalties: dict[str, Penalty] = {}
