@@ -163,6 +163,7 @@ def test_another_run_in_the_folder_is_refused(tmp_path):
 
 def test_methods_are_listed_with_all_that_there_is_to_know():
     every = [*methods(), *allocations(), *probes(), *edits(), *transect.adapters(), *transect.optimizers()]
+    every += transect.parametrizations()
     every += transect.penalties()
     listed = run("methods").stdout
     described = {entry["name"]: entry for entry in json.loads(run("methods --json").stdout)}

@@ -105,7 +105,7 @@ def test_processes_give_the_same_table(folder, tmp_path):
 def test_what_does_not_go_is_said_before_any_training(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("transect.adaptation.adapt.adapt_anatomy", lambda *_, **__: pytest.fail("it trained"))
     for options, said in [
-        ({"adapters": ("lorra",)}, "unknown adapter"),
+        ({"adapters": ("lorra",)}, "unknown method"),
         ({"settings": {"lora": {"rank": 4}}}, "rank=4 is set by shares in a contest"),
         ({"settings": {"bone": {"block": 4}}}, "there are settings for bone"),
         ({"rates": (0.0,)}, "rates"),

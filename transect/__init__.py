@@ -16,7 +16,7 @@ from .anatomy import Anatomy, register_architecture
 from .compression import allocations, methods
 from .editing import edits, undo_folder
 from .errors import BadCheckpoint, BadData, TransectError, UnknownArchitecture
-from .training import optimizers, penalties
+from .training import optimizers, parametrizations, penalties
 from .verbs import adapt, check_claims, compare, compress, edit, evaluate, inspect, race, recover
 from .version import __version__
 
@@ -24,5 +24,5 @@ __all__ = [
     "Anatomy", "BadCheckpoint", "BadData", "TransectError", "UnknownArchitecture", "__version__", "adapt",
     "adapters", "allocations",
     "check_claims", "compare", "compress", "edit", "edits", "evaluate", "inspect", "methods",
-    "optimizers", "penalties", "race", "recover", "register_architecture", "undo_folder",
+    "optimizers", "parametrizations", "penalties", "race", "recover", "register_architecture", "undo_folder",
 ]  # fmt: skip

@@ -4,9 +4,9 @@ The catalog, and PEFT with it, is imported when an adapter is asked for.
 """
 
 from .peft_knows import attach_to_peft
-from .registry import Adapter, adapter, adapter_named, adapters
+from .registry import Adapter, adapter, adapter_named, adapters, way_named
 from .settings import Settings
 
 attach_to_peft()
 
-__all__ = ["Adapter", "Settings", "adapter", "adapter_named", "adapters"]
+__all__ = ["Adapter", "Settings", "adapter", "adapter_named", "adapters", "way_named"]

@@ -34,9 +34,8 @@ from ..training import (
     watching,
 )
 from ..version import __version__
-from .attached import Attached
+from .attached import Attached, Replaced, prepared
 from .settings import Settings
-from .targets import targets_of
 
 
 def adapt_anatomy(
@@ -50,7 +49,7 @@ def adapt_anatomy(
     progress: Progress | None = None,
     on_check: OnCheck = lambda check: None,
     examples: bool = False,
-) -> tuple[Attached, dict[str, Any]]:
+) -> tuple[Attached | Replaced, dict[str, Any]]:
     """Train the model on the data, in place; the model with its adapter, and what came of it.
 
     data: of which the last sequences only choose the best state. texts: on which the model is measured before and
@@ -68,9 +67,7 @@ def adapt_anatomy(
     if model.dtype == torch.float16:
         raise TransectError("small gradients vanish in float16: open the model in bfloat16 or float32 (dtype, --dtype)")
     anatomy.check_finite()
-    targets = targets_of(anatomy, settings.roles)
-    settings.adapter.check(targets, settings.options)
-    settings.adapter.check_kinds({path: model.get_submodule(path) for path in targets})
+    attach = prepared(anatomy, settings)
     training, held_out = split(data, settings.held_out, settings.batch_size, settings.seed)
     machine, state = machine or Machine(), state or State(None)
     plan = {
@@ -81,15 +78,17 @@ def adapt_anatomy(
     machine.wait()
     with on_device(machine, [model]), at_rest(model, frozen=True):
         before = {name: evaluate_loss(model, batches).examples for name, batches in (texts or {}).items()}
-        config = settings.adapter.config(list(targets), settings.options)
-        attached = Attached(model, config, settings.seed, targets if settings.adapter.rewrites else ())
+        attached = attach()
         try:
             judging = share(held_out, machine.index, machine.count)
             with watching(list(anatomy.block_list)) if settings.penalties else nullcontext([]) as states:
                 ours = share(training, machine.index, machine.count)
-                problem = _problem(attached, settings, ours, judging, machine, states)
+                steps = settings.schedule.total(math.ceil(len(ours) / settings.accumulate))
+                problem = _problem(attached, settings, ours, judging, machine, states, steps)
                 problem.tokens = [Batches([batch]).tokens for batch in training]
+                attached.after_step(0, steps)
                 course = train(problem, Run(settings.schedule, machine, state, progress, on_check), {})
+                attached.finish(problem.measure)
         except BaseException:
             attached.detach()
             raise
@@ -109,18 +108,24 @@ def adapt_anatomy(
 
 
 def _problem(
-    attached: Attached,
+    attached: Attached | Replaced,
     settings: Settings,
     training: Sequence[Batch | None],
     held_out: Sequence[Batch | None],
     machine: Machine,
     states: list[Tensor],
+    steps: int,
 ) -> Problem:
     model = attached.base
 
     def penalty(batch: Batch) -> Tensor | None:
-        seen = Seen(model, batch, states)
-        own = attached.penalty()
+        seen = Seen(model, batch, list(states))
+
+        def again() -> Tensor:
+            loss, count = own_loss(model, batch)
+            return loss / count
+
+        own = attached.penalty(again)
         terms = [penalty_named(name).function(seen, **given) for name, given in settings.penalties.items()]
         terms += [] if own is None else [own]
         return torch.stack([term.float() for term in terms]).sum() if terms else None
@@ -133,7 +138,7 @@ def _problem(
         measure=lambda: held_out_loss(model, held_out, machine),
         set_mode=model.train,
         penalty=penalty,
-        after_step=attached.after_step,
+        after_step=lambda step, optimizer: attached.after_step(step, steps, optimizer),
         held=attached.held,
         put_back=attached.put_back,
     )

@@ -1,9 +1,9 @@
-"""An adapter on a model: what it trains, what it adds to the loss, and what goes with its numbers."""
+"""A model on which something is trained: an adapter, all of its numbers, or other numbers in its matrices' places."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,9 +11,13 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from ..anatomy import Anatomy
 from ..errors import TransectError
 from ..forward.objective import task_of
-from ..training import Parameters
+from ..training import Parameters, Parametrization, Parametrized
+from ..training.parametrizations.host import dense_matrices
+from .settings import Settings
+from .targets import targets_of
 
 _TASKS = {"causal": "CAUSAL_LM", "classification": "SEQ_CLS"}  # as PEFT calls them
 
@@ -68,16 +72,19 @@ class Attached:
         """The wrapped layers by path."""
         return {path: layer for path, layer in self.base.named_modules() if isinstance(layer, BaseTunerLayer)}
 
-    def penalty(self) -> Tensor | None:
-        """What the adapter itself adds to the mean loss of the batch that has just run; see a tuner's `penalty_of`."""
+    def penalty(self, again: Callable[[], Tensor]) -> Tensor | None:
+        """What the adapter itself adds to the mean loss of the batch that has just run; see a tuner's `penalty_of`.
+
+        again: not used; see `Parametrized`.
+        """
         kinds: dict[type, Any] = {type(layer): layer for layer in self.layers.values()}
         terms = [kind.penalty_of(self.base, "default") for kind in kinds if hasattr(kind, "penalty_of")]
         found = [term for term in terms if term is not None]
         return torch.stack(found).sum() if found else None
 
-    def after_step(self, step: int, optimizer: torch.optim.Optimizer) -> None:
-        """Let the layers that change what they train do so. step: how many are done."""
-        for layer in self.layers.values():
+    def after_step(self, step: int, steps: int, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Let the layers that change what they train do so. step: how many of the steps are done, 0 at the start."""
+        for layer in self.layers.values() if step else ():
             if (act := getattr(layer, "after_step", None)) is not None:
                 act(step, optimizer)
 
@@ -96,6 +103,9 @@ class Attached:
             path, _, name = full.rpartition(".")
             buffers = self.base.get_submodule(path)._buffers
             buffers[name] = tensor.to(buffers[name].device, copy=True)
+
+    def finish(self, measure: Callable[[], float] | None = None) -> None:
+        """Nothing: the adapter stays."""
 
     def merge(self) -> Any:
         """Write the adapter into the weights, and put the layers back; the model."""
@@ -118,6 +128,40 @@ class Attached:
     def result(self) -> PeftModel | Any:
         """What a user goes on with: the model with its adapter, as PEFT has it, or the model itself."""
         return self.base if self.peft is None else self.peft
+
+
+class Replaced(Parametrized):
+    """The same for a parametrization, whose `finish` leaves an ordinary model, with structured matrices perhaps."""
+
+    peft = None
+
+    def freeze_the_rest(self) -> None:
+        """Nothing: there is no adapter."""
+
+    def merge(self) -> Any:
+        """The model, which `finish` has put together."""
+        return self.base
+
+    @property
+    def result(self) -> Any:
+        """What a user goes on with."""
+        return self.base
+
+
+def prepared(anatomy: Anatomy, settings: Settings) -> Callable[[], Attached | Replaced]:
+    """What attaches the way of training that the settings name, after checking that it goes with the model.
+
+    TransectError, before any change, where it does not.
+    """
+    way, model = settings.way, anatomy.model
+    if isinstance(way, Parametrization):
+        dense_matrices(anatomy, settings.roles, way.name)
+        return lambda: Replaced(anatomy, way, settings.options, settings.roles, settings.seed)
+    targets = targets_of(anatomy, settings.roles)
+    way.check(targets, settings.options)
+    way.check_kinds({path: model.get_submodule(path) for path in targets})
+    config = way.config(list(targets), settings.options)
+    return lambda: Attached(model, config, settings.seed, targets if way.rewrites else ())
 
 
 def _module(layer: Any) -> nn.Module:

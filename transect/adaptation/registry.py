@@ -18,6 +18,7 @@ from ..anatomy.storage import shape_of
 from ..errors import OutOfReach, TransectError
 from ..parameters import Entry
 from ..parameters import Range as Range
+from ..training.parametrizations import Parametrization, parametrizations
 
 Shape = tuple[int, int]
 Counted = Callable[[int], int | None]
@@ -148,6 +149,18 @@ def adapter_named(name: str) -> Adapter:
     load()
     if name not in _adapters:
         raise TransectError(f"unknown adapter {name!r}; known: {', '.join(sorted(_adapters))}")
+    return _adapters[name]
+
+
+def way_named(name: str) -> Adapter | Parametrization:
+    """The adapter or the parametrization of that name, or an error that lists the known ones."""
+    for one in parametrizations():
+        if one.name == name:
+            return one
+    load()
+    if name not in _adapters:
+        known = sorted({*_adapters, *(one.name for one in parametrizations())})
+        raise TransectError(f"unknown method {name!r}; known: {', '.join(known)}")
     return _adapters[name]
 
 

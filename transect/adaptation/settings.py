@@ -9,8 +9,8 @@ from typing import Annotated, Any
 from ..arguments import Range, checked_fields
 from ..errors import TransectError
 from ..parameters import Seed
-from ..training import Schedule, optimizer_named, penalty_named
-from .registry import Adapter, adapter_named
+from ..training import Parametrization, Schedule, optimizer_named, penalty_named
+from .registry import Adapter, way_named
 
 Count = Annotated[int, Range(1, 2**31 - 1)]
 Positive = Annotated[float, Range(0, above=True)]
@@ -20,10 +20,11 @@ Positive = Annotated[float, Range(0, above=True)]
 class Settings:
     """An adaptation.
 
-    method: a registered adapter. options: its settings. roles: matrices that are adapted; default every linear layer.
+    method: a registered adapter or parametrization. options: its settings.
+    roles: matrices that are adapted; default every linear layer.
     optimizer, optimizer_options: a registered optimizer and its settings.
     penalties: registered penalties, each with its settings, that are added to the loss.
-    lr: the largest learning rate. Default: the adapter's.
+    lr: the largest learning rate. Default: the method's.
     epochs: passes over the training sequences. steps: no more optimizer steps than this.
     batch_size: sequences in a batch. accumulate: batches in a step.
     held_out: share of the sequences, the last ones of the data, that is not trained on but chooses the best state.
@@ -46,25 +47,25 @@ class Settings:
     seed: Seed = 0
 
     @property
-    def adapter(self) -> Adapter:
+    def way(self) -> Adapter | Parametrization:
         """What is trained."""
-        return adapter_named(self.method)
+        return way_named(self.method)
 
     def resolved(self) -> Settings:
         """The same with defaults filled in; TransectError for a value that means nothing."""
         chosen = checked_fields(self, "adapt")
-        adapter, optimizer = adapter_named(chosen.method), optimizer_named(chosen.optimizer)
+        way, optimizer = way_named(chosen.method), optimizer_named(chosen.optimizer)
         return replace(
             chosen,
-            options=adapter.settings(chosen.options),
+            options=way.settings(chosen.options),
             optimizer_options=optimizer.settings(chosen.optimizer_options),
             penalties={name: penalty_named(name).settings(given) for name, given in chosen.penalties.items()},
-            lr=adapter.rate if chosen.lr is None else chosen.lr,
+            lr=way.rate if chosen.lr is None else chosen.lr,
         )
 
     def check_merges(self) -> None:
         """TransectError for an adapter that depends on what it reads, and so is no change of the weights."""
-        if not self.adapter.merges:
+        if not self.way.merges:
             raise TransectError(f"{self.method} cannot be written into the weights: keep the adapter, without merge")
 
     @property

@@ -136,10 +136,11 @@ class Matrix:
             raise TransectError(f"{self.name} has shape {self.shape}, but the replacement has {shape_of(operator)}")
         operator = laid_out(operator).train(self.module.training)
         hand_over_banks(self.block.model, self.module)
-        self._put(operator)
+        self.place(operator)
         record_of(self.block.model).set_module(self.path, describe(self.host))
 
-    def _put(self, operator: nn.Module) -> None:
+    def place(self, operator: nn.Module) -> None:
+        """Let a map stand for this matrix for a while: nothing is noted. What is to stay, `replace` puts there."""
         if self.fused is None:
             self.block.model.set_submodule(self.path, operator)
             return

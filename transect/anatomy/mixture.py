@@ -40,7 +40,7 @@ class ExpertMatrix(Matrix):
             return host.each[self.expert][self.role]  # type: ignore[index]
         return expert_views(host, self.expert)[self.role]
 
-    def _put(self, operator: nn.Module) -> None:
+    def place(self, operator: nn.Module) -> None:
         host = self.host
         if not isinstance(host, SeparateExperts):
             host = separate(host, activation_of(self.block))
@@ -102,7 +102,7 @@ class Expert:
                 matrix.write(matrix.weight[:, columns] if rows is None else matrix.weight[rows])
             return
         for matrix, (rows, columns) in cut.items():
-            matrix._put(select(matrix.module, rows, columns))
+            matrix.place(select(matrix.module, rows, columns))
             record_of(matrix.block.model).set_module(matrix.path, describe(matrix.host))
 
 

@@ -73,13 +73,18 @@ class EditCommand(MethodCommand):
 
 
 class AdapterCommand(MethodCommand):
-    """The same for adapters, optimizers and penalties."""
+    """The same for adapters, parametrizations, optimizers and penalties."""
 
     def sections(self) -> Sequence[tuple[str, Sequence[Any]]]:
         from ..adaptation import adapters
-        from ..training import optimizers, penalties
+        from ..training import optimizers, parametrizations, penalties
 
-        return ("Adapters and their parameters", adapters()), ("Optimizers", optimizers()), ("Penalties", penalties())
+        return (
+            ("Adapters and their parameters", adapters()),
+            ("Parametrizations: the same choice, and the result is a model", parametrizations()),
+            ("Optimizers", optimizers()),
+            ("Penalties", penalties()),
+        )
 
 
 def method_settings(options: list[tuple[str, str]], method: str | None) -> dict[str, dict[str, Any]]:

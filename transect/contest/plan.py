@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from ..adaptation import Settings, adapter_named
+from ..adaptation import Settings, way_named
 from ..errors import TransectError
 from ..store import kept_json, read_json, write_text
 from ..version import __version__
@@ -83,12 +83,12 @@ class Plan:
         return [
             Entrant(name, share)
             for name in self.adapters
-            for share in (sorted(self.shares) if adapter_named(name).size else [None])
+            for share in (sorted(self.shares) if way_named(name).size else [None])
         ]
 
     def grid(self, entrant: Entrant) -> list[Trial]:
         """The trials that choose the entrant's rate."""
-        own = adapter_named(entrant.name).rate
+        own = way_named(entrant.name).rate
         return [Trial(entrant, factor * own, self.shared.seed) for factor in sorted(self.rates)]
 
     def chosen(self, folder: Path, entrant: Entrant) -> Trial | None:
@@ -117,8 +117,8 @@ class Plan:
         """What the trial's file belongs to."""
         if trial.entrant is None:
             return json.dumps([self.fingerprint, "base"])
-        adapter = adapter_named(trial.entrant.name)
-        options = {k: v for k, v in adapter.settings(self.adapters[adapter.name]).items() if k != adapter.size}
+        way = way_named(trial.entrant.name)
+        options = {k: v for k, v in way.settings(self.adapters[way.name]).items() if k != way.size}
         return json.dumps([self.fingerprint, trial.file, options], sort_keys=True, default=str)
 
     def finished(self, folder: Path, trial: Trial) -> dict[str, Any] | None:

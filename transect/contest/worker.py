@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..adaptation import adapter_named
+from ..adaptation import adapter_named, way_named
 from ..adaptation.targets import targets_of
 from ..anatomy import Anatomy
 from ..compression.fingerprint import model_fingerprint
@@ -44,12 +44,12 @@ class Worker:
             texts = {name: {"loss": each.loss, "examples": list(each.examples)} for name, each in found.items()}
             return {"texts": texts, "parameters": parameters(self.model)}
         anatomy = Anatomy(copy.deepcopy(self.model))
-        entrant, adapter = trial.entrant, adapter_named(trial.entrant.name)
+        entrant, way = trial.entrant, way_named(trial.entrant.name)
         state = State(self.folder / UNFINISHED / Path(trial.file).stem)
         try:
             options = dict(self.plan.adapters[entrant.name])
             if entrant.share is not None:
-                options[adapter.size] = self._size(anatomy, entrant.share, entrant.name)
+                options[way.size] = self._size(anatomy, entrant.share, entrant.name)
             settings = replace(
                 self.plan.shared, method=entrant.name, options=options, lr=trial.rate, seed=trial.seed
             )  # fmt: skip
@@ -63,7 +63,7 @@ class Worker:
             state.remove()
             return {"note": str(reason)}
         state.remove()
-        return {**outcome, "size": options.get(adapter.size)}
+        return {**outcome, "size": options.get(way.size)}
 
     def _size(self, anatomy: Anatomy, share: float, name: str) -> int:
         targets = targets_of(anatomy, self.plan.shared.roles)

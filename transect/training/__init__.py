@@ -7,6 +7,7 @@ from .loop import Check, Course, OnCheck, Parameters, Problem, Run, train
 from .machine import Machine, on_device
 from .objectives import distance_from, held_out_loss, own_loss
 from .optimizers import optimizer, optimizer_named, optimizers
+from .parametrizations import Parametrization, Parametrized, parametrization, parametrization_named, parametrizations
 from .penalties import Penalty, Seen, penalties, penalty, penalty_named
 from .schedule import Schedule, Shape
 from .state import State
@@ -14,7 +15,8 @@ from .stepper import Stepper
 from .watched import watching
 
 __all__ = [
-    "Check", "Course", "Machine", "OnCheck", "Parameters", "Penalty", "Problem", "Run", "Schedule", "Seen", "Shape",
-    "State", "Stepper", "distance_from", "held_out_loss", "on_device", "optimizer", "optimizer_named", "optimizers",
-    "own_loss", "penalties", "penalty", "penalty_named", "train", "watching",
+    "Check", "Course", "Machine", "OnCheck", "Parameters", "Parametrization", "Parametrized", "Penalty", "Problem",
+    "Run", "Schedule", "Seen", "Shape", "State", "Stepper", "distance_from", "held_out_loss", "on_device", "optimizer",
+    "optimizer_named", "optimizers", "own_loss", "parametrization", "parametrization_named", "parametrizations",
+    "penalties", "penalty", "penalty_named", "train", "watching",
 ]  # fmt: skip

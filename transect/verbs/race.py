@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-from ..adaptation import Settings, adapter_named
+from ..adaptation import Settings, way_named
 from ..anatomy import Anatomy
 from ..arguments import Range, checked
 from ..checkpoint import open_model
@@ -83,9 +83,9 @@ def race(
     names, shares, rates = listed(adapters), listed(shares), listed(rates)
     chosen = one_of(settings, {**{name: {} for name in names}, optimizer: {}})
     for name in names:
-        given = adapter_named(name).settings(chosen[name])
-        if adapter_named(name).size in chosen[name]:
-            size = adapter_named(name).size
+        given = way_named(name).settings(chosen[name])
+        if way_named(name).size in chosen[name]:
+            size = way_named(name).size
             raise TransectError(f"{name}: {size}={given[size]} is set by shares in a contest; leave it out")
     shared = Settings(
         method=names[0], roles=None if roles is None else tuple(listed(roles)), optimizer=optimizer,

@@ -47,13 +47,13 @@ def adapt(context: click.Context, model: str, method: str, out: Path, as_json: b
 
     The same command goes on from what an interrupted one has left. It also runs under `accelerate launch`.
     """
-    from ...adaptation import adapter_named
+    from ...adaptation import way_named
     from ...checkpoint import check_output, open_model
     from ...store import alone
     from ...training import Check, Machine, optimizer_named, penalty_named
     from ...verbs import adapt as adapt_model
 
-    adapter_named(method)
+    way_named(method)
     optimizer_named(options["optimizer"])
     options["penalties"] = options["penalties"] or []
     for name in options["penalties"]:

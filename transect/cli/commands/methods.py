@@ -24,6 +24,7 @@ PURPOSES = {
     "ranking": "Choose the ranks of low-rank methods by the loss that they cost (--allocation)",
     "probe": "Look inside (inspect)",
     "adapter": "Fine-tune it: what is trained (adapt --method)",
+    "parametrization": "Fine-tune it in other numbers, and put it together afterwards (adapt --method)",
     "optimizer": "Fine-tune it: how steps are taken (adapt --optimizer)",
     "penalty": "Fine-tune it: what is added to the loss (adapt --penalties)",
     "edit": "Change what it knows or does (edit)",
@@ -50,15 +51,16 @@ def _print_by_purpose(entries: Sequence[Any]) -> None:
 @click.argument("name", required=False)
 @shared_options("json")
 def methods(name: str | None, as_json: bool) -> None:
-    """List the methods, allocations, probes, edits, adapters, optimizers and penalties, or the parameters of one."""
+    """List the methods, allocations, probes, edits, and what there is to adapt a model; or the parameters of one."""
     from ...adaptation import adapters
     from ...compression import allocations, method
     from ...compression import methods as all_methods
     from ...editing import edits
     from ...probes import probes
-    from ...training import optimizers, penalties
+    from ...training import optimizers, parametrizations, penalties
 
-    entries = [*all_methods(), *allocations(), *probes(), *edits(), *adapters(), *optimizers(), *penalties()]
+    ways = (*adapters(), *parametrizations(), *optimizers(), *penalties())
+    entries = [*all_methods(), *allocations(), *probes(), *edits(), *ways]
     if name is not None:  # `method` says which names there are
         entries = [entry for entry in entries if entry.name == name] or [method(name)]
     if as_json:
@@ -80,9 +82,14 @@ def methods(name: str | None, as_json: bool) -> None:
     if name is None:
         _print_by_purpose(entries)
         return
+    for entry in entries:
+        _print_one(entry)
+
+
+def _print_one(entry: Any) -> None:
+    """What it is, what it needs, its docstring, and a table of its parameters."""
     import inspect
 
-    entry = entries[0]
     print_whole(f"{entry.name} ({entry.family}), {entry.paper}")
     if hasattr(entry, "wants"):  # of probes and edits the docstring says it
         print_whole(f"needs: {', '.join(entry.wants) or 'no data'}")

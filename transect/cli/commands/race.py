@@ -49,17 +49,17 @@ def _factors(context: click.Context, option: click.Parameter, value: str) -> lis
 @click.pass_context
 def race(context: click.Context, model: str, out: Path, as_json: bool, **options: Any) -> None:
     """Fine-tune MODEL by every adapter, and say who learns and who forgets: a table and a plot."""
-    from ...adaptation import adapter_named
+    from ...adaptation import way_named
     from ...errors import TransectError
     from ...report.contest import contest_table
     from ...verbs import race as race_adapters
 
     settings = method_settings(context.obj, None)
     for name in options["adapters"]:
-        adapter_named(name)
+        way_named(name)
     refuse_unused(settings, dict.fromkeys([*options["adapters"], options["optimizer"]]))
     loading = opening(options)
-    sized = [name for name in options["adapters"] if adapter_named(name).size]
+    sized = [name for name in options["adapters"] if way_named(name).size]
     entrants = len(sized) * len(options["shares"]) + len(options["adapters"]) - len(sized)
     with progress_bar(as_json) as (bar, _):
         task = bar.add_task("trainings", total=1 + entrants * (len(options["rates"]) + options["seeds"] - 1))
