@@ -52,8 +52,11 @@ class Parameter:
         return converted
 
 
-def parameters_of(function: Callable[..., Any]) -> list[Parameter]:
-    """The keyword-only parameters of a function that have a plain value as default, with their `name: text` help."""
+def parameters_of(function: Callable[..., Any], documented: Any = None) -> list[Parameter]:
+    """The keyword-only parameters of a function that have a plain value as default, with their `name: text` help.
+
+    documented: what has the docstring with the help, if it is not the function, such as the class of a constructor.
+    """
     hints = typing.get_type_hints(function, include_extras=True)
     found = []
     for parameter in inspect.signature(function).parameters.values():
@@ -66,13 +69,12 @@ def parameters_of(function: Callable[..., Any]) -> list[Parameter]:
         if typing.get_origin(annotation) is Literal:
             choices = typing.get_args(annotation)
             annotation = type(choices[0])
-        found.append(
-            Parameter(parameter.name, parameter.default, annotation, choices, interval, _help(function, parameter.name))
-        )
+        told = _help(documented or function, parameter.name)
+        found.append(Parameter(parameter.name, parameter.default, annotation, choices, interval, told))
     return found
 
 
-def _help(function: Callable[..., Any], name: str) -> str:
+def _help(function: Any, name: str) -> str:
     """The text after `name:` in the docstring, up to the next line that is not indented deeper."""
     lines = (inspect.getdoc(function) or "").splitlines()
     for number, line in enumerate(lines):

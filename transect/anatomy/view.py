@@ -215,12 +215,12 @@ class Block:
 
     @property
     def attention(self) -> Attention | None:
-        """The attention sublayer; None if it was dropped."""
+        """The attention sublayer; None if it was dropped, or a part stands there."""
         return Attention(self) if self._has("attention") else None
 
     @property
     def mlp(self) -> MLP | Experts | None:
-        """The MLP sublayer, which may be a mixture of experts; None if it was dropped."""
+        """The MLP sublayer, which may be a mixture of experts; None if it was dropped, or a part stands there."""
         if not self._has("mlp"):
             return None
         return Experts(self) if self.has_experts else MLP(self)
@@ -243,7 +243,22 @@ class Block:
                 found[name] = norm
         return found
 
+    def slot_path(self, unit: str) -> str | None:
+        """The path of what `attention` or `mlp` consists of, if it is one module; None for an MLP that is not."""
+        if unit == "attention":
+            return f"{self.path}.{self.anatomy.architecture.attention}"
+        owners = {self.anatomy.architecture.matrices.get(role, "").rpartition(".")[0] for role in ("up", "down")}
+        return f"{self.path}.{owners.pop()}" if len(owners) == 1 and "" not in owners else None
+
+    def part(self, unit: str) -> Any:
+        """The part (see `transect.parts`) that stands in the place of `attention` or `mlp`; None if there is none."""
+        path = self.slot_path(unit)
+        standing: Any = None if path is None else self.model.get_submodule(path)
+        return getattr(standing, "part", standing) if hasattr(standing, "slot") else None
+
     def _has(self, unit: str) -> bool:
+        if self.part(unit) is not None:
+            return False
         if unit == "attention":
             attention = self.module.get_submodule(self.anatomy.architecture.attention)
             return not isinstance(attention, SkipAttention)
@@ -273,8 +288,15 @@ class Block:
         raise KeyError(role)
 
     def matrix(self, role: str) -> Matrix:
-        """The matrix of that role; KeyError where the block has none (a gate, or a dropped sublayer)."""
-        if not self._has("attention" if role in ("q", "k", "v", "o") else "mlp"):
+        """The matrix of that role; KeyError where the block has none (a gate, or a dropped sublayer).
+
+        Of a part that stands in a sublayer's place, the linear layer that it has for this role.
+        """
+        unit = "attention" if role in ("q", "k", "v", "o") else "mlp"
+        if (part := self.part(unit)) is not None:
+            path = next(path for path, module in self.module.named_modules() if module is part)
+            return Matrix(self, role, f"{self.path}.{path}.{part.roles[role]}")
+        if not self._has(unit):
             raise KeyError(role)
         return self.find(role)
 
@@ -334,11 +356,13 @@ class Block:
 
         Where the model multiplies what it adds, that is not in the output: see `residual_multiplier`.
         """
-        if not self._has(unit):
+        if not self._has(unit) and self.part(unit) is None:
             return None
         norm = self.norms.get(f"{unit}_output")
         if norm is None and unit == "mlp" and self.has_experts:
             return self._experts_module
+        if norm is None and self.part(unit) is not None:
+            return self.model.get_submodule(str(self.slot_path(unit)))
         return norm if norm is not None else self.find("o" if unit == "attention" else "down").host
 
     def refuse_dropping_sublayers(self) -> None:

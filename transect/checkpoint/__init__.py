@@ -2,7 +2,7 @@
 
 from .attach import attach
 from .folder import check_folder
-from .open import Opened, folder_of, model_class, open_model
+from .open import Opened, folder_of, load_tokenizer, model_class, open_model
 from .packed import packed_tensors
 from .place import placed
 from .replay import replay
@@ -11,6 +11,6 @@ from .save import check_output, packs, save, tokenizer_of, write_description
 attach()
 
 __all__ = [
-    "Opened", "attach", "check_folder", "check_output", "folder_of", "model_class", "open_model", "packed_tensors",
-    "packs", "placed", "replay", "save", "tokenizer_of", "write_description",
+    "Opened", "attach", "check_folder", "check_output", "folder_of", "load_tokenizer", "model_class", "open_model",
+    "packed_tensors", "packs", "placed", "replay", "save", "tokenizer_of", "write_description",
 ]  # fmt: skip

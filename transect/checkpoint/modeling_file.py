@@ -17,7 +17,7 @@ from transformers.models.auto import auto_factory, modeling_auto
 
 from ..anatomy.record import StructureRecord
 from ..errors import TransectError
-from ..operators import operator_kinds
+from ..operators import described_kinds
 
 MODULE = "modeling_transect"
 _HEAD = '''"""Written by Transect: loads this checkpoint with trust_remote_code=True where Transect is not installed."""
@@ -59,9 +59,9 @@ def modeling_source(cls: type, record: StructureRecord) -> str:
     """
     collected = _Collection()
     collected.add("transect.checkpoint.quantizer", "register_for_lack_of_transect")
-    operators = operator_kinds()
-    for kind in sorted({kind for entry in record.modules.values() for kind in _kinds(entry)} & set(operators)):
-        collected.add(operators[kind].__module__, operators[kind].__name__)
+    known = described_kinds()
+    for kind in sorted({kind for entry in record.modules.values() for kind in _kinds(entry)} & set(known)):
+        collected.add(known[kind].__module__, known[kind].__name__)
     imports = sorted({*collected.imports, "import transformers"})
     body = [*collected.definitions.values(), _CLASS.format(name=cls.__name__).strip()]
     return "\n".join([_HEAD, *imports]) + "\n\n\n" + "\n\n\n".join(body) + "\n"
@@ -94,7 +94,7 @@ class _Collection:
         node, alias = bound[name]
         if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("transect")):
             assert alias is not None
-            if alias.asname:
+            if alias.asname not in (None, alias.name):
                 raise TransectError(f"{module} imports {alias.name} under another name, which cannot be copied")
             self.add(resolve_name("." * node.level + (node.module or ""), _package(module)), name)
             return

@@ -99,6 +99,14 @@ def open_model(
     return Opened(model, tokenizer, processor, source, path)
 
 
+def load_tokenizer(source: str, revision: str | None = None) -> Any:
+    """The tokenizer of a model that is given by its name, whose weights are not read; TransectError if it has none."""
+    tokenizer, _ = load_processors(str(folder_of(source, revision)))
+    if tokenizer is None:
+        raise TransectError(f"{source} has no tokenizer")
+    return tokenizer
+
+
 def gguf_file(source: str) -> Path | None:
     """The local GGUF file of that name, if it is one."""
     path = _path(source)

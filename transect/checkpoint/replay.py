@@ -22,18 +22,19 @@ def replay(model: Any, record: StructureRecord) -> StructureRecord:
 
     Returns the record with this model's own paths. Raises BadCheckpoint where the record does not fit the model.
     """
+    for path, description in sorted(record.modules.items(), key=lambda entry: entry[0].count(".")):  # outer ones first
+        path = located(model, path)
+        old = model.get_submodule(path)
+        like = next((p for p in old.parameters() if p.is_floating_point()), None)
+        if like is None:  # an attention that was replayed before holds nothing but an empty stand-in
+            like = next(p for p in model.parameters() if p.is_floating_point())
+        model.set_submodule(path, built(path, description, like.device).to(like.dtype).train(old.training))
     record = StructureRecord(
         modules={located(model, path): entry for path, entry in record.modules.items()},
         attributes={located(model, path): entry for path, entry in record.attributes.items()},
         parameters={located(model, path, "_parameters"): entry for path, entry in record.parameters.items()},
         history=list(record.history),
     )
-    for path, description in record.modules.items():
-        old = model.get_submodule(path)
-        like = next((p for p in old.parameters() if p.is_floating_point()), None)
-        if like is None:  # an attention that was replayed before holds nothing but an empty stand-in
-            like = next(p for p in model.parameters() if p.is_floating_point())
-        model.set_submodule(path, built(path, description, like.device).to(like.dtype).train(old.training))
     link_banks(model)
     for path, attributes in record.attributes.items():
         for attribute, value in attributes.items():

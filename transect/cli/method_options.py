@@ -87,6 +87,16 @@ class AdapterCommand(MethodCommand):
         )
 
 
+class PartCommand(MethodCommand):
+    """The same for parts."""
+
+    def sections(self) -> Sequence[tuple[str, Sequence[Any]]]:
+        from ..parts import parts
+        from ..parts.registry import SLOTS
+
+        return tuple((f"Parts for --{slot}", parts(slot)) for slot in SLOTS)
+
+
 def method_settings(options: list[tuple[str, str]], method: str | None) -> dict[str, dict[str, Any]]:
     """`--svd-llm.shrinkage 1e-4` (or `--shrinkage 1e-4` where there is one method) by method, as strings."""
     found: dict[str, dict[str, Any]] = {}

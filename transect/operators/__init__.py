@@ -4,11 +4,14 @@ One file a structure; a file put here is known to checkpoints, nothing else has 
 """
 
 from ..modules import import_all
-from .base import Operator, flops_of, stored_bytes
-from .build import build, operator_kinds
+from .base import Described, Operator, flops_of, stored_bytes
+from .build import build, described_kinds, operator_kinds
 from .low_rank import LowRank
 from .shared import Bank, Shared
 
 import_all(__name__, __path__)
 
-__all__ = ["Bank", "LowRank", "Operator", "Shared", "build", "flops_of", "operator_kinds", "stored_bytes"]
+__all__ = [
+    "Bank", "Described", "LowRank", "Operator", "Shared", "build", "described_kinds", "flops_of", "operator_kinds",
+    "stored_bytes",
+]  # fmt: skip

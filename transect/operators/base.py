@@ -11,7 +11,25 @@ from ..anatomy.storage import parameter_of
 from ..errors import TransectError
 
 
-class Operator(nn.Module):
+class Described(nn.Module):
+    """A module that a structure record can describe and a checkpoint builds again.
+
+    A subclass that stands for itself sets `kind`, and defines `describe` and `from_description`.
+    """
+
+    kind: str
+
+    def describe(self) -> dict[str, Any]:
+        """JSON from which `operators.build` makes the same module, without its numbers."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_description(cls, description: dict[str, Any]) -> Described:
+        """The module that `describe` described, with uninitialised numbers."""
+        raise NotImplementedError
+
+
+class Operator(Described):
     """y = Ŵx + b with Ŵ (d_out x d_in) stored in some structure.
 
     A subclass sets `kind`, calls `super().__init__(d_in, d_out)`, holds its numbers in parameters or in submodules and
@@ -23,8 +41,6 @@ class Operator(nn.Module):
     gone, so that transformers without Transect stops at a shape mismatch; with the name missing it would only warn,
     and run on random numbers.
     """
-
-    kind: str
 
     def __init__(self, d_in: int, d_out: int) -> None:
         super().__init__()
@@ -45,15 +61,6 @@ class Operator(nn.Module):
 
     def to_dense(self) -> Tensor:
         """Ŵ (d_out x d_in)."""
-        raise NotImplementedError
-
-    def describe(self) -> dict[str, Any]:
-        """JSON from which `operators.build` makes the same operator, without its numbers."""
-        raise NotImplementedError
-
-    @classmethod
-    def from_description(cls, description: dict[str, Any]) -> Operator:
-        """The operator that `describe` described, with uninitialised numbers."""
         raise NotImplementedError
 
     def select(self, rows: Tensor | None, columns: Tensor | None) -> Operator:

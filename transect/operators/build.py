@@ -11,12 +11,17 @@ from transformers.pytorch_utils import Conv1D
 from ..anatomy.experts import SeparateExperts, SkipExperts
 from ..anatomy.storage import Stacked
 from ..anatomy.surgery import SkipAttention
-from .base import Operator
+from .base import Described, Operator
 
 
 def operator_kinds() -> dict[str, type[Operator]]:
     """Every structured operator by its kind: the subclasses of `Operator` that have been imported."""
-    found, waiting = {}, [Operator]
+    return {kind: one for kind, one in described_kinds().items() if issubclass(one, Operator)}
+
+
+def described_kinds() -> dict[str, type[Described]]:
+    """The same for everything that a record can describe, parts in slots among them."""
+    found, waiting = {}, [Described]
     while waiting:
         for subclass in waiting.pop().__subclasses__():
             if "kind" in vars(subclass):  # not one that others derive from
@@ -33,8 +38,11 @@ def build(description: dict[str, Any], inside: bool = False) -> nn.Module:
     """
     if not isinstance(description, dict):
         raise ValueError("a module's description should be an object")
-    _check_entries(description)
     kind = description.get("kind")
+    if isinstance(kind, str) and "." in kind:
+        _check_settings(description)
+    else:
+        _check_entries(description)
     if kind == "linear":
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Initializing zero-element tensors")
@@ -59,9 +67,9 @@ def build(description: dict[str, Any], inside: bool = False) -> nn.Module:
         return SeparateExperts(each, _text(description["activation"]))
     if kind == "skip_experts":
         return SkipExperts(_path(description["experts"]))
-    kinds = operator_kinds()
+    kinds = described_kinds()
     if not isinstance(kind, str) or kind not in kinds:
-        raise ValueError(f"the structure record names an operator of unknown kind {kind!r}; known: {sorted(kinds)}")
+        raise ValueError(f"the structure record names a module of unknown kind {kind!r}; known: {sorted(kinds)}")
     return kinds[kind].from_description(description)
 
 
@@ -74,6 +82,20 @@ def _check_entries(description: dict[str, Any]) -> None:
         elif key in ("kind", "group"):
             _text(value)
         elif isinstance(value, (int, float)):
+            _size(value, 2**40)
+
+
+def _check_settings(description: dict[str, Any]) -> None:
+    """What a part in a slot was made with: sizes, finite numbers, what is so or not, short texts, or nothing."""
+    for value in description.values():
+        if value is None or isinstance(value, bool):
+            continue
+        if isinstance(value, float):
+            if not abs(value) < 2.0**40:
+                raise ValueError(f"{value!r} is no setting that a part can have")
+        elif isinstance(value, str):
+            _text(value)
+        else:
             _size(value, 2**40)
 
 

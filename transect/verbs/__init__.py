@@ -1,6 +1,7 @@
 """The verbs that a user calls, each a few lines over the rooms."""
 
 from .adapt import adapt
+from .build import build
 from .claims import check_claims
 from .compare import compare
 from .compress import compress
@@ -10,4 +11,4 @@ from .inspect import inspect
 from .race import race
 from .recover import recover
 
-__all__ = ["adapt", "check_claims", "compare", "compress", "edit", "evaluate", "inspect", "race", "recover"]
+__all__ = ["adapt", "build", "check_claims", "compare", "compress", "edit", "evaluate", "inspect", "race", "recover"]

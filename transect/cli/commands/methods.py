@@ -27,6 +27,10 @@ PURPOSES = {
     "parametrization": "Fine-tune it in other numbers, and put it together afterwards (adapt --method)",
     "optimizer": "Fine-tune it: how steps are taken (adapt --optimizer)",
     "penalty": "Fine-tune it: what is added to the loss (adapt --penalties)",
+    "mixer": "Stand in the place of attention (build --mixer)",
+    "mlp": "Stand in the place of the MLP (build --mlp)",
+    "activation": "Stand in the place of the MLP's activation (build --activation)",
+    "norm": "Stand in the places of the norms (build --norm)",
     "edit": "Change what it knows or does (edit)",
 }
 
@@ -39,6 +43,8 @@ def _print_by_purpose(entries: Sequence[Any]) -> None:
     left = max(len(entry.name) for entry in entries) + 4
     right = max(stdout.width - left, 30) if stdout.is_terminal else None
     for purpose, members in groups.items():
+        if not members:
+            continue
         print_whole(purpose)
         for entry in members:
             said = f"{entry.summary} [{entry.paper}]"
@@ -56,11 +62,12 @@ def methods(name: str | None, as_json: bool) -> None:
     from ...compression import allocations, method
     from ...compression import methods as all_methods
     from ...editing import edits
+    from ...parts import parts
     from ...probes import probes
     from ...training import optimizers, parametrizations, penalties
 
     ways = (*adapters(), *parametrizations(), *optimizers(), *penalties())
-    entries = [*all_methods(), *allocations(), *probes(), *edits(), *ways]
+    entries = [*all_methods(), *allocations(), *probes(), *edits(), *ways, *parts()]
     if name is not None:  # `method` says which names there are
         entries = [entry for entry in entries if entry.name == name] or [method(name)]
     if as_json:
@@ -99,6 +106,8 @@ def _print_one(entry: Any) -> None:
         print_whole(f"note: {note}")
     print_whole("")
     print_whole(inspect.getdoc(entry.function) or "")
+    if limit := getattr(entry.function, "limit", ""):  # of a part
+        print_whole(f"\nwhen it is the standard part: {limit}")
     grid = Table("parameter", "type", "default", "accepts")
     for p in entry.parameters:
         accepts = (

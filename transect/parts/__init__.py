@@ -1,0 +1,19 @@
+"""Parts: published layers that stand in the slots of any transformer that the anatomy knows.
+
+A slot is a place in a block: the token mixer (attention), the MLP, its activation, the norms. One file or folder a part
+in `catalog`; a file put there is registered, nothing else has to know of it.
+"""
+
+from ..modules import import_all
+from . import catalog
+from .build import build_model
+from .insert import insert
+from .part import Activation, Around, Mixer, MLPPart, Norm, Part
+from .registry import PartEntry, part_named, parts
+
+import_all(catalog.__name__, catalog.__path__)
+
+__all__ = [
+    "Activation", "Around", "MLPPart", "Mixer", "Norm", "Part", "PartEntry", "build_model", "insert", "part_named",
+    "parts",
+]  # fmt: skip

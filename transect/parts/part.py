@@ -1,0 +1,173 @@
+"""What a part is: a module that stands in a slot of a block, and says what it is."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import TransectError
+from ..operators.base import Described
+
+
+class Part(Described):
+    """A module that stands in a slot.
+
+    A subclass has a `kind` ("SLOT.NAME"), a `paper`, and a `limit`: in a sentence, when it is the standard part, or
+    that it never is. Its `__init__` takes the sizes that it needs by name (see `Sizes` for those there are) and,
+    keyword-only and with a default, its settings, which its docstring lists as `name: text`. They are what it is
+    described by.
+    """
+
+    slot: ClassVar[str]
+    paper: ClassVar[str]
+    limit: ClassVar[str]
+    # Role (q, k, v, o, gate, up, down) -> path of a linear layer in it that does what such a matrix does: q, k, v, gate
+    # and up read the part's input, and nothing else; o's and down's output is the part's.
+    roles: ClassVar[dict[str, str]] = {}
+
+    made_with: dict[str, Any]
+
+    def __init_subclass__(cls, **more: Any) -> None:
+        super().__init_subclass__(**more)
+        if "__init__" in vars(cls):
+            cls.__init__ = _noting(cls.__init__)
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": self.kind, **self.made_with}
+
+    @classmethod
+    def from_description(cls, description: dict[str, Any]) -> Part:
+        return cls(**{key: value for key, value in description.items() if key != "kind"})
+
+    @property
+    def flops(self) -> int:
+        """Floating point operations (a multiply-add counts 2) for one position, but for those that depend on length."""
+        return sum(2 * module.weight.numel() for module in self.modules() if isinstance(module, nn.Linear))
+
+
+def _noting(init: Any) -> Any:
+    """The constructor, which also keeps what the part was made with."""
+
+    @functools.wraps(init)
+    def noting(self: Part, *args: Any, **kwargs: Any) -> None:
+        if "made_with" not in self.__dict__:  # not of a class that this one derives from
+            bound = inspect.signature(init).bind(self, *args, **kwargs)
+            bound.apply_defaults()
+            self.__dict__["made_with"] = {name: value for name, value in bound.arguments.items() if name != "self"}
+        init(self, *args, **kwargs)
+
+    return noting
+
+
+@dataclass
+class Around:
+    """What a mixer may know besides its input x (B x N x d).
+
+    real: (B x N), false at padding; None where there is none. rotary: cos and sin (B x N x head size, or the part of it
+    that is turned) of the model's own rotary positions, or None. past: positions before these. state: what the mixer
+    keeps from call to call in generation, tensors by name with the batch in their first dimension, empty at the
+    beginning; None where nothing is generated.
+    """
+
+    real: Tensor | None = None
+    rotary: tuple[Tensor, Tensor] | None = None
+    past: int = 0
+    state: dict[str, Tensor] | None = None
+
+
+class Mixer(Part):
+    """A token mixer: x (B x N x d) -> (B x N x d). What is at padding comes out of it as anything, and goes nowhere.
+
+    causal: whether position i must not see what is behind it. A subclass says which of both it can be (`causal`,
+    `bidirectional`), its `cost` in the number of positions N, and defines `mix`; one that can go on from a state of its
+    own, in cost constant in N, sets `recurrent` and reads and writes `around.state`. For the others the inputs so far
+    are the state, and are mixed again in each call.
+    """
+
+    slot = "mixer"
+    can_be: ClassVar[tuple[str, ...]] = ("causal", "bidirectional")
+    cost: ClassVar[str]
+    recurrent: ClassVar[bool] = False
+
+    def __init__(self, causal: bool) -> None:
+        super().__init__()
+        kind = "causal" if causal else "bidirectional"
+        if kind not in self.can_be:
+            raise TransectError(f"{self.kind} cannot be {kind}, which this model needs; it is {self.can_be[0]}")
+        self.causal = causal
+
+    def mix(self, x: Tensor, around: Around) -> Tensor:
+        """What is added to the stream (B x N x d)."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, around: Around) -> Tensor:
+        if around.state is None or self.recurrent:
+            return self.mix(x, around)
+        return self.mix(*self._with_past(x, around))[:, -x.shape[1] :]
+
+    def mixing_flops(self, length: int) -> int:
+        """Floating point operations for a sequence of that length besides `flops` for each of its positions."""
+        raise NotImplementedError
+
+    def _with_past(self, x: Tensor, around: Around) -> tuple[Tensor, Around]:
+        """All inputs so far, which are kept, with what is around them."""
+        state = around.state
+        assert state is not None
+        real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if around.real is None else around.real
+        new = {"inputs": x, "real": real}
+        if around.rotary is not None:
+            new |= {"cos": _for_each(around.rotary[0], x), "sin": _for_each(around.rotary[1], x)}
+        for name, tensor in new.items():
+            state[name] = torch.cat([state[name], tensor], dim=1) if name in state else tensor
+        rotary = (state["cos"], state["sin"]) if around.rotary is not None else None
+        seen = state["real"]
+        return state["inputs"], Around(None if bool(seen.all()) else seen, rotary)
+
+
+def _for_each(angles: Tensor, x: Tensor) -> Tensor:
+    """Angles (1 or B x N x ...) for each sequence of the batch."""
+    return angles.expand(x.shape[0], *angles.shape[1:])
+
+
+class MLPPart(Part):
+    """A channel mixer: x (..., d) -> (..., d), each position by itself."""
+
+    slot = "mlp"
+
+
+class Activation(Part):
+    """A function between up and down: (..., neurons) -> (..., neurons)."""
+
+    slot = "activation"
+
+
+class Norm(Part):
+    """A norm: x (..., d) -> (..., d)."""
+
+    slot = "norm"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a part may ask for by name.
+
+    width: d of the stream. heads, key_value_heads, head_size: of the attention that the config describes.
+    neurons: of the MLP. length: the most positions that the model takes. causal: whether it predicts the next token.
+    layer: number of the block, from 0. layers: how many there are. eps: of the model's norms.
+    """
+
+    width: int
+    heads: int
+    key_value_heads: int
+    head_size: int
+    neurons: int
+    length: int
+    causal: bool
+    layer: int = 0
+    layers: int = 1
+    eps: float = 1e-6
