@@ -18,7 +18,8 @@ class GatedLinear(Mixer):
     a_t = sigmoid(W₂ W₁ x_t + b)^(1/temperature); the heads' outputs are normed and gated by silu(W_g x) before o
     (Section 4.4). Keys are half as wide as values in the paper's models; here both have the config's head size.
 
-    gate_rank: columns of W₂. temperature: the larger, the longer it remembers.
+    gate_rank: columns of W₂.
+    temperature: the larger, the longer it remembers.
     """
 
     kind = "mixer.gated-linear"
