@@ -1,0 +1,101 @@
+"""The tasks: answers against brute force, what is drawn by a seed, bad input."""
+
+import pytest
+import torch
+
+from transect.errors import TransectError
+from transect.forward.objective import IGNORED
+from transect.tasks import task_named, tasks
+from transect.tasks.listops import value_of
+
+NAMES = [one.name for one in tasks()]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_drawn_depends_on_the_seed_alone(name):
+    one = task_named(name)
+    drawn, again, other = (one.draw(6, seed) for seed in (2, 2, 4))
+    assert torch.equal(drawn.inputs, again.inputs) and torch.equal(drawn.answers, again.answers)
+    assert not torch.equal(drawn.inputs, other.inputs) and len(drawn.inputs) == 6
+    if not drawn.images:
+        assert drawn.inputs.min() >= 0 and drawn.inputs.max() < drawn.vocabulary and drawn.answers.any(1).all()
+    batches = list(drawn.batches(4))
+    assert [len(batch["labels"]) for batch in batches] == [4, 2]
+    with pytest.raises(TransectError, match="at least one"):
+        one.draw(0, 0)
+
+
+def test_in_recall_the_answer_is_what_stood_behind_the_key():
+    drawn = task_named("recall").draw(50, 1, {"keys": 5, "length": 40, "vocabulary": 32})
+    for row, where in zip(drawn.inputs.tolist(), drawn.answers, strict=True):
+        pairs = dict(zip(row[:10:2], row[1:10:2], strict=True))
+        assert len(pairs) == 5 and all(1 <= key < 16 <= value < 32 for key, value in pairs.items())
+        asked = where.nonzero()[:, 0].tolist()
+        assert len(asked) == 5 and {row[at - 1] for at in asked} == set(pairs)
+        assert all(row[at] == pairs[row[at - 1]] for at in asked)
+        rest = set(range(10, 40)) - set(asked) - {at - 1 for at in asked}
+        assert not any(row[at] for at in rest)
+    labels = next(iter(drawn.batches(50)))["labels"]
+    assert int((labels != IGNORED).sum()) == 250
+    near = task_named("recall").draw(400, 1, {"keys": 1, "length": 64}).answers.nonzero()[:, 1].float()
+    assert near.median() < 20  # half of 62 if it were uniform
+
+
+def test_copies_and_inductions():
+    drawn = task_named("copying").draw(20, 3, {"length": 12, "vocabulary": 9})
+    assert torch.equal(drawn.inputs[:, 6:11], drawn.inputs[:, :5]) and (drawn.inputs[:, 5] == 0).all()
+    assert drawn.answers.sum(1).tolist() == [5] * 20 and drawn.answers[:, 6:11].all()
+    drawn = task_named("induction").draw(50, 3, {"length": 10, "vocabulary": 9})
+    for row in drawn.inputs.tolist():
+        first = row.index(0)
+        assert row[-2] == 0 and row.count(0) == 2 and row[-1] == row[first + 1]
+
+
+def test_listops_are_evaluated_as_a_reader_would():
+    names = {10: "max", 11: "min", 12: "median", 13: "sum"}
+
+    def read(tokens):
+        token = tokens.pop(0)
+        if token < 10:
+            return token
+        values = []
+        while tokens[0] != 14:
+            values.append(read(tokens))
+        tokens.pop(0)
+        assert 2 <= len(values) <= 5
+        return value_of(names[token], values)
+
+    drawn = task_named("listops").draw(60, 1, {"length": 40, "depth": 4})
+    longest = 0
+    for row in drawn.inputs.tolist():
+        said = [token for token in row if token != 16]
+        longest = max(longest, len(said))
+        *expression, equals, value = said
+        assert equals == 15 and row[-1] == value and read(expression) == value and not expression
+    assert longest > 25
+    assert value_of("median", [5, 1, 9, 2]) == 2 and value_of("sum", [9, 8]) == 7
+
+
+def test_digits_held_out_are_never_trained_on():
+    one = task_named("digits")
+    train, held = (one.draw(4000, seed).inputs.flatten(1) for seed in (2, 3))
+    seen = {row.numpy().tobytes() for row in train}
+    assert not any(row.numpy().tobytes() in seen for row in held)
+    assert train.min() >= -1 and train.max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "said"),
+    [
+        ("recall", {"keys": 8, "length": 30}, "even length of 32"),
+        ("recall", {"keys": 40, "length": 400, "vocabulary": 64}, "have 31 keys"),
+        ("copying", {"length": 13}, "should be even"),
+        ("listops", {"length": 8}, "need a length of 9"),
+        ("recall", {"depth": 3}, "no parameter depth"),
+    ],
+)
+def test_what_cannot_be_drawn_is_said(name, given, said):
+    with pytest.raises(TransectError, match=said):
+        task_named(name).draw(3, 0, given)
+    with pytest.raises(TransectError, match="unknown task 'magic'; known: copying"):
+        task_named("magic")

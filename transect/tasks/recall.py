@@ -1,0 +1,44 @@
+"""Associative recall of many keys (MQAR; Arora et al., "Zoology", ICLR 2024, arXiv:2312.04927)."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+
+from ..errors import TransectError
+from ..parameters import Range
+from .registry import Drawn, task
+
+
+@task("recall", paper="arXiv:2312.04927")
+def recall(
+    count: int, generator: torch.Generator, *, keys: Annotated[int, Range(1, 2**16)] = 8,
+    length: Annotated[int, Range(4, 2**20)] = 64, vocabulary: Annotated[int, Range(4, 2**20)] = 256,
+    power: Annotated[float, Range(0, above=True)] = 0.01,
+) -> Drawn:  # fmt: skip
+    """Pairs of a key and a value, and then each key once more, at random distances: its value is to be said.
+
+    Keys are from the first half of the vocabulary (0 stands for nothing), values from the second, no key twice. The
+    distances to the second occurrence follow a power law, as in natural text, so that most are short. The answer is the
+    token behind the key; all other places behind the pairs hold 0.
+
+    keys: how many pairs. length: of a sequence; 4 keys at the least.
+    vocabulary: how many ids. power: exponent a of the law, p(gap) ~ a gap^(a - 1).
+    """
+    half, room = vocabulary // 2, (length - 2 * keys) // 2  # places for a key with the answer behind it
+    if length % 2 or room < keys:
+        raise TransectError(f"recall: {keys} keys need an even length of {4 * keys} or more, not {length}")
+    if keys > half - 1:
+        raise TransectError(f"recall: {vocabulary} ids have {half - 1} keys, and {keys} are wanted")
+    chances = torch.ones(count, half - 1)
+    chosen = 1 + torch.multinomial(chances, keys, generator=generator)  # without replacement
+    values = half + torch.randint(vocabulary - half, (count, keys), generator=generator)
+    gaps = torch.arange(1, room + 1, dtype=torch.float64).pow(power - 1).expand(count, room)
+    places = torch.multinomial(gaps, keys, generator=generator)
+    tokens = torch.zeros(count, length, dtype=torch.long)
+    tokens[:, : 2 * keys] = torch.stack([chosen, values], dim=-1).flatten(1)
+    at = 2 * keys + 2 * places
+    tokens.scatter_(1, at, chosen).scatter_(1, at + 1, values)
+    answers = torch.zeros(count, length, dtype=torch.bool).scatter_(1, at + 1, True)
+    return Drawn(tokens, answers, vocabulary)
