@@ -17,12 +17,12 @@ from .compression import allocations, methods
 from .editing import edits, undo_folder
 from .errors import BadCheckpoint, BadData, TransectError, UnknownArchitecture
 from .training import optimizers, parametrizations, penalties
-from .verbs import adapt, build, check_claims, compare, compress, edit, evaluate, inspect, race, recover
+from .verbs import adapt, build, check_claims, compare, compress, edit, evaluate, inspect, race, race_parts, recover
 from .version import __version__
 
 __all__ = [
-    "Anatomy", "BadCheckpoint", "BadData", "TransectError", "UnknownArchitecture", "__version__", "adapt",
-    "adapters", "allocations", "build",
-    "check_claims", "compare", "compress", "edit", "edits", "evaluate", "inspect", "methods",
-    "optimizers", "parametrizations", "penalties", "race", "recover", "register_architecture", "undo_folder",
+    "Anatomy", "BadCheckpoint", "BadData", "TransectError", "UnknownArchitecture", "__version__", "adapt", "adapters",
+    "allocations", "build", "check_claims", "compare", "compress", "edit", "edits", "evaluate", "inspect", "methods",
+    "optimizers", "parametrizations", "penalties", "race", "race_parts", "recover", "register_architecture",
+    "undo_folder",
 ]  # fmt: skip

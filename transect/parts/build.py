@@ -14,6 +14,10 @@ from ..errors import TransectError
 from .insert import insert
 from .registry import SLOTS, part_named
 
+_NAMES = {
+    "vocabulary": "vocab_size", "length": "max_position_embeddings", "classes": "num_labels", "image": "image_size",
+    "patch": "patch_size", "channels": "num_channels",
+}  # fmt: skip
 _SIZES = {"hidden", "blocks", "heads", "key_value_heads", "head_size", "neurons"}
 
 
@@ -28,7 +32,8 @@ def build_model(
     """A model of a kind that transformers has (`llama`, `gpt2`, `bert`, `vit`, or a config.json), with random weights.
 
     parts: slot -> name of the part that stands in it, in every block. settings: name of a part -> its settings.
-    sizes: hidden, blocks, heads, key_value_heads, head_size, neurons; vocabulary and length; others are the config's.
+    sizes: hidden, blocks, heads, key_value_heads, head_size, neurons; vocabulary and length; of image classifiers
+        classes, image (its side), patch and channels; the others are the config's.
     Raises TransectError for what does not fit.
     """
     for slot, name in (parts or {}).items():
@@ -38,10 +43,10 @@ def build_model(
     for name, size in sizes.items():
         if size is None:
             continue
-        key = {"vocabulary": "vocab_size", "length": "max_position_embeddings"}.get(name)
+        key = _NAMES.get(name)
         if name in _SIZES:
             key = architecture.config.get(name)
-        if key is None:
+        if key is None or (name in _NAMES and name != "classes" and not hasattr(config, key)):
             raise TransectError(f"{architecture.name} has no size {name!r}")
         setattr(config, key, size)
     if (hidden := sizes.get("hidden")) and "head_size" in architecture.config and not sizes.get("head_size"):

@@ -31,7 +31,8 @@ def insert(
     the blocks; default all, and for norms then the final one too. settings: the part's. seed: of its random numbers.
     Raises TransectError, before any change, if the part does not fit the model.
     """
-    anatomy, entry = Anatomy(model), part_named(slot, part)
+    entry = part_named(slot, part)
+    anatomy = Anatomy(model, weights=next(model.parameters()).device.type != "meta")  # of a skeleton only the sizes
     chosen = entry.settings(settings or {})
     count = len(anatomy.blocks)
     numbers = list(range(count)) if layers is None else list(layers)

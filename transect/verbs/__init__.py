@@ -9,6 +9,10 @@ from .edit import edit
 from .evaluate import evaluate
 from .inspect import inspect
 from .race import race
+from .race_parts import race_parts
 from .recover import recover
 
-__all__ = ["adapt", "build", "check_claims", "compare", "compress", "edit", "evaluate", "inspect", "race", "recover"]
+__all__ = [
+    "adapt", "build", "check_claims", "compare", "compress", "edit", "evaluate", "inspect", "race", "race_parts",
+    "recover",
+]  # fmt: skip

@@ -11,6 +11,7 @@ from ..group import main_group
 from ..method_options import AdapterCommand, method_settings, refuse_unused
 from ..options import LOADING, Place, opening, shared_options, shares, split
 from ..printing import print_whole, progress_bar
+from .race_parts import SLOT_OPTIONS, race_parts
 
 
 def _factors(context: click.Context, option: click.Parameter, value: str) -> list[float]:
@@ -20,7 +21,17 @@ def _factors(context: click.Context, option: click.Parameter, value: str) -> lis
         raise click.BadParameter(f"{value!r} should be numbers, separated by commas") from None
 
 
-@main_group.command(cls=AdapterCommand)
+class RaceCommand(AdapterCommand):
+    """Of adapters; where parts are named for a slot, of these."""
+
+    def make_context(self, info_name: str | None, args: list[str], *rest: Any, **more: Any) -> click.Context:
+        """The context of the command that the options belong to."""
+        if any(word.partition("=")[0] in SLOT_OPTIONS for word in args):
+            return race_parts.make_context(info_name, args, *rest, **more)
+        return super().make_context(info_name, args, *rest, **more)
+
+
+@main_group.command(cls=RaceCommand)
 @click.argument("model")
 @click.option("--adapt", "adapters", required=True, callback=split, help="Comma-separated; see the list below.")
 @click.option("--data", required=True, help="Training data; never the text that the table judges by.")
@@ -48,7 +59,11 @@ def _factors(context: click.Context, option: click.Parameter, value: str) -> lis
 @shared_options("sequence_length", "special_tokens", "batch_size", "seed", *LOADING, "overwrite", "json")
 @click.pass_context
 def race(context: click.Context, model: str, out: Path, as_json: bool, **options: Any) -> None:
-    """Fine-tune MODEL by every adapter, and say who learns and who forgets: a table and a plot."""
+    """Fine-tune MODEL by every adapter, and say who learns and who forgets: a table and a plot.
+
+    With --mixer, --mlp, --activation or --norm, a contest of these parts in fresh models: see
+    `transect race llama --mixer softmax --help`.
+    """
     from ...adaptation import way_named
     from ...errors import TransectError
     from ...report.contest import contest_table

@@ -1,0 +1,131 @@
+"""What a contest of parts consists of: its entrants, their trials, and where each is kept."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from ...errors import TransectError
+from ...store import kept_json, read_json, write_text
+from ...version import __version__
+from .sizes import Equal
+
+RUN = "run.json"
+
+
+@dataclass(frozen=True)
+class Combination:
+    """One line of the table: the part that stands in each slot, as (slot, name); the base's own where none is named."""
+
+    parts: tuple[tuple[str, str], ...]
+
+    def __str__(self) -> str:
+        return " + ".join(name for _, name in self.parts) or "base"
+
+
+@dataclass(frozen=True)
+class PartsTrial:
+    """One training from scratch. rate: the largest learning rate. seed: of the numbers at the start and of the data."""
+
+    entrant: Combination
+    rate: float
+    seed: int
+
+    @property
+    def file(self) -> str:
+        """Where it lies in the run folder; no two trials lie in one place."""
+        parts = [text for pair in self.entrant.parts for text in pair]
+        words = (quote(part, safe="").replace("_", "%5F") for part in (*parts, repr(self.rate), str(self.seed)))
+        return f"trials/{'_'.join(words)}.json"
+
+    def __str__(self) -> str:
+        return f"{self.entrant}, rate {self.rate:g}, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class PartsPlan:
+    """The settings of a contest, as they stand in run.json.
+
+    slots: slot -> the names of the parts that are tried in it (`base` for the model's own); every combination enters.
+    settings: part -> its settings. sizes: of the base. equal, wanted: what agrees within 1 %, and its count.
+    task, options: what is learned. examples are drawn anew for every step: steps x batch of them. rates: the grid, the
+    same for each entrant. seeds: how many; the first one chooses the rate.
+    """
+
+    base: str
+    slots: Mapping[str, tuple[str, ...]]
+    settings: Mapping[str, Mapping[str, Any]]
+    sizes: Mapping[str, int | None]
+    equal: Equal
+    wanted: int
+    task: str
+    options: Mapping[str, Any]
+    steps: int
+    batch: int
+    rates: tuple[float, ...]
+    seeds: int
+    seed: int
+    held_out: int
+    optimizer: str
+    optimizer_options: Mapping[str, Any]
+    device: str
+
+    @property
+    def entrants(self) -> list[Combination]:
+        """Every combination of parts, in the order in which they were named."""
+        slots = list(self.slots)
+        return [
+            Combination(tuple((slot, name) for slot, name in zip(slots, names, strict=True) if name != "base"))
+            for names in itertools.product(*(self.slots[slot] for slot in slots))
+        ]
+
+    def grid(self, entrant: Combination) -> list[PartsTrial]:
+        """The trials that choose the entrant's rate."""
+        return [PartsTrial(entrant, rate, self.seed) for rate in sorted(self.rates)]
+
+    def chosen(self, folder: Path, entrant: Combination) -> PartsTrial | None:
+        """The trial of the grid with the least validation loss; None while one has not run, or if all failed."""
+        found = [(trial, self.finished(folder, trial)) for trial in self.grid(entrant)]
+        if any(result is None for _, result in found):
+            return None
+        able = [(result["validation"], trial) for trial, result in found if result and "validation" in result]
+        return min(able, key=lambda one: one[0])[1] if able else None
+
+    def others(self, trial: PartsTrial) -> list[PartsTrial]:
+        """The same training with the other seeds."""
+        return [PartsTrial(trial.entrant, trial.rate, self.seed + number) for number in range(1, self.seeds)]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash (32 hexadecimal digits) of everything that decides a trial's numbers, but not which there are."""
+        no_part = ("slots", "settings", "rates", "seeds", "seed")
+        decides = {key: value for key, value in asdict(self).items() if key not in no_part}
+        described = json.dumps({**decides, "transect": __version__}, sort_keys=True, default=str)
+        return hashlib.blake2b(described.encode(), digest_size=16).hexdigest()
+
+    def of(self, trial: PartsTrial) -> str:
+        """What the trial's file belongs to."""
+        settings = {name: dict(self.settings.get(name, {})) for _, name in trial.entrant.parts}
+        return json.dumps([self.fingerprint, trial.file, settings], sort_keys=True, default=str)
+
+    def finished(self, folder: Path, trial: PartsTrial) -> dict[str, Any] | None:
+        """The trial's result if it is in the run folder."""
+        return kept_json(folder / trial.file, self.of(trial))
+
+    def save(self, path: Path) -> None:
+        """Write it as a run folder's run.json."""
+        write_text(path, json.dumps({**asdict(self), "fingerprint": self.fingerprint}, indent=2, default=str) + "\n")
+
+    def is_in(self, folder: Path) -> bool:
+        """Whether the contest in a run folder is this one, whichever trials it has."""
+        try:
+            return read_json(folder / RUN).get("fingerprint") == self.fingerprint
+        except TransectError:  # there is none, or it is damaged
+            return False

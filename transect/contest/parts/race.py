@@ -1,0 +1,139 @@
+"""Parts side by side: each combination at its best rate, over seeds, on the same examples in the same order."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from scipy import stats
+
+from ...comparison.compare import take_folder
+from ...pool import Engine, run_in_processes, run_on_ray
+from ...store import Folder
+from .plan import PartsPlan, PartsTrial
+from .worker import UNFINISHED, PartsWorker, load_parts_worker
+
+
+def race_parts(
+    plan: PartsPlan,
+    folder: Folder,
+    *,
+    workers: int = 1,
+    engine: Engine = "local",
+    overwrite: bool = False,
+    on_trial: Callable[[PartsTrial], None] = lambda trial: None,
+) -> pd.DataFrame:
+    """Run all trials of the plan into `folder` and return the table; see `transect.race_parts`.
+
+    First the grid of rates of every entrant with the first seed, then the other seeds at the best rate of each.
+    """
+    take_folder(folder, plan, overwrite)
+    lost: dict[PartsTrial, str] = {}
+    lost |= _run(plan, folder, [t for entrant in plan.entrants for t in plan.grid(entrant)], workers, engine, on_trial)
+    chosen = [plan.chosen(folder.path, entrant) for entrant in plan.entrants]
+    rest = [other for trial in chosen if trial is not None for other in plan.others(trial)]
+    lost |= _run(plan, folder, rest, workers, engine, on_trial)
+    with suppress(OSError):  # it is empty, unless a training was lost
+        (folder.path / UNFINISHED).rmdir()
+    return table(plan, folder.path, lost)
+
+
+def _run(
+    plan: PartsPlan,
+    folder: Folder,
+    trials: Sequence[PartsTrial],
+    workers: int,
+    engine: Engine,
+    on_trial: Callable[[PartsTrial], None],
+) -> dict[PartsTrial, str]:
+    """Run those trials that have not run; why some could not, if their process was lost twice."""
+
+    def finished(trial: PartsTrial) -> bool:
+        return plan.finished(folder.path, trial) is not None
+
+    waiting = []
+    for trial in dict.fromkeys(trials):
+        if finished(trial):
+            on_trial(trial)
+        else:
+            waiting.append(trial)
+            folder.file(trial.file)
+    if (engine == "local" and workers == 1) or not waiting:
+        PartsWorker(folder.path, plan).run(waiting, on_trial)
+        return {}
+    run = run_on_ray if engine == "ray" else run_in_processes
+    return run(
+        partial(load_parts_worker, folder.path.resolve(), plan), [[trial] for trial in waiting], workers, on_trial,
+        finished,
+    )  # fmt: skip
+
+
+def table(plan: PartsPlan, folder: Path, lost: Mapping[PartsTrial, str]) -> pd.DataFrame:
+    """A row for each entrant, over its seeds; all but the first are compared with it, seed by seed."""
+    rows: list[dict[str, Any]] = []
+    reference: list[float] = []
+    for number, entrant in enumerate(plan.entrants):
+        row: dict[str, Any] = {"entrant": str(entrant)}
+        best = plan.chosen(folder, entrant)
+        if best is None:
+            reasons = [plan.finished(folder, trial) or {"note": lost.get(trial)} for trial in plan.grid(entrant)]
+            rows.append({**row, "note": next((r.get("note") for r in reasons if r.get("note")), "not run")})
+            continue
+        found = [plan.finished(folder, trial) for trial in [best, *plan.others(best)]]
+        done = [result for result in found if result is not None and "loss" in result]
+        losses = [result["loss"] for result in done]
+        row |= {"rate": best.rate, "edge": best.rate in (min(plan.rates), max(plan.rates)) and len(plan.rates) > 1}
+        row |= {"loss": statistics.fmean(losses), "loss_error": _error(losses)}
+        accuracies = [result["accuracy"] for result in done]
+        row |= {"accuracy": statistics.fmean(accuracies), "accuracy_error": _error(accuracies)}
+        first = done[0]
+        row |= {name: first[name] for name in ("parameters", "flops", "steps", "tokens")}
+        row["seconds_a_step"] = statistics.fmean(result["seconds"] / max(1, result["steps"]) for result in done)
+        row["forward_seconds"] = statistics.median(result["forward"] for result in done)
+        row["seeds"] = len(done)
+        if number == 0:
+            reference = losses
+        elif len(losses) == len(reference):
+            row |= paired(losses, reference)
+        rows.append(row)
+    frame = pd.DataFrame(rows)
+    frame.attrs |= {"lost": [str(trial) for trial in lost], "rates": sorted(plan.rates), "task": plan.task}
+    return frame
+
+
+def paired(losses: Sequence[float], reference: Sequence[float]) -> dict[str, float | None]:
+    """The mean difference over seeds, its p-value (t-test of the pairs), and what could have been seen.
+
+    detectable: the difference that a test at 5 % would find in 80 of 100 contests with as many seeds that scatter as
+    these do. None where there are fewer than two pairs.
+    """
+    differences = [one - other for one, other in zip(losses, reference, strict=True)]
+    mean, count = statistics.fmean(differences), len(differences)
+    if count < 2:
+        return {"difference": mean, "p": None, "detectable": None}
+    error = statistics.stdev(differences) / math.sqrt(count)
+    if error == 0:
+        return {"difference": mean, "p": 1.0 if mean == 0 else 0.0, "detectable": 0.0}
+    p = 2 * float(stats.t.sf(abs(mean) / error, count - 1))
+    return {"difference": mean, "p": p, "detectable": error * _shift(count - 1)}
+
+
+def _shift(freedom: int) -> float:
+    """By how many standard errors a mean has to be off for a two-sided t-test at 5 % to see it in 80 % of cases."""
+    critical = stats.t.ppf(0.975, freedom)
+    low, high = 0.0, 1000.0
+    while high - low > 1e-6 * high:
+        middle = (low + high) / 2
+        seen = stats.nct.sf(critical, freedom, middle)
+        low, high = (low, middle) if seen >= 0.8 else (middle, high)
+    return high
+
+
+def _error(values: Sequence[float]) -> float | None:
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
