@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,8 @@ def _pair(row: Any, column: str, form: str) -> str:
 
 
 def _written(row: Any, column: str, form: str) -> str:
-    value: Any = row.get(column)
-    return "-" if value is None or bool(pd.isna(value)) else format(value, form)
+    value: float | None = row.to_dict().get(column)
+    return "-" if value is None or math.isnan(value) else format(value, form)
 
 
 def parts_table(frame: pd.DataFrame, title: str = "") -> Table:

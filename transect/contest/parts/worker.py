@@ -115,7 +115,7 @@ def size_of_first(plan: PartsPlan) -> int:
     drawn = task_named(plan.task).draw(1, 0, plan.options)
     with torch.device("meta"):
         return parameters(
-            build_model(plan.base, parts=parts, settings=settings, **sizes_for(plan.sizes, drawn))
+            build_model(plan.base, parts=parts, settings=settings, seed=0, **sizes_for(plan.sizes, drawn))
         )  # fmt: skip
 
 
