@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,14 +50,14 @@ def _pair(row: Any, column: str, form: str) -> str:
 
 
 def _written(row: Any, column: str, form: str) -> str:
-    value: float | None = row.to_dict().get(column)
-    return "-" if value is None or math.isnan(value) else format(value, form)
+    value: Any = row.get(column)
+    return "-" if value is None or bool(pd.isna(value)) else format(value, form)
 
 
 def parts_table(frame: pd.DataFrame, title: str = "") -> Table:
     """For the terminal; the least loss is bold."""
-    losses = frame["loss"] if "loss" in frame.columns else pd.Series(dtype=float)
-    best = losses.idxmin() if losses.notna().any() else None
+    losses = {row: loss for row, loss in enumerate(frame.get("loss", [])) if loss == loss}  # NaN is not
+    best = min(losses, key=lambda row: losses[row]) if losses else None
     return grid(*parts_cells(frame), title, parts_notes(frame), [index == best for index in frame.index])
 
 
