@@ -56,7 +56,9 @@ def _written(row: Any, column: str, form: str) -> str:
 
 def parts_table(frame: pd.DataFrame, title: str = "") -> Table:
     """For the terminal; the least loss is bold."""
-    losses = {row: loss for row, loss in enumerate(frame["loss"] if "loss" in frame.columns else []) if loss == loss}  # NaN is not
+    losses = {
+        row: loss for row, loss in enumerate(frame["loss"] if "loss" in frame.columns else []) if loss == loss
+    }  # NaN is not
     best = min(losses, key=lambda row: losses[row]) if losses else None
     return grid(*parts_cells(frame), title, parts_notes(frame), [index == best for index in frame.index])
 
