@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-
 _SAFE = 60.0  # e^60 and its inverse are far from the ends of float32
 
 
