@@ -43,7 +43,8 @@ def association(state: Tensor, patterns: Tensor, beta: Tensor | float, mask: Ten
 class Hopfield(Mixer):
     """Queries are states, keys are patterns: after `updates` steps towards them, values are read by one more softmax.
 
-    As in the authors' layer, a LayerNorm stands in front of q, k and v each, and weights begin as N(0, 0.02²). The steps stay in the space of the keys; values and output are used once. The model's rotary positions turn both.
+    As in the authors' layer, a LayerNorm stands in front of q, k and v each, and weights begin as N(0, 0.02²). The
+    steps stay in the space of the keys; values and output are used once. The model's rotary positions turn both.
 
     updates: steps before the values are read; 0 is attention.
     beta: inverse temperature; 0 for 1 / sqrt(head size).
