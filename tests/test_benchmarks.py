@@ -27,6 +27,7 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
         ("structured", "keep 0.7"),
         ("streaming", "Peak resident memory"),
         ("nuclear_norm", "Spread of 64 states"),
+        ("parts", "Mixers of width 32"),
     ],
 )
 def test_prints_its_table(name: str, heading: str, benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ...arguments import Range
 from ..part import Around, Mixer, MLPPart
@@ -75,11 +76,11 @@ class Hopfield(Mixer):
         q, k = rotated(q, around.rotary), rotated(k, around.rotary)
         count = x.shape[1]
         mask = seen_by(count, count, self.causal, around.real, x.device)
-        if mask is None and self.causal:
-            mask = torch.ones(count, count, dtype=torch.bool, device=x.device).tril()
-        q = retrieved(q, k, self.beta, self.updates, mask)
-        y = association(q, k, self.beta, mask) @ v
-        return self.o_proj(y.transpose(1, 2).flatten(2))
+        for stored in (*[k] * self.updates, v):  # a step is attention whose values are the keys
+            q = functional.scaled_dot_product_attention(
+                q, k, stored, attn_mask=mask, is_causal=mask is None and self.causal, scale=self.beta
+            )
+        return self.o_proj(q.transpose(1, 2).flatten(2))
 
     def mixing_flops(self, length: int) -> int:
         return (1 + self.updates) * 4 * length * length * self.heads * self.head_size

@@ -1,0 +1,152 @@
+"""Parts against the standard ones: seconds of prefill by length, of a token in generation, and of a step of training.
+
+Mixers: a layer alone, of the same width and heads, on one sequence; softmax is torch's own attention, causal. The
+crossover is the shortest of the measured lengths from which on the mixer is faster than softmax at every longer one.
+MLPs: forward and backward over 1,024 positions, with as many neurons as give the parameters of the gated MLP.
+
+Targets: every mixer whose cost is below N² is faster than softmax from some length on, and at the longest at least
+three times; where that is not so, the table shows it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+from common import parser, show, verdict
+from torch import nn
+
+from transect.parts import Around, parts
+from transect.parts.part import Mixer
+from transect.parts.registry import PartEntry
+
+
+def seconds(run: Callable[[], object], times: int) -> float:
+    """The median time of a call, after one that does not count."""
+    run()
+    taken = []
+    for _ in range(times):
+        started = time.perf_counter()
+        run()
+        taken.append(time.perf_counter() - started)
+    return median(taken)
+
+
+def made(entry: PartEntry, width: int, neurons: int, length: int) -> Any:
+    """The part in these sizes, with heads of 64 (or the whole width)."""
+    heads = max(1, width // 64)
+    sizes = dict(
+        width=width, heads=heads, key_value_heads=heads, head_size=width // heads, neurons=neurons, length=length,
+        causal=True, layer=0, layers=2, eps=1e-6,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return entry.function(**{name: sizes[name] for name in entry.sizes}, **entry.settings({}))
+
+
+def steps_a_second(part: nn.Module, run: Callable[[], torch.Tensor], times: int) -> float:
+    """Seconds of forward and backward together."""
+
+    def step() -> None:
+        part.zero_grad()
+        run().square().mean().backward()
+
+    return seconds(step, times)
+
+
+@torch.no_grad()
+def prefill_and_decode(mixer: Mixer, x: torch.Tensor, times: int) -> tuple[float, float]:
+    """Seconds for all positions at once, and for one more behind them."""
+    prefill = seconds(lambda: mixer(x, Around()), times)
+    state: dict[str, torch.Tensor] = {}
+    mixer(x, Around(state=state))
+    kept = dict(state)
+
+    def one_more() -> None:
+        state.clear()
+        state.update(kept)
+        mixer(x[:, :1], Around(past=x.shape[1], state=state))
+
+    return prefill, seconds(one_more, times)
+
+
+def mixers(width: int, lengths: list[int], times: int) -> list[list[Any]]:
+    """A row for each causal mixer: cost, times at each length over softmax's, crossover, decoding at the longest."""
+    entries = [entry for entry in parts("mixer") if "causal" in entry.function.can_be]
+    entries.sort(key=lambda entry: entry.name != "softmax")
+    rows, reference = [], {}
+    for entry in entries:
+        found = {}
+        whole = entry.name == "softmax" or entry.function.cost != "N²"
+        for length in lengths if whole else lengths[:-1]:  # others may hold as many numbers as there are pairs
+            mixer = made(entry, width, 4 * width, max(lengths)).eval()
+            found[length] = prefill_and_decode(mixer, torch.randn(1, length, width), times)
+        reference = reference or found
+        ratios = {length: found[length][0] / reference[length][0] for length in found}
+        faster = [length for length in found if all(ratios[one] < 1 for one in found if one >= length)]
+        longest = max(found)
+        rows.append([
+            entry.name, entry.function.cost, *(ratios.get(length, "-") for length in lengths),
+            str(faster[0]) if faster else "never", found[longest][1] / reference[longest][1],
+            verdict(ratios[longest] <= 1 / 3) if entry.function.cost != "N²" else "-",
+        ])  # fmt: skip
+    return rows
+
+
+def mlps(width: int, positions: int, times: int) -> list[list[Any]]:
+    """A row for each MLP: neurons, forward, forward and backward, and operations, each over those of the gated MLP."""
+    entries = sorted(parts("mlp"), key=lambda entry: entry.name != "gated")
+    wanted, rows, reference = 0, [], (1.0, 1.0, 1)
+    x = torch.randn(1, positions, width)
+    for entry in entries:
+        neurons = 8 * width // 3 // 8 * 8
+        part = made(entry, width, neurons, positions)
+        count = sum(p.numel() for p in part.parameters())
+        wanted = wanted or count
+        slope = (sum(p.numel() for p in made(entry, width, neurons + 8, positions).parameters()) - count) / 8
+        if slope:
+            neurons = max(8, round((neurons + (wanted - count) / slope) / 8) * 8)
+            part = made(entry, width, neurons, positions)
+        with torch.no_grad():
+            forward = seconds(lambda part=part: part(x), times)
+        if any(p.requires_grad for p in part.parameters()):
+            step = steps_a_second(part, lambda part=part: part(x), times)
+        else:
+            step = forward
+        if entry.name == "gated":
+            reference = (forward, step, part.flops)
+        rows.append([
+            entry.name, str(neurons) if slope else "-", forward / reference[0], step / reference[1],
+            part.flops / reference[2],
+        ])  # fmt: skip
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> list[list[Any]]:
+    """Print both tables; the mixers' rows."""
+    given = parser(__doc__).parse_args(arguments)
+    width, lengths = (32, [32, 64]) if given.quick else (256, [256, 1024, 4096, 16384])
+    times = given.repeats or (1 if given.quick else 3)
+    rows = mixers(width, lengths, times)
+    headings = [
+        "mixer",
+        "cost",
+        *(f"prefill at {length}" for length in lengths),
+        "faster from",
+        "a token more",
+        "target",
+    ]
+    show(f"Mixers of width {width}: time over that of softmax attention", headings, rows)
+    for size in (width,) if given.quick else (256, 1024):
+        found = mlps(size, 64 if given.quick else 1024, times)
+        show(
+            f"MLPs of width {size}: over the gated MLP at equal parameters",
+            ["mlp", "neurons", "forward", "forward and backward", "operations"], found,
+        )  # fmt: skip
+    return rows
+
+
+if __name__ == "__main__":
+    main()
