@@ -1,0 +1,85 @@
+"""Attention within a window of positions (Longformer's, arXiv:2004.05150, without global positions)."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ...arguments import Range
+from ..part import Around, Mixer
+from ..rotary import rotated
+
+
+class Local(Mixer):
+    """Softmax attention of each position to those less than `window` away, behind it or, if not causal, on both sides.
+
+    Computed in blocks of the window, so that time and memory are O(N window). In generation the last window of keys
+    and values is kept, and no more.
+
+    window: how far, the position itself included.
+    """
+
+    kind = "mixer.local"
+    paper = "arXiv:2004.05150"
+    limit = "with a window of all positions it is softmax attention"
+    cost = "N"
+    recurrent = True
+    roles = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
+
+    def __init__(
+        self, width: int, heads: int, head_size: int, causal: bool, *, window: Annotated[int, Range(1, 2**20)] = 64
+    ) -> None:
+        super().__init__(causal)
+        self.heads, self.head_size, self.window = heads, head_size, window
+        inner = heads * head_size
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, inner, bias=False) for _ in range(3))
+        self.o_proj = nn.Linear(inner, width, bias=False)
+
+    def mix(self, x: Tensor, around: Around) -> Tensor:
+        q, k, v = (
+            one(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for one in (self.q_proj, self.k_proj, self.v_proj)
+        )  # B x heads x N x size
+        q, k = rotated(q, around.rotary), rotated(k, around.rotary)
+        real = x.new_ones(x.shape[:2], dtype=torch.bool) if around.real is None else around.real
+        past = [tensor.new_zeros(*tensor.shape[:-2], self.window, tensor.shape[-1]) for tensor in (k, v)]
+        seen = real.new_zeros(x.shape[0], self.window)
+        if around.state:
+            past, seen = [around.state["k"], around.state["v"]], around.state["real"]
+        k, v = (torch.cat([old, new], dim=2) for old, new in zip(past, (k, v), strict=True))
+        real = torch.cat([seen, real], dim=1)
+        if around.state is not None:
+            around.state |= {
+                "k": k[:, :, -self.window :],
+                "v": v[:, :, -self.window :],
+                "real": real[:, -self.window :],
+            }
+        y = windowed(q, k, v, real, self.window, self.causal)
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+    def mixing_flops(self, length: int) -> int:
+        return 4 * length * (2 if self.causal else 3) * min(self.window, length) * self.heads * self.head_size
+
+
+def windowed(q: Tensor, k: Tensor, v: Tensor, real: Tensor, window: int, causal: bool) -> Tensor:
+    """Attention of each of N queries to keys less than `window` away (B x heads x N x size).
+
+    k, v: of N + window positions, the window before the first query in front. real: which of these (B x N + window).
+    A query that may see nothing sees itself.
+    """
+    count, blocks = q.shape[2], -(-q.shape[2] // window)
+    behind = blocks * window - count  # to whole blocks
+    ahead = 0 if causal else window
+    wide = (2 if causal else 3) * window
+    q = functional.pad(q, (0, 0, 0, behind)).unflatten(2, (blocks, window))
+    k, v = (
+        functional.pad(one, (0, 0, 0, behind + ahead)).unfold(2, wide, window).transpose(-1, -2) for one in (k, v)
+    )  # B x heads x blocks x wide x size
+    real = functional.pad(real, (0, behind + ahead)).unfold(1, wide, window)  # B x blocks x wide
+    apart = torch.arange(window, device=q.device)[:, None] + window - torch.arange(wide, device=q.device)
+    near = (apart >= 0) & (apart < window) if causal else apart.abs() < window
+    mask = (near & real[:, :, None, :]) | (apart == 0)
+    y = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])
+    return y.flatten(2, 3)[:, :, :count]
