@@ -6,11 +6,11 @@ from .open import Opened, folder_of, load_tokenizer, model_class, open_model
 from .packed import packed_tensors
 from .place import placed
 from .replay import replay
-from .save import check_output, packs, save, tokenizer_of, write_description
+from .save import check_output, save, structure_of, tokenizer_of, write_description
 
 attach()
 
 __all__ = [
     "Opened", "attach", "check_folder", "check_output", "folder_of", "load_tokenizer", "model_class", "open_model",
-    "packed_tensors", "packs", "placed", "replay", "save", "tokenizer_of", "write_description",
+    "packed_tensors", "placed", "replay", "save", "structure_of", "tokenizer_of", "write_description",
 ]  # fmt: skip

@@ -57,14 +57,21 @@ def modeling_source(cls: type, record: StructureRecord) -> str:
 
     Raises TransectError where an operator's source cannot be had, or two needed definitions have one name.
     """
+    known = described_kinds()
+    kinds = sorted({kind for entry in record.modules.values() for kind in _kinds(entry)} & set(known))
+    needed = tuple((known[kind].__module__, known[kind].__name__) for kind in kinds)
+    return _definitions(needed) + _CLASS.format(name=cls.__name__).lstrip()
+
+
+@cache
+def _definitions(needed: tuple[tuple[str, str], ...]) -> str:
+    """The file but for the model's class. needed: module and name of each class that the record asks for."""
     collected = _Collection()
     collected.add("transect.checkpoint.quantizer", "register_for_lack_of_transect")
-    known = described_kinds()
-    for kind in sorted({kind for entry in record.modules.values() for kind in _kinds(entry)} & set(known)):
-        collected.add(known[kind].__module__, known[kind].__name__)
+    for module, name in needed:
+        collected.add(module, name)
     imports = sorted({*collected.imports, "import transformers"})
-    body = [*collected.definitions.values(), _CLASS.format(name=cls.__name__).strip()]
-    return "\n".join([_HEAD, *imports]) + "\n\n\n" + "\n\n\n".join(body) + "\n"
+    return "\n".join([_HEAD, *imports]) + "\n\n\n" + "\n\n\n".join([*collected.definitions.values(), ""])
 
 
 def _kinds(description: Any) -> Iterator[str]:

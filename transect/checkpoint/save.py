@@ -107,29 +107,29 @@ def check_output(folder: str | Path, overwrite: bool) -> Path:
     return target
 
 
-def write_description(model: Any, folder: Path, state: Mapping[str, Tensor]) -> None:
-    """Write config.json and what else describes a model whose weights are written apart from it.
+def structure_of(model: Any, state: Mapping[str, Tensor]) -> Structure:
+    """How a model is described whose weights are written apart from it, for `write_description`.
 
     state: name -> tensor of every weight; only the shapes matter, so they may be on the meta device. The weights are
-    then written as they are, unless `packs` says otherwise.
+    written as they are, or where the structure is `packed` as `packed_tensors` of the model's record.
     """
+    return Structure.of(model, dict(state))
+
+
+def write_description(model: Any, folder: Path, structure: Structure) -> None:
+    """Write config.json and what else describes a model whose weights are written apart from it."""
     model.config.architectures = [concrete_class(model).__name__]
     model.config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
-    _add_structure(model, folder, _Structure.of(model, dict(state)))
-
-
-def packs(model: Any, state: Mapping[str, Tensor]) -> bool:
-    """Whether the weights are written as `packed_tensors` of the model's record. state: as of `write_description`."""
-    return _Structure.of(model, dict(state)).packed is not None
+    _add_structure(model, folder, structure)
 
 
 def _write(model: Any, folder: Path, **kwargs: Any) -> None:
     given = kwargs.get("state_dict")
     state = kwargs["state_dict"] = without_adapters(model, dict(given or model.state_dict()))
     offloaded = any(tensor.is_meta for tensor in state.values())
-    structure = _Structure.of(model, state, whole=not given, pack=not offloaded)
+    structure = Structure.of(model, state, whole=not given, pack=not offloaded)
     if structure.packed is not None:
         kwargs["state_dict"] = packed_tensors(structure.record, state)
     # A record names the modules as they are now; only plain folders follow the names of older transformers versions.
@@ -139,7 +139,7 @@ def _write(model: Any, folder: Path, **kwargs: Any) -> None:
 
 
 @dataclass
-class _Structure:
+class Structure:
     """How a model's structure is written: `edits` of config.json, and the record unless they say it all (`ordinary`).
 
     stopped: the shape of some tensor stops a transformers that does not know the record.
@@ -154,7 +154,7 @@ class _Structure:
     packed: dict[str, Any] | None = None
 
     @staticmethod
-    def of(model: Any, state: dict[str, Tensor], whole: bool = True, pack: bool = True) -> _Structure:
+    def of(model: Any, state: dict[str, Tensor], whole: bool = True, pack: bool = True) -> Structure:
         """Of a model and its weights by name; `state` may be rewritten, see `store_as_conv1d`.
 
         whole: whether `state` is all of it. pack: whether it can be written in another form than it has.
@@ -163,15 +163,15 @@ class _Structure:
         record = gathered_record(model)
         _check_recorded(model, record)
         if not record:
-            return _Structure(record, {}, True, False)
+            return Structure(record, {}, True, False)
         plain = skeleton(model, {})
         store_as_conv1d(record, plain, state)
         edits = sizes_in_config(model, plain)
-        plain = skeleton(model, edits)
+        plain = skeleton(model, edits) if edits.keys() - STRUCTURE_KEYS else plain
         packed = packed_settings(plain, record, state) if pack else None
         if packed is not None:
-            return _Structure(record, edits, False, True, packed)
-        structure = _Structure(record, edits, fits(plain, record, state), stops(plain, state))
+            return Structure(record, edits, False, True, packed)
+        structure = Structure(record, edits, fits(plain, record, state), stops(plain, state))
         if not structure.ordinary:
             _check_loads(model, plain, record, state, whole)
         return structure
@@ -209,7 +209,7 @@ def _check_loads(model: Any, plain: Any, record: StructureRecord, state: Mapping
             )
 
 
-def _add_structure(model: Any, folder: Path, structure: _Structure) -> None:
+def _add_structure(model: Any, folder: Path, structure: Structure) -> None:
     file, record = folder / "config.json", structure.record
     config = {
         k: v for k, v in json.loads(file.read_text(encoding="utf-8")).items() if k not in (*STRUCTURE_KEYS, HISTORY)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..anatomy import Block, StructureRecord
-from ..checkpoint import check_output, packed_tensors, packs, placed, replay, write_description
+from ..checkpoint import check_output, packed_tensors, placed, replay, structure_of, write_description
 from ..checkpoint.place import LAST
 from ..compression import Recipe
 from ..compression.compress import note_in_record, outcome_of
@@ -172,15 +172,16 @@ def _finish(source: StreamedModel, work: Workspace, out: Path, tokenizer: Any, o
     count = len(source.anatomy.blocks) + 1
     weight_map, total = {}, 0
     state = model.state_dict()
+    structure = structure_of(model, state)
     if work.done("shards") is None:
         work.write_named("shard", count - 1, {name: state[name] for name in source.outside})
-        if packs(model, state):
+        if structure.packed is not None:
             for index in range(count):
                 tensors = packed_tensors(source.anatomy.record, work.read_named("shard", index))
                 work.write_named("packed", index, tensors)
         work.advance("shards", count, note=outcome)
     with placed(out) as folder:
-        write_description(model, folder, state)
+        write_description(model, folder, structure)
         for index, shard in enumerate(_shards(work, count)):
             name = _shard_name(index, count)
             sizes = _sizes(shard)
