@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from scipy.stats import spearmanr
 from torch import Tensor
 
 from ...compression import method as registered
@@ -60,6 +59,8 @@ claim_order(
 )
 def stable_scores(context: Context) -> Result:
     """Rank correlations within each block, averaged over blocks. With less than 100 sequences, of their halves."""
+    from scipy.stats import spearmanr  # importing that takes half a second
+
     context.require_language_model()
     rows = [
         {name: tensor[row : row + 1] for name, tensor in batch.items()}
