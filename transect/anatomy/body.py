@@ -50,6 +50,16 @@ def body_of(model: Any) -> Any:
     return getattr(model, "base_model", model)
 
 
+def submodule(model: Any, path: str) -> Any:
+    """`model.get_submodule(path)`, which looks each name up in five ways and is most of what a handle costs."""
+    module = model
+    for name in path.split("."):
+        module = module._modules.get(name)
+        if module is None:  # behind a wrapper that hands attributes on, or nowhere
+            return model.get_submodule(path)
+    return module
+
+
 def path_of(model: nn.Module, inner: nn.Module) -> str:
     """The path of a module inside another, with a dot at its end, or nothing where they are one."""
     path = next(name for name, module in model.named_modules() if module is inner)

@@ -38,17 +38,18 @@ _ELSEWHERE = (
 
 def refuse_other_than_plain_weights(model: nn.Module, blocks: nn.Module, architecture: Architecture) -> None:
     """Raise TransectError, naming the module and what to do, unless every weight is what it seems to be."""
-    for path, module in model.named_modules():
+    named = list(model.named_modules())
+    for path, module in named:
         if "base_layer" in module._modules:
             raise _error(path, module, ADAPTED)
-    for path, module in model.named_modules():
+    for path, module in named:
         for parameter in module._parameters.values():
             if parameter is None or (type(parameter) is nn.Parameter and parameter.device.type != "meta"):
                 continue
             if parameter.device.type == "meta":
                 raise _error(path, module, _ELSEWHERE)
             raise _error(path, module, f"it holds a {type(parameter).__name__}: {_QUANTIZED}")
-    paths = {id(module): path for path, module in model.named_modules()}
+    paths = {id(module): path for path, module in named}
     experts = architecture.experts
     routers = set() if experts is None else {id(_found(block, experts.router)) for block in blocks.children()}
     for module in blocks.modules():

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..errors import TransectError
 from .architecture import FusedMatrix
 from .banks import hand_over_banks
+from .body import submodule
 from .record import record_of
 from .storage import Stacked, dense, describe, is_dense, laid_out, read_weight, shape_of
 
@@ -69,7 +70,7 @@ class Matrix:
     @property
     def host(self) -> Any:
         """The module at `path`: what the block calls."""
-        return self.block.model.get_submodule(self.path)
+        return submodule(self.block.model, self.path)
 
     @property
     def module(self) -> Any:

@@ -14,7 +14,7 @@ from ..errors import NotApplicable, TransectError
 from ..parameters import listed
 from .architecture import MATRIX_ROLES, Architecture, architecture_of, verify
 from .banks import hand_over_banks
-from .body import body_of, model_in, path_of, text_config_of
+from .body import body_of, model_in, path_of, submodule, text_config_of
 from .experts import SkipExperts
 from .guard import refuse_other_than_plain_weights
 from .matrix import Matrix
@@ -206,7 +206,7 @@ class Block:
     @property
     def module(self) -> nn.Module:
         """The model's own module of this block."""
-        return self.model.get_submodule(self.path)
+        return submodule(self.model, self.path)
 
     @property
     def head_size(self) -> int:
@@ -260,7 +260,7 @@ class Block:
         if self.part(unit) is not None:
             return False
         if unit == "attention":
-            attention = self.module.get_submodule(self.anatomy.architecture.attention)
+            attention = submodule(self.module, self.anatomy.architecture.attention)
             return not isinstance(attention, SkipAttention)
         if self.has_experts:
             return not isinstance(self._experts_module, SkipExperts)
