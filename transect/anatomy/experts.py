@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from ..errors import NotApplicable, TransectError
-from .storage import describe
+from .storage import bare_linear, describe
 
 EXPERT_ROLES = ("gate", "up", "down")
 
@@ -104,20 +104,22 @@ class StoredTogether(nn.Linear):
     register_forward_pre_hook = register_forward_hook
 
 
-def expert_views(module: Any, number: int, kind: type[nn.Linear] = StoredTogether) -> dict[str, nn.Linear]:
-    """An expert's matrices by role, as linear layers whose weights lie in a fused module's tensors."""
+def expert_view(module: Any, number: int, role: str, kind: type[nn.Linear] = StoredTogether) -> nn.Linear:
+    """An expert's matrix, as a linear layer whose weight lies in a fused module's tensor."""
     gate, up = module.gate_up_proj.detach()[number].chunk(2)
-    views: dict[str, nn.Linear] = {}
-    for role, weight in (("gate", gate), ("up", up), ("down", module.down_proj.detach()[number])):
-        views[role] = kind(weight.shape[1], weight.shape[0], bias=False, device="meta")
-        views[role].weight = nn.Parameter(weight, requires_grad=module.down_proj.requires_grad)
-        views[role].train(module.training)
-    return views
+    weight = {"gate": gate, "up": up, "down": module.down_proj.detach()[number]}[role]
+    with torch.device("meta"):
+        view = bare_linear(weight.shape[1], weight.shape[0], False, kind)
+    view.weight = nn.Parameter(weight, requires_grad=module.down_proj.requires_grad)
+    return view.train(module.training)
 
 
 def separate(module: Any, activation: str, copied: bool = True) -> SeparateExperts:
     """A fused module's experts with modules of their own. copied: False lets their weights lie in its tensors."""
-    each = [expert_views(module, number, nn.Linear) for number in range(module.num_experts)]
+    each = [
+        {role: expert_view(module, number, role, nn.Linear) for role in EXPERT_ROLES}
+        for number in range(module.num_experts)
+    ]
     if copied:
         for linear in (linear for views in each for linear in views.values()):
             linear.weight = nn.Parameter(linear.weight.detach().clone(), linear.weight.requires_grad)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import NotApplicable, TransectError
 from .banks import hand_over_banks
-from .experts import EXPERT_ROLES, SeparateExperts, SkipExperts, apart, check_layout, expert_views, separate
+from .experts import EXPERT_ROLES, SeparateExperts, SkipExperts, apart, check_layout, expert_view, separate
 from .matrix import Matrix
 from .record import record_of
 from .storage import describe, is_dense, select
@@ -38,7 +38,7 @@ class ExpertMatrix(Matrix):
         host = self.host
         if isinstance(host, SeparateExperts):
             return host.each[self.expert][self.role]  # type: ignore[index]
-        return expert_views(host, self.expert)[self.role]
+        return expert_view(host, self.expert, self.role)
 
     def place(self, operator: nn.Module) -> None:
         host = self.host

@@ -82,6 +82,18 @@ def read_weight(module: Any) -> Tensor:
     return module.to_dense().detach()
 
 
+class _Bare(nn.Linear):
+    def reset_parameters(self) -> None:
+        pass
+
+
+def bare_linear(d_in: int, d_out: int, bias: bool, kind: type[nn.Linear] = nn.Linear) -> nn.Linear:
+    """An `nn.Linear` with uninitialised numbers: drawing some, to be replaced at once, would take most of the time."""
+    layer = _Bare(d_in, d_out, bias=bias)
+    layer.__class__ = kind
+    return layer
+
+
 def parameter_of(tensor: Tensor) -> nn.Parameter:
     """A parameter that holds a copy of the tensor, row after row in memory: as it would come out of a checkpoint."""
     return nn.Parameter(tensor.detach().clone(memory_format=torch.contiguous_format))

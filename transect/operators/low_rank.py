@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..anatomy.storage import parameter_of
+from ..anatomy.storage import bare_linear, parameter_of
 from .base import Operator
 
 
 class LowRank(Operator):
     """y = L(Rx) + b. L and R are `nn.Linear`, so that whatever works on those (LoRA, quantizers) works on them.
 
-    d_in, d_out, rank: sizes, 1 <= rank. bias: whether y has a bias (d_out).
+    d_in, d_out, rank: sizes, 1 <= rank. bias: whether y has a bias (d_out). linear: makes the two layers.
     """
 
     kind = "low_rank"
 
-    def __init__(self, d_in: int, d_out: int, rank: int, bias: bool) -> None:
+    def __init__(
+        self, d_in: int, d_out: int, rank: int, bias: bool, linear: Callable[[int, int, bool], nn.Linear] = nn.Linear
+    ) -> None:
         super().__init__(d_in, d_out)
         self.rank = rank
-        self.right = nn.Linear(d_in, rank, bias=False)  # R
-        self.left = nn.Linear(rank, d_out, bias=bias)  # L, b
+        self.right = linear(d_in, rank, False)  # R
+        self.left = linear(rank, d_out, bias)  # L, b
 
     @classmethod
     def from_factors(cls, left: Tensor, right: Tensor, bias: Tensor | None = None) -> LowRank:
         """From L (d_out x r), R (r x d_in) and b (d_out)."""
         with torch.device("meta"):
-            operator = cls(right.shape[1], left.shape[0], right.shape[0], bias is not None)
+            operator = cls(right.shape[1], left.shape[0], right.shape[0], bias is not None, bare_linear)
         operator.weight = torch.empty(0, dtype=left.dtype, device=left.device)
         operator.left.weight = parameter_of(left)
         operator.right.weight = parameter_of(right)
@@ -84,4 +87,4 @@ class LowRank(Operator):
 
     @classmethod
     def from_description(cls, description: dict[str, Any]) -> LowRank:
-        return cls(description["in"], description["out"], description["rank"], description["bias"])
+        return cls(description["in"], description["out"], description["rank"], description["bias"], bare_linear)
