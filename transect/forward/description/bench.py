@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,6 +64,17 @@ class Bench:
     def copy(self) -> Anatomy:
         """A copy of the model that may be changed."""
         return Anatomy(copy.deepcopy(self.model), self.architecture)
+
+    @contextmanager
+    def overwritten(self) -> Iterator[Anatomy]:
+        """The model itself, for changes of numbers alone, which end with the `with`: sooner made than a copy."""
+        weights = [parameter.detach().clone() for parameter in self.model.parameters()]
+        try:
+            yield self.anatomy
+        finally:
+            with torch.no_grad():
+                for parameter, weight in zip(self.model.parameters(), weights, strict=True):
+                    parameter.copy_(weight)
 
     @torch.no_grad()
     def run(self, model: Any) -> Tensor:

@@ -45,7 +45,7 @@ def _order_of_neurons(bench: Bench) -> float:
 )
 def _fewer_heads(bench: Bench) -> float:
     """Every group loses all query heads but its first, and then all groups but the last go."""
-    anatomy, zeroed = bench.copy(), bench.copy()
+    anatomy = bench.copy()
     attention = anatomy.blocks[1].attention
     assert attention is not None  # nothing was dropped
     shared, size = attention.heads // attention.key_value_heads, attention.head_size
@@ -56,12 +56,13 @@ def _fewer_heads(bench: Bench) -> float:
     attention = anatomy.blocks[1].attention
     assert attention is not None  # it was only made smaller
     attention.keep([attention.heads - 1])
-    o = zeroed.blocks[1].matrix("o")
     kept = slice(last * size, (last + 1) * size)
-    weight = torch.zeros_like(o.weight)
-    weight[:, kept] = o.weight[:, kept]
-    o.write(weight)
-    error = bench.off(anatomy, zeroed)  # it must run in any case
+    with bench.overwritten() as zeroed:
+        o = zeroed.blocks[1].matrix("o")
+        weight = torch.zeros_like(o.weight)
+        weight[:, kept] = o.weight[:, kept]
+        o.write(weight)
+        error = bench.off(anatomy, zeroed)  # it must run in any case
     if joint:
         raise NotApplicable("it runs, but a norm over all heads at once changes with their number")
     return error
@@ -69,13 +70,14 @@ def _fewer_heads(bench: Bench) -> float:
 
 @check("without some neurons it is as if they gave nothing", "matrices", "fused", "experts")
 def _fewer_neurons(bench: Bench) -> float:
-    anatomy, zeroed = bench.copy(), bench.copy()
-    for narrower, whole in zip(_mlps(anatomy.blocks[1]), _mlps(zeroed.blocks[1]), strict=True):
-        narrower.keep(range(1, narrower.neurons))
-        weight = whole.down.weight.clone()
-        weight[:, 0] = 0
-        whole.down.write(weight)
-    return bench.off(anatomy, zeroed)
+    anatomy = bench.copy()
+    with bench.overwritten() as zeroed:
+        for narrower, whole in zip(_mlps(anatomy.blocks[1]), _mlps(zeroed.blocks[1]), strict=True):
+            narrower.keep(range(1, narrower.neurons))
+            weight = whole.down.weight.clone()
+            weight[:, 0] = 0
+            whole.down.write(weight)
+        return bench.off(anatomy, zeroed)
 
 
 def _mlps(block: Block) -> list[Any]:
@@ -97,13 +99,14 @@ def _dropped_mlp(bench: Bench) -> float:
 
 
 def _dropped(bench: Bench, unit: str, index: int) -> float:
-    anatomy, zeroed = bench.copy(), bench.copy()
+    anatomy = bench.copy()
     block = anatomy.blocks[index]
     if block.post_norm:
         raise NotApplicable("a sublayer of a post-norm model cannot be dropped")
     getattr(block, unit).drop()
-    silence(zeroed.blocks[index], unit)
-    return bench.off(anatomy, zeroed)
+    with bench.overwritten() as zeroed:
+        silence(zeroed.blocks[index], unit)
+        return bench.off(anatomy, zeroed)
 
 
 def silence(block: Block, unit: str) -> None:
