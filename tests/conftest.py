@@ -1,18 +1,37 @@
 """What tests of several files share: processes that have imported everything once, and the order of files."""
 
+import gc
+import os
+
 import pytest
 import torch
 
 from .processes import WITH_TRANSECT, WITHOUT_TRANSECT, Forks
 
-# Files that take a minute or more. They go first, so that no process is left alone with one at the end.
-LONG = ("test_one_line", "test_compare", "test_degenerate", "test_every_method", "test_benchmarks", "test_kills",
-        "test_streaming_kills", "test_checkpoint", "test_architectures", "test_every_command")  # fmt: skip
+# Files that take half a minute or more. They go first, so that no process is left alone with one at the end.
+LONG = ("test_architectures", "test_compare", "test_every_claim", "test_every_method", "test_adaptation",
+        "test_every_command", "test_experts", "test_streaming_kills", "test_one_line", "test_checkpoint",
+        "test_compare_streamed", "test_benchmarks", "test_degenerate", "test_kills")  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):
     """Long files first, in the order above; the others as they were found."""
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
+def pytest_collection_finish():
+    """All that was imported stays: garbage is not looked for in it."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def in_a_hurry():
+    """Speed is measured on one pass, and nothing waits for the disk: no test cuts the power."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("transect.evaluation.speed.BUDGET", 0.01)
+        patch.setattr(os, "fsync", os.fstat)  # which refuses what is no open file, too
+        yield
 
 
 @pytest.fixture(scope="session")

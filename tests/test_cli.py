@@ -54,7 +54,6 @@ def place(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def here(place, monkeypatch):
     monkeypatch.chdir(place)
-    monkeypatch.setattr("transect.evaluation.speed.BUDGET", 0.02)  # speed is not what these tests look at
 
 
 def run(line, *more):

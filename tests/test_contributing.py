@@ -70,7 +70,6 @@ def write_model(folder, model):
 def here(tmp_path, monkeypatch):
     """An empty folder with two texts, and registries that are as they were afterwards."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("transect.evaluation.speed.BUDGET", 0.02)
     monkeypatch.setattr(registry, "_methods", dict(registry._methods))
     monkeypatch.setattr(claim_registry, "_claims", dict(claim_registry._claims))
     monkeypatch.setattr(architecture, "_registered", {})

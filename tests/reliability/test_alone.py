@@ -33,7 +33,6 @@ sys.addaudithook(listen)
 @pytest.fixture(autouse=True)
 def here(place, monkeypatch):
     monkeypatch.chdir(place)
-    monkeypatch.setattr("transect.evaluation.speed.BUDGET", 0.01)
 
 
 def command(words):
