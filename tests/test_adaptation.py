@@ -2,10 +2,6 @@
 
 import copy
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +18,6 @@ from transect.errors import OutOfReach, TransectError
 
 from .models import VOCABULARY, inputs, logits, tiny
 
-ROOT = Path(__file__).parent.parent
 DATA = torch.randint(3, VOCABULARY, (20, 12), generator=torch.Generator().manual_seed(5))
 OTHER = torch.randint(3, VOCABULARY, (6, 12), generator=torch.Generator().manual_seed(6))
 # A size for each that fits the tiny model (width 32, keys of 16, MLP of 48), where the default does not or is no count.
@@ -186,7 +181,8 @@ def test_the_command(name, tmp_path):
 
 
 LOADS = """
-import sys
+import os, sys
+os.chdir(sys.argv[1])
 import transect
 assert "peft" not in sys.modules  # which takes seconds
 from peft import AutoPeftModelForCausalLM, PeftConfig
@@ -197,14 +193,11 @@ print(model(torch.arange(3, 15)[None]).logits.double().sum().item())
 """
 
 
-def test_a_fresh_process_that_has_imported_transect_loads_our_adapters(tmp_path):
+def test_a_fresh_process_that_has_imported_transect_loads_our_adapters(tmp_path, elsewhere):
     tiny("llama").save_pretrained(tmp_path / "base")
     opened = transect.checkpoint.open_model(tmp_path / "base")
     adapted = adapt(opened, "svfit", out=tmp_path / "adapter").model.eval()
     with torch.no_grad():
         expected = adapted(torch.arange(3, 15)[None]).logits.double().sum().item()
-    said = subprocess.run(
-        [sys.executable, "-c", LOADS], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True,
-        capture_output=True, text=True,
-    ).stdout  # fmt: skip
+    said = elsewhere.python(LOADS, tmp_path)
     assert float(said) == pytest.approx(expected, abs=1e-3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
         ("compare", "2 methods at 2 budgets"),
         ("low_rank", "svd at keep 0.5"),
         ("structured", "keep 0.7"),
-        ("streaming", "Peak resident memory"),
         ("nuclear_norm", "Spread of 64 states"),
         ("parts", "Mixers of width 32"),
     ],
@@ -35,6 +35,23 @@ def test_prints_its_table(name: str, heading: str, benchmark: Any, capsys: pytes
     printed = capsys.readouterr().out
     assert printed.startswith(heading)
     assert "met" in printed and "torch" in printed.splitlines()[-1]
+
+
+def test_peaks_by_depth_are_of_processes_of_their_own(
+    benchmark: Any, forks: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Forked ones here; fresh ones are tried below."""
+    code = "import runpy\nsys.path.insert(0, sys.argv.pop(1))\nrunpy.run_path(sys.argv.pop(1), run_name='__main__')"
+
+    def forked(script: str, option: str, arguments: dict[str, Any]) -> Any:
+        return json.loads(forks.python(code, FOLDER, script, option, json.dumps(arguments)).splitlines()[-1])
+
+    main = benchmark("streaming")
+    monkeypatch.setattr("streaming.apart", forked)
+    peaks = main(["--quick"])
+    printed = capsys.readouterr().out
+    assert printed.startswith("Peak resident memory") and "met" in printed
+    assert list(peaks) == ["kfac-svd"] and 1 <= peaks["kfac-svd"] < 2
 
 
 def test_blocks_of_a_shape_are_compared_in_a_process_of_their_own(benchmark: Any, capsys: Any) -> None:

@@ -24,6 +24,7 @@ KEEP, KEEPS = 0.7, {"masa": 0.9}
 QUICK = {
     "cospadi": {"iterations": 1}, "cospadi-shared": {"iterations": 1}, "armor": {"rounds": 3},
     "fusegpt": {"epochs": 1}, "jlcm": {"steps": 5}, "mixed": {"iterations": 1}, "dsformer": {"iterations": 1},
+    "caldera": {"rounds": 2},
 }  # fmt: skip
 CASES = ("norm and matrices", "silent block and dead feature")  # two faults, in blocks of their own
 _SECONDS = 300  # for all of them, which take some twenty: a loop without an end must not hold up the suite

@@ -166,9 +166,11 @@ def test_iterative_is_one_after_the_other():
     [(n, v) for n in CONFIGS for v in VARIANTS if n in PRE_NORM or v in ("block", "consecutive")],
 )
 def test_the_fewest_units_that_meet_the_budget_go(name, variant):
+    """Several budgets where blocks are stored in different ways; elsewhere one that takes two units."""
     dense = tiny(name)
     whole = Anatomy(dense).matrix_bytes()
-    for keep in (0.9, 0.7, 0.45):
+    two = {"attention": 0.8, "block": 0.6, "consecutive": 0.6}.get(variant, 0.75)
+    for keep in (0.9, 0.7, 0.45) if name in ("llama", "gpt2", "bert") else (two,):
         try:
             model = drop(copy.deepcopy(dense), keep=keep, variant=variant, name=name)
         except OutOfReach:

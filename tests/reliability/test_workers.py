@@ -150,8 +150,9 @@ def test_the_command_shows_the_table_and_ends_with_an_error(tmp_path, lost):
 
 def test_processes_that_cannot_load_the_model_are_one_error(tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "_serve", time.sleep)  # which is not given a time, and fails
+    # What loads is of this package, which the process that all are forked from imports once.
     with pytest.raises(TransectError, match="ended with exit code 1 while it loaded the model"):
-        processes.run_in_processes(list, [["a"], ["b"], ["c"]], 2, print, lambda item: False)
+        processes.run_in_processes(Losses, [["a"], ["b"], ["c"]], 2, print, lambda item: False)
 
 
 def test_other_processes_refuse_another_model_than_the_one_that_is_compared(tmp_path, lost):
