@@ -8,17 +8,18 @@ Importing it also lets transformers load what it saved: `AutoModelForCausalLM.fr
 """
 
 from . import ending as _ending  # noqa: F401 - before what takes long
+from .modules import importing as _importing
 
-# isort: split
-from . import checkpoint as _checkpoint  # noqa: F401 - registers the loader with transformers
-from .adaptation import adapters
-from .anatomy import Anatomy, register_architecture
-from .compression import allocations, methods
-from .editing import edits, undo_folder
-from .errors import BadCheckpoint, BadData, TransectError, UnknownArchitecture
-from .training import optimizers, parametrizations, penalties
-from .verbs import adapt, build, check_claims, compare, compress, edit, evaluate, inspect, race, race_parts, recover
-from .version import __version__
+with _importing():
+    from . import checkpoint as _checkpoint  # noqa: F401 - registers the loader with transformers
+    from .adaptation import adapters
+    from .anatomy import Anatomy, register_architecture
+    from .compression import allocations, methods
+    from .editing import edits, undo_folder
+    from .errors import BadCheckpoint, BadData, TransectError, UnknownArchitecture
+    from .training import optimizers, parametrizations, penalties
+    from .verbs import adapt, build, check_claims, compare, compress, edit, evaluate, inspect, race, race_parts, recover
+    from .version import __version__
 
 __all__ = [
     "Anatomy", "BadCheckpoint", "BadData", "TransectError", "UnknownArchitecture", "__version__", "adapt", "adapters",

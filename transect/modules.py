@@ -1,15 +1,29 @@
-"""Importing every module of a package, so that a new file registers what it defines without being listed anywhere; and
-acting when somebody else's module is imported."""
+"""Importing every module of a package, so that a new file registers what it defines without being listed anywhere;
+acting when somebody else's module is imported; and importing much in less time."""
 
 from __future__ import annotations
 
+import gc
 import importlib
 import importlib.util
 import pkgutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from importlib.abc import MetaPathFinder
 from typing import Any
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Inside, no garbage is looked for: in what is imported, which stays, that takes a sixth of the time."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def import_all(package: str, path: Iterable[str]) -> None:
