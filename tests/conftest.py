@@ -19,10 +19,15 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
-def pytest_collection_finish():
-    """All that was imported stays: garbage is not looked for in it."""
+def pytest_collection(session):
+    """What is imported from here on stays: no garbage is looked for in it, neither now nor later."""
+    gc.disable()
+
+
+def pytest_collection_finish(session):
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -41,9 +41,11 @@ class Ended:
 
 _FORKS = """
 import gc, json, os, resource, signal, sys, traceback
+gc.disable()  # as in conftest.py
 exec(sys.argv[1])
 gc.collect()
 gc.freeze()
+gc.enable()
 print("ready", flush=True)
 for line in sys.stdin:
     job = json.loads(line)

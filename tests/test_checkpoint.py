@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from transect.anatomy import Anatomy, StructureRecord, record_of
-from transect.checkpoint import check_folder, open_model, replay, save
+from transect.checkpoint import check_folder, modeling_file, open_model, replay, save
 from transect.checkpoint.modeling_file import modeling_source
 from transect.operators import LowRank, operator_kinds
 
@@ -329,6 +329,7 @@ def test_every_operator_can_be_put_into_the_modeling_file():
     """Self-contained: it compiles, needs nothing of Transect, and no two definitions share a name."""
     record = StructureRecord(modules={kind: {"kind": kind} for kind in operator_kinds()})
     source = modeling_source(LlamaForCausalLM, record)
+    modeling_file._definitions.cache_clear()
     assert source == modeling_source(LlamaForCausalLM, record)
     compile(source, "modeling_transect.py", "exec")
     assert "import transect" not in source and "from transect" not in source and "from ." not in source

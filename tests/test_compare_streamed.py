@@ -40,7 +40,8 @@ def assert_same_table(found, expected):
 
 
 @pytest.mark.parametrize("options", [
-    {"methods": ("kfac-svd", "svd", "modegpt", "gptq", "sparsegpt", "cospadi", "svd-llm+rtn8", "kfac-svd+gptq4")},
+    {"methods": ("kfac-svd", "svd", "modegpt", "gptq", "sparsegpt", "cospadi", "svd-llm+rtn8", "kfac-svd+gptq4"),
+     "settings": {"cospadi": {"iterations": 2}}},
     {"methods": ("svd-llm", "kfac-svd"), "allocations": ("uniform", "global", "farms", "similarity")},
     {"methods": ("kfac-svd", "svd-llm", "amp"), "sequential": True},
     {"methods": ("svd-llm", "modegpt"), "dtype": "bfloat16", "keep": (0.5,), "also": {"other": HELD_OUT.flip(1)}},

@@ -56,7 +56,8 @@ def test_keeping_everything_changes_nothing(method):
 
 @pytest.mark.parametrize("allocation", ["uniform", "global", "ilp"])
 def test_allocations_keep_the_budget_and_are_reproducible(allocation):
-    made = [transect.compress(tiny("llama"), "kfac-svd", 0.5, DATA, allocation=allocation) for _ in range(2)]
+    few = {"allocation_trials": 3} if allocation == "ilp" else {}
+    made = [transect.compress(tiny("llama"), "kfac-svd", 0.5, DATA, allocation=allocation, **few) for _ in range(2)]
     assert matrix_bytes(Anatomy(made[0])) <= 0.5 * matrix_bytes(Anatomy(tiny("llama")))
     assert_same_tensors(*made)
 

@@ -35,7 +35,7 @@ SHORT = {
     **QUICK, "depth-efficiency": {"prompts": 2, "length": 16, "steps": 2, "cuts": 1},
     "fusegpt": {"epochs": 1, "rank": 4}, "causal-trace": {"samples": 2, "facts": 2},
     "rome": {"steps": 2, "rounds": 1, "contexts": 1}, "memit": {"steps": 2, "contexts": 1},
-    "constrained-ft": {"steps": 2}, "neuron-clamp": {"neurons": "0:1=0,2:5=1.5"},
+    "ilp": {"trials": 2}, "constrained-ft": {"steps": 2}, "neuron-clamp": {"neurons": "0:1=0,2:5=1.5"},
 }  # fmt: skip
 # The values of options that have no default.
 VALUES = {
