@@ -15,7 +15,7 @@ from transect.errors import TransectError
 
 from .models import VOCABULARY, tiny
 
-DATA = torch.randint(3, VOCABULARY, (20, 12), generator=torch.Generator().manual_seed(5))
+DATA = torch.randint(3, VOCABULARY, (12, 12), generator=torch.Generator().manual_seed(5))
 HELD_OUT = torch.randint(3, VOCABULARY, (6, 12), generator=torch.Generator().manual_seed(6))
 OTHER = torch.randint(3, VOCABULARY, (4, 12), generator=torch.Generator().manual_seed(7))
 
