@@ -89,7 +89,7 @@ class _Bare(nn.Linear):
 
 def bare_linear(d_in: int, d_out: int, bias: bool, kind: type[nn.Linear] = nn.Linear) -> nn.Linear:
     """An `nn.Linear` with uninitialised numbers: drawing some, to be replaced at once, would take most of the time."""
-    layer = _Bare(d_in, d_out, bias=bias)
+    layer: Any = _Bare(d_in, d_out, bias=bias)
     layer.__class__ = kind
     return layer
 
