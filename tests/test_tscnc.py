@@ -1,0 +1,219 @@
+"""TSCNC: sparse and well-conditioned weights, as penalties and as gates."""
+
+import math
+
+import pytest
+import torch
+
+import transect
+from transect.anatomy import Anatomy
+from transect.errors import TransectError
+from transect.training import Seen
+from transect.training.penalties.tscnc import tscnc
+from transect.training.penalties.tscnc.conditioning import FLOOR, FORMS, kappa, normalized, raw, spread
+from transect.training.penalties.tscnc.sparsity import transformed
+from transect.training.penalties.tscnc.weights import trained_weights
+
+from .models import VOCABULARY, tiny
+
+DATA = torch.randint(3, VOCABULARY, (20, 12), generator=torch.Generator().manual_seed(5))
+SHAPES = [(4, 4), (5, 3), (3, 5)]
+
+
+def gaussian(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def with_values(values, rows, seed=0):
+    """A tall matrix with these singular values."""
+    left, right = gaussian(rows, len(values), seed=seed), gaussian(len(values), len(values), seed=seed + 1)
+    return torch.linalg.qr(left).Q * values @ torch.linalg.qr(right).Q.T
+
+
+def condition(weight):
+    values = torch.linalg.svdvals(weight.detach())
+    return float(values[0] / values[-1])
+
+
+def descended(weight, form, steps, length):
+    """The condition number after steps along the gradient, of a length that falls to 0."""
+    for step in range(steps):
+        weight = weight.detach().requires_grad_(True)
+        (gradient,) = torch.autograd.grad(form(weight), weight)
+        weight = weight - length * (1 - step / steps) * gradient / gradient.norm().clamp_min(1e-12)
+    return condition(weight)
+
+
+def seen_of(model):
+    return Seen(model.requires_grad_(True), {}, [])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_papers_form_is_its_formula(shape):
+    weight, side = gaussian(*shape).requires_grad_(True), min(shape)
+    gram = weight @ weight.T if shape[0] < shape[1] else weight.T @ weight
+    naive = torch.log(1e-5 + torch.det(gram / side)) ** 2
+    torch.testing.assert_close(raw(weight), naive)
+    torch.testing.assert_close(torch.autograd.grad(raw(weight), weight), torch.autograd.grad(naive, weight))
+    at_one = weight.detach() * ((1 - 1e-5) / torch.det(gram / side).detach()) ** (1 / (2 * side))
+    assert float(raw(at_one)) < 1e-20 < 1e-6 < min(float(raw(1.001 * at_one)), float(raw(0.999 * at_one)))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("form", FORMS.values())
+def test_turning_changes_nothing_and_the_gradient_is_right(form, shape):
+    weight = gaussian(*shape)
+    turned = torch.linalg.qr(gaussian(shape[0], shape[0], seed=1)).Q @ weight @ torch.linalg.qr(
+        gaussian(shape[1], shape[1], seed=2)
+    ).Q  # fmt: skip
+    torch.testing.assert_close(form(turned), form(weight))
+    assert torch.autograd.gradcheck(form, (weight.requires_grad_(True),))
+    if form is not raw:
+        torch.testing.assert_close(form(7.0 * weight), form(weight))
+
+
+def test_the_determinant_bounds_the_condition_number():
+    """κ |det W| (√n / ‖W‖_F)^n <= 2 for square W: why a determinant says something about κ."""
+    for number in range(140):
+        weight = gaussian(2 + number % 7, 2 + number % 7, seed=number)
+        volume = math.exp(-math.sqrt(float(normalized(weight)))) - 1e-5  # the square of all but κ
+        assert float(kappa(weight)) + 0.5 * math.log(volume) <= math.log(2)
+
+
+@pytest.mark.parametrize("form", FORMS.values())
+def test_singular_matrices_and_extreme_volumes_have_finite_gradients(form):
+    row_of_zeros, thin = gaussian(6, 6), gaussian(6, 1) @ gaussian(1, 6)
+    row_of_zeros[2] = 0
+    for weight in (row_of_zeros, thin, torch.zeros(5, 3), 1e3 * gaussian(60, 60), 1e-3 * gaussian(60, 90).float()):
+        weight.requires_grad_(True)
+        value = form(weight)
+        (gradient,) = torch.autograd.grad(value, weight)
+        assert value.isfinite() and gradient.isfinite().all()
+    for weight in (row_of_zeros.detach(), torch.zeros(5, 3)):
+        assert form not in (raw, normalized) or float(form(weight)) == pytest.approx(FLOOR)
+    assert float(form(torch.full((3, 3), math.nan))) != float(form(torch.full((3, 3), math.nan)))
+
+
+def test_the_shape_between_sizes_and_their_number():
+    sizes = torch.linspace(0, 1, 51, dtype=torch.float64)
+    for a in (0.1, 1.0, 100.0):
+        found = transformed(sizes, a)
+        assert float(found[0]) == 0 and float(found[-1]) == pytest.approx(1)
+        assert bool((found.diff() > 0).all()) and bool((found.diff().diff() < 0).all())
+        assert bool((found >= sizes - 1e-12).all()) and bool((found <= (sizes > 0).double() + 1e-12).all())
+        assert float(transformed(torch.tensor(1e12), a)) == pytest.approx(a + 1)
+        start = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+        assert float(torch.autograd.grad(transformed(start, a).sum(), start)[0]) == pytest.approx((a + 1) / a)
+    torch.testing.assert_close(transformed(5 * sizes, 1e12), 5 * sizes)
+    torch.testing.assert_close(transformed(sizes[1:], 1e-9), torch.ones(50, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("form", [spread, normalized, kappa])
+def test_flat_spectra_and_they_alone_are_at_zero_and_descent_goes_there(form):
+    flat, steep = torch.ones(5, dtype=torch.float64), torch.logspace(0, -math.log10(29), 5, dtype=torch.float64)
+    assert abs(float(form(3 * with_values(flat, 8)))) < 2e-5
+    assert float(form(with_values(torch.tensor([1, 1, 1, 1, 0.9], dtype=torch.float64), 8))) > 2e-4
+    start = with_values(steep, 8)
+    assert condition(start) == pytest.approx(29) and descended(start, form, 150, 0.05) < 1.1
+
+
+def test_the_papers_form_controls_the_volume_and_raises_a_good_condition():
+    classifier = gaussian(640, 10)
+    assert condition(classifier) < 1.3 and descended(classifier, raw, 150, 1.0) > 2
+    assert descended(classifier, spread, 50, 1.0) < condition(classifier)
+
+
+def test_only_spread_and_kappa_have_a_gradient_in_large_matrices():
+    weight = gaussian(40, 40).requires_grad_(True)
+    sizes = {name: float(torch.autograd.grad(form(weight), weight)[0].norm()) for name, form in FORMS.items()}
+    assert max(sizes["raw"], sizes["normalized"]) < 1e-6 and min(sizes["spread"], sizes["kappa"]) > 0.1
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "gpt_neox", "mixtral"])
+def test_it_sees_every_matrix_as_it_is_stored(name):
+    model = tiny(name).requires_grad_(True)
+    found, expected = dict(trained_weights(model, "all")), Anatomy(model).matrices()
+    assert list(found) == [matrix.name for matrix in expected]
+    assert all(torch.equal(found[matrix.name], matrix.weight) for matrix in expected)
+    hosts = {id(matrix.host): matrix.host for matrix in expected}.values()
+    stored = [p for host in hosts for key, p in host.named_parameters() if "bias" not in key and "norm" not in key]
+    sums = torch.autograd.grad(sum(weight.sum() for weight in found.values()), stored)
+    assert all(torch.equal(one, torch.ones_like(one)) for one in sums)
+    ((place, head),) = trained_weights(model, "head")
+    assert place == "head" and head is model.get_output_embeddings().weight
+    value = tscnc(seen_of(model), sparse=2.0, a=0.5, sparse_in="q,head", condition=3.0, form="kappa", condition_in="o")
+    by_hand = [2 * transformed(w.abs(), 0.5).sum() for k, w in found.items() if k.endswith(".q")]
+    by_hand += [2 * transformed(head.abs(), 0.5).sum()]
+    by_hand += [3 * kappa(w) for k, w in found.items() if k.endswith(".o")]
+    torch.testing.assert_close(value, torch.stack([one.float() for one in by_hand]).sum())
+
+
+@pytest.mark.parametrize(("method", "name"), [
+    ("lora", "phi3"), ("dora", "llama"), ("svfit", "gpt2"), ("lift", "gpt2"), ("mole", "llama"),
+])  # fmt: skip
+def test_with_an_adapter_it_sees_what_both_make_together(method, name):
+    peft = pytest.importorskip("peft")
+    from transect.adaptation import adapter_named
+    from transect.adaptation.targets import targets_of
+
+    model = tiny(name)
+    roles = ["gate", "up", "down"] if method == "mole" else ["o", "down"]
+    config = adapter_named(method).config(list(targets_of(Anatomy(model), roles)), {})
+    adapted = peft.get_peft_model(model, config).train()
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    if method == "mole":
+        with pytest.raises(TransectError, match=r"gate.*no matrix times its input"):
+            list(trained_weights(model, "all"))
+        return
+    found = dict(trained_weights(model, "all"))
+    assert [place.rpartition(".")[2] for place in found] == ["o", "down"] * 3  # nothing is trained in the others
+    value = tscnc(Seen(model, {}, []), sparse=1.0, condition=1.0)
+    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    gradients = torch.autograd.grad(value, trained, allow_unused=True)
+    assert any(one is not None and one.abs().max() > 0 for one in gradients)
+    merged = Anatomy(adapted.merge_and_unload())
+    for matrix in merged.matrices(["o", "down"]):
+        torch.testing.assert_close(found[matrix.name], matrix.weight, rtol=1e-4, atol=1e-5)
+
+
+def test_adapting_with_it_makes_the_weights_what_it_says():
+    found = []
+    for given in ({"sparse": 0.0, "condition": 0.0}, {"sparse": 0.1, "condition": 3.0}):
+        model = tiny("llama")
+        transect.adapt(
+            model, "full", DATA, penalties=["tscnc"], settings={"tscnc": given}, lr=1e-2, epochs=3, device="cpu"
+        )
+        weights = [matrix.weight for matrix in Anatomy(model).matrices()]
+        found.append(
+            [sum(float(spread(w)) for w in weights), sum(float(transformed(w.abs(), 1).sum()) for w in weights)]
+        )
+        assert model.state_dict().keys() == tiny("llama").state_dict().keys()  # nothing is left of it
+    assert found[1][0] < 0.8 * found[0][0] and found[1][1] < 0.8 * found[0][1]
+
+
+def test_a_contest_adds_it_to_every_training(tmp_path):
+    given = {"penalties": ["tscnc"], "settings": {"tscnc": {"condition": 1.0}}, "steps": 2, "device": "cpu"}
+    frame = transect.race(tiny("llama"), ["full"], DATA, DATA[:4], tmp_path, rates=(1.0,), seeds=1, **given)
+    alone = transect.adapt(tiny("llama"), "full", DATA, eval_data=DATA[:4], **given)
+    assert frame["eval"].iloc[1] == pytest.approx(alone.outcome["texts"]["eval"]["after"], abs=1e-6)
+
+
+def test_what_does_not_go():
+    for form in FORMS.values():
+        for weight in (torch.ones(3), torch.ones(0, 4), torch.ones(2, 2, 2)):
+            with pytest.raises(TransectError, match="of a matrix with entries"):
+                form(weight)
+    model = tiny("llama")
+    for places in ("", "q,everything", "all,q"):
+        with pytest.raises(TransectError, match="should be all, or some of q"):
+            tscnc(seen_of(model), condition_in=places)
+    with pytest.raises(TransectError, match="nothing is trained in the matrices head"):
+        tscnc(Seen(model.requires_grad_(False), {}, []), sparse=0.0, condition_in="head")
+    with pytest.raises(TransectError, match="no linear layer behind its blocks"):
+        tscnc(seen_of(model.model), sparse=0.0, condition_in="head")
+    with pytest.raises(TransectError, match="a=0 must be of type float above 0"):
+        transect.adapt(model, "full", DATA, penalties="tscnc", settings={"tscnc": {"a": 0}})
+    assert float(tscnc(seen_of(model), sparse=0.0, condition=0.0)) == 0
