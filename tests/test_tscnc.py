@@ -1,6 +1,7 @@
 """TSCNC: sparse and well-conditioned weights, as penalties and as gates."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -8,7 +9,9 @@ import torch
 import transect
 from transect.anatomy import Anatomy
 from transect.errors import TransectError
-from transect.training import Seen
+from transect.operators.scattered import ScatteredRows
+from transect.training import Parametrized, Seen
+from transect.training.parametrizations.tscnc_gates import tscnc_gates
 from transect.training.penalties.tscnc import tscnc
 from transect.training.penalties.tscnc.conditioning import FLOOR, FORMS, kappa, normalized, raw, spread
 from transect.training.penalties.tscnc.sparsity import transformed
@@ -194,11 +197,73 @@ def test_adapting_with_it_makes_the_weights_what_it_says():
     assert found[1][0] < 0.8 * found[0][0] and found[1][1] < 0.8 * found[0][1]
 
 
-def test_a_contest_adds_it_to_every_training(tmp_path):
-    given = {"penalties": ["tscnc"], "settings": {"tscnc": {"condition": 1.0}}, "steps": 2, "device": "cpu"}
-    frame = transect.race(tiny("llama"), ["full"], DATA, DATA[:4], tmp_path, rates=(1.0,), seeds=1, **given)
-    alone = transect.adapt(tiny("llama"), "full", DATA, eval_data=DATA[:4], **given)
-    assert frame["eval"].iloc[1] == pytest.approx(alone.outcome["texts"]["eval"]["after"], abs=1e-6)
+def test_a_contest_takes_it_for_every_training(tmp_path, monkeypatch):
+    plans = []
+    verb = sys.modules["transect.verbs.race"]
+    monkeypatch.setattr(verb, "race_model", lambda model, plan, *_, **__: plans.append(plan) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        given = {"penalties": ["tscnc"], "settings": {"tscnc": {"condition": "0.5"}}}
+        transect.race(tiny("llama"), ["full"], DATA, DATA[:4], tmp_path / "run", **given)
+    assert plans[0].shared.penalties["tscnc"]["condition"] == 0.5 and plans[0].shared.penalties["tscnc"]["a"] == 1.0
+
+
+def gated(rows=6, columns=5, **settings):
+    weight, bias = gaussian(rows, columns), gaussian(rows)
+    return weight, bias, tscnc_gates(weight, bias, **settings)
+
+
+def test_gates_are_random_in_training_and_not_at_rest_where_the_layer_begins_as_it_was():
+    weight, bias, one = gated(drop=0.4)
+    x = gaussian(3, 5, seed=1)
+    torch.testing.assert_close(one.eval()(x), x @ weight.T + bias)
+    assert torch.equal(one(x), one(x))
+    assert not torch.equal(one.train()(x), one(x))
+    for drop, temperature in ((0.2, 2 / 3), (0.8, 0.5)):
+        many = tscnc_gates(torch.ones(40000, 1), None, drop=drop, temperature=temperature)
+        torch.manual_seed(0)
+        drawn, opens = many.drawn().detach(), float(many.opens()[0].detach())
+        assert float((drawn > 0).double().mean()) == pytest.approx(opens, abs=0.01)
+        assert float(drawn.min()) == 0 and float(drawn.max()) == 1
+
+
+def test_the_price_of_gates_is_the_formula_and_that_of_shut_ones_is_0():
+    _, _, one = gated(sparse=0.3, a=2.0, decay=4.0, count=0.1)
+    expected = 0.0
+    for row, opens in zip(one.values, one.opens(), strict=True):
+        u = opens * sum(2.0 * w**2 + 0.1 for w in row)
+        expected += 0.3 * 3 * u / (2 + u)
+    torch.testing.assert_close(one.penalty(), expected)
+    gradients = torch.autograd.grad(one.penalty(), (one.slow, one.values))
+    assert bool((gradients[0] > 0).all()) and bool((gradients[1] * one.values > 0).all())  # shut, and smaller
+    with torch.no_grad():
+        one.slow.fill_(-2.0)
+    assert float(one.penalty()) < 1e-40 and bool(one.penalty() >= 0)
+    one.after_step(0.5)
+    torch.testing.assert_close(one.log_alpha, torch.full((6,), -math.log(100)))  # it can come back
+    assert float(one.opens().min()) > 0.04 and not one.eval().weight.any()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_rows_with_shut_gates_are_not_stored(name):
+    model, anatomy = tiny(name), Anatomy(tiny(name))
+    gates = Parametrized(Anatomy(model), "tscnc-gates")
+    with torch.no_grad():
+        for one in gates.stand_ins.values():
+            one.slow[::2] = -3 / one.speed
+    model.eval()
+    judged = model(input_ids=DATA).logits
+    value = tscnc(Seen(model, {}, []), sparse=1.0, condition=0.0, sparse_in="q")
+    gates.finish()
+    assert all(isinstance(matrix.module, ScatteredRows) for matrix in Anatomy(model).matrices())
+    torch.testing.assert_close(model(input_ids=DATA).logits, judged, rtol=1e-4, atol=1e-5)
+    assert Anatomy(model).matrix_bytes() < 0.55 * anatomy.matrix_bytes()
+    torch.testing.assert_close(value, tscnc(seen_of(model), sparse=1.0, condition=0.0, sparse_in="q"))
+    for gate, rows in ((-3.0, 0), (3.0, 6)):  # all the same: an ordinary matrix
+        _, _, one = gated()
+        with torch.no_grad():
+            one.slow.fill_(gate / one.speed)
+        found = one.finished()
+        assert isinstance(found, torch.Tensor) and int(found.any(1).sum()) == rows
 
 
 def test_what_does_not_go():

@@ -58,8 +58,8 @@ def trained_weights(model: Any, places: str) -> Iterator[tuple[str, Tensor]]:
 def weight_of(module: Any, name: str) -> Tensor:
     """W (d_out x d_in) of a linear layer, with gradient; of what wraps or replaces one, what it makes of unit vectors.
 
-    Without dropout, in the type that the module computes in. TransectError for what is no linear map of its input, such
-    as a mixture of adapters by token.
+    At rest, so without dropout, and of a parametrization what will be stored; in the type that the module computes in.
+    TransectError for what is no linear map of its input, such as a mixture of adapters by token.
     """
     if isinstance(module, nn.Linear):
         return module.weight
