@@ -99,6 +99,7 @@ def test_every_architecture(name):
         assert figures["nuclear_norm"] == pytest.approx(float(expected.sum()))
         assert figures["stable_rank"] == pytest.approx(float(squares.sum() / squares[0]))
         assert figures["effective_rank"] == pytest.approx(math.exp(float(-(share * share.log()).sum())))
+        assert figures["condition"] == pytest.approx(float(expected[0] / expected[-1]), rel=1e-6)
         assert figures["nuclear_share"] == pytest.approx(
             float(expected.sum()) / float(matrix.weight.double().norm()) / math.sqrt(len(expected))
         )
@@ -119,6 +120,7 @@ def test_exact_cases():
     flat, thin = at[first.name], at[second.name]
     for key, of_flat, of_thin in (
         ("nuclear_share", 1.0, 1 / math.sqrt(32)), ("stable_rank", 32.0, 1.0), ("effective_rank", 32.0, 1.0),
+        ("condition", 1.0, math.inf),
     ):  # fmt: skip
         assert float(result[key][flat]) == pytest.approx(of_flat, rel=1e-6)
         assert float(result[key][thin]) == pytest.approx(of_thin, rel=1e-6)

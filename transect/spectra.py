@@ -39,6 +39,12 @@ def singular_values(weight: Tensor) -> Tensor:
     return torch.linalg.svdvals(wide) if squares[-1] < _ROUGH * squares[0] else squares.sqrt()
 
 
+def condition_number(values: Tensor) -> Tensor:
+    """σ_max / σ_min of singular values (n), falling, float64; infinite where σ_min is zero to rounding, n ε σ_max."""
+    zero = values[-1] <= len(values) * torch.finfo(values.dtype).eps * values[0]
+    return torch.where(zero, torch.inf, values[0] / values[-1])
+
+
 def how_many_together(shapes: Sequence[Sequence[int]]) -> int:
     """How many matrices of these shapes (m, n) may be decomposed at a time without much memory."""
     return max(1, _TOGETHER // max([1, *(shape[0] * shape[1] for shape in shapes)]))

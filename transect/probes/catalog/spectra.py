@@ -13,6 +13,7 @@ from ...parameters import Range
 from ...spectra import (
     FLOOR,
     SMALLEST_SPECTRUM,
+    condition_number,
     hill_median,
     how_many_together,
     pooled_eigenvalues,
@@ -35,6 +36,7 @@ _FIGURES = {
     "nuclear_share": ("share", "nuclear norm over the largest that its Frobenius norm allows: 1 is a flat spectrum"),
     "stable_rank": ("", "‖W‖_F² over the largest squared singular value"),
     "effective_rank": ("", "e^H of the squared singular values as shares of their sum"),
+    "condition": ("", "the largest singular value over the smallest; infinite if that is zero, to rounding"),
     "alpha": ("", "tail exponent of the squared singular values"),
     "alpha_distance": ("", "how far the tail is from that power law (Kolmogorov-Smirnov)"),
     "alpha_tail": ("", "how many eigenvalues are in that tail"),
@@ -58,7 +60,16 @@ def draw(result: Result) -> list[Drawing]:
         ),
         _spectra(result, names),
     ]  # fmt: skip
-    shown = ("side", "nuclear_share", "stable_rank", "effective_rank", "alpha", "alpha_windows", "hill_windows")
+    shown = (
+        "side",
+        "nuclear_share",
+        "stable_rank",
+        "effective_rank",
+        "condition",
+        "alpha",
+        "alpha_windows",
+        "hill_windows",
+    )
     rows = [[name, *(round(float(result[key][number]), 3) for key in shown)] for number, name in enumerate(names)]
     note = "side: the full rank. alpha: whole matrix, as weightwatcher fits it. A gap: there is no tail to fit."
     return [*drawings, Table("Every matrix", note, ["matrix", *shown], rows)]
@@ -98,7 +109,7 @@ def spectra(
     window: Annotated[int, Range(0, 100_000)] = 0,
     windows: Annotated[int, Range(1, 100)] = 4,
 ) -> Result:
-    """Singular values, ranks, nuclear norms and heavy-tail exponents of every weight matrix of every block.
+    """Singular values, ranks, condition numbers and heavy-tail exponents of every weight matrix of every block.
 
     The exponent α of a matrix is that of weightwatcher (Martin and Mahoney, arXiv:1810.01075): the power law that fits
     a tail of the eigenvalues of W Wᵀ best, by maximum likelihood, its start chosen by the Kolmogorov-Smirnov distance.
@@ -148,7 +159,7 @@ def _measured(weight: Tensor, rows: int, windows: int) -> tuple[Tensor, list[flo
 
 
 def _ranks(values: Tensor) -> Tensor:
-    """The first figures of `_FIGURES` from the singular values (falling) of one matrix (7), float64."""
+    """The first figures of `_FIGURES` from the singular values (falling) of one matrix (8), float64."""
     squares = values.square()
     total, nuclear, side = squares.sum(), values.sum(), len(values)
     shares = squares / total
@@ -156,7 +167,7 @@ def _ranks(values: Tensor) -> Tensor:
     return torch.stack(
         [
             torch.tensor(float(side), dtype=torch.float64), total.sqrt(), values[0], nuclear,
-            nuclear / (side * total).sqrt(), total / squares[0], entropy.exp(),
+            nuclear / (side * total).sqrt(), total / squares[0], entropy.exp(), condition_number(values),
         ]
     )  # fmt: skip
 
@@ -205,6 +216,12 @@ def _findings(quantities: dict[str, Quantity], names: list[str], rows: int) -> l
     found.append(
         f"The effective rank is {_spread(share)} of the full one; {names[low]} has the lowest: "
         f"{float(quantities['effective_rank'].values[low]):.1f} of {int(quantities['side'].values[low])}."
+    )
+    condition = quantities["condition"].values
+    singular = int(condition.isinf().sum())
+    found.append(
+        f"The condition number is {_spread(condition)}; the worst is that of {_least(-condition, names)}"
+        + (f". {singular} of {len(condition)} matrices are singular, to rounding." if singular else ".")
     )
     return found
 
