@@ -8,8 +8,11 @@ import torch
 
 import transect
 from transect.anatomy import Anatomy
+from transect.data import Batches, Specimen
 from transect.errors import TransectError
+from transect.forward.blocks import feeds_of, run_blocks
 from transect.operators.scattered import ScatteredRows
+from transect.probes import drawings, run_probes
 from transect.training import Parametrized, Seen
 from transect.training.parametrizations.tscnc_gates import tscnc_gates
 from transect.training.penalties.tscnc import tscnc
@@ -19,7 +22,7 @@ from transect.training.penalties.tscnc.weights import trained_weights
 
 from .models import VOCABULARY, tiny
 
-DATA = torch.randint(3, VOCABULARY, (20, 12), generator=torch.Generator().manual_seed(5))
+DATA = torch.randint(3, VOCABULARY, (12, 12), generator=torch.Generator().manual_seed(5))
 SHAPES = [(4, 4), (5, 3), (3, 5)]
 
 
@@ -152,7 +155,7 @@ def test_it_sees_every_matrix_as_it_is_stored(name):
 
 
 @pytest.mark.parametrize(("method", "name"), [
-    ("lora", "phi3"), ("dora", "llama"), ("svfit", "gpt2"), ("lift", "gpt2"), ("mole", "llama"),
+    ("lora", "phi3"), ("dora", "llama"), ("lift", "gpt2"), ("mole", "llama"),
 ])  # fmt: skip
 def test_with_an_adapter_it_sees_what_both_make_together(method, name):
     peft = pytest.importorskip("peft")
@@ -187,7 +190,7 @@ def test_adapting_with_it_makes_the_weights_what_it_says():
     for given in ({"sparse": 0.0, "condition": 0.0}, {"sparse": 0.1, "condition": 3.0}):
         model = tiny("llama")
         transect.adapt(
-            model, "full", DATA, penalties=["tscnc"], settings={"tscnc": given}, lr=1e-2, epochs=3, device="cpu"
+            model, "full", DATA, penalties=["tscnc"], settings={"tscnc": given}, lr=2e-2, epochs=3, device="cpu"
         )
         weights = [matrix.weight for matrix in Anatomy(model).matrices()]
         found.append(
@@ -237,7 +240,7 @@ def test_the_price_of_gates_is_the_formula_and_that_of_shut_ones_is_0():
     assert bool((gradients[0] > 0).all()) and bool((gradients[1] * one.values > 0).all())  # shut, and smaller
     with torch.no_grad():
         one.slow.fill_(-2.0)
-    assert float(one.penalty()) < 1e-40 and bool(one.penalty() >= 0)
+    assert 0 <= float(one.penalty().detach()) < 1e-40
     one.after_step(0.5)
     torch.testing.assert_close(one.log_alpha, torch.full((6,), -math.log(100)))  # it can come back
     assert float(one.opens().min()) > 0.04 and not one.eval().weight.any()
@@ -264,6 +267,35 @@ def test_rows_with_shut_gates_are_not_stored(name):
             one.slow.fill_(gate / one.speed)
         found = one.finished()
         assert isinstance(found, torch.Tensor) and int(found.any(1).sum()) == rows
+
+
+def test_the_slope_of_a_margin_is_that_of_a_small_move_and_the_steepest_is_no_less():
+    anatomy, rows = Anatomy(tiny("llama", dtype=torch.float64)), DATA[:2]
+
+    def found(**settings):
+        given = Specimen(anatomy, data=Batches([{"input_ids": rows}]))
+        return run_probes(given, {"local-lipschitz": settings})["local-lipschitz"]
+
+    def margins(states, best):
+        with torch.no_grad():
+            logits = lens(run_blocks(anatomy, feed, 0, states)[:, -1])
+        return logits[:, best[0]] - logits[:, best[1]]
+
+    one, more, lens = found(samples=3), found(samples=6, ball=0.3), Specimen(anatomy).lens
+    assert bool((one["steepest"] >= one["slope"]).all()) and bool((more["steepest"] > more["slope"]).any())
+    torch.testing.assert_close(more["slope"], one["slope"])
+    torch.testing.assert_close(more["radius"], (more["margin"] / more["steepest"]).clamp_max(0.3))
+    assert drawings(one) and one.findings
+    (feed,) = feeds_of(anatomy, [{"input_ids": rows[:1]}])
+    with torch.no_grad():
+        best = anatomy.model(rows[:1]).logits[0, -1].topk(2).indices
+    assert float(margins(feed.hidden, best)) == pytest.approx(float(one["margin"][0]))
+    states = feed.hidden.detach().requires_grad_(True)
+    logits = lens(run_blocks(anatomy, feed, 0, states)[:, -1])[0]
+    (gradient,) = torch.autograd.grad(logits[best[0]] - logits[best[1]], states)
+    move = 1e-3 * gradient / gradient.norm() * feed.hidden.norm()
+    change = margins(torch.cat([feed.hidden + move, feed.hidden - move]), best)
+    assert float(change[0] - change[1]) / 2e-3 == pytest.approx(float(one["slope"][0]), rel=1e-3)
 
 
 def test_what_does_not_go():
