@@ -26,6 +26,7 @@ SHORT = {
     "catalog.lazy_neuron.relu_classifier.STEPS": 10, "catalog.localization._FACTS": 5, "catalog.jlcm.BITS": (2,),
     "catalog.constrained_ft.SINGLE": 5, "catalog.constrained_ft._TIMES": (1.0,), "catalog.dsformer.KEEPS": (0.8,),
     "catalog.tscnc.pruned_network.STEPS": 2, "catalog.tscnc.pruned_network.MORE": 2,
+    "catalog.tscnc.tscnc.DRAWS": 5, "catalog.tscnc.tscnc.SEEDS": (0, 1),
     "catalog.svfit.STEPS": 2, "catalog.svfit.RATES": (0.1,), "fact_editing.SINGLE": 5,
     "fact_editing.TOGETHER": 6, "fact_editing.OTHERS": 2,
 }  # fmt: skip

@@ -16,7 +16,7 @@ from .pruned_network import Way, fine_tuned, measured, pruned, trained
 PAPER = "arXiv:2503.20454"
 SPARSITIES = (0.0, 0.5, 0.9)  # shares of the entries that are pruned
 SHOWN = (*SPARSITIES, 0.95)
-SIDE, DRAWS = 64, 51  # of the Gaussian matrices
+SIDE, DRAWS = 64, 1001  # of the Gaussian matrices
 SEEDS = (0, 1, 2, 3, 4)
 PLAIN, PAPERS = Way("nothing"), Way("raw on the classifier", raw, 1.0, only_classifier=True)
 WAYS = (
