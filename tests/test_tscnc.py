@@ -190,14 +190,15 @@ def test_adapting_with_it_makes_the_weights_what_it_says():
     for given in ({"sparse": 0.0, "condition": 0.0}, {"sparse": 0.1, "condition": 3.0}):
         model = tiny("llama")
         transect.adapt(
-            model, "full", DATA, penalties=["tscnc"], settings={"tscnc": given}, lr=2e-2, epochs=3, device="cpu"
-        )
+            model, "full", DATA, penalties=["tscnc"], settings={"tscnc": given}, lr=2e-2, epochs=3, batch_size=4,
+            device="cpu",
+        )  # fmt: skip
         weights = [matrix.weight for matrix in Anatomy(model).matrices()]
         found.append(
             [sum(float(spread(w)) for w in weights), sum(float(transformed(w.abs(), 1).sum()) for w in weights)]
         )
         assert model.state_dict().keys() == tiny("llama").state_dict().keys()  # nothing is left of it
-    assert found[1][0] < 0.8 * found[0][0] and found[1][1] < 0.8 * found[0][1]
+    assert found[1][0] < 0.9 * found[0][0] and found[1][1] < 0.9 * found[0][1]
 
 
 def test_a_contest_takes_it_for_every_training(tmp_path, monkeypatch):
