@@ -163,10 +163,11 @@ def test_another_run_in_the_folder_is_refused(tmp_path):
 
 def test_methods_are_listed_with_all_that_there_is_to_know():
     every = [*methods(), *allocations(), *probes(), *edits(), *transect.adapters(), *transect.optimizers()]
-    every += [*transect.parametrizations(), *transect.penalties(), *parts()]
+    every += [*transect.parametrizations(), *transect.penalties(), *transect.layer_rates(), *parts()]
     listed = run("methods").stdout
-    described = {entry["name"]: entry for entry in json.loads(run("methods --json").stdout)}
-    assert set(described) == {entry.name for entry in every}
+    told = json.loads(run("methods --json").stdout)
+    described = {entry["name"]: entry for entry in told}
+    assert sorted((one["name"], one["family"]) for one in told) == sorted((one.name, one.family) for one in every)
     lines = [line.split()[0] for line in listed.splitlines() if line.startswith("  ")]
     assert sorted(lines) == sorted(entry.name for entry in every)  # a line each, under a heading that says what for
     families = {entry.family for entry in every}

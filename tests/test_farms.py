@@ -9,13 +9,14 @@ import transect
 from transect.anatomy import Anatomy
 from transect.compression import method as registered
 from transect.compression.allocation import Unit, allocation_named
-from transect.compression.allocation.farms import mean_exponents, removals, stretched
+from transect.compression.allocation.farms import mean_exponents, removals
 from transect.compression.allocation.registry import scores_of, share_out
 from transect.errors import TransectError
 from transect.spectra import (
     hill_median,
     hill_peak,
     pooled_eigenvalues,
+    stretched,
     window_shape,
     window_starts,
 )
@@ -177,7 +178,7 @@ def test_equal_exponents_or_no_spread_are_uniform():
 @pytest.mark.parametrize("total", [0.1, 0.5, 0.8, 0.95, 0.998, 0.9999])
 def test_no_block_loses_more_than_it_has(total):
     sizes = {0: 1000, 1: 10, 2: 500, 3: 700}
-    weights = stretched({0: 2.0, 1: 9.0, 2: 8.0, 3: 3.0}, 0.9)
+    weights = stretched({0: 2.0, 1: 9.0, 2: 8.0, 3: 3.0}, 0.1, 1.9)
     removed = removals(sizes, weights, total)
     assert sum(sizes[block] * removed[block] for block in sizes) == pytest.approx(total * sum(sizes.values()))
     assert all(0 < share <= max(0.998, total) + 1e-12 for share in removed.values())

@@ -17,13 +17,13 @@ with _importing():
     from .compression import allocations, methods
     from .editing import edits, undo_folder
     from .errors import BadCheckpoint, BadData, TransectError, UnknownArchitecture
-    from .training import optimizers, parametrizations, penalties
+    from .training import layer_rates, optimizers, parametrizations, penalties
     from .verbs import adapt, build, check_claims, compare, compress, edit, evaluate, inspect, race, race_parts, recover
     from .version import __version__
 
 __all__ = [
     "Anatomy", "BadCheckpoint", "BadData", "TransectError", "UnknownArchitecture", "__version__", "adapt", "adapters",
-    "allocations", "build", "check_claims", "compare", "compress", "edit", "edits", "evaluate", "inspect", "methods",
-    "optimizers", "parametrizations", "penalties", "race", "race_parts", "recover", "register_architecture",
-    "undo_folder",
+    "allocations", "build", "check_claims", "compare", "compress", "edit", "edits", "evaluate", "inspect",
+    "layer_rates", "methods", "optimizers", "parametrizations", "penalties", "race", "race_parts", "recover",
+    "register_architecture", "undo_folder",
 ]  # fmt: skip

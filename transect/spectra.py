@@ -7,8 +7,10 @@ ratio, with all their eigenvalues pooled, can (FARMS, Hu et al., ICML 2025, arXi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,12 +19,14 @@ from .errors import TransectError
 
 FLOOR = 1e-5  # eigenvalues below this share of the largest count as zeros, whose logarithm means nothing
 SMALLEST_SPECTRUM = 20  # eigenvalues; a power law fitted to fewer says nothing
+LARGEST_WINDOW = 2000  # rows; the paper's, for language models
 _MOST_CUTS = 500
 _SCREEN = 16  # of how many points the first bound on a Kolmogorov-Smirnov distance looks at one
 _FEW = 2**16  # distances' points that are not worth a bound
 _ENTRIES = 2**22  # numbers in memory at a time
 _TOGETHER = 2**28  # entries of the matrices that are decomposed at the same time: 2 GiB in float64
 _ROUGH = 1e-12  # share of the largest eigenvalue below which a Gram matrix's eigenvalues are mostly rounding
+_Key = TypeVar("_Key")
 _LOG_LOW, _LOG_HIGH = torch.tensor([0.95, 1.5], dtype=torch.float64).log().tolist()
 
 
@@ -158,6 +162,28 @@ def hill_peak(eigenvalues: Tensor) -> float:
 
 
 ESTIMATORS = {"hill-median": hill_median, "peak": hill_peak}
+
+
+def common_window(shapes: Iterable[Sequence[int]]) -> int:
+    """Rows of the largest square window that fits into matrices of all these shapes (m, n); at most 2000."""
+    return min(LARGEST_WINDOW, *(min(shape) for shape in shapes))
+
+
+def tail_exponent(weight: Tensor, rows: int, windows: int, estimator: str) -> float:
+    """α of W (m x n) by square windows of so many rows; NaN for a matrix of zeros, which has no spectrum.
+
+    windows: per side. estimator: a name in `ESTIMATORS`. TransectError where the spectrum has no tail.
+    """
+    wide = weight.double()
+    return ESTIMATORS[estimator](pooled_eigenvalues(wide, rows, windows=windows)) if wide.any() else math.nan
+
+
+def stretched(alphas: Mapping[_Key, float], low: float, high: float) -> dict[_Key, float]:
+    """The exponents mapped linearly to [low, high]; all 1 where they are all the same."""
+    least, most = min(alphas.values()), max(alphas.values())
+    if most == least:
+        return dict.fromkeys(alphas, 1.0)
+    return {key: (alpha - least) / (most - least) * (high - low) + low for key, alpha in alphas.items()}
 
 
 def _logs(eigenvalues: Tensor) -> Tensor:

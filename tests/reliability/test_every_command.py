@@ -206,7 +206,10 @@ def test_edits(entry, complete, command, tmp_path):
 
 # A command: its arguments, what it needs beside `VALUES`, and flags that do not go with the others.
 COMMANDS = {
-    "adapt": (["model"], {"method": "lora", "forgets": "text.txt", "penalties": "decorrelation"}, []),
+    "adapt": (
+        ["model"],
+        {"method": "lora", "forgets": "text.txt", "penalties": "decorrelation", "layer_rates": "farms"}, [],
+    ),
     "check-architecture": (["architecture.json"], {}, []),
     "claims": (["fwsvd/below-svd"], {}, []),
     "compare": (
@@ -221,7 +224,9 @@ COMMANDS = {
     "methods": (["svd"], {}, []),
     "race": (
         ["model"],
-        {"adapters": "lora,full", "forgets": "text.txt", "shares": "0.2", "rates": "1", "optimizer": "adamw"}, [],
+        {"adapters": "lora,full", "forgets": "text.txt", "shares": "0.2", "rates": "1", "optimizer": "adamw",
+         "layer_rates": "farms"},
+        [],
     ),
     "recover": (["model"], {"how": "distill"}, []),
 }  # fmt: skip

@@ -35,7 +35,9 @@ from ..training import (
 )
 from ..version import __version__
 from .attached import Attached, Replaced, prepared
+from .rates import renew_rates
 from .settings import Settings
+from .targets import targets_of
 
 
 def adapt_anatomy(
@@ -76,6 +78,7 @@ def adapt_anatomy(
     }  # fmt: skip
     state.begin(json.dumps(plan, sort_keys=True, default=str))
     machine.wait()
+    layers = targets_of(anatomy, None)
     with on_device(machine, [model]), at_rest(model, frozen=True):
         before = {name: evaluate_loss(model, batches).examples for name, batches in (texts or {}).items()}
         attached = attach()
@@ -85,6 +88,8 @@ def adapt_anatomy(
                 ours = share(training, machine.index, machine.count)
                 steps = settings.schedule.total(math.ceil(len(ours) / settings.accumulate))
                 problem = _problem(attached, settings, ours, judging, machine, states, steps)
+                if settings.layer_rates is not None:
+                    renew_rates(problem, settings, model, layers)
                 problem.tokens = [Batches([batch]).tokens for batch in training]
                 attached.after_step(0, steps)
                 course = train(problem, Run(settings.schedule, machine, state, progress, on_check), {})

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from ..arguments import Range, checked_fields
 from ..errors import TransectError
 from ..parameters import Seed
-from ..training import Parametrization, Schedule, optimizer_named, penalty_named
+from ..training import Parametrization, Schedule, layer_rates_named, optimizer_named, penalty_named
 from .registry import Adapter, way_named
 
 Count = Annotated[int, Range(1, 2**31 - 1)]
@@ -24,6 +24,7 @@ class Settings:
     roles: matrices that are adapted; default every linear layer.
     optimizer, optimizer_options: a registered optimizer and its settings.
     penalties: registered penalties, each with its settings, that are added to the loss.
+    layer_rates: registered rates by layer, with their settings: by what the learning rate of each layer is multiplied.
     lr: the largest learning rate. Default: the method's.
     epochs: passes over the training sequences. steps: no more optimizer steps than this.
     batch_size: sequences in a batch. accumulate: batches in a step.
@@ -37,6 +38,8 @@ class Settings:
     optimizer: str = "adamw"
     optimizer_options: Mapping[str, Any] = field(default_factory=dict)
     penalties: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    layer_rates: str | None = None
+    layer_rates_options: Mapping[str, Any] = field(default_factory=dict)
     lr: Positive | None = None
     epochs: Count = 1
     steps: Count | None = None
@@ -55,8 +58,10 @@ class Settings:
         """The same with defaults filled in; TransectError for a value that means nothing."""
         chosen = checked_fields(self, "adapt")
         way, optimizer = way_named(chosen.method), optimizer_named(chosen.optimizer)
+        rates = None if chosen.layer_rates is None else layer_rates_named(chosen.layer_rates)
         return replace(
             chosen,
+            layer_rates_options={} if rates is None else rates.settings(chosen.layer_rates_options),
             options=way.settings(chosen.options),
             optimizer_options=optimizer.settings(chosen.optimizer_options),
             penalties={name: penalty_named(name).settings(given) for name, given in chosen.penalties.items()},

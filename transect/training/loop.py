@@ -82,6 +82,7 @@ class Problem:
     penalty: what is added to the mean loss of a batch, after `loss` has run on it; a scalar, or None for nothing.
     after_step: called with the number of steps done and the optimizer, such as for what chooses anew what is trained.
     rates: factors of the learning rate, by the parameter's name; 1 where there is none.
+    renew: gives new ones in their place, before the first step and every `renew_every` steps (0: every epoch).
     held: further tensors that go with the parameters as they are now, such as which entries of a matrix they stand for.
     put_back: takes what `held` once gave.
     """
@@ -96,6 +97,8 @@ class Problem:
     penalty: Callable[[Any], Tensor | None] | None = None
     after_step: Callable[[int, torch.optim.Optimizer], None] | None = None
     rates: Mapping[str, float] = field(default_factory=dict)
+    renew: Callable[[], Mapping[str, float]] | None = None
+    renew_every: int = 0
     held: Callable[[], Mapping[str, Tensor]] = dict
     put_back: Callable[[Mapping[str, Tensor]], None] = lambda tensors: None
 
@@ -143,6 +146,8 @@ def train(problem: Problem, run: Run, note: Mapping[str, Any]) -> Course:
     remaining = range(course.steps, total)
     try:
         for step in progress(remaining, problem.name) if progress else remaining:
+            if problem.renew is not None and step % (problem.renew_every or per_epoch) == 0:
+                stepper.set_rates(problem.renew())
             group = _batches_of(step, per_epoch, len(problem.batches), schedule)
             with _noise_of(step, schedule.seed, run.machine):
                 gradients, loss = _gradients(problem, group, run.machine)

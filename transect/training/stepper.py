@@ -31,12 +31,27 @@ class Stepper:
             name: nn.Parameter(p.detach().float().clone()) if p.element_size() < 4 else p
             for name, p in parameters.items()
         }
-        together: dict[float, list[tuple[str, nn.Parameter]]] = {}
-        for name, master in self.masters.items():
-            together.setdefault((rates or {}).get(name, 1.0), []).append((name, master))
+        together = self._together(rates or {})
         self.factors = list(together)
         groups = [{"params": named} for named in together.values()]
         self.optimizer = optimizer_named(schedule.optimizer).build(groups, schedule.lr, schedule.options)
+
+    def _together(self, rates: Mapping[str, float]) -> dict[float, list[tuple[str, nn.Parameter]]]:
+        """What has the same factor is stepped together."""
+        together: dict[float, list[tuple[str, nn.Parameter]]] = {}
+        for name, master in self.masters.items():
+            together.setdefault(rates.get(name, 1.0), []).append((name, master))
+        return together
+
+    def set_rates(self, rates: Mapping[str, float]) -> None:
+        """Other factors of the learning rate from now on; what the optimizer holds of each number stays."""
+        together = self._together(rates)
+        self.factors = list(together)
+        own = {k: v for k, v in self.optimizer.param_groups[0].items() if k not in ("params", "param_names")}
+        self.optimizer.param_groups[:] = [
+            {**own, "params": [one for _, one in named], "param_names": [name for name, _ in named]}
+            for named in together.values()
+        ]
 
     @torch.no_grad()
     def step(self, step: int, gradients: Mapping[str, Tensor]) -> None:
@@ -63,6 +78,9 @@ class Stepper:
     def state(self) -> dict[str, Tensor]:
         """Everything from which `load` goes on, by name."""
         tensors = {f"master|{name}": master.detach() for name, master in self.masters.items()}
+        for group, factor in zip(self.optimizer.param_groups, self.factors, strict=True):
+            for name in group["param_names"]:
+                tensors[f"factor|{name}"] = torch.tensor(factor, dtype=torch.float64)
         for name, master in self.masters.items():
             for key, value in self.optimizer.state[master].items():
                 tensors[f"{'tensor' if isinstance(value, Tensor) else 'number'}|{key}|{name}"] = torch.as_tensor(value)
@@ -70,7 +88,8 @@ class Stepper:
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on from what `state` gave: masters, the weights made of them, and what the optimizer held."""
+        """Go on from what `state` gave: masters, the weights made of them, rates, and what the optimizer held."""
+        self.set_rates({name: float(tensors[f"factor|{name}"]) for name in self.masters})
         for name, master in self.masters.items():
             master.copy_(tensors[f"master|{name}"])
             self.parameters[name].copy_(master)

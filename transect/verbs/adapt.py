@@ -52,6 +52,7 @@ def adapt(
     roles: Annotated[Sequence[Role], Some] | None = None,
     optimizer: str = "adamw",
     penalties: Sequence[str] = (),
+    layer_rates: str | None = None,
     lr: float | None = None,
     epochs: int = 1,
     steps: int | None = None,
@@ -83,21 +84,24 @@ def adapt(
     merge: write the adapter into the weights.
     checkpoint: a folder for unfinished work, where there is no `out`. It is removed at the end.
     roles: only these matrices. optimizer: see `transect.optimizers()`. penalties: added to the loss, see
-        `transect.penalties()`. lr ... seed: see `transect.adaptation.Settings`.
+        `transect.penalties()`. layer_rates: by what each layer's learning rate is multiplied, see
+        `transect.layer_rates()`. lr ... seed: see `transect.adaptation.Settings`.
     sequences: use so many of the data's, evenly spaced; default all.
     device: where to train. Default: where accelerate puts it (a GPU if there is one); the model returns to its place.
-    parameters: the adapter's. settings: the same by the name of the adapter, the optimizer or a penalty.
+    parameters: the adapter's. settings: the same by the name of the adapter, the optimizer, a penalty or the
+        rates by layer.
 
     Raises TransectError before any change if something cannot be done; after any error the model has no adapter.
     """
     from ..adaptation.adapt import adapt_anatomy  # peft takes a second to import
 
-    added = listed(penalties)
-    chosen = one_of(settings, {method: parameters, optimizer: {}, **{name: {} for name in added}})
+    added, rates = listed(penalties), [] if layer_rates is None else [layer_rates]
+    chosen = one_of(settings, {method: parameters, optimizer: {}, **{name: {} for name in (*added, *rates)}})
     resolved = Settings(
         method=method, options=chosen[method], roles=None if roles is None else tuple(listed(roles)),
         optimizer=optimizer, optimizer_options=chosen[optimizer],
-        penalties={name: chosen[name] for name in added}, lr=lr, epochs=epochs, steps=steps,
+        penalties={name: chosen[name] for name in added}, layer_rates=layer_rates,
+        layer_rates_options={} if layer_rates is None else chosen[layer_rates], lr=lr, epochs=epochs, steps=steps,
         batch_size=batch_size, accumulate=accumulate, held_out=held_out, every=every, seed=seed,
     ).resolved()  # fmt: skip
     if merge:

@@ -43,6 +43,7 @@ def race(
     roles: Annotated[Sequence[Role], Some] | None = None,
     optimizer: str = "adamw",
     penalties: Sequence[str] = (),
+    layer_rates: str | None = None,
     epochs: Count = 1,
     steps: Count | None = None,
     batch_size: Count = 8,
@@ -72,8 +73,8 @@ def race(
     shares: trained numbers, as shares of those in the adapted matrices; each adapter gets the largest size below.
     out: the run folder. Trials are written as they finish; a contest that was interrupted goes on where it stopped, and
         adapters, shares, rates and seeds can be added to it. It ends with table.csv, table.md and contest.png in it.
-    settings: adapter, optimizer or penalty -> its parameters. roles ... every: see `transect.adapt`; the penalties are
-        added to the loss of every training.
+    settings: adapter, optimizer, penalty or rates by layer -> its parameters. roles ... every: see `transect.adapt`; the
+        penalties are added to the loss of every training.
     workers: processes (their measured seconds disturb one another). engine: `local` or `ray`.
     revision, architecture, dtype, device: of a model that is given by its name.
 
@@ -83,8 +84,8 @@ def race(
     or whose rates all diverge, has a note instead; trials whose process was lost twice are in `attrs["lost"]`.
     """
     names, shares, rates = listed(adapters), listed(shares), listed(rates)
-    added = listed(penalties)
-    chosen = one_of(settings, {name: {} for name in (*names, optimizer, *added)})
+    added, by_layer = listed(penalties), [] if layer_rates is None else [layer_rates]
+    chosen = one_of(settings, {name: {} for name in (*names, optimizer, *added, *by_layer)})
     for name in names:
         given = way_named(name).settings(chosen[name])
         if way_named(name).size in chosen[name]:
@@ -92,8 +93,9 @@ def race(
             raise TransectError(f"{name}: {size}={given[size]} is set by shares in a contest; leave it out")
     shared = Settings(
         method=names[0], roles=None if roles is None else tuple(listed(roles)), optimizer=optimizer,
-        optimizer_options=chosen[optimizer], penalties={name: chosen[name] for name in added}, epochs=epochs,
-        steps=steps, batch_size=batch_size, accumulate=accumulate, held_out=held_out, every=every, seed=seed,
+        optimizer_options=chosen[optimizer], penalties={name: chosen[name] for name in added}, layer_rates=layer_rates,
+        layer_rates_options={} if layer_rates is None else chosen[layer_rates], epochs=epochs, steps=steps,
+        batch_size=batch_size, accumulate=accumulate, held_out=held_out, every=every, seed=seed,
     ).resolved()  # fmt: skip
     folder = Folder(Path(out).expanduser(), KIND)
     folder.check_place()

@@ -27,6 +27,7 @@ from ..printing import print_whole, progress_bar, stderr
               help="Only these matrices: q, k, v, o, gate, up, down. Default: every linear layer.")  # fmt: skip
 @click.option("--optimizer", default="adamw", show_default=True, help="How steps are taken; see the list below.")
 @click.option("--penalties", callback=split, help="Added to the loss, comma-separated; see the list below.")
+@click.option("--layer-rates", help="By what each layer's learning rate is multiplied; see the list below.")
 @click.option("--lr", type=float, help="Largest learning rate. Default: the method's.")
 @click.option("--epochs", type=int, default=1, show_default=True, help="Passes over the training sequences.")
 @click.option("--steps", type=int, help="At most so many optimizer steps.")
@@ -50,7 +51,7 @@ def adapt(context: click.Context, model: str, method: str, out: Path, as_json: b
     from ...adaptation import way_named
     from ...checkpoint import check_output, open_model
     from ...store import alone
-    from ...training import Check, Machine, optimizer_named, penalty_named
+    from ...training import Check, Machine, layer_rates_named, optimizer_named, penalty_named
     from ...verbs import adapt as adapt_model
 
     way_named(method)
@@ -58,6 +59,8 @@ def adapt(context: click.Context, model: str, method: str, out: Path, as_json: b
     options["penalties"] = options["penalties"] or []
     for name in options["penalties"]:
         penalty_named(name)
+    if options["layer_rates"] is not None:
+        layer_rates_named(options["layer_rates"])
     settings = method_settings(context.obj, method)
     check_output(out, options["overwrite"])
     revision, loading = options.pop("revision"), {name: options.pop(name) for name in ("dtype", "architecture")}

@@ -26,6 +26,7 @@ PURPOSES = {
     "adapter": "Fine-tune it: what is trained (adapt --method)",
     "parametrization": "Fine-tune it in other numbers, and put it together afterwards (adapt --method)",
     "optimizer": "Fine-tune it: how steps are taken (adapt --optimizer)",
+    "rates": "Fine-tune it: by what each layer's learning rate is multiplied (adapt --layer-rates)",
     "penalty": "Fine-tune it: what is added to the loss (adapt --penalties)",
     "mixer": "Stand in the place of attention (build --mixer)",
     "mlp": "Stand in the place of the MLP (build --mlp)",
@@ -64,9 +65,9 @@ def methods(name: str | None, as_json: bool) -> None:
     from ...editing import edits
     from ...parts import parts
     from ...probes import probes
-    from ...training import optimizers, parametrizations, penalties
+    from ...training import layer_rates, optimizers, parametrizations, penalties
 
-    ways = (*adapters(), *parametrizations(), *optimizers(), *penalties())
+    ways = (*adapters(), *parametrizations(), *optimizers(), *layer_rates(), *penalties())
     entries = [*all_methods(), *allocations(), *probes(), *edits(), *ways, *parts()]
     if name is not None:  # `method` says which names there are
         entries = [entry for entry in entries if entry.name == name] or [method(name)]
@@ -89,7 +90,7 @@ def methods(name: str | None, as_json: bool) -> None:
     if name is None:
         _print_by_purpose(entries)
         return
-    for entry in entries:
+    for entry in entries:  # a method of more than one kind is one of each
         _print_one(entry)
 
 

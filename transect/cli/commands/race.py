@@ -48,6 +48,7 @@ class RaceCommand(AdapterCommand):
               help="Only these matrices: q, k, v, o, gate, up, down. Default: every linear layer.")  # fmt: skip
 @click.option("--optimizer", default="adamw", show_default=True, help="How steps are taken; see the list below.")
 @click.option("--penalties", callback=split, help="Added to the loss of each, comma-separated; see the list below.")
+@click.option("--layer-rates", help="By what each layer's learning rate is multiplied; see the list below.")
 @click.option("--epochs", type=int, default=1, show_default=True, help="Passes over the training sequences.")
 @click.option("--steps", type=int, help="At most so many optimizer steps.")
 @click.option("--accumulate", type=int, default=1, show_default=True, help="Batches in a step.")
@@ -74,7 +75,8 @@ def race(context: click.Context, model: str, out: Path, as_json: bool, **options
     options["penalties"] = options["penalties"] or []
     for name in options["adapters"]:
         way_named(name)
-    refuse_unused(settings, dict.fromkeys([*options["adapters"], options["optimizer"], *options["penalties"]]))
+    chosen = [*options["adapters"], options["optimizer"], *options["penalties"], *filter(None, [options["layer_rates"]])]
+    refuse_unused(settings, dict.fromkeys(chosen))
     loading = opening(options)
     sized = [name for name in options["adapters"] if way_named(name).size]
     entrants = len(sized) * len(options["shares"]) + len(options["adapters"]) - len(sized)

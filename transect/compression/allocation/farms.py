@@ -8,13 +8,12 @@ from typing import Annotated, Literal
 
 from ...anatomy import Matrix
 from ...errors import TransectError
-from ...spectra import ESTIMATORS, pooled_eigenvalues
+from ...spectra import common_window, stretched, tail_exponent
 from ...statistics import Statistics
 from ..registry import Range
 from .registry import sharing
 from .table import Shares, Unit
 
-_LARGEST_WINDOW = 2000  # the paper's, for language models
 _LARGEST_REMOVAL = 0.998  # a block's share of bytes that may go; the paper clamps what is above 1 to this
 
 
@@ -31,12 +30,9 @@ def score(
 
     NaN for a matrix of zeros, such as a depth-expanded model's new blocks have: it has no spectrum.
     """
-    rows = window or min(_LARGEST_WINDOW, *(min(other.shape) for other in matrix.block.anatomy.matrices()))
-    weight = matrix.weight.double()
-    if not weight.any():
-        return math.nan
+    rows = window or common_window(other.shape for other in matrix.block.anatomy.matrices())
     try:
-        return ESTIMATORS[estimator](pooled_eigenvalues(weight, rows, windows=windows))
+        return tail_exponent(matrix.weight, rows, windows, estimator)
     except TransectError as error:
         raise TransectError(f"farms cannot score {matrix.name}: {error}; use another allocation") from None
 
@@ -75,7 +71,7 @@ def farms(
         blocks.setdefault(unit.block, []).append(unit)
     alphas = mean_exponents({block: [scores[unit.name] for unit in mine] for block, mine in blocks.items()})
     sizes = {block: sum(unit.bytes for unit in mine) for block, mine in blocks.items()}
-    removed = removals(sizes, stretched(alphas, epsilon), 1 - keep)
+    removed = removals(sizes, stretched(alphas, 1 - epsilon, 1 + epsilon), 1 - keep)
     # Rounding must not carry the total above the budget.
     return {unit.name: (1 - removed[unit.block]) * (1 - 1e-12) for unit in units}
 
@@ -86,14 +82,6 @@ def mean_exponents(exponents: Mapping[int, Sequence[float]]) -> dict[int, float]
     means = {block: sum(mine) / len(mine) for block, mine in known.items() if mine}
     middle = sum(means.values()) / len(means) if means else 1.0
     return {block: means.get(block, middle) for block in exponents}
-
-
-def stretched(alphas: Mapping[int, float], epsilon: float) -> dict[int, float]:
-    """The exponents mapped linearly to [1 - ε, 1 + ε]; all 1 where they are all the same."""
-    low, high = min(alphas.values()), max(alphas.values())
-    if high == low:
-        return dict.fromkeys(alphas, 1.0)
-    return {block: (alpha - low) / (high - low) * 2 * epsilon + 1 - epsilon for block, alpha in alphas.items()}
 
 
 def removals(sizes: Mapping[int, int], weights: Mapping[int, float], total: float) -> dict[int, float]:
