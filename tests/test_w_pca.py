@@ -10,12 +10,15 @@ import transformers as tf
 from scipy.stats import kendalltau, spearmanr
 
 from transect.anatomy import Anatomy
-from transect.data import Specimen, load
-from transect.errors import BadData, TransectError
+from transect.contest import train_architectures
+from transect.data import Batches, Specimen, load
+from transect.errors import BadData, Diverged, TransectError
 from transect.forward import watch
 from transect.probes import drawings, run_probes
-from transect.probes.catalog.w_pca import agreement, pca_dim, rank_architectures
+from transect.probes.catalog.w_pca import agreement, drawn_architectures, pca_dim, rank_architectures
 from transect.probes.catalog.w_pca.dimension import Scatter
+from transect.store import Folder
+from transect.training import Schedule
 
 from .models import VOCABULARY, inputs, tiny
 
@@ -265,3 +268,45 @@ def test_rankings_refuse_what_they_cannot_rank():
         agreement({"a": [1, 2]}, [1, 2, 3], [1, 2, 3])
     with pytest.raises(BadData, match="finite"):
         agreement({"a": [1, float("nan")]}, [1, 2], [1, 2])
+
+
+# Architectures that are drawn, and trained briefly
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+def test_drawn_architectures_are_small_models_of_the_kind(name):
+    anatomy = Anatomy(tiny(name))
+    sizes = {"depths": (2, 4), "widths": (16, 32), "ratios": (1, 2), "head": 8}
+    found = drawn_architectures(anatomy, 12, **sizes)
+    assert list(found) == list(drawn_architectures(anatomy, 12, **sizes)) and len(set(found)) == 12
+    assert list(found) != list(drawn_architectures(anatomy, 12, seed=1, **sizes))
+    for said, config in list(found.items())[::5]:
+        built = Anatomy(tf.AutoModelForCausalLM.from_config(config))
+        blocks, width, neurons = (int(size) for size in said.split(" x "))
+        assert 2 <= blocks == len(built.blocks) <= 4 and 16 <= width <= 32 and neurons in (width, 2 * width)
+        assert built.blocks[0].matrix("down").shape == (width, neurons) and built.config_value("heads") == width // 8
+    assert anatomy.model.config.to_dict() == tiny(name).config.to_dict()
+    with pytest.raises(TransectError, match="there are 18 such architectures, and 19 were asked for"):
+        drawn_architectures(anatomy, 19, **sizes)
+
+
+def test_trained_architectures_see_the_same_and_are_not_trained_twice(tmp_path):
+    configs = {"narrow": small(16, 32), "wide": small(32, 64)}
+    training, held_out = (
+        Batches([{"input_ids": part} for part in IDS[:20].split(4)]),
+        Batches([{"input_ids": IDS[20:]}]),
+    )
+    schedule = Schedule(1e-2, epochs=2)
+    random = torch.get_rng_state()
+    alone = train_architectures(dict(reversed(configs.items())), training, held_out, schedule)
+    folder = Folder(tmp_path / "architectures", "architectures")
+    part = train_architectures({"wide": configs["wide"]}, training, held_out, schedule, folder=folder)
+    both = train_architectures(configs, training, held_out, schedule, folder=folder)
+    assert torch.equal(torch.get_rng_state(), random) and both["wide"] == part["wide"]  # its seconds, too
+    for name in configs:
+        assert both[name]["loss"] == alone[name]["loss"] and both[name]["tokens"] == 2 * 20 * 20
+        assert both[name]["parameters"] == tf.OPTForCausalLM(configs[name]).num_parameters()
+    other = train_architectures({"wide": configs["wide"]}, training, held_out, Schedule(1e-3), folder=folder)
+    assert other["wide"]["loss"] != part["wide"]["loss"]
+    with pytest.raises(Diverged, match="wide: the loss is not finite"):
+        train_architectures({"wide": configs["wide"]}, training, held_out, Schedule(1e30, clip=None))

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ....data import Batches, load
 from ....statistics import Progress
 from ...context import Context
 from ...descent import descend
 from ...registry import NotApplicable
+from ...scratch import fresh_rows
 
 STEPS, TOKENS, RATE = 500, 2048, 2e-3  # of the training; tokens of a step
 LARGEST = 10_000_000  # numbers of a model that a claim trains
@@ -49,11 +49,7 @@ def text_of(context: Context) -> tuple[list[Tensor], str]:
     The calibration text; of the bundled model, whose text is made on demand, as much as one pass needs. Raises
     NotApplicable where there are fewer than LEAST tokens for each coordinate of the stream.
     """
-    batches, source = context.calibration, "the calibration text"
-    if context.specimen.name == "organism":
-        length = max(map(len, batches.texts()))
-        batches, source = _more(context, STEPS * max(1, TOKENS // length)), "text of the bundled model's world"
-    rows = list(batches.texts())
+    rows, source = fresh_rows(context, STEPS * TOKENS)
     tokens, needed = sum(map(len, rows)), LEAST * context.anatomy.config_value("hidden")
     if tokens < needed:
         raise NotApplicable(
@@ -82,8 +78,3 @@ def train(model: Any, rows: list[Tensor], progress: Progress | None = None, seed
     with torch.random.fork_rng(devices=devices):  # dropout
         torch.manual_seed(seed)
         descend(model, loss, STEPS, RATE, progress=progress)
-
-
-def _more(context: Context, sequences: int) -> Batches:
-    specimen = context.specimen
-    return load("organism:calibration", specimen.model, specimen.tokenizer, sequences=sequences, full_only=True)

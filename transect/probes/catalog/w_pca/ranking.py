@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -113,3 +114,46 @@ def _correlations(one: Sequence[float], other: Sequence[float]) -> tuple[float, 
 def _partial(plain: float, with_first: float, with_second: float) -> float:
     left = (1 - with_first**2) * (1 - with_second**2)
     return (plain - with_first * with_second) / sqrt(left) if left > 1e-12 else float("nan")
+
+
+def drawn_architectures(
+    anatomy: Anatomy,
+    count: int,
+    *,
+    depths: tuple[int, int] = (2, 6),
+    widths: tuple[int, int] = (32, 96),
+    ratios: tuple[int, int] = (1, 8),
+    head: int = 16,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Hugging Face configs of so many small models of a kind, each with other sizes; the same ones for a seed.
+
+    anatomy: of a model of that kind, whose config gives everything else. depths: least and most blocks. widths: of the
+    stream, in steps of `head`, the width of a head. ratios: of an MLP's neurons to the width.
+    Raises TransectError where there are not so many, and where the architecture's description does not name the sizes.
+    """
+    names = anatomy.architecture.config
+    missing = [size for size in ("blocks", "hidden", "heads", "neurons") if size not in names]
+    if missing:
+        raise TransectError(f"the description {anatomy.architecture.name!r} does not name {', '.join(missing)}")
+    ranges = [range(low // step, high // step + 1) for (low, high), step in ((depths, 1), (widths, head), (ratios, 1))]
+    sizes = [(blocks, head * heads, ratio) for blocks in ranges[0] for heads in ranges[1] for ratio in ranges[2]]
+    if count > len(sizes):
+        raise TransectError(f"there are {len(sizes)} such architectures, and {count} were asked for")
+    order = torch.randperm(len(sizes), generator=torch.Generator().manual_seed(seed)).tolist()
+    found = {}
+    for blocks, width, ratio in sorted(sizes[place] for place in order[:count]):
+        config = copy.deepcopy(anatomy.model.config)
+        text = config.get_text_config()
+        chosen = {
+            "blocks": blocks, "hidden": width, "heads": width // head, "key_value_heads": width // head,
+            "head_size": head, "neurons": ratio * width,
+        }  # fmt: skip
+        for size, value in chosen.items():
+            if size in names:
+                setattr(text, names[size], value)
+        for per_block in anatomy.architecture.per_block:
+            if values := getattr(text, per_block, None):  # deeper than the model: from its first block on again
+                setattr(text, per_block, [values[block % len(values)] for block in range(blocks)])
+        found[f"{blocks} x {width} x {ratio * width}"] = config
+    return found
