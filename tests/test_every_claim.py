@@ -27,7 +27,9 @@ SHORT = {
     "catalog.constrained_ft.SINGLE": 5, "catalog.constrained_ft._TIMES": (1.0,), "catalog.dsformer.KEEPS": (0.8,),
     "catalog.tscnc.pruned_network.STEPS": 2, "catalog.tscnc.pruned_network.MORE": 2,
     "catalog.tscnc.tscnc.DRAWS": 5, "catalog.tscnc.tscnc.SEEDS": (0, 1),
-    "catalog.svfit.STEPS": 2, "catalog.svfit.RATES": (0.1,), "fact_editing.SINGLE": 5,
+    "catalog.w_pca.STEPS": 2, "catalog.w_pca.ARCHITECTURES": 3, "catalog.w_pca.SEEDS": (0,),
+    "catalog.attention_sinks.STEPS": 2, "catalog.attention_sinks.SHARES": (1.0,), "catalog.farms.STEPS": 2,
+    "catalog.farms.SEEDS": (0,), "catalog.svfit.STEPS": 2, "catalog.svfit.RATES": (0.1,), "fact_editing.SINGLE": 5,
     "fact_editing.TOGETHER": 6, "fact_editing.OTHERS": 2,
 }  # fmt: skip
 QUICK = {
@@ -43,6 +45,7 @@ MORE = {
 }  # sequences
 # Why some say nothing of this model: a random one has no heads that copy, and learns no language in three steps.
 NOT_HERE = {
+    "attention-sinks/decorrelation": "No sinks behind the first token were found",
     "cd-t/copying-heads": "no head of this model attends to what came behind",
     "factual-recall/function-application": "no head that lowers the metric",
     "kfac-edit/what-suffers": "are those of the bundled model",
