@@ -33,7 +33,9 @@ def ranking(context: Context) -> Result:
     on the same batches in the same order, none of which comes twice where there is text enough. The order by minus the
     loss on held-out text is compared with the orders by parameters, PCA dimension and W-PCA (share 0.99, mean over
     three draws of the weights), measured before the activation, as the released code has it and as the claim is
-    judged, and behind it. The partial correlations are at a fixed number of parameters: what a score knows beyond it.
+    judged, and behind it; and, as a control, with the order by the stream's width alone, above which the dimension
+    before the activation cannot be. The partial correlations are at a fixed number of parameters: what a score knows
+    beyond it.
     """
     context.specimen.require_causal()
     vocabulary = context.model.get_input_embeddings().weight.shape[0]
@@ -54,13 +56,18 @@ def ranking(context: Context) -> Result:
         where: rank_architectures(configs, [{"input_ids": ids} for ids in text], where=where, seeds=SEEDS).table
         for where in _PLACES
     }
-    return _judged(trained, scores, {where: table.set_index("architecture") for where, table in tables.items()}, source)
+    widths = [
+        getattr(config.get_text_config(), context.anatomy.architecture.config["hidden"]) for config in configs.values()
+    ]
+    return _judged(
+        trained, scores, widths, {where: table.set_index("architecture") for where, table in tables.items()}, source
+    )
 
 
-def _judged(trained: Any, scores: Any, tables: Any, source: str) -> Result:
+def _judged(trained: Any, scores: Any, widths: list[int], tables: Any, source: str) -> Result:
     names = list(scores)
     parameters = [int(tables["pre"].loc[name, "parameters"]) for name in names]
-    proxies = {"parameters": parameters}
+    proxies: dict[str, list[Any]] = {"parameters": parameters, "width": widths}
     for where, place in _PLACES.items():
         proxies |= {
             f"{said}, {place}": [float(tables[where].loc[name, column]) for name in names]
@@ -79,7 +86,8 @@ def _judged(trained: Any, scores: Any, tables: Any, source: str) -> Result:
     return Result(
         Verdict.HOLDS if ours > 0 and ours > plain else Verdict.DOES_NOT_HOLD,
         f"{len(names)} architectures, on {source}: Kendall's tau with the losses {ours:+.3f} for W-PCA before the "
-        f"activation, {float(behind['tau']):+.3f} behind it, {plain:+.3f} for parameters alone; at a fixed number of "
+        f"activation, {float(behind['tau']):+.3f} behind it, {plain:+.3f} for parameters alone, "
+        f"{float(table.loc['width', 'tau']):+.3f} for the width alone; at a fixed number of "
         f"parameters {partial:+.3f} and {float(behind['partial_tau']):+.3f}.",
         numbers,
     )
