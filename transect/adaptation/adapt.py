@@ -59,8 +59,9 @@ def adapt_anatomy(
 
     The outcome has `loss_before` and `loss_after` (on the held-out sequences, in nats), `kept` (which state that is),
     `texts` (for each: before, after, and the standard error of the difference over its sequences; with `examples`, also
-    the nats and predictions of each sequence afterwards), `trained` (numbers),
-    `optimizer_bytes`, `steps`, `tokens`, `seconds`, and `checks` (step, training loss, held-out loss).
+    the nats and predictions of each sequence afterwards), `told` (what the method has to say: words, and a number),
+    `trained` (numbers), `optimizer_bytes`, `steps`, `tokens`, `seconds`, and `checks` (step, training loss, held-out
+    loss).
     Raises TransectError: before any change if something cannot be done; and if the loss stops being finite, in which
     case the best numbers so far are in the state and the model is as it was.
     """
@@ -93,6 +94,7 @@ def adapt_anatomy(
                 problem.tokens = [Batches([batch]).tokens for batch in training]
                 attached.after_step(0, steps)
                 course = train(problem, Run(settings.schedule, machine, state, progress, on_check), {})
+                told = attached.told()
                 attached.finish(problem.measure)
         except BaseException:
             attached.detach()
@@ -106,7 +108,7 @@ def adapt_anatomy(
             name: _change(before[name], after[name]) | ({"examples": after[name]} if examples else {})
             for name in after
         },
-        "trained": course.numbers, "optimizer_bytes": course.optimizer_bytes, "steps": course.steps,
+        "told": told, "trained": course.numbers, "optimizer_bytes": course.optimizer_bytes, "steps": course.steps,
         "tokens": course.tokens, "seconds": round(course.seconds, 3), "checks": course.checks,
     }  # fmt: skip
     return attached, outcome

@@ -88,6 +88,10 @@ class Attached:
             if (act := getattr(layer, "after_step", None)) is not None:
                 act(step, optimizer)
 
+    def told(self) -> dict[str, float]:
+        """Nothing; see `Parametrized`."""
+        return {}
+
     def held(self) -> dict[str, Tensor]:
         """Buffers of the adapter: what its numbers stand for."""
         return {

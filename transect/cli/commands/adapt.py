@@ -91,6 +91,8 @@ def adapt(context: click.Context, model: str, method: str, out: Path, as_json: b
             error = "" if loss["error"] is None else f" ± {loss['error']:.4f}"
             change = loss["after"] - loss["before"]
             print_whole(f"{said}: {loss['before']:.4f} -> {loss['after']:.4f} ({change:+.4f}{error})")
+    for words, number in outcome["told"].items():
+        print_whole(f"{words}: {number:.4g}")
     print_whole(
         f"{outcome['trained']:,} numbers trained, {outcome['optimizer_bytes'] / 1e6:.2f} MB of the optimizer's, "
         f"{outcome['steps']} steps and {outcome['tokens']:,} tokens in {outcome['seconds']:.0f} s"

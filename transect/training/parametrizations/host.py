@@ -84,6 +84,10 @@ class Parametrized:
         """To be called before the first of the steps, with 0, and after each; see `Together.after_step`."""
         self.together.after_step(step, steps, optimizer)
 
+    def told(self) -> dict[str, float]:
+        """What a user wants to know besides the losses; see `Together.told`."""
+        return dict(self.together.told())
+
     def held(self) -> dict[str, Tensor]:
         """Buffers of the method: what goes with the numbers."""
         names = {id(one): path for path, one in self.base.named_modules() if isinstance(one, StandIn)}

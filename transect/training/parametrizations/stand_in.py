@@ -73,6 +73,10 @@ class Together(nn.Module):
         for one in self.stand_ins.values():
             one.after_step(step / steps)
 
+    def told(self) -> Mapping[str, float]:
+        """What a user wants to know of the numbers besides the losses: words, and a number. Asked before `finish`."""
+        return {}
+
     def finish(self, measure: Callable[[], float]) -> None:
         """Called when the numbers are those that stay, before the stand-ins are `finished`.
 
