@@ -17,6 +17,7 @@ from transect.compression.two_four import two_four
 from transect.errors import OutOfReach, TransectError
 from transect.evaluation import matrix_bytes
 from transect.forward import computing_wide
+from transect.layers import sparse_coding
 from transect.operators import Bank, build, stored_bytes
 from transect.operators.dictionary import SharedSparseDictionary, SparseDictionary, fit_on_support
 from transect.statistics import InputCovariance, collect, key_of
@@ -44,7 +45,7 @@ def output_error(x, weight, made):
 def signals_and_atoms(n=60, d=12, atoms=20, seed=0):
     generator = torch.Generator().manual_seed(seed)
     signals, others = torch.randn(2, max(n, atoms), d, generator=generator, dtype=torch.float64)
-    return signals[:n].clone(), learning.drawn_atoms(others, atoms, seed)
+    return signals[:n].clone(), sparse_coding.drawn_atoms(others, atoms, seed)
 
 
 def operator(d_out=10, d_in=7, atoms=11, nonzeros=4, dtype=torch.float32):
@@ -64,7 +65,7 @@ def operator(d_out=10, d_in=7, atoms=11, nonzeros=4, dtype=torch.float32):
 @pytest.mark.parametrize("nonzeros", [1, 5, 11])
 def test_sparse_coding_is_orthogonal_matching_pursuit(nonzeros):
     signals, atoms = signals_and_atoms()
-    values, indices = learning.orthogonal_matching_pursuit(signals, atoms, nonzeros)
+    values, indices = sparse_coding.orthogonal_matching_pursuit(signals, atoms, nonzeros)
     for row, signal in enumerate(signals):
         chosen, left = [], signal
         for _ in range(nonzeros):
@@ -80,9 +81,9 @@ def test_sparse_coding_is_orthogonal_matching_pursuit(nonzeros):
 
 def test_sparse_coding_does_not_depend_on_its_chunks(monkeypatch):
     signals, atoms = signals_and_atoms()
-    whole = learning.orthogonal_matching_pursuit(signals, atoms, 5)
-    monkeypatch.setattr(learning, "_CHUNK", 7 * 5 * len(atoms))
-    for one, other in zip(whole, learning.orthogonal_matching_pursuit(signals, atoms, 5), strict=True):
+    whole = sparse_coding.orthogonal_matching_pursuit(signals, atoms, 5)
+    monkeypatch.setattr(sparse_coding, "_CHUNK", 7 * 5 * len(atoms))
+    for one, other in zip(whole, sparse_coding.orthogonal_matching_pursuit(signals, atoms, 5), strict=True):
         torch.testing.assert_close(one, other)
 
 
@@ -90,7 +91,7 @@ def test_sparse_coding_survives_signals_of_nothing_and_equal_atoms():
     signals, atoms = signals_and_atoms(n=6)
     signals[2] = 0
     atoms[5:] = atoms[4]
-    values, indices = learning.orthogonal_matching_pursuit(signals, atoms, 9)
+    values, indices = sparse_coding.orthogonal_matching_pursuit(signals, atoms, 9)
     assert torch.isfinite(values).all() and all(len(set(row.tolist())) == 9 for row in indices)
     assert (values[2] == 0).all()
 
@@ -98,11 +99,11 @@ def test_sparse_coding_survives_signals_of_nothing_and_equal_atoms():
 @pytest.mark.parametrize("seed", range(3))
 def test_a_sweep_never_raises_the_error_and_keeps_unit_atoms(seed):
     signals, atoms = signals_and_atoms(seed=seed)
-    values, indices = learning.orthogonal_matching_pursuit(signals, atoms, 5)
-    error = (signals - learning.scatter(values, indices, len(atoms)) @ atoms).square().sum()
+    values, indices = sparse_coding.orthogonal_matching_pursuit(signals, atoms, 5)
+    error = (signals - sparse_coding.scatter(values, indices, len(atoms)) @ atoms).square().sum()
     for _ in range(4):
         values = learning.update_atoms(signals, atoms, values, indices)
-        after = (signals - learning.scatter(values, indices, len(atoms)) @ atoms).square().sum()
+        after = (signals - sparse_coding.scatter(values, indices, len(atoms)) @ atoms).square().sum()
         assert after < error
         torch.testing.assert_close(atoms.norm(dim=1), torch.ones(len(atoms)).double())
         error = after
@@ -122,7 +123,7 @@ def test_an_atom_that_nothing_uses_becomes_the_worst_fitted_signal():
     signals, atoms = signals_and_atoms(n=30, atoms=6)
     indices = torch.tensor([[0, 1], [1, 3], [3, 4]]).repeat(10, 1)  # 2 and 5 are unused
     values = learning.update_atoms(signals, atoms, torch.ones(30, 2).double(), indices)
-    errors = (signals - learning.scatter(values, indices, 6) @ atoms).norm(dim=1)
+    errors = (signals - sparse_coding.scatter(values, indices, 6) @ atoms).norm(dim=1)
     for atom, row in zip((2, 5), errors.argsort(descending=True), strict=False):
         torch.testing.assert_close(atoms[atom], signals[row] / signals[row].norm())
 

@@ -9,17 +9,18 @@ from transformers import AutoModelForCausalLM
 
 import transect
 from transect.anatomy import Anatomy
-from transect.compression import dictionary_learning, method, weighted_svd
-from transect.compression.catalog.dsformer import (
+from transect.compression import method, weighted_svd
+from transect.compression.catalog.dsformer import dsformer_size
+from transect.errors import OutOfReach, TransectError
+from transect.layers import sparse_coding
+from transect.layers.dense_sparse import (
     Projection,
     column_blocks,
-    dsformer_size,
     fitted_bases,
     project,
     starting_bases,
+    without_idle,
 )
-from transect.compression.catalog.dsformer.projection import without_idle
-from transect.errors import OutOfReach, TransectError
 from transect.operators import build, stored_bytes
 from transect.operators.dense_sparse import DenseSparse, dense_sparse_bytes
 
@@ -90,7 +91,7 @@ def test_the_half_step_never_raises_a_blocks_error_and_keeps_unit_bases(seed):
     parts = column_blocks(matrix(40, 30, seed), 3)
     bases = starting_bases(parts, 12, "rows", seed)
     for _ in range(4):
-        values, indices = dictionary_learning.orthogonal_matching_pursuit(parts, bases, 4)
+        values, indices = sparse_coding.orthogonal_matching_pursuit(parts, bases, 4)
         before = errors(parts, Projection(bases, values, indices))
         bases, values = fitted_bases(parts, bases, values, indices)
         after = errors(parts, Projection(bases, values, indices))
@@ -122,12 +123,12 @@ def test_more_non_zeros_never_leave_more(bases):
 
 @pytest.mark.parametrize("chunk", [1 << 21, 7 * 3 * 8])
 def test_blocks_are_coded_together_as_they_are_alone(chunk, monkeypatch):
-    monkeypatch.setattr(dictionary_learning, "_CHUNK", chunk)  # seven rows at a time: across the blocks' borders
+    monkeypatch.setattr(sparse_coding, "_CHUNK", chunk)  # seven rows at a time: across the blocks' borders
     parts = column_blocks(matrix(30, 24), 3)
     bases = starting_bases(parts, 8, "svd", 0)
-    together = dictionary_learning.orthogonal_matching_pursuit(parts, bases, 3)
+    together = sparse_coding.orthogonal_matching_pursuit(parts, bases, 3)
     for number, (part, own) in enumerate(zip(parts, bases, strict=True)):
-        values, indices = dictionary_learning.orthogonal_matching_pursuit(part, own, 3)
+        values, indices = sparse_coding.orthogonal_matching_pursuit(part, own, 3)
         torch.testing.assert_close(together[0][number], values)
         assert torch.equal(together[1][number], indices)
 

@@ -7,13 +7,16 @@ the paper's own update was not available to us.
 
 from __future__ import annotations
 
+from math import floor
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ....operators.dictionary import fit_on_support
-from ...dictionary_learning import drawn_atoms, orthogonal_matching_pursuit, scatter, singular_atoms
+from ..errors import OutOfReach
+from ..operators.dense_sparse import dense_sparse_bytes
+from ..operators.dictionary import fit_on_support
+from .sparse_coding import drawn_atoms, orthogonal_matching_pursuit, scatter, singular_atoms
 
 Start = Literal["svd", "rows"]
 
@@ -30,6 +33,29 @@ class Projection(NamedTuple):
     def blocks(self) -> Tensor:
         """S_β D_β of every block (B x m x c)."""
         return scatter(self.values, self.indices, self.bases.shape[1]) @ self.bases
+
+
+def fitting(shape: tuple[int, int], itemsize: int, keep: float, width: int, ratio: float) -> tuple[int, dict[str, int]]:
+    """The most non-zeros s a row and block, with k = floor(ratio s) bases, that `keep` pays for.
+
+    Blocks are as even as possible, and none is wider than `width`. Returns the bytes and the sizes: blocks, bases,
+    nonzeros. Raises OutOfReach where there are none.
+    """
+    (d_out, d_in), found = shape, None
+    blocks, budget = -(-d_in // width), keep * d_out * d_in * itemsize
+    for nonzeros in range(1, d_in + 1):  # fewer than a block is wide, as they cost as much as that many columns
+        bases = floor(ratio * nonzeros)
+        size = dense_sparse_bytes(d_out, d_in, blocks, bases, nonzeros, itemsize)
+        if size > budget or bases > d_out:
+            break
+        found = size, {"blocks": blocks, "bases": bases, "nonzeros": nonzeros}
+    if found is None:
+        least = dense_sparse_bytes(d_out, d_in, blocks, floor(ratio), 1, itemsize) / (d_out * d_in * itemsize)
+        raise OutOfReach(
+            f"a {d_out} x {d_in} matrix at keep={keep:g} leaves no non-zero in {blocks} blocks of at most {width} "
+            f"columns: one a row, of {floor(ratio)} bases, takes {least:.3f}; raise keep or width, or lower ratio"
+        )
+    return found
 
 
 def column_blocks(weight: Tensor, count: int) -> Tensor:
@@ -68,12 +94,29 @@ def project(blocks: Tensor, begun: Tensor, nonzeros: int, iterations: int) -> Pr
         least = torch.where(better, errors, least)
         bases = without_idle(signals, made)
     assert kept is not None
-    dictionary, wanted = kept.bases.double(), blocks.double()
+    return _with_fitted_values(blocks, kept, scale)
+
+
+def refined(blocks: Tensor, made: Projection) -> Projection:
+    """The same support fitted to blocks (B x m x c) that have changed: the bases for the values, then these for those.
+
+    Neither step raises the error. In float64.
+    """
+    scale = blocks.double().square().mean().sqrt().clamp_min(1e-150)
+    bases, values = fitted_bases(
+        blocks.double() / scale, made.bases.double(), made.values.double() / scale, made.indices
+    )
+    return _with_fitted_values(blocks, Projection(bases, values, made.indices), scale)
+
+
+def _with_fitted_values(blocks: Tensor, made: Projection, scale: Tensor) -> Projection:
+    """The best values for the bases on their support, in float64. scale: of the blocks over those that were fitted."""
+    dictionary, wanted = made.bases.double(), blocks.double()
     fitted = [
         fit_on_support(d @ d.T, w @ d.T, indices, scale * values.double())
-        for d, w, values, indices in zip(dictionary, wanted, kept.values, kept.indices, strict=True)
+        for d, w, values, indices in zip(dictionary, wanted, made.values, made.indices, strict=True)
     ]
-    return Projection(dictionary, torch.stack(fitted), kept.indices)
+    return Projection(dictionary, torch.stack(fitted), made.indices)
 
 
 def fitted_bases(blocks: Tensor, bases: Tensor, values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:

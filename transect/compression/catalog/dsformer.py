@@ -2,44 +2,20 @@
 
 from __future__ import annotations
 
-from math import floor
 from typing import Annotated
 
 from torch import Tensor
 
-from ....errors import OutOfReach
-from ....operators.dense_sparse import DenseSparse, dense_sparse_bytes
-from ...registry import Range, Seed, Size, replacement
-from .projection import Start, column_blocks, project, starting_bases
+from ...layers.dense_sparse import Start, column_blocks, fitting, project, starting_bases
+from ...operators.dense_sparse import DenseSparse
+from ..registry import Range, Seed, Size, replacement
 
 
 def dsformer_size(
     shape: tuple[int, int], itemsize: int, keep: float, *, width: int, ratio: float, **settings: object
 ) -> Size:
-    """The most non-zeros s a row and block, with k = floor(ratio s) bases, that `keep` pays for.
-
-    Blocks are as even as possible, and none is wider than `width`.
-    """
-    (d_out, d_in), found = shape, None
-    blocks, budget = -(-d_in // width), keep * d_out * d_in * itemsize
-    for nonzeros in range(
-        1, d_in + 1
-    ):  # fewer than a block is wide, as the non-zeros cost as much as that many columns
-        bases = floor(ratio * nonzeros)
-        size = Size(
-            dense_sparse_bytes(d_out, d_in, blocks, bases, nonzeros, itemsize),
-            {"blocks": blocks, "bases": bases, "nonzeros": nonzeros},
-        )
-        if size.bytes > budget or bases > d_out:
-            break
-        found = size
-    if found is None:
-        least = dense_sparse_bytes(d_out, d_in, blocks, floor(ratio), 1, itemsize) / (d_out * d_in * itemsize)
-        raise OutOfReach(
-            f"a {d_out} x {d_in} matrix at keep={keep:g} leaves no non-zero in {blocks} blocks of at most {width} "
-            f"columns: one a row, of {floor(ratio)} bases, takes {least:.3f}; raise keep or width, or lower ratio"
-        )
-    return found
+    """The most non-zeros s a row and block that `keep` pays for; see `fitting`."""
+    return Size(*fitting(shape, itemsize, keep, width, ratio))
 
 
 @replacement("dsformer", paper="arXiv:2312.13211", size=dsformer_size, refit=True)
