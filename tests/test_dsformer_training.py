@@ -23,7 +23,7 @@ def matrix(d_out=24, d_in=20, seed=1, dtype=torch.float64):
 
 
 def made(variant="stf", weight=None, blocks=3, bases=6, nonzeros=2, pull=0.0, bias=None):
-    return Factorized(matrix() if weight is None else weight, bias, variant, blocks, bases, nonzeros, pull)
+    return Factorized(matrix() if weight is None else weight, bias, variant, blocks, bases, nonzeros, 20, pull)
 
 
 def together(one, refresh=3):
@@ -137,7 +137,10 @@ def test_what_is_stored_is_what_was_trained(dtype):
 
 
 def test_a_model_ends_within_its_bytes_and_says_how_far_its_weights_went():
-    model, options = tiny("llama"), dict(width=16, refresh=2, lr=1e-2, steps=3, batch_size=4, device="cpu")
+    model, options = (
+        tiny("llama"),
+        dict(width=16, iterations=2, refresh=2, lr=1e-2, steps=3, batch_size=4, device="cpu"),
+    )
     whole = Anatomy(model).matrix_bytes()
     outcome = transect.adapt(model, "dsformer", DATA, keep=0.7, **options).outcome
     assert 0.5 * whole < sum(stored_bytes(one.module) for one in Anatomy(model).matrices()) <= 0.7 * whole

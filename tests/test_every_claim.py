@@ -29,6 +29,9 @@ SHORT = {
     "catalog.tscnc.tscnc.DRAWS": 5, "catalog.tscnc.tscnc.SEEDS": (0, 1),
     "catalog.w_pca.STEPS": 2, "catalog.w_pca.ARCHITECTURES": 3, "catalog.w_pca.SEEDS": (0,),
     "catalog.attention_sinks.STEPS": 2, "catalog.attention_sinks.SHARES": (1.0,), "catalog.farms.STEPS": 2,
+    "catalog.dsformer.STEPS": 2, "catalog.dsformer.RATES": (1e-3,),
+    "catalog.dsformer.SETTINGS": {"keep": 0.5, "iterations": 1}, "catalog.ofq.STEPS": 2, "catalog.ofq.ANNEALED": 1,
+    "catalog.ofq.TUNED": 2,
     "catalog.farms.SEEDS": (0,), "catalog.svfit.STEPS": 2, "catalog.svfit.RATES": (0.1,), "fact_editing.SINGLE": 5,
     "fact_editing.TOGETHER": 6, "fact_editing.OTHERS": 2,
 }  # fmt: skip

@@ -19,7 +19,7 @@ from .models import VOCABULARY, inputs, logits, tiny
 DATA = torch.randint(3, VOCABULARY, (20, 12), generator=torch.Generator().manual_seed(5))
 NAMES = [one.name for one in parametrizations()]
 SMALL: dict[str, dict] = {  # settings for the tiny model (width 32), and what else should be tried
-    "dsformer": {"variant": "m", "keep": 0.8, "width": 16, "refresh": 3},
+    "dsformer": {"variant": "m", "keep": 0.8, "width": 16, "iterations": 2, "refresh": 3},
     "ofq": {"activation_bits": 8, "annealing": 0.5, "boundary": 0.1, "probe": True},
 }
 FAST = dict(lr=1e-2, epochs=2, batch_size=4, device="cpu")

@@ -22,8 +22,7 @@ from .straight_through import straight_through
 
 Variant = Literal["stf", "f", "m"]
 
-_ROUNDS = 20  # of the projection at the start
-_WARM_ROUNDS = 2  # and where the support is chosen anew
+_WARM_ROUNDS = 2  # of the projection where the support is chosen anew
 _SETTLED = 0.7  # share of the steps after which variant M trains the factors
 
 
@@ -40,8 +39,9 @@ class Factorized(StandIn):
     settled: Tensor  # whether the factors are trained, and no longer W
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None, variant: Variant, blocks: int, bases: int, nonzeros: int, pull: float
-    ) -> None:
+        self, weight: Tensor, bias: Tensor | None, variant: Variant, blocks: int, bases: int, nonzeros: int,
+        iterations: int, pull: float,
+    ) -> None:  # fmt: skip
         super().__init__(weight, bias)
         if not torch.isfinite(weight).all():
             raise TransectError("the weight is not finite, so that it has no factors")
@@ -49,7 +49,7 @@ class Factorized(StandIn):
         wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32), copy=True)
         parts = column_blocks(wide, blocks)
         begun = starting_bases(parts.float(), bases, "svd", int(torch.randint(2**31, ())))
-        made = project(parts, begun, nonzeros, _ROUNDS)
+        made = project(parts, begun, nonzeros, iterations)
         self.master = None if variant == "f" else nn.Parameter(wide)
         for name, tensor in (("values", made.values.to(wide)), ("bases", made.bases.to(wide))):
             if variant == "stf":
@@ -134,8 +134,8 @@ class Following(Together):
 def dsformer(
     weight: Tensor, bias: Tensor | None, *, variant: Variant = "stf",
     keep: Annotated[float, Range(0, 1, above=True)] = 0.5, width: Annotated[int, Range(1, 65_536)] = 64,
-    ratio: Annotated[float, Range(1, 64)] = 4.0, refresh: Annotated[int, Range(1)] = 50,
-    pull: Annotated[float, Range(0)] = 1e-3,
+    ratio: Annotated[float, Range(1, 64)] = 4.0, iterations: Annotated[int, Range(1, 10_000)] = 20,
+    refresh: Annotated[int, Range(1)] = 50, pull: Annotated[float, Range(0)] = 1e-3,
 ) -> Factorized:  # fmt: skip
     """Train a dense weight through its projection to small dense bases and row-sparse coefficients.
 
@@ -150,8 +150,9 @@ def dsformer(
     keep: share of a matrix's bytes that its factors may take.
     width: most columns of a block; blocks are as even as possible.
     ratio: bases per non-zero of a row.
+    iterations: rounds of coding and least squares at the start.
     refresh: steps from one choice of the support to the next.
     pull: weight of ||W - Π(W)||² / 2 in the loss, of all matrices together, which keeps W near what can be stored.
     """
     _, sizes = fitting((weight.shape[0], weight.shape[1]), weight.element_size(), keep, width, ratio)
-    return Factorized(weight, bias, variant, pull=pull, **sizes)
+    return Factorized(weight, bias, variant, iterations=iterations, pull=pull, **sizes)
