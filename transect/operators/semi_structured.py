@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from ..anatomy.storage import parameter_of
-from .base import Operator
+from .expanded import Expanded
 
 
-class SemiStructured(Operator):
+class SemiStructured(Expanded):
     """y = Ŵx + b, where Ŵ (d_out x d_in) has at most two non-zeros in every group of four entries of a row.
 
     values (d_out x 2g) are the two entries of each of the g groups of a row, the last group filled up with columns of
@@ -49,12 +49,6 @@ class SemiStructured(Operator):
         """How it computes where it is now, in its present dtype, when no gradient is needed."""
         return "dense" if self._sparse_type() is None else "semi-structured"
 
-    def forward(self, x: Tensor) -> Tensor:
-        needs_gradient = torch.is_grad_enabled() and (self.values.requires_grad or x.requires_grad)
-        if needs_gradient or torch.compiler.is_compiling():  # nothing can be kept from call to call
-            return nn.functional.linear(x, self.to_dense(), self.bias)
-        return nn.functional.linear(x, self._ready(), self.bias)
-
     def to_dense(self) -> Tensor:
         d_out, groups = self.out_features, self.values.shape[1] // 2
         index = unpack_positions(self.positions, d_out * groups).view(d_out, groups, 2)
@@ -72,29 +66,13 @@ class SemiStructured(Operator):
             return torch.sparse.SparseSemiStructuredTensorCUSPARSELT
         return torch.sparse.SparseSemiStructuredTensorCUTLASS if major == 8 else None
 
-    def _ready(self) -> Tensor:
-        """Ŵ in the form that the forward pass uses, made anew only if what it is made of has changed."""
-        # Writes in place are counted; wide arithmetic for a while (`computing_wide`) shows in the dtype alone.
-        made_of = [(t, (0 if t.is_inference() else t._version, t.dtype)) for t in (self.values, self.positions)]
-        kept = self.__dict__.get("_form")
-        if kept is not None and all(t is u and v == w for (t, v), (u, w) in zip(made_of, kept[0], strict=True)):
-            return kept[1]
-        with torch.inference_mode(False), torch.no_grad():
-            form, sparse_type = self.to_dense(), self._sparse_type()
-            form = form if sparse_type is None else sparse_type.from_dense(form)
-        self.__dict__["_form"] = made_of, form
-        return form
+    @property
+    def sources(self) -> tuple[Tensor, ...]:
+        return self.values, self.positions
 
-    def _apply(self, *args: Any, **kwargs: Any) -> SemiStructured:  # every move and every cast comes here
-        self.__dict__.pop("_form", None)
-        return super()._apply(*args, **kwargs)
-
-    def train(self, mode: bool = True) -> SemiStructured:
-        self.__dict__.pop("_form", None)
-        return super().train(mode)
-
-    def __getstate__(self) -> dict[str, Any]:  # for copies
-        return {name: value for name, value in self.__dict__.items() if name != "_form"}
+    def form(self) -> Tensor:
+        sparse_type = self._sparse_type()
+        return self.to_dense() if sparse_type is None else sparse_type.from_dense(self.to_dense())
 
     @property
     def flops(self) -> int:
