@@ -20,7 +20,9 @@ DATA = torch.randint(3, VOCABULARY, (20, 12), generator=torch.Generator().manual
 NAMES = [one.name for one in parametrizations()]
 SMALL: dict[str, dict] = {  # settings for the tiny model (width 32), and what else should be tried
     "dsformer": {"variant": "m", "keep": 0.8, "width": 16, "iterations": 2, "refresh": 3},
+    "maestro": {"keep": 0.6, "interval": 3, "ramp": 0.0, "tries": 2},
     "ofq": {"activation_bits": 8, "annealing": 0.5, "boundary": 0.1, "probe": True},
+    "pst": {"sparsity": 0.5, "weight_rank": 2, "score_rank": 2},
 }
 FAST = dict(lr=1e-2, epochs=2, batch_size=4, device="cpu")
 

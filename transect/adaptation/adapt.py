@@ -57,7 +57,8 @@ def adapt_anatomy(
     data: of which the last sequences only choose the best state. texts: on which the model is measured before and
     after, by name. state: where unfinished work is kept; the same call goes on from there.
 
-    The outcome has `loss_before` and `loss_after` (on the held-out sequences, in nats), `kept` (which state that is),
+    The outcome has `loss_before` and `loss_after` (on the held-out sequences, in nats; of a parametrization as it would
+    be stored, the start too), `kept` (which state that is),
     `texts` (for each: before, after, and the standard error of the difference over its sequences; with `examples`, also
     the nats and predictions of each sequence afterwards), `told` (what the method has to say: words, and a number),
     `trained` (numbers), `optimizer_bytes`, `steps`, `tokens`, `seconds`, and `checks` (step, training loss, held-out
@@ -102,7 +103,8 @@ def adapt_anatomy(
         after = {name: evaluate_loss(model, batches).examples for name, batches in (texts or {}).items()}
     attached.freeze_the_rest()
     outcome = {
-        "method": settings.method, "loss_before": course.before, "loss_after": course.best,
+        "method": settings.method, "loss_before": course.before,
+        "loss_after": course.best if attached.held_out is None else attached.held_out,
         "kept": f"step {course.best_step}" if course.best_step else "start",
         "texts": {
             name: _change(before[name], after[name]) | ({"examples": after[name]} if examples else {})

@@ -31,7 +31,7 @@ class Attached:
     """
 
     def __init__(self, model: Any, config: PeftConfig | None, seed: int, rewritten: Iterable[str] = ()) -> None:
-        self.base, self.peft = model, None
+        self.base, self.peft, self.held_out = model, None, None
         if config is None:
             return
         weights = {path: model.get_submodule(path).weight for path in rewritten}

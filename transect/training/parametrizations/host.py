@@ -47,6 +47,7 @@ class Parametrized:
         self.matrices = dense_matrices(anatomy, roles, self.method.name)
         self._layers = [(matrix, matrix.host, matrix.module) for matrix in self.matrices]  # for later
         self.stand_ins: dict[str, StandIn] = {}
+        self.held_out: float | None = None
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             for matrix in self.matrices:
@@ -108,9 +109,10 @@ class Parametrized:
     def finish(self, measure: Callable[[], float] | None = None) -> Any:
         """Put the layers back, with the weights that the training has led to, or operators in their places; the model.
 
-        measure: the loss on held-out text, for a method that decides something by it; NaN where there is none.
+        measure: the loss on held-out text, for a method that decides something by it; `held_out` is then that of what
+        is left.
         """
-        self.together.finish(measure or (lambda: float("nan")))
+        self.held_out = self.together.finish(measure or (lambda: float("nan")))
         results = {name: (one.finished(), one.bias) for name, one in self.stand_ins.items()}
         self._put_layers_back()
         for matrix in self.matrices:

@@ -77,8 +77,9 @@ class Together(nn.Module):
         """What a user wants to know of the numbers besides the losses: words, and a number. Asked before `finish`."""
         return {}
 
-    def finish(self, measure: Callable[[], float]) -> None:
+    def finish(self, measure: Callable[[], float]) -> float | None:
         """Called when the numbers are those that stay, before the stand-ins are `finished`.
 
-        measure: the loss on the held-out text, as the model is at the moment.
+        measure: the loss on the held-out text, as the model is at the moment; NaN where there is none.
+        Returns that loss of what is left, where something was decided by it, or None.
         """
