@@ -38,6 +38,7 @@ RIGHT: dict[str, dict[str, Any]] = {
     "inspect": {"probes": ["spectra"], "data": DATA},
     "race": {"adapters": ["lora"], "data": DATA, "eval_data": DATA, "out": "out"},
     "recover": {"data": DATA},
+    "search": {"data": DATA},
 }  # fmt: skip
 UNCHECKED = {"model", "data", "eval_data", "facts", "choices", "passages", "tokenizer", "teacher", "architecture",
              "forgets"}  # fmt: skip

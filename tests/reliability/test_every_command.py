@@ -229,6 +229,7 @@ COMMANDS = {
         [],
     ),
     "recover": (["model"], {"how": "distill"}, []),
+    "search": (["model"], {"neurons": "24,48", "heads": "1,2", "depth": "2,3", "hidden": "16,32"}, []),
 }  # fmt: skip
 
 

@@ -98,6 +98,15 @@ class PartCommand(MethodCommand):
         return tuple((f"Parts for --{slot}", parts(slot)) for slot in SLOTS)
 
 
+class SearchCommand(MethodCommand):
+    """The same for search methods."""
+
+    def sections(self) -> Sequence[tuple[str, Sequence[Any]]]:
+        from ..sizing import searchers
+
+        return (("Search methods and their parameters", searchers()),)
+
+
 def method_settings(options: list[tuple[str, str]], method: str | None) -> dict[str, dict[str, Any]]:
     """`--svd-llm.shrinkage 1e-4` (or `--shrinkage 1e-4` where there is one method) by method, as strings."""
     found: dict[str, dict[str, Any]] = {}

@@ -45,6 +45,16 @@ def shares(context: click.Context, parameter: click.Parameter, value: str) -> li
         raise click.BadParameter(f"{value!r} is not a comma-separated list of numbers") from None
 
 
+def whole_numbers(context: click.Context, parameter: click.Parameter, value: str | None) -> list[int] | None:
+    """Callback: the whole numbers of a comma-separated option; None if it is not given."""
+    if value is None:
+        return None
+    try:
+        return [int(part) for part in split(context, parameter, value) or []]
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not a comma-separated list of whole numbers") from None
+
+
 def description_file(context: click.Context, parameter: click.Parameter, value: str | None) -> dict[str, Any] | None:
     """Callback: the JSON object that the named file holds."""
     if value is None:

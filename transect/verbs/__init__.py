@@ -11,8 +11,9 @@ from .inspect import inspect
 from .race import race
 from .race_parts import race_parts
 from .recover import recover
+from .search import search
 
 __all__ = [
     "adapt", "build", "check_claims", "compare", "compress", "edit", "evaluate", "inspect", "race", "race_parts",
-    "recover",
+    "recover", "search",
 ]  # fmt: skip

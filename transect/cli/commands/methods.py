@@ -32,6 +32,7 @@ PURPOSES = {
     "mlp": "Stand in the place of the MLP (build --mlp)",
     "activation": "Stand in the place of the MLP's activation (build --activation)",
     "norm": "Stand in the places of the norms (build --norm)",
+    "search": "Choose its sizes inside it, and cut the smaller model out (search --method)",
     "edit": "Change what it knows or does (edit)",
 }
 
@@ -58,16 +59,17 @@ def _print_by_purpose(entries: Sequence[Any]) -> None:
 @click.argument("name", required=False)
 @shared_options("json")
 def methods(name: str | None, as_json: bool) -> None:
-    """List the methods, allocations, probes, edits, and what there is to adapt a model; or the parameters of one."""
+    """List the methods, allocations, probes, edits, parts, ways to adapt or search; or the parameters of one."""
     from ...adaptation import adapters
     from ...compression import allocations, method
     from ...compression import methods as all_methods
     from ...editing import edits
     from ...parts import parts
     from ...probes import probes
+    from ...sizing import searchers
     from ...training import layer_rates, optimizers, parametrizations, penalties
 
-    ways = (*adapters(), *parametrizations(), *optimizers(), *layer_rates(), *penalties())
+    ways = (*adapters(), *parametrizations(), *optimizers(), *layer_rates(), *penalties(), *searchers())
     entries = [*all_methods(), *allocations(), *probes(), *edits(), *ways, *parts()]
     if name is not None:  # `method` says which names there are
         entries = [entry for entry in entries if entry.name == name] or [method(name)]

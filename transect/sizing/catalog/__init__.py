@@ -1,0 +1,5 @@
+"""The search methods, one file or folder each. What is put here is registered; nothing else has to know of it."""
+
+from ...modules import import_all
+
+import_all(__name__, __path__)
