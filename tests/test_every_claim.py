@@ -25,6 +25,8 @@ SHORT = {
     "catalog.mole.STEPS": 2, "catalog.feature_neurons.STEPS": 2, "catalog.depth_efficiency.shallower.STEPS": 2,
     "catalog.lazy_neuron.relu_classifier.STEPS": 10, "catalog.localization._FACTS": 5, "catalog.jlcm.BITS": (2,),
     "catalog.constrained_ft.SINGLE": 5, "catalog.constrained_ft._TIMES": (1.0,), "catalog.dsformer.KEEPS": (0.8,),
+    "catalog.tanglenas.SEARCH": 2, "catalog.tanglenas.ALONE": 1, "catalog.tanglenas.SEEDS": (0,),
+    "catalog.tanglenas.SPACE": {"hidden": (32, 64), "neurons": (64,), "depth": (1,)},
     "catalog.tscnc.pruned_network.STEPS": 2, "catalog.tscnc.pruned_network.MORE": 2,
     "catalog.tscnc.tscnc.DRAWS": 5, "catalog.tscnc.tscnc.SEEDS": (0, 1),
     "catalog.w_pca.STEPS": 2, "catalog.w_pca.ARCHITECTURES": 3, "catalog.w_pca.SEEDS": (0,),
