@@ -6,6 +6,7 @@
 from .batches import Batches
 from .facts import load_choices, load_facts, load_passages
 from .loading import SpecialTokens, load
+from .preferences import Preference, load_preferences
 from .questions import Choice, Fact, Passage
 from .specimen import Specimen
 
@@ -14,10 +15,12 @@ __all__ = [
     "Choice",
     "Fact",
     "Passage",
+    "Preference",
     "SpecialTokens",
     "Specimen",
     "load",
     "load_choices",
     "load_facts",
     "load_passages",
+    "load_preferences",
 ]

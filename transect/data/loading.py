@@ -103,7 +103,7 @@ def load(
     if "input_ids" in first:
         rows = evenly_spaced(list(source), sequences)
         return fitting(_ids(rows, task, model, tokenizer, sequence_length, seed, batch_size), model)
-    length = _length(sequence_length, model, tokenizer)
+    length = length_for(sequence_length, model, tokenizer)
     if task == "classification" and _sees_images(model):
         return Batches(image_batches(evenly_spaced(list(source), sequences), model, processor, batch_size))
     if tokenizer is None:
@@ -129,7 +129,7 @@ def _rows(
     """Rows or ready batches, from a name or from a container."""
     if not isinstance(data, (str, os.PathLike)):
         return entries_of(data)
-    needed = ORGANISM_TOKENS if sequences is None else sequences * _length(sequence_length, model, tokenizer) + 1
+    needed = ORGANISM_TOKENS if sequences is None else sequences * length_for(sequence_length, model, tokenizer) + 1
     return rows_of(data if isinstance(data, str) else Path(data), organism_tokens=needed)
 
 
@@ -200,7 +200,8 @@ def _special(tokenizer: Any, task: str, special_tokens: SpecialTokens) -> tuple[
     return before, [] if task == "causal" else after  # to a causal model a cut is no end
 
 
-def _length(sequence_length: int | None, model: Any, tokenizer: Any) -> int:
+def length_for(sequence_length: int | None, model: Any, tokenizer: Any) -> int:
+    """Tokens of the longest sequence: as asked, or what model and tokenizer allow, at most 2048."""
     context = _context(model)
     if sequence_length is None:
         return min(context or LONGEST, getattr(tokenizer, "model_max_length", LONGEST), LONGEST)

@@ -1,0 +1,170 @@
+"""The reward of one category: a backbone with a value head, adapters for its aspects, and what joins these."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adaptation import adapter_named
+from ..adaptation.targets import targets_of
+from ..anatomy import Anatomy
+from ..errors import TransectError
+from ..forward import Batch, inputs_of
+from .pairwise import last_states
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+def states_of(model: Any, batch: Batch) -> Tensor:
+    """h (B x D, float32 or wider): the body's last hidden state at each sequence's last real token."""
+    hidden = model.base_model(**inputs_of(model, batch, body=True)).last_hidden_state
+    found = last_states(hidden, batch.get("attention_mask"))
+    return found.to(torch.promote_types(found.dtype, torch.float32))
+
+
+def width_of(model: Any) -> int:
+    """D, the width of `states_of`."""
+    return model.config.get_text_config().hidden_size
+
+
+class Scorer(nn.Module):
+    """Rewards (B) of prompts with their answers, in three stages of which each stands on the one before it.
+
+    At first v · h + c, of the backbone's state h and the value head (v, c). `add_aspects`: K adapters on the backbone,
+    each with a copy of the value head. `add_aggregator`: from then on the reward is an MLP of the K states side by
+    side.
+
+    backbone: a Hugging Face model, of which the body alone is used.
+    """
+
+    def __init__(self, backbone: Any) -> None:
+        super().__init__()
+        self.backbone, self.aspects = backbone, ()
+        width = width_of(backbone)
+        self.head = nn.Linear(width, 1)
+        nn.init.zeros_(self.head.bias)  # which no pair can tell anything about
+        self.aspect_heads = nn.ModuleList()
+        self.aggregator: nn.Sequential | None = None
+        self._wrapper: list[PeftModel] = []  # around the backbone: in a list, so that it is not a module of this one
+
+    @property
+    def peft(self) -> PeftModel:
+        """The one PEFT model around the backbone that holds every aspect's adapter."""
+        return self._wrapper[0]
+
+    def add_aspects(self, aspects: Sequence[str], roles: Sequence[str] | None, options: Mapping[str, Any]) -> None:
+        """An adapter for each aspect, whose reward is at first that of the value head.
+
+        roles: the matrices that are adapted. options: LoRA's settings. TransectError for what does not fit the model.
+        """
+        if not aspects:
+            raise TransectError("there are no aspects to add")
+        from peft import get_peft_model  # it takes a second to import
+
+        adapter, targets = adapter_named("lora"), targets_of(Anatomy(self.backbone), roles)
+        adapter.check(targets, options)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "fan_in_fan_out is set to")  # PEFT finds out which way Conv1D lies
+            warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)  # PEFT asks
+            for number in range(len(aspects)):
+                config = adapter.config(list(targets), options)
+                if number:
+                    self.peft.add_adapter(adapter_of(number), config)
+                else:
+                    self._wrapper = [get_peft_model(self.backbone, config, adapter_name=adapter_of(number))]
+        self._name_aspects(aspects)
+        for head in self.aspect_heads:
+            head.load_state_dict(self.head.state_dict())
+
+    def load_aspects(self, aspects: Sequence[str], folder: str) -> None:
+        """Adapters as `PeftModel.save_pretrained` wrote them into the folder; heads are to be loaded."""
+        from peft import PeftModel
+
+        self._wrapper = [PeftModel.from_pretrained(self.backbone, f"{folder}/{adapter_of(0)}", adapter_of(0))]
+        for number in range(1, len(aspects)):
+            self.peft.load_adapter(f"{folder}/{adapter_of(number)}", adapter_of(number))
+        self._name_aspects(aspects)
+
+    def _name_aspects(self, aspects: Sequence[str]) -> None:
+        self.aspects = tuple(aspects)
+        width, kind = self.head.in_features, self.head.weight
+        self.aspect_heads.extend(nn.Linear(width, 1).to(kind) for _ in aspects)
+
+    def add_aggregator(self) -> None:
+        """The MLP K D -> D -> 1 with one slope, in place of the value heads: K D² + 2 D + 2 numbers."""
+        if not self.aspects:
+            raise TransectError("an aggregator joins aspects, and this scorer has none")
+        width = self.head.in_features
+        first, last = nn.Linear(len(self.aspects) * width, width), nn.Linear(width, 1)
+        self.aggregator = nn.Sequential(first, nn.PReLU(), last).to(self.head.weight)
+
+    def body_parameters(self) -> dict[str, nn.Parameter]:
+        """The backbone's own numbers that a reward depends on."""
+        named = self.backbone.base_model.named_parameters()
+        return {f"backbone.{name}": p for name, p in named if p.is_floating_point() and "lora_" not in name}
+
+    def aspect_parameters(self, number: int) -> dict[str, nn.Parameter]:
+        """The numbers of one aspect: its adapter's, and its head's."""
+        mark = f".{adapter_of(number)}."
+        adapter = {name: p for name, p in self.backbone.named_parameters() if mark in f"{name}."}
+        return adapter | {f"head.{name}": p for name, p in self.aspect_heads[number].named_parameters()}
+
+    def base_rewards(self, batch: Batch) -> Tensor:
+        """r (B) of the backbone and the value head alone."""
+        if not self._wrapper:
+            return self.head(states_of(self.backbone, batch)).squeeze(-1)
+        with self.peft.disable_adapter():
+            return self.head(states_of(self.backbone, batch)).squeeze(-1)
+
+    def aspect_states(self, batch: Batch, number: int) -> Tensor:
+        """h_k (B x D), the state with that aspect's adapter."""
+        self.peft.set_adapter(adapter_of(number))
+        return states_of(self.backbone, batch)
+
+    def aspect_rewards(self, batch: Batch, number: int) -> Tensor:
+        """r_k (B), in that aspect alone."""
+        return self.aspect_heads[number](self.aspect_states(batch, number)).squeeze(-1)
+
+    def features(self, batch: Batch) -> Tensor:
+        """z = [h_1; ...; h_K] (B x K D)."""
+        return torch.cat([self.aspect_states(batch, number) for number in range(len(self.aspects))], -1)
+
+    def aggregated(self, features: Tensor) -> Tensor:
+        """r (B) of features (B x K D)."""
+        assert self.aggregator is not None
+        return self.aggregator(features).squeeze(-1)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """r (B): the aggregator's, or without one that of the value head."""
+        return self.base_rewards(batch) if self.aggregator is None else self.aggregated(self.features(batch))
+
+    def heads(self) -> dict[str, Tensor]:
+        """Every number of heads and aggregator, by name."""
+        return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("backbone.")}
+
+
+def adapter_of(number: int) -> str:
+    """What PEFT calls an aspect's adapter; an aspect's own name may have dots or slashes."""
+    return f"aspect-{number}"
+
+
+class Router(nn.Module):
+    """Logits (B x C) of the categories, of the prompt alone: a linear map of a backbone's state at its last token."""
+
+    def __init__(self, backbone: Any, categories: int) -> None:
+        super().__init__()
+        self.backbone, self.head = backbone, nn.Linear(width_of(backbone), categories)
+
+    def body_parameters(self) -> dict[str, nn.Parameter]:
+        """The backbone's numbers that the logits depend on."""
+        named = self.backbone.base_model.named_parameters()
+        return {f"backbone.{name}": p for name, p in named if p.is_floating_point()}
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Logits, not probabilities: cross-entropy takes the logarithm of their softmax itself."""
+        return self.head(states_of(self.backbone, batch))
