@@ -1,18 +1,22 @@
 """Rewards from preferences (DMoERM): loss and accuracy, the three phases, routing, the folder, best of n."""
 
+import copy
 import itertools
 import json
 import math
 import random
+from dataclasses import asdict
 
 import pytest
 import torch
+from click.testing import CliRunner
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
 
 from tests.models import VOCABULARY, tiny
+from transect.cli import main_group
 from transect.data import Preference, load_preferences
 from transect.data.encoded import padded, pair_batches
 from transect.errors import BadCheckpoint, BadData, TransectError
@@ -34,7 +38,7 @@ from transect.preference.scorer import Scorer, adapter_of, states_of
 from transect.training import Machine, State
 
 LORA = {"rank": 4, "alpha": 8.0, "dropout": 0.0}
-QUICK = Settings(rank=4, alpha=4, batch_size=4, lr=1e-3, router_lr=3e-3, aspect_lr=3e-3, every=2)
+QUICK = Settings(rank=4, alpha=4, batch_size=4, lr=1e-3, router_lr=3e-3, aspect_lr=3e-3, steps=2, every=1)
 
 
 def words():
@@ -47,7 +51,7 @@ def text(generator, count, low=10):
     return "".join(f" w{generator.randrange(low, VOCABULARY)}" for _ in range(count))
 
 
-def preferences(prompts=10):
+def preferences(prompts=8):
     """Two categories, each with its own first word, of two and of no aspects."""
     generator, made = random.Random(0), []
     for category, aspects in (("a", (None, "x", "y.z")), ("b", (None,))):
@@ -157,13 +161,16 @@ def test_each_phase_asks_its_own_numbers_for_gradients_and_no_other():
         assert with_gradient == {id(p) for p in problem.parameters.values()}, name
 
 
-def test_trained_saved_and_loaded_whole(tmp_path):
-    model, tokenizer, pairs = tiny("llama"), words(), preferences()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    reward, courses = train_reward_model(model, tokenizer, pairs, QUICK, machine=Machine("cpu"))
+@pytest.fixture(scope="module")
+def trained():
+    """Trained once, and to be left as it is."""
+    return train_reward_model(tiny("llama"), words(), preferences(), QUICK, machine=Machine("cpu"))
+
+
+def test_trained_saved_and_loaded_whole(trained, tmp_path):
+    reward, pairs, courses = trained, preferences(), trained.training["phases"]
     assert list(courses) == ["a, base", "a, x", "a, y.z", "a, aggregator", "b, base", "router"]
-    assert all(course.best <= course.before for course in courses.values())
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(course["loss_after"] <= course["loss_before"] for course in courses.values())
     assert reward.scorers[0].aspects == ("x", "y.z") and reward.scorers[1].aggregator is None
 
     prompts, answers = [pair.prompt for pair in pairs], [pair.better for pair in pairs]
@@ -188,10 +195,8 @@ def test_trained_saved_and_loaded_whole(tmp_path):
         RewardModel.load(tmp_path)
 
 
-def test_only_the_routed_category_is_evaluated():
-    pairs = preferences()
-    quick = Settings(rank=4, alpha=4, steps=1, batch_size=4)
-    reward, _ = train_reward_model(tiny("llama"), words(), pairs, quick, machine=Machine("cpu"))
+def test_only_the_routed_category_is_evaluated(trained):
+    pairs, reward = preferences(), copy.deepcopy(trained)
     torch.nn.init.zeros_(reward.router.head.weight)
     reward.router.head.bias.data = torch.tensor([0.0, 1.0])  # everything is of the category b
     prompts, answers = [pair.prompt for pair in pairs], [pair.worse for pair in pairs]
@@ -220,19 +225,21 @@ def test_the_order_is_learned_and_the_split_is_the_named_one(tmp_path):
     assert len(parts[0]) == 48 and len(parts[1]) == 12
     assert not {pair.prompt for pair in parts[0]} & {pair.prompt for pair in parts[1]}
     settings = Settings(lr=3e-3, batch_size=8, epochs=3, held_out=0.2, every=6)
-    reward, courses = train_reward_model(tiny("llama"), words(), pairs[:60], settings, machine=Machine("cpu"))
-    assert courses["all, base"].steps == 18 and reward.router is None
+    reward = train_reward_model(tiny("llama"), words(), pairs[:60], settings, machine=Machine("cpu"))
+    assert reward.training["phases"]["all, base"]["steps"] == 18 and reward.router is None
     assert reward.accuracy(pairs[60:])["all"] > 0.9
     swapped = [Preference(pair.prompt, pair.worse, pair.better) for pair in pairs[60:]]
     assert reward.accuracy(swapped)["all"] == 1 - reward.accuracy(pairs[60:])["all"]
 
 
-def test_an_interrupted_training_goes_on(tmp_path):
-    def run(state, on_check=lambda check: None):
-        settings = Settings(rank=4, alpha=4, steps=2, every=1, batch_size=4)
+def test_an_interrupted_training_goes_on_and_the_model_stays_as_it_was(trained, tmp_path):
+    model, tokenizer = tiny("llama"), words()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def run(state, on_check):
         return train_reward_model(
-            tiny("llama"), words(), preferences(), settings, machine=Machine("cpu"), state=state, on_check=on_check
-        )[0]
+            model, tokenizer, preferences(), QUICK, machine=Machine("cpu"), state=state, on_check=on_check
+        )
 
     def stop(check):
         if check.name == "a, y.z" and check.step == 1:
@@ -243,12 +250,12 @@ def test_an_interrupted_training_goes_on(tmp_path):
     seen = []
     resumed = run(State(tmp_path / "state"), lambda check: seen.append((check.name, check.step)))
     assert seen[0] == ("a, y.z", 2)
-    whole = run(State(None))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     prompts, answers = ["w4 w11", "w5 w12"], [" w13", " w14 w15"]
     for category in "ab":
         assert torch.equal(
             resumed.score(prompts, answers, categories=[category] * 2),
-            whole.score(prompts, answers, categories=[category] * 2),
+            trained.score(prompts, answers, categories=[category] * 2),
         )
 
 
@@ -328,3 +335,18 @@ def test_best_of_n_and_its_curve():
     answer, rewards = best_of_n(length, "w4 w5", sample, 5)
     answers = sample("w4 w5", 5)
     assert answer == answers[int(rewards.argmax())] and len(set(answers)) > 1
+
+
+def test_the_command(tmp_path):
+    """Trains, judges and writes; what is written says the same in Python."""
+    tiny("llama").save_pretrained(tmp_path / "model")
+    words().save_pretrained(tmp_path / "model")
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(asdict(pair)) + "\n" for pair in preferences(4)))
+    model, pairs, out = (str(tmp_path / name) for name in ("model", "pairs.jsonl", "reward"))
+    line = ["prefer", model, "--data", pairs, "--eval", pairs, "--rank", "4", "--steps", "1", "--out", out, "--json"]
+    said = CliRunner().invoke(main_group, line, catch_exceptions=False)
+    told = json.loads(said.stdout)
+    assert told["phases"]["a, x"]["steps"] == 1 and told["settings"]["rank"] == 4
+    reward = RewardModel.load(out)
+    assert reward.accuracy(preferences(4)) == told["accuracy"]
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "pairs.jsonl", "reward"}

@@ -12,6 +12,7 @@ from transect.anatomy import Anatomy
 from transect.checkpoint import save
 from transect.claims import Verdict, claims, context, ordering
 from transect.claims.catalog import jlcm
+from transect.claims.catalog.dmoerm.answers import Sizes
 from transect.claims.fact_editing import Bench
 from transect.cli import main_group
 from transect.compression import Recipe
@@ -25,6 +26,7 @@ SHORT = {
     "catalog.mole.STEPS": 2, "catalog.feature_neurons.STEPS": 2, "catalog.depth_efficiency.shallower.STEPS": 2,
     "catalog.lazy_neuron.relu_classifier.STEPS": 10, "catalog.localization._FACTS": 5, "catalog.jlcm.BITS": (2,),
     "catalog.constrained_ft.SINGLE": 5, "catalog.constrained_ft._TIMES": (1.0,), "catalog.dsformer.KEEPS": (0.8,),
+    "catalog.dmoerm.SIZES": Sizes(8, 4, 4, 1, 4, 1), "catalog.dmoerm.SEEDS": (0,),
     "catalog.tanglenas.SEARCH": 2, "catalog.tanglenas.ALONE": 1, "catalog.tanglenas.SEEDS": (0,),
     "catalog.tanglenas.SPACE": {"hidden": (32, 64), "neurons": (64,), "depth": (1,)},
     "catalog.tscnc.pruned_network.STEPS": 2, "catalog.tscnc.pruned_network.MORE": 2,

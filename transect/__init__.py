@@ -20,12 +20,12 @@ with _importing():
     from .sizing import searchers
     from .training import layer_rates, optimizers, parametrizations, penalties
     from .verbs import adapt, build, check_claims, compare, compress, edit, evaluate, inspect
-    from .verbs import race, race_parts, recover, search  # isort: skip
+    from .verbs import prefer, race, race_parts, recover, search  # isort: skip
     from .version import __version__
 
 __all__ = [
     "Anatomy", "BadCheckpoint", "BadData", "TransectError", "UnknownArchitecture", "__version__", "adapt", "adapters",
     "allocations", "build", "check_claims", "compare", "compress", "edit", "edits", "evaluate", "inspect",
-    "layer_rates", "methods", "optimizers", "parametrizations", "penalties", "race", "race_parts", "recover",
-    "register_architecture", "search", "searchers", "undo_folder",
+    "layer_rates", "methods", "optimizers", "parametrizations", "penalties", "prefer", "race", "race_parts",
+    "recover", "register_architecture", "search", "searchers", "undo_folder",
 ]  # fmt: skip

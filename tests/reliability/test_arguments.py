@@ -27,6 +27,7 @@ from transect.recovery import Settings
 
 VERBS = [getattr(verbs, name) for name in verbs.__all__]
 DATA = torch.randint(3, VOCABULARY, (4, 16), generator=torch.Generator().manual_seed(5))
+PAIRS = [{"prompt": f"w{number} ", "better": "w5 w6", "worse": "w7"} for number in range(4)]
 # What each verb requires, right; only one argument at a time is wrong.
 RIGHT: dict[str, dict[str, Any]] = {
     "adapt": {"method": "lora", "data": DATA},
@@ -36,6 +37,7 @@ RIGHT: dict[str, dict[str, Any]] = {
     "edit": {"method": "neuron-clamp", "data": DATA},
     "evaluate": {"data": DATA},
     "inspect": {"probes": ["spectra"], "data": DATA},
+    "prefer": {"data": PAIRS},
     "race": {"adapters": ["lora"], "data": DATA, "eval_data": DATA, "out": "out"},
     "recover": {"data": DATA},
     "search": {"data": DATA},

@@ -76,7 +76,13 @@ def place(tmp_path_factory):
     ]  # fmt: skip
     passages = [{"prompt": f"w{3 + i} w{9 + i} w{4 + i}", "answer": f"w{12 + i} w{13 + i}"} for i in range(4)]
     (folder / "architecture.json").write_text(json.dumps(asdict(architecture_of("llama"))))
-    for name, entries in (("facts", facts), ("said", known), ("choices", choices), ("passages", passages)):
+    preferences = [
+        {"prompt": f"w{3 + i} ", "better": "w9 w4", "worse": f"w{12 + i}", **aspect}
+        for i in range(4) for aspect in ({}, {"aspect": "length"})
+    ]  # fmt: skip
+    for name, entries in (
+        ("facts", facts), ("said", known), ("choices", choices), ("passages", passages), ("preferences", preferences)
+    ):  # fmt: skip
         (folder / f"{name}.json").write_text(json.dumps(entries))
     return folder
 
@@ -222,6 +228,11 @@ COMMANDS = {
     "eval": (["model"], {}, []),
     "inspect": (["model"], {}, []),
     "methods": (["svd"], {}, []),
+    "prefer": (
+        ["model"],
+        {"data": "preferences.json", "eval_data": "preferences.json", "categories": "all", "aspects": "length",
+         "rank": "4", "batch_size": "2"}, [],
+    ),
     "race": (
         ["model"],
         {"adapters": "lora,full", "forgets": "text.txt", "shares": "0.2", "rates": "1", "optimizer": "adamw",

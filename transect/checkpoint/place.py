@@ -18,6 +18,7 @@ _MODEL_FILES = re.compile(
     rf"(config|generation_config)\.json|(model|pytorch_model)[^/]*\.(safetensors|bin)(\.index\.json)?|{MODULE}\.py"
     r"|edit\.(json|md)|undo\.safetensors"  # of an edit of that model, see `transect.editing`
     r"|adapter_(config\.json|model\.(safetensors|bin))|adaptation\.json"  # of an adapter, see `transect.adaptation`
+    r"|reward_model\.json|category-\d+|router"  # of a reward model, see `transect.preference`
 )
 LAST = "config.json"  # without it nobody takes a folder for a model's
 

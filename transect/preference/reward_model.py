@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..checkpoint import check_output, open_model, placed
+from ..checkpoint.base import note_base
 from ..checkpoint.save import save_base
 from ..data import Preference
 from ..data.encoded import encoded, padded
@@ -33,7 +34,7 @@ class RewardModel:
 
     Higher is better, and only differences between answers to one prompt mean something. router: None where there is
     one category. tokenizer: of all backbones. length: the most tokens of a prompt with its answer; of longer ones the
-    end counts.
+    end counts. training: how it came to be, as JSON.
     """
 
     categories: tuple[str, ...]
@@ -41,6 +42,7 @@ class RewardModel:
     router: Router | None
     tokenizer: Any
     length: int
+    training: dict[str, Any] = field(default_factory=dict)
 
     def route(self, prompts: Sequence[str], batch_size: int = 32) -> list[int]:
         """The number of each prompt's category."""
@@ -131,8 +133,11 @@ class RewardModel:
             for number, scorer in enumerate(self.scorers):
                 place = partial / f"category-{number}"
                 save_base(scorer.backbone, place / _BACKBONE)
+                note_base(scorer.backbone, target / place.name / _BACKBONE)
                 if scorer.aspects:
-                    scorer.peft.save_pretrained(str(place))
+                    for config in scorer.peft.peft_config.values():
+                        config.base_model_name_or_path = str(target / place.name / _BACKBONE)
+                    scorer.peft.save_pretrained(str(place), save_embedding_layers=False)
                 save_file({k: t.detach().cpu().contiguous() for k, t in scorer.heads().items()}, place / _HEADS)
             if self.router is not None:
                 save_base(self.router.backbone, partial / "router" / _BACKBONE)
@@ -149,7 +154,7 @@ class RewardModel:
             {"name": name, "aspects": list(scorer.aspects), "aggregator": scorer.aggregator is not None}
             for name, scorer in zip(self.categories, self.scorers, strict=True)
         ]
-        return {"categories": categories, "length": self.length}
+        return {"categories": categories, "length": self.length, "training": self.training}
 
     @staticmethod
     def load(folder: str | Path) -> RewardModel:
@@ -177,7 +182,8 @@ class RewardModel:
             router = Router(open_model(folder / "router" / _BACKBONE).model, len(scorers)).eval()
             _load_heads(router.head, folder / "router" / _HEADS, set(router.head.state_dict()))
         names = tuple(entry["name"] for entry in card["categories"])
-        return RewardModel(names, scorers, router, AutoTokenizer.from_pretrained(folder), card["length"])
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        return RewardModel(names, scorers, router, tokenizer, card["length"], card["training"])
 
 
 def _load_heads(module: torch.nn.Module, path: Path, expected: set[str]) -> None:

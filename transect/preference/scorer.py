@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -68,9 +69,7 @@ class Scorer(nn.Module):
 
         adapter, targets = adapter_named("lora"), targets_of(Anatomy(self.backbone), roles)
         adapter.check(targets, options)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "fan_in_fan_out is set to")  # PEFT finds out which way Conv1D lies
-            warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)  # PEFT asks
+        with _without_notes():
             for number in range(len(aspects)):
                 config = adapter.config(list(targets), options)
                 if number:
@@ -85,9 +84,10 @@ class Scorer(nn.Module):
         """Adapters as `PeftModel.save_pretrained` wrote them into the folder; heads are to be loaded."""
         from peft import PeftModel
 
-        self._wrapper = [PeftModel.from_pretrained(self.backbone, f"{folder}/{adapter_of(0)}", adapter_of(0))]
-        for number in range(1, len(aspects)):
-            self.peft.load_adapter(f"{folder}/{adapter_of(number)}", adapter_of(number))
+        with _without_notes():
+            self._wrapper = [PeftModel.from_pretrained(self.backbone, f"{folder}/{adapter_of(0)}", adapter_of(0))]
+            for number in range(1, len(aspects)):
+                self.peft.load_adapter(f"{folder}/{adapter_of(number)}", adapter_of(number))
         self._name_aspects(aspects)
 
     def _name_aspects(self, aspects: Sequence[str]) -> None:
@@ -146,6 +146,15 @@ class Scorer(nn.Module):
     def heads(self) -> dict[str, Tensor]:
         """Every number of heads and aggregator, by name."""
         return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("backbone.")}
+
+
+@contextmanager
+def _without_notes() -> Iterator[None]:
+    """Inside the `with` PEFT is silent about what it finds out by itself."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to")  # which way a Conv1D lies
+        warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
+        yield
 
 
 def adapter_of(number: int) -> str:

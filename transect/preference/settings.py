@@ -19,7 +19,8 @@ Share = Annotated[float, Range(0, 1, above=True, below=True)]
 class Settings:
     """How a reward model is trained.
 
-    rank, alpha, dropout, roles: of the aspects' LoRA, and the matrices that get it; roles None for every linear layer.
+    rank, alpha, dropout, roles: of the aspects' LoRA (the paper has rank and alpha 32), and the matrices that get it;
+        roles None for every linear layer.
     base_share: of the prompts of a category without an aspect, the share for backbone and value head; the others are
         for the aggregator. All of them where a category has no aspects.
     lr, aspect_lr, aggregator_lr, router_lr: largest learning rates. The paper's, with one prompt a step, are 1e-7,
@@ -29,8 +30,8 @@ class Settings:
     every: measure the held-out loss, and write the state, every so many steps. Default: a tenth of all steps.
     """
 
-    rank: Count = 32
-    alpha: Positive = 32.0
+    rank: Count = 16
+    alpha: Positive = 16.0
     dropout: Annotated[float, Range(0, 1, below=True)] = 0.05
     roles: Sequence[str] | None = ("q", "v")
     base_share: Share = 0.6
