@@ -211,6 +211,8 @@ def test_only_the_routed_category_is_evaluated(trained):
     assert not calls
     with pytest.raises(TransectError, match="category 'c' is unknown; this reward model has 'a', 'b'"):
         reward.score(["w4"], ["w5"], categories=["c"])
+    with pytest.raises(TransectError, match="1 prompts and 2 categories"):
+        reward.score(["w4"], ["w5"], categories=["a", "b"])
     with pytest.raises(BadData, match="no prompts and answers"):
         reward.score([], [])
 
@@ -302,6 +304,8 @@ def test_preferences_that_are_read_and_sets_that_are_refused(tmp_path):
     ]:
         with pytest.raises(BadData, match=message):
             arranged(pairs, Settings(), **chosen)
+    with pytest.raises(TransectError, match=r"rank=17 is above 16, the largest for .*v_proj"):
+        train_reward_model(tiny("llama"), words(), pairs, Settings(rank=17), on_check=pytest.fail)
     with pytest.raises(BadData, match="b: 1 prompt is left where two are needed"):
         arranged([pair for pair in pairs if pair.category == "a" or pair == pairs[-1]], Settings())
 

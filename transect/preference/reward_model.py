@@ -71,6 +71,10 @@ class RewardModel:
             raise TransectError(f"there are {len(prompts)} prompts and {len(answers)} answers: each prompt needs one")
         if not len(prompts):
             raise BadData("there are no prompts and answers to score")
+        if categories is not None and len(categories) != len(prompts):
+            raise TransectError(
+                f"there are {len(prompts)} prompts and {len(categories)} categories: name each prompt's"
+            )
         if categories is None:
             once = list(dict.fromkeys(prompts))
             by_prompt = dict(zip(once, self.route(once, batch_size), strict=True))
@@ -100,10 +104,12 @@ class RewardModel:
     ) -> dict[str, float]:
         """Share of the pairs in which the better answer gets more (a tie is wrong), by category, and of `all` pairs.
 
-        routed: as at use; otherwise each pair by its own category's scorer.
+        Only pairs without an aspect count: a reward is of the answer as a whole. routed: as at use; otherwise each pair
+        by its own category's scorer. BadData if there is no such pair.
         """
+        preferences = [pair for pair in preferences if pair.aspect is None]
         if not preferences:
-            raise BadData("there are no preferences to judge by")
+            raise BadData("there are no preferences without an aspect to judge by")
         asked: dict[str, Any] = {"batch_size": batch_size}
         prompts = [pair.prompt for pair in preferences]
         if not routed:

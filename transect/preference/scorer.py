@@ -67,11 +67,10 @@ class Scorer(nn.Module):
             raise TransectError("there are no aspects to add")
         from peft import get_peft_model  # it takes a second to import
 
-        adapter, targets = adapter_named("lora"), targets_of(Anatomy(self.backbone), roles)
-        adapter.check(targets, options)
+        targets, adapter = aspect_targets(self.backbone, roles, options), adapter_named("lora")
         with _without_notes():
             for number in range(len(aspects)):
-                config = adapter.config(list(targets), options)
+                config = adapter.config(targets, options)
                 if number:
                     self.peft.add_adapter(adapter_of(number), config)
                 else:
@@ -146,6 +145,13 @@ class Scorer(nn.Module):
     def heads(self) -> dict[str, Tensor]:
         """Every number of heads and aggregator, by name."""
         return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("backbone.")}
+
+
+def aspect_targets(model: Any, roles: Sequence[str] | None, options: Mapping[str, Any]) -> list[str]:
+    """Paths of the layers that aspects adapt; TransectError if these adapters do not fit the model."""
+    adapter, targets = adapter_named("lora"), targets_of(Anatomy(model), roles)
+    adapter.check(targets, options)
+    return list(targets)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..anatomy import model_in
 from ..compression.fingerprint import computation_fingerprint
 from ..data import load_preferences
 from ..data.encoded import pair_batches, prompt_batches
@@ -22,7 +23,7 @@ from ..version import __version__
 from . import phases
 from .arranged import Arranged, Halves, arranged, prompts_of
 from .reward_model import RewardModel
-from .scorer import Router, Scorer
+from .scorer import Router, Scorer, aspect_targets
 from .settings import Settings
 
 
@@ -53,11 +54,13 @@ def train_reward_model(
     Raises BadData, before any training, for an unknown category or aspect, for one without data, and where there are
     too few prompts; Diverged if a loss is not finite any more.
     """
-    settings = (settings or Settings()).resolved()
+    settings, model = (settings or Settings()).resolved(), model_in(model)
     if model.dtype == torch.float16:
         raise TransectError("small gradients vanish in float16: open the model in bfloat16 or float32 (dtype, --dtype)")
     pairs = load_preferences(data, categories=categories, aspects=aspects)
     parts = arranged(pairs, settings, categories, aspects)
+    if any(one.aspects for one in parts.values()):
+        aspect_targets(model, settings.roles, settings.lora)  # an error now, and not after the first phase
     length = length_for(sequence_length, model, tokenizer)
     machine, state = machine or Machine(), state or State(None)
     plan = {

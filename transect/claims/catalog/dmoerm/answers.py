@@ -38,11 +38,11 @@ class Sizes:
     epochs: over the pairs, in each phase.
     """
 
-    pairs: int = 1500
+    pairs: int = 3000
     of_aspect: int = 1000
     judged: int = 1000
-    prompts: int = 24
-    answers: int = 512
+    prompts: int = 16
+    answers: int = 384
     epochs: int = 4
 
 
