@@ -164,7 +164,7 @@ def test_another_run_in_the_folder_is_refused(tmp_path):
 def test_methods_are_listed_with_all_that_there_is_to_know():
     every = [*methods(), *allocations(), *probes(), *edits(), *transect.adapters(), *transect.optimizers()]
     every += [*transect.parametrizations(), *transect.penalties(), *transect.layer_rates(), *transect.searchers()]
-    every += parts()
+    every += [*transect.objectives(), *parts()]
     listed = run("methods").stdout
     told = json.loads(run("methods --json").stdout)
     described = {entry["name"]: entry for entry in told}

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from ..anatomy import Anatomy
+from ..checkpoint import Opened
 from ..compression.fingerprint import computation_fingerprint
 from ..data import Batches
 from ..data.split import share, split
 from ..errors import Diverged, TransectError
-from ..evaluation import evaluate_loss, standard_error
+from ..evaluation import LossResult, standard_error
 from ..forward import Batch, at_rest
+from ..goals import Goal
 from ..statistics import Progress
 from ..training import (
     Machine,
@@ -26,9 +28,7 @@ from ..training import (
     Run,
     Seen,
     State,
-    held_out_loss,
     on_device,
-    own_loss,
     penalty_named,
     train,
     watching,
@@ -46,6 +46,7 @@ def adapt_anatomy(
     data: Batches,
     texts: Mapping[str, Batches] | None = None,
     *,
+    goal: Goal | None = None,
     machine: Machine | None = None,
     state: State | None = None,
     progress: Progress | None = None,
@@ -55,14 +56,15 @@ def adapt_anatomy(
     """Train the model on the data, in place; the model with its adapter, and what came of it.
 
     data: of which the last sequences only choose the best state. texts: on which the model is measured before and
-    after, by name. state: where unfinished work is kept; the same call goes on from there.
+    after, by name. goal: what is lowered, made of the settings' objective and the model's tokenizer; the model's own
+    loss needs none. state: where unfinished work is kept; the same call goes on from there.
 
     The outcome has `loss_before` and `loss_after` (on the held-out sequences, in nats; of a parametrization as it would
     be stored, the start too), `kept` (which state that is),
-    `texts` (for each: before, after, and the standard error of the difference over its sequences; with `examples`, also
-    the nats and predictions of each sequence afterwards), `told` (what the method has to say: words, and a number),
-    `trained` (numbers), `optimizer_bytes`, `steps`, `tokens`, `seconds`, and `checks` (step, training loss, held-out
-    loss).
+    `texts` (for each: loss before, after, and the standard error of the difference over its sequences, and `accuracy`
+    before and after; with `examples`, also the nats and predictions of each sequence afterwards), `told` (what the
+    method has to say: words, and a number), `trained` (numbers), `optimizer_bytes`, `steps`, `tokens`, `seconds`, and
+    `checks` (step, training loss, held-out loss).
     Raises TransectError: before any change if something cannot be done; and if the loss stops being finite, in which
     case the best numbers so far are in the state and the model is as it was.
     """
@@ -71,6 +73,7 @@ def adapt_anatomy(
     if model.dtype == torch.float16:
         raise TransectError("small gradients vanish in float16: open the model in bfloat16 or float32 (dtype, --dtype)")
     anatomy.check_finite()
+    goal = goal or settings.goal(Opened(model, None, None, "", None))
     attach = prepared(anatomy, settings)
     training, held_out = split(data, settings.held_out, settings.batch_size, settings.seed)
     machine, state = machine or Machine(), state or State(None)
@@ -82,14 +85,14 @@ def adapt_anatomy(
     machine.wait()
     layers = targets_of(anatomy, None)
     with on_device(machine, [model]), at_rest(model, frozen=True):
-        before = {name: evaluate_loss(model, batches).examples for name, batches in (texts or {}).items()}
+        before = {name: goal.evaluate(model, batches) for name, batches in (texts or {}).items()}
         attached = attach()
         try:
             judging = share(held_out, machine.index, machine.count)
             with watching(list(anatomy.block_list)) if settings.penalties else nullcontext([]) as states:
                 ours = share(training, machine.index, machine.count)
                 steps = settings.schedule.total(math.ceil(len(ours) / settings.accumulate))
-                problem = _problem(attached, settings, ours, judging, machine, states, steps)
+                problem = _problem(attached, settings, goal, ours, judging, machine, states, steps)
                 if settings.layer_rates is not None:
                     renew_rates(problem, settings, model, layers)
                 problem.tokens = [Batches([batch]).tokens for batch in training]
@@ -100,14 +103,14 @@ def adapt_anatomy(
         except BaseException:
             attached.detach()
             raise
-        after = {name: evaluate_loss(model, batches).examples for name, batches in (texts or {}).items()}
+        after = {name: goal.evaluate(model, batches) for name, batches in (texts or {}).items()}
     attached.freeze_the_rest()
     outcome = {
         "method": settings.method, "loss_before": course.before,
         "loss_after": course.best if attached.held_out is None else attached.held_out,
         "kept": f"step {course.best_step}" if course.best_step else "start",
         "texts": {
-            name: _change(before[name], after[name]) | ({"examples": after[name]} if examples else {})
+            name: _change(before[name], after[name]) | ({"examples": after[name].examples} if examples else {})
             for name in after
         },
         "told": told, "trained": course.numbers, "optimizer_bytes": course.optimizer_bytes, "steps": course.steps,
@@ -119,6 +122,7 @@ def adapt_anatomy(
 def _problem(
     attached: Attached | Replaced,
     settings: Settings,
+    goal: Goal,
     training: Sequence[Batch | None],
     held_out: Sequence[Batch | None],
     machine: Machine,
@@ -128,10 +132,10 @@ def _problem(
     model = attached.base
 
     def penalty(batch: Batch) -> Tensor | None:
-        seen = Seen(model, batch, list(states))
+        seen = Seen(model, goal.given(batch), list(states))
 
         def again() -> Tensor:
-            loss, count = own_loss(model, batch)
+            loss, count = goal.loss(model, batch)
             return loss / count
 
         own = attached.penalty(again)
@@ -143,8 +147,8 @@ def _problem(
         settings.method,
         attached.parameters,
         training,
-        loss=lambda batch: own_loss(model, batch),
-        measure=lambda: held_out_loss(model, held_out, machine),
+        loss=lambda batch: goal.loss(model, batch),
+        measure=lambda: goal.measure(model, held_out, machine),
         set_mode=model.train,
         penalty=penalty,
         after_step=lambda step, optimizer: attached.after_step(step, steps, optimizer),
@@ -153,9 +157,11 @@ def _problem(
     )
 
 
-def _change(before: Any, after: Any) -> dict[str, Any]:
-    """Loss before and after, and the standard error of the difference, sequence by sequence."""
-    losses = [sum(nats for nats, _ in examples) / sum(count for _, count in examples) for examples in (before, after)]
-    if not math.isfinite(losses[1]):
+def _change(before: LossResult, after: LossResult) -> dict[str, Any]:
+    """Loss before and after, the standard error of the difference, sequence by sequence, and both accuracies."""
+    if not math.isfinite(after.loss):
         raise Diverged("the loss is not finite: the adapted model puts out NaN or infinity. Lower the rate")
-    return {"before": losses[0], "after": losses[1], "error": standard_error(after, before)}
+    return {
+        "before": before.loss, "after": after.loss, "error": standard_error(after.examples, before.examples),
+        "accuracy": [before.accuracy, after.accuracy],
+    }  # fmt: skip

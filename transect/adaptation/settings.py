@@ -7,7 +7,9 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any
 
 from ..arguments import Range, checked_fields
+from ..checkpoint import Opened
 from ..errors import TransectError
+from ..goals import Goal, objective_named
 from ..parameters import Seed
 from ..training import Parametrization, Schedule, layer_rates_named, optimizer_named, penalty_named
 from .registry import Adapter, way_named
@@ -22,6 +24,7 @@ class Settings:
 
     method: a registered adapter or parametrization. options: its settings.
     roles: matrices that are adapted; default every linear layer.
+    objective, objective_options: a registered objective, what is lowered, and its settings.
     optimizer, optimizer_options: a registered optimizer and its settings.
     penalties: registered penalties, each with its settings, that are added to the loss.
     layer_rates: registered rates by layer, with their settings: by what the learning rate of each layer is multiplied.
@@ -48,6 +51,12 @@ class Settings:
     held_out: Annotated[float, Range(0, 1, above=True, below=True)] = 0.1
     every: Count | None = None
     seed: Seed = 0
+    objective: str = "own"
+    objective_options: Mapping[str, Any] = field(default_factory=dict)
+
+    def goal(self, opened: Opened) -> Goal:
+        """What is lowered, for this model; TransectError for an objective that does not go with it."""
+        return objective_named(self.objective).goal(opened, self.objective_options)
 
     @property
     def way(self) -> Adapter | Parametrization:
@@ -63,6 +72,7 @@ class Settings:
             chosen,
             layer_rates_options={} if rates is None else rates.settings(chosen.layer_rates_options),
             options=way.settings(chosen.options),
+            objective_options=objective_named(chosen.objective).settings(chosen.objective_options),
             optimizer_options=optimizer.settings(chosen.optimizer_options),
             penalties={name: penalty_named(name).settings(given) for name, given in chosen.penalties.items()},
             lr=way.rate if chosen.lr is None else chosen.lr,

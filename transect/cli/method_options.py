@@ -73,15 +73,17 @@ class EditCommand(MethodCommand):
 
 
 class AdapterCommand(MethodCommand):
-    """The same for adapters, parametrizations, optimizers, rates by layer and penalties."""
+    """The same for adapters, parametrizations, objectives, optimizers, rates by layer and penalties."""
 
     def sections(self) -> Sequence[tuple[str, Sequence[Any]]]:
         from ..adaptation import adapters
+        from ..goals import objectives
         from ..training import layer_rates, optimizers, parametrizations, penalties
 
         return (
             ("Adapters and their parameters", adapters()),
             ("Parametrizations: the same choice, and the result is a model", parametrizations()),
+            ("Objectives", objectives()),
             ("Optimizers", optimizers()),
             ("Rates by layer", layer_rates()),
             ("Penalties", penalties()),

@@ -5,7 +5,7 @@
 
 from .batches import Batches
 from .facts import load_choices, load_facts, load_passages
-from .loading import SpecialTokens, load
+from .loading import SpecialTokens, load, load_rows
 from .preferences import Preference, load_preferences
 from .questions import Choice, Fact, Passage
 from .specimen import Specimen
@@ -23,4 +23,5 @@ __all__ = [
     "load_facts",
     "load_passages",
     "load_preferences",
+    "load_rows",
 ]

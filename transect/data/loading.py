@@ -123,6 +123,18 @@ def load(
     return fitting(stacked(_with_labels(rows, task, model, tokenizer, seed), batch_size), model)
 
 
+def load_rows(data: Any, sequences: int | None = None) -> list[Row]:
+    """The rows of the data, dicts of their columns, for an objective that makes batches of its own of them.
+
+    data: as in `load`, but for token ids and ready batches. sequences: only so many, evenly spaced; default all.
+    Raises BadData if there is none, or if they are no rows.
+    """
+    first, source = _peeked(_rows(data, None, None, None, None))
+    if is_batch(first) or "input_ids" in first:
+        raise BadData("rows of texts are needed here, not token ids or batches: give the texts themselves")
+    return evenly_spaced(list(source), sequences)
+
+
 def _rows(
     data: Any, model: Any, tokenizer: Any, sequence_length: int | None, sequences: int | None
 ) -> Iterator[dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,13 +14,14 @@ from ..anatomy import Anatomy
 from ..arguments import checked
 from ..checkpoint import Opened, check_output, placed, save
 from ..data import SpecialTokens
+from ..goals import Reading
 from ..parameters import Seed, listed
 from ..statistics import Progress
 from ..store import alone, write_text
 from ..training import Check, Machine, State
 from .arguments import Count, Device, FolderName, Length, Role, Some
 from .common import Settings as Given
-from .common import calibration_of, held_out_of, one_of, opened_of
+from .common import one_of, opened_of
 
 KIND = "an unfinished adaptation"  # what the folder of one is
 CARD = "adaptation.json"
@@ -50,6 +51,7 @@ def adapt(
     checkpoint: FolderName | None = None,
     tokenizer: Any = None,
     roles: Annotated[Sequence[Role], Some] | None = None,
+    objective: str = "own",
     optimizer: str = "adamw",
     penalties: Sequence[str] = (),
     layer_rates: str | None = None,
@@ -83,26 +85,29 @@ def adapt(
         checkpoint. Unfinished work lies beside it, and the same call goes on from there.
     merge: write the adapter into the weights.
     checkpoint: a folder for unfinished work, where there is no `out`. It is removed at the end.
-    roles: only these matrices. optimizer: see `transect.optimizers()`. penalties: added to the loss, see
-        `transect.penalties()`. layer_rates: by what each layer's learning rate is multiplied, see
+    roles: only these matrices. objective: what is lowered, see `transect.objectives()`; it decides what the data must
+        be, and what the loss of `eval_data` and `forgets` is. optimizer: see `transect.optimizers()`. penalties: added
+        to the loss, see `transect.penalties()`. layer_rates: by what each layer's learning rate is multiplied, see
         `transect.layer_rates()`. lr ... seed: see `transect.adaptation.Settings`.
     sequences: use so many of the data's, evenly spaced; default all.
     device: where to train. Default: where accelerate puts it (a GPU if there is one); the model returns to its place.
-    parameters: the adapter's. settings: the same by the name of the adapter, the optimizer, a penalty or the
-        rates by layer.
+    parameters: the adapter's. settings: the same by the name of the adapter, the objective, the optimizer, a penalty or
+        the rates by layer.
 
     Raises TransectError before any change if something cannot be done; after any error the model has no adapter.
     """
     from ..adaptation.adapt import adapt_anatomy  # peft takes a second to import
 
     added, rates = listed(penalties), [] if layer_rates is None else [layer_rates]
-    chosen = one_of(settings, {method: parameters, optimizer: {}, **{name: {} for name in (*added, *rates)}})
+    others = (objective, optimizer, *added, *rates)
+    chosen = one_of(settings, {method: parameters, **{name: {} for name in others}})
     resolved = Settings(
         method=method, options=chosen[method], roles=None if roles is None else tuple(listed(roles)),
         optimizer=optimizer, optimizer_options=chosen[optimizer],
         penalties={name: chosen[name] for name in added}, layer_rates=layer_rates,
         layer_rates_options={} if layer_rates is None else chosen[layer_rates], lr=lr, epochs=epochs, steps=steps,
         batch_size=batch_size, accumulate=accumulate, held_out=held_out, every=every, seed=seed,
+        objective=objective, objective_options=chosen[objective],
     ).resolved()  # fmt: skip
     if merge:
         resolved.check_merges()
@@ -114,9 +119,11 @@ def adapt(
     state = State(None if checkpoint is None else Path(checkpoint), writes=machine.is_main, kind=KIND)
     state.check_place()
     opened = opened_of(model, tokenizer)
-    batches = calibration_of(data, opened, sequence_length, sequences, batch_size, seed, special_tokens)
+    goal = resolved.goal(opened)
+    reading = Reading(sequence_length, batch_size, sequences, True, seed, special_tokens)
+    batches = goal.read(data, reading)
     texts = {
-        name: held_out_of(text, opened, sequence_length, eval_sequences, batch_size, seed, special_tokens)
+        name: goal.read(text, replace(reading, sequences=eval_sequences, full_only=False))
         for name, text in {"eval": eval_data, "forgets": forgets}.items()
         if text is not None
     }
@@ -125,8 +132,9 @@ def adapt(
         for place in places:
             stack.enter_context(alone(place))
         attached, outcome = adapt_anatomy(
-            anatomy, resolved, batches, texts, machine=machine, state=state, progress=progress, on_check=on_check
-        )
+            anatomy, resolved, batches, texts, goal=goal, machine=machine, state=state, progress=progress,
+            on_check=on_check,
+        )  # fmt: skip
         outcome = {**outcome, "settings": resolved.to_dict()}
         if merge or attached.peft is None:
             merged = attached.merge()

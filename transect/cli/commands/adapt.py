@@ -25,6 +25,7 @@ from ..printing import print_whole, progress_bar, stderr
 @click.option("--eval-sequences", type=int, help="Use so many sequences of each of these two. Default: all.")
 @click.option("--roles", callback=split, metavar="q,k,...",
               help="Only these matrices: q, k, v, o, gate, up, down. Default: every linear layer.")  # fmt: skip
+@click.option("--objective", default="own", show_default=True, help="What is lowered; see the list below.")
 @click.option("--optimizer", default="adamw", show_default=True, help="How steps are taken; see the list below.")
 @click.option("--penalties", callback=split, help="Added to the loss, comma-separated; see the list below.")
 @click.option("--layer-rates", help="By what each layer's learning rate is multiplied; see the list below.")
@@ -50,11 +51,13 @@ def adapt(context: click.Context, model: str, method: str, out: Path, as_json: b
     """
     from ...adaptation import way_named
     from ...checkpoint import check_output, open_model
+    from ...goals import objective_named
     from ...store import alone
     from ...training import Check, Machine, layer_rates_named, optimizer_named, penalty_named
     from ...verbs import adapt as adapt_model
 
     way_named(method)
+    score = objective_named(options["objective"]).score
     optimizer_named(options["optimizer"])
     options["penalties"] = options["penalties"] or []
     for name in options["penalties"]:
@@ -90,7 +93,9 @@ def adapt(context: click.Context, model: str, method: str, out: Path, as_json: b
             loss = outcome["texts"][name]
             error = "" if loss["error"] is None else f" ± {loss['error']:.4f}"
             change = loss["after"] - loss["before"]
-            print_whole(f"{said}: {loss['before']:.4f} -> {loss['after']:.4f} ({change:+.4f}{error})")
+            first, last = loss["accuracy"]
+            scored = f", {score} {first:.4f} -> {last:.4f}" if score else ""
+            print_whole(f"{said}: {loss['before']:.4f} -> {loss['after']:.4f} ({change:+.4f}{error}){scored}")
     for words, number in outcome["told"].items():
         print_whole(f"{words}: {number:.4g}")
     print_whole(

@@ -25,6 +25,7 @@ PURPOSES = {
     "probe": "Look inside (inspect)",
     "adapter": "Fine-tune it: what is trained (adapt --method)",
     "parametrization": "Fine-tune it in other numbers, and put it together afterwards (adapt --method)",
+    "objective": "Fine-tune it: what is lowered (adapt --objective)",
     "optimizer": "Fine-tune it: how steps are taken (adapt --optimizer)",
     "rates": "Fine-tune it: by what each layer's learning rate is multiplied (adapt --layer-rates)",
     "penalty": "Fine-tune it: what is added to the loss (adapt --penalties)",
@@ -64,12 +65,13 @@ def methods(name: str | None, as_json: bool) -> None:
     from ...compression import allocations, method
     from ...compression import methods as all_methods
     from ...editing import edits
+    from ...goals import objectives
     from ...parts import parts
     from ...probes import probes
     from ...sizing import searchers
     from ...training import layer_rates, optimizers, parametrizations, penalties
 
-    ways = (*adapters(), *parametrizations(), *optimizers(), *layer_rates(), *penalties(), *searchers())
+    ways = (*adapters(), *parametrizations(), *objectives(), *optimizers(), *layer_rates(), *penalties(), *searchers())
     entries = [*all_methods(), *allocations(), *probes(), *edits(), *ways, *parts()]
     if name is not None:  # `method` says which names there are
         entries = [entry for entry in entries if entry.name == name] or [method(name)]
