@@ -37,7 +37,9 @@ SHORT = {
     "catalog.dsformer.SETTINGS": {"keep": 0.5, "iterations": 1}, "catalog.ofq.STEPS": 2, "catalog.ofq.ANNEALED": 1,
     "catalog.ofq.TUNED": 2,
     "catalog.farms.SEEDS": (0,), "catalog.svfit.STEPS": 2, "catalog.svfit.RATES": (0.1,), "fact_editing.SINGLE": 5,
-    "fact_editing.TOGETHER": 6, "fact_editing.OTHERS": 2,
+    "fact_editing.TOGETHER": 6, "fact_editing.OTHERS": 2, "catalog.mvp.SEEDS": (0,), "catalog.mvp.READ": 64,
+    "catalog.mvp.STEPS": 2, "catalog.mvp.TRAINED": 16, "catalog.mvp.TESTED": 4, "catalog.mvp.EPOCHS": 1,
+    "catalog.mvp.RATES": (1e-3,),
 }  # fmt: skip
 QUICK = {
     "armor": {"rounds": 2}, "cospadi": {"iterations": 1}, "cospadi-shared": {"iterations": 1},

@@ -17,7 +17,7 @@ with _importing():
     from .compression import allocations, methods
     from .editing import edits, undo_folder
     from .errors import BadCheckpoint, BadData, TransectError, UnknownArchitecture
-    from .goals import objectives
+    from .goals import PromptClassifier, objectives
     from .sizing import searchers
     from .training import layer_rates, optimizers, parametrizations, penalties
     from .verbs import adapt, build, check_claims, compare, compress, edit, evaluate, inspect
@@ -25,7 +25,8 @@ with _importing():
     from .version import __version__
 
 __all__ = [
-    "Anatomy", "BadCheckpoint", "BadData", "TransectError", "UnknownArchitecture", "__version__", "adapt", "adapters",
+    "Anatomy", "BadCheckpoint", "BadData", "PromptClassifier", "TransectError", "UnknownArchitecture", "__version__",
+    "adapt", "adapters",
     "allocations", "build", "check_claims", "compare", "compress", "edit", "edits", "evaluate", "inspect",
     "layer_rates", "methods", "objectives", "optimizers", "parametrizations", "penalties", "prefer", "race",
     "race_parts", "recover", "register_architecture", "search", "searchers", "undo_folder",

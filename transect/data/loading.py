@@ -213,7 +213,10 @@ def _special(tokenizer: Any, task: str, special_tokens: SpecialTokens) -> tuple[
 
 
 def length_for(sequence_length: int | None, model: Any, tokenizer: Any) -> int:
-    """Tokens of the longest sequence: as asked, or what model and tokenizer allow, at most 2048."""
+    """Tokens of the longest sequence: as asked, or what model and tokenizer allow, at most 2048.
+
+    Raises BadData where more are asked for than the model takes.
+    """
     context = _context(model)
     if sequence_length is None:
         return min(context or LONGEST, getattr(tokenizer, "model_max_length", LONGEST), LONGEST)

@@ -43,14 +43,11 @@ def objective(name: str, *, paper: str, score: str = "") -> Callable[[Callable[.
 
 def objective_named(name: str) -> Objective:
     """The objective of that name, or an error that lists the known ones."""
-    found = {one.name: one for one in objectives()}
-    if name not in found:
-        raise TransectError(f"unknown objective {name!r}; known: {', '.join(found)}")
-    return found[name]
+    if name not in _objectives:
+        raise TransectError(f"unknown objective {name!r}; known: {', '.join(sorted(_objectives))}")
+    return _objectives[name]
 
 
 def objectives() -> list[Objective]:
     """All registered objectives, by name."""
-    from . import catalog  # noqa: F401 - its files register themselves
-
     return [_objectives[name] for name in sorted(_objectives)]
