@@ -72,7 +72,7 @@ class Attached:
         """The wrapped layers by path."""
         return {path: layer for path, layer in self.base.named_modules() if isinstance(layer, BaseTunerLayer)}
 
-    def penalty(self, again: Callable[[], Tensor]) -> Tensor | None:
+    def penalty(self, again: Callable[[], Tensor] | None = None) -> Tensor | None:
         """What the adapter itself adds to the mean loss of the batch that has just run; see a tuner's `penalty_of`.
 
         again: not used; see `Parametrized`.

@@ -62,7 +62,8 @@ class Sparse(Expanded):
             weight, mask = weight[:, columns], mask[:, columns]
         chosen = Sparse.from_dense(weight, mask)
         chosen.set_bias(bias)
-        return chosen.train(self.training)
+        chosen.train(self.training)
+        return chosen
 
     @property
     def flops(self) -> int:

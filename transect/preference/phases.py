@@ -23,13 +23,15 @@ from .scorer import Router, Scorer
 Loss = Callable[[Any], tuple[Tensor, float]]
 
 
-def base(scorer: Scorer, parts: tuple[list[Batch], list[Batch]], machine: Machine, name: str) -> Problem:
+def base(scorer: Scorer, parts: tuple[Sequence[Batch], Sequence[Batch]], machine: Machine, name: str) -> Problem:
     """Phase 1: every number of the backbone, and the value head. parts: batches to train on, and held-out ones."""
     head = {f"head.{key}": p for key, p in scorer.head.named_parameters()}
     return _of_pairs(scorer, scorer.body_parameters() | head, parts, machine, name, scorer.base_rewards)
 
 
-def aspect(scorer: Scorer, number: int, parts: tuple[list[Batch], list[Batch]], machine: Machine, name: str) -> Problem:
+def aspect(
+    scorer: Scorer, number: int, parts: tuple[Sequence[Batch], Sequence[Batch]], machine: Machine, name: str
+) -> Problem:
     """Phase 2: one aspect's adapter and head; the backbone stays."""
 
     def rewards(batch: Batch) -> Tensor:
@@ -38,7 +40,7 @@ def aspect(scorer: Scorer, number: int, parts: tuple[list[Batch], list[Batch]], 
     return _of_pairs(scorer, scorer.aspect_parameters(number), parts, machine, name, rewards)
 
 
-def aggregator(scorer: Scorer, parts: tuple[list[Batch], list[Batch]], machine: Machine, name: str) -> Problem:
+def aggregator(scorer: Scorer, parts: tuple[Sequence[Batch], Sequence[Batch]], machine: Machine, name: str) -> Problem:
     """Phase 3: the aggregator alone. What it reads does not change, and is computed once."""
     assert scorer.aggregator is not None
     ready = []
@@ -56,7 +58,7 @@ def aggregator(scorer: Scorer, parts: tuple[list[Batch], list[Batch]], machine: 
     return _problem(scorer, parameters, (ready[0], ready[1]), machine, name, loss)
 
 
-def router(model: Router, parts: tuple[list[Batch], list[Batch]], machine: Machine, name: str) -> Problem:
+def router(model: Router, parts: tuple[Sequence[Batch], Sequence[Batch]], machine: Machine, name: str) -> Problem:
     """The classifier of prompts: every number, by cross-entropy."""
 
     def loss(batch: Batch) -> tuple[Tensor, float]:
@@ -68,7 +70,7 @@ def router(model: Router, parts: tuple[list[Batch], list[Batch]], machine: Machi
 
 
 def _of_pairs(
-    scorer: Scorer, parameters: Parameters, parts: tuple[list[Batch], list[Batch]], machine: Machine, name: str,
+    scorer: Scorer, parameters: Parameters, parts: tuple[Sequence[Batch], Sequence[Batch]], machine: Machine, name: str,
     rewards: Callable[[Batch], Tensor],
 ) -> Problem:  # fmt: skip
     def loss(batch: Batch) -> tuple[Tensor, float]:
@@ -83,7 +85,9 @@ def _problem(
 ) -> Problem:  # fmt: skip
     """parameters alone ask for gradients, so that backward goes no further than it must."""
     module.requires_grad_(False)
-    training, held_out = ([*share(Batches([*batches]), machine.index, machine.count)] for batches in parts)
+    training, held_out = (
+        [*share(Batches([dict(one) for one in batches]), machine.index, machine.count)] for batches in parts
+    )
 
     def set_mode() -> None:
         module.train()

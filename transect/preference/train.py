@@ -119,7 +119,7 @@ class _Job:
         self._train(phases.router(router, (batches[0], batches[1]), self.machine, "router"), self.settings.router_lr)
         return router.to(self.model.device).eval()
 
-    def _batches(self, halves: Halves) -> tuple[list[Batch], list[Batch]]:
+    def _batches(self, halves: Halves) -> tuple[Sequence[Batch], Sequence[Batch]]:
         training, held_out = (
             pair_batches(half, self.tokenizer, self.model, self.length, self.settings.batch_size) for half in halves
         )

@@ -73,8 +73,8 @@ def race(
     shares: trained numbers, as shares of those in the adapted matrices; each adapter gets the largest size below.
     out: the run folder. Trials are written as they finish; a contest that was interrupted goes on where it stopped, and
         adapters, shares, rates and seeds can be added to it. It ends with table.csv, table.md and contest.png in it.
-    settings: adapter, optimizer, penalty or rates by layer -> its parameters. roles ... every: see `transect.adapt`; the
-        penalties are added to the loss of every training.
+    settings: adapter, optimizer, penalty or rates by layer -> its parameters. roles ... every: see `transect.adapt`;
+        the penalties are added to the loss of every training.
     workers: processes (their measured seconds disturb one another). engine: `local` or `ray`.
     revision, architecture, dtype, device: of a model that is given by its name.
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from ...contest import train_architectures
 from ...probes.catalog.w_pca import agreement, drawn_architectures, rank_architectures
+from ...probes.catalog.w_pca.w_pca import Where
 from ...training import Schedule
 from ..context import Context
 from ..registry import NotApplicable, Result, Verdict, claim
@@ -16,7 +17,7 @@ STEPS, BATCH, LENGTH, RATE = 150, 16, 64, 3e-3  # sequences in a step; tokens of
 SEEDS = (0, 1, 2)  # of the untrained weights that are scored
 SCORED, JUDGED = 64, 128  # sequences that the score sees; that the trained models are judged by
 LARGEST = 100_000  # tokens in the vocabulary of a model for which a claim trains others
-_PLACES = {"pre": "before the activation", "post": "behind it"}
+_PLACES: dict[Where, str] = {"pre": "before the activation", "post": "behind it"}
 
 
 @claim(

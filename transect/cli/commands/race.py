@@ -75,7 +75,12 @@ def race(context: click.Context, model: str, out: Path, as_json: bool, **options
     options["penalties"] = options["penalties"] or []
     for name in options["adapters"]:
         way_named(name)
-    chosen = [*options["adapters"], options["optimizer"], *options["penalties"], *filter(None, [options["layer_rates"]])]
+    chosen = [
+        *options["adapters"],
+        options["optimizer"],
+        *options["penalties"],
+        *filter(None, [options["layer_rates"]]),
+    ]
     refuse_unused(settings, dict.fromkeys(chosen))
     loading = opening(options)
     sized = [name for name in options["adapters"] if way_named(name).size]

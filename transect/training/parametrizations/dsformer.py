@@ -117,8 +117,9 @@ class Following(Together):
             one.follow(step % self.settings["refresh"] == 0)
             if one.variant == "m" and step >= _SETTLED * steps:
                 one.settled.fill_(True)
-                for part in (one.values, one.bases) if optimizer is not None else ():
-                    optimizer.state.pop(part, None)  # its averages are of steps in which they had no gradient
+                for part in (one.values, one.bases):
+                    if optimizer is not None:
+                        optimizer.state.pop(part, None)  # its averages are of steps in which they had no gradient
 
     @torch.no_grad()
     def told(self) -> Mapping[str, float]:

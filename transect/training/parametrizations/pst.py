@@ -102,7 +102,8 @@ class Pruned(StandIn):
     @property
     def weight(self) -> Tensor:
         pruned = int(self.zeros) if self.training else self.pruned()
-        masked: Any = _Masked.apply(*self.parts(), pruned)
+        weight, scores = self.parts()
+        masked: Any = _Masked.apply(weight, scores, pruned)
         return masked.to(self.start.dtype)
 
     def after_step(self, gone: float) -> None:

@@ -108,5 +108,6 @@ def pairs_of(category: str, count: int, seed: int, aspect: str | None = None, no
         if scores[0] == scores[1]:
             continue
         first = (scores[0] > scores[1]) != (generator.random() < noise)
-        made.append(Preference(prompt, *(answers if first else answers[::-1]), category, aspect))
+        better, worse = answers if first else answers[::-1]
+        made.append(Preference(prompt, better, worse, category, aspect))
     return made
