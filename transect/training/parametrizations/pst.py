@@ -103,7 +103,7 @@ class Pruned(StandIn):
     def weight(self) -> Tensor:
         pruned = int(self.zeros) if self.training else self.pruned()
         weight, scores = self.parts()
-        masked: Any = _Masked.apply(weight, scores, pruned)
+        masked: Any = _Masked.apply(weight, scores, pruned)  # pyright: ignore[reportCallIssue]
         return masked.to(self.start.dtype)
 
     def after_step(self, gone: float) -> None:
