@@ -40,6 +40,7 @@ SHORT = {
     "fact_editing.TOGETHER": 6, "fact_editing.OTHERS": 2, "catalog.mvp.SEEDS": (0,), "catalog.mvp.READ": 64,
     "catalog.mvp.STEPS": 2, "catalog.mvp.TRAINED": 16, "catalog.mvp.TESTED": 4, "catalog.mvp.EPOCHS": 1,
     "catalog.mvp.RATES": (1e-3,),
+    "catalog.maestro.STEPS": 2, "catalog.maestro.RATES": (1e-3,), "catalog.pst.STEPS": 2, "catalog.pst.RATES": (1e-3,),
 }  # fmt: skip
 QUICK = {
     "armor": {"rounds": 2}, "cospadi": {"iterations": 1}, "cospadi-shared": {"iterations": 1},
