@@ -103,8 +103,8 @@ class Pruned(StandIn):
     def weight(self) -> Tensor:
         pruned = int(self.zeros) if self.training else self.pruned()
         weight, scores = self.parts()
-        masked: Any = _Masked.apply(weight, scores, pruned)  # pyright: ignore[reportCallIssue]
-        return masked.to(self.start.dtype)
+        apply: Any = _Masked.apply
+        return apply(weight, scores, pruned).to(self.start.dtype)
 
     def after_step(self, gone: float) -> None:
         self.zeros.fill_(self.pruned(ramp(gone, self.warm_up, self.settle)))
