@@ -13,8 +13,8 @@ from ...training import Machine, Parametrized, Problem, Run, Schedule, State, ow
 from ..context import Context, Measured
 from ..registry import Result, Verdict, claim
 
-STEPS = 150
-ANNEALED = 100  # further steps, in which only weights near a boundary move
+STEPS = 100
+ANNEALED = 60  # further steps, in which only weights near a boundary move
 TUNED = 40  # steps at 8 bits
 BATCH = 4  # sequences in a step
 RATE = 5e-4  # the method's own, held constant: weights must not come to rest because steps get small
@@ -29,7 +29,7 @@ BITS = 2
     "each row; after confidence-guided annealing fewer still, and the loss is not higher than before it.",
 )
 def oscillation(context: Context) -> Result:
-    """All matrices, weights alone; 150 steps at one rate that stays as it is, and for StatsQ 100 more of annealing.
+    """All matrices, weights alone; 100 steps at one rate that stays as it is, and for StatsQ 60 more of annealing.
 
     A weight goes to and fro if it turned back in more than 2 % of the last steps (an exponential average with momentum
     0.01). Trained on calibration data; losses are those of held-out data, with errors over its sequences, in pairs.
