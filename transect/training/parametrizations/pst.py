@@ -113,8 +113,8 @@ class Pruned(StandIn):
     def finished(self) -> Tensor | Operator:
         weight, scores = self.parts()
         mask, weight = kept(scores, self.pruned()), weight.to(self.start.dtype)
-        itemsize = weight.element_size()
-        smaller = sparse_bytes(*weight.shape, int(mask.sum()), itemsize) < weight.numel() * itemsize
+        (d_out, d_in), itemsize = weight.shape, weight.element_size()
+        smaller = sparse_bytes(d_out, d_in, int(mask.sum()), itemsize) < weight.numel() * itemsize
         return Sparse.from_dense(weight, mask) if smaller else weight * mask
 
 
