@@ -77,7 +77,10 @@ def config_of(base: str | Path) -> Any:
             return AutoConfig.from_pretrained(path, trust_remote_code=False)
         return AutoConfig.for_model(str(base))
     except (ValueError, OSError, KeyError) as reason:
-        raise TransectError(f"{base} is no kind of model that transformers knows, and no config: {reason}") from reason
+        raise TransectError(
+            f"{str(base)[:200]!r} is no kind of model that transformers knows (such as llama, gpt2, bert or vit), and no "
+            "file or folder of a config"
+        ) from reason
 
 
 def _auto(config: Any) -> Any:

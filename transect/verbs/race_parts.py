@@ -37,7 +37,7 @@ def race_parts(
     activation: Sequence[str] = (),
     norm: Sequence[str] = (),
     parameters: Count | None = None,
-    flops: int | None = None,
+    flops: Annotated[int, Range(1, 2**62)] | None = None,
     hidden: Count = 64,
     blocks: Count = 2,
     heads: Count = 4,
