@@ -12,12 +12,8 @@ from typing import Any
 from urllib.parse import quote
 
 from ..adaptation import Settings, way_named
-from ..errors import TransectError
-from ..store import kept_json, read_json, write_text
 from ..version import __version__
-
-KIND = "a contest"  # what its folder is, see `transect.store.Folder`
-RUN = "run.json"
+from .trials import Kept
 
 
 @dataclass(frozen=True)
@@ -55,7 +51,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Kept):
     """The settings of a contest, as they stand in run.json. Data are named by their fingerprints.
 
     shared: what all trainings have in common; its method, options, lr and seed are replaced. adapters: with each one's
@@ -105,7 +101,7 @@ class Plan:
         return [Trial(trial.entrant, trial.rate, first + number) for number in range(1, self.seeds)]
 
     @cached_property
-    def fingerprint(self) -> str:
+    def fingerprint(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Hash (32 hexadecimal digits) of everything that decides a trial's numbers, but not which there are."""
         no_part = ("model", "device", "adapters", "shares", "rates", "seeds")
         decides = {key: value for key, value in asdict(self).items() if key not in no_part}
@@ -120,19 +116,3 @@ class Plan:
         way = way_named(trial.entrant.name)
         options = {k: v for k, v in way.settings(self.adapters[way.name]).items() if k != way.size}
         return json.dumps([self.fingerprint, trial.file, options], sort_keys=True, default=str)
-
-    def finished(self, folder: Path, trial: Trial) -> dict[str, Any] | None:
-        """The trial's result if it is in the run folder."""
-        return kept_json(folder / trial.file, self.of(trial))
-
-    def save(self, path: Path) -> None:
-        """Write it as a run folder's run.json."""
-        described = {**asdict(self), "fingerprint": self.fingerprint}
-        write_text(path, json.dumps(described, indent=2, default=str) + "\n")
-
-    def is_in(self, folder: Path) -> bool:
-        """Whether the contest in a run folder is this one, whichever trials it has."""
-        try:
-            return read_json(folder / RUN).get("fingerprint") == self.fingerprint
-        except TransectError:  # there is none, or it is damaged
-            return False

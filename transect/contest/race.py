@@ -15,10 +15,11 @@ from ..comparison.compare import take_folder
 from ..data import Batches
 from ..errors import TransectError
 from ..evaluation import standard_error
-from ..pool import Engine, run_in_processes, run_on_ray
+from ..pool import Engine
 from ..store import Folder
 from .plan import Plan, Trial
-from .worker import UNFINISHED, Worker, load_worker, text_file
+from .trials import UNFINISHED, run_trials
+from .worker import Worker, load_worker, text_file
 
 TARGET, FORGETS = "eval", "forgets"
 
@@ -41,50 +42,24 @@ def race_model(
     folder that holds a contest of the same model, data and settings is gone on with.
     """
     take_folder(folder, plan, overwrite)
-    lost: dict[Trial, str] = {}
+
+    def save_texts() -> None:
+        for name, batches in {"training": training, **texts}.items():
+            batches.save(folder.file(text_file(name)))
+
+    def run(trials: Sequence[Trial]) -> dict[Trial, str]:
+        worker = Worker(folder.path, plan, model, training, texts)
+        load = partial(load_worker, folder.path.resolve(), plan)
+        here = partial(worker.run, on_trial=on_trial)
+        return run_trials(plan, folder, trials, load, here, workers, engine, on_trial, save_texts)
+
     grids = [trial for entrant in plan.entrants for trial in plan.grid(entrant)]
-    lost |= _run(model, plan, folder, training, texts, [Trial(None, None, 0), *grids], workers, engine, on_trial)
+    lost = run([Trial(None, None, 0), *grids])
     chosen = [plan.chosen(folder.path, entrant) for entrant in plan.entrants]
-    rest = [other for trial in chosen if trial is not None for other in plan.others(trial)]
-    lost |= _run(model, plan, folder, training, texts, rest, workers, engine, on_trial)
+    lost |= run([other for trial in chosen if trial is not None for other in plan.others(trial)])
     with suppress(OSError):  # it is empty, unless a training was lost
         (folder.path / UNFINISHED).rmdir()
     return table(plan, folder.path, lost)
-
-
-def _run(
-    model: Any,
-    plan: Plan,
-    folder: Folder,
-    training: Batches,
-    texts: Mapping[str, Batches],
-    trials: Sequence[Trial],
-    workers: int,
-    engine: Engine,
-    on_trial: Callable[[Trial], None],
-) -> dict[Trial, str]:
-    """Run those trials that have not run; why some could not, if their process was lost twice."""
-
-    def finished(trial: Trial) -> bool:
-        return plan.finished(folder.path, trial) is not None
-
-    waiting = []
-    for trial in dict.fromkeys(trials):
-        if finished(trial):
-            on_trial(trial)
-        else:
-            waiting.append(trial)
-    for trial in waiting:
-        folder.file(trial.file)
-    if (engine == "local" and workers == 1) or not waiting:
-        Worker(folder.path, plan, model, training, texts).run(waiting, on_trial)
-        return {}
-    for name, batches in {"training": training, **texts}.items():
-        batches.save(folder.file(text_file(name)))
-    run = run_on_ray if engine == "ray" else run_in_processes
-    return run(
-        partial(load_worker, folder.path.resolve(), plan), [[trial] for trial in waiting], workers, on_trial, finished
-    )
 
 
 def table(plan: Plan, folder: Path, lost: Mapping[Trial, str]) -> pd.DataFrame:

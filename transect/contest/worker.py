@@ -18,8 +18,7 @@ from ..evaluation import evaluate_loss, parameters
 from ..store import keep_json
 from ..training import Machine, State
 from .plan import Plan, Trial
-
-UNFINISHED = "unfinished"  # folder of trainings in progress
+from .trials import UNFINISHED
 
 
 class Worker:

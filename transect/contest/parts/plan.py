@@ -12,12 +12,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from ...errors import TransectError
-from ...store import kept_json, read_json, write_text
 from ...version import __version__
+from ..trials import Kept
 from .sizes import Equal
-
-RUN = "run.json"
 
 
 @dataclass(frozen=True)
@@ -50,7 +47,7 @@ class PartsTrial:
 
 
 @dataclass(frozen=True)
-class PartsPlan:
+class PartsPlan(Kept):
     """The settings of a contest, as they stand in run.json.
 
     slots: slot -> the names of the parts that are tried in it (`base` for the model's own); every combination enters.
@@ -103,7 +100,7 @@ class PartsPlan:
         return [PartsTrial(trial.entrant, trial.rate, self.seed + number) for number in range(1, self.seeds)]
 
     @cached_property
-    def fingerprint(self) -> str:
+    def fingerprint(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Hash (32 hexadecimal digits) of everything that decides a trial's numbers, but not which there are."""
         no_part = ("slots", "settings", "rates", "seeds", "seed")
         decides = {key: value for key, value in asdict(self).items() if key not in no_part}
@@ -114,18 +111,3 @@ class PartsPlan:
         """What the trial's file belongs to."""
         settings = {name: dict(self.settings.get(name, {})) for _, name in trial.entrant.parts}
         return json.dumps([self.fingerprint, trial.file, settings], sort_keys=True, default=str)
-
-    def finished(self, folder: Path, trial: PartsTrial) -> dict[str, Any] | None:
-        """The trial's result if it is in the run folder."""
-        return kept_json(folder / trial.file, self.of(trial))
-
-    def save(self, path: Path) -> None:
-        """Write it as a run folder's run.json."""
-        write_text(path, json.dumps({**asdict(self), "fingerprint": self.fingerprint}, indent=2, default=str) + "\n")
-
-    def is_in(self, folder: Path) -> bool:
-        """Whether the contest in a run folder is this one, whichever trials it has."""
-        try:
-            return read_json(folder / RUN).get("fingerprint") == self.fingerprint
-        except TransectError:  # there is none, or it is damaged
-            return False

@@ -14,10 +14,11 @@ import pandas as pd
 from scipy import stats
 
 from ...comparison.compare import take_folder
-from ...pool import Engine, run_in_processes, run_on_ray
+from ...pool import Engine
 from ...store import Folder
+from ..trials import UNFINISHED, run_trials
 from .plan import PartsPlan, PartsTrial
-from .worker import UNFINISHED, PartsWorker, load_parts_worker
+from .worker import PartsWorker, load_parts_worker
 
 
 def race_parts(
@@ -34,44 +35,18 @@ def race_parts(
     First the grid of rates of every entrant with the first seed, then the other seeds at the best rate of each.
     """
     take_folder(folder, plan, overwrite)
-    lost: dict[PartsTrial, str] = {}
-    lost |= _run(plan, folder, [t for entrant in plan.entrants for t in plan.grid(entrant)], workers, engine, on_trial)
+
+    def run(trials: Sequence[PartsTrial]) -> dict[PartsTrial, str]:
+        load = partial(load_parts_worker, folder.path.resolve(), plan)
+        here = partial(PartsWorker(folder.path, plan).run, on_trial=on_trial)
+        return run_trials(plan, folder, trials, load, here, workers, engine, on_trial)
+
+    lost = run([trial for entrant in plan.entrants for trial in plan.grid(entrant)])
     chosen = [plan.chosen(folder.path, entrant) for entrant in plan.entrants]
-    rest = [other for trial in chosen if trial is not None for other in plan.others(trial)]
-    lost |= _run(plan, folder, rest, workers, engine, on_trial)
+    lost |= run([other for trial in chosen if trial is not None for other in plan.others(trial)])
     with suppress(OSError):  # it is empty, unless a training was lost
         (folder.path / UNFINISHED).rmdir()
     return table(plan, folder.path, lost)
-
-
-def _run(
-    plan: PartsPlan,
-    folder: Folder,
-    trials: Sequence[PartsTrial],
-    workers: int,
-    engine: Engine,
-    on_trial: Callable[[PartsTrial], None],
-) -> dict[PartsTrial, str]:
-    """Run those trials that have not run; why some could not, if their process was lost twice."""
-
-    def finished(trial: PartsTrial) -> bool:
-        return plan.finished(folder.path, trial) is not None
-
-    waiting = []
-    for trial in dict.fromkeys(trials):
-        if finished(trial):
-            on_trial(trial)
-        else:
-            waiting.append(trial)
-            folder.file(trial.file)
-    if (engine == "local" and workers == 1) or not waiting:
-        PartsWorker(folder.path, plan).run(waiting, on_trial)
-        return {}
-    run = run_on_ray if engine == "ray" else run_in_processes
-    return run(
-        partial(load_parts_worker, folder.path.resolve(), plan), [[trial] for trial in waiting], workers, on_trial,
-        finished,
-    )  # fmt: skip
 
 
 def table(plan: PartsPlan, folder: Path, lost: Mapping[PartsTrial, str]) -> pd.DataFrame:

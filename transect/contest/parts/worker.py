@@ -18,10 +18,9 @@ from ...parts import build_model
 from ...store import keep_json
 from ...tasks import Drawn, task_named
 from ...training import Machine, Problem, Run, Schedule, State, own_loss, train
+from ..trials import UNFINISHED
 from .plan import Combination, PartsPlan, PartsTrial
 from .sizes import fitted, flops_of_model
-
-UNFINISHED = "unfinished"  # folder of trainings in progress
 
 
 class PartsWorker:
