@@ -78,7 +78,7 @@ def config_of(base: str | Path) -> Any:
         return AutoConfig.for_model(str(base))
     except (ValueError, OSError, KeyError) as reason:
         raise TransectError(
-            f"{str(base)[:200]!r} is no kind of model that transformers knows, such as llama, gpt2, bert or vit, and no "
+            f"{str(base)[:200]!r} is no kind of model that transformers knows, such as llama, gpt2 or vit, and no "
             "file or folder of a config"
         ) from reason
 
