@@ -186,7 +186,7 @@ def test_a_checkpoint_runs_where_transect_is_not_installed(tmp_path):
 def test_what_does_not_fit_is_one_error_before_anything_changes():
     model = build_model("llama", **SIZES)
     for call, said in (
-        (lambda: insert(model, "mixer", "magic"), "unknown mixer 'magic'; known: gated-linear, identity"),
+        (lambda: insert(model, "mixer", "magic"), "unknown mixer 'magic'; known: gated-linear, "),
         (lambda: insert(model, "wheel", "softmax"), "unknown slot 'wheel'; known: mixer"),
         (lambda: insert(model, "mixer", "softmax", layers=[5]), "distinct numbers from 0 to 1"),
         (lambda: insert(model, "mixer", "pooling", settings={"size": 4}), "odd size"),
@@ -195,6 +195,8 @@ def test_what_does_not_fit_is_one_error_before_anything_changes():
         (lambda: build_model("magic"), "no kind of model"),
         (lambda: build_model("gpt2", **SIZES, key_value_heads=2), "has no size 'key_value_heads'"),
         (lambda: part_named("mlp", "softmax"), "unknown mlp"),
+        (lambda: build_model("llama", **SIZES, parts={"mlp": "kat", "activation": "poly-relu"}), "brings its own"),
+        (lambda: insert(built("mlp.none"), "activation", "poly-relu"), "brings its own activation"),
     ):
         with pytest.raises(TransectError, match=said):
             call()

@@ -35,7 +35,8 @@ SHORT = {
     **QUICK, "depth-efficiency": {"prompts": 2, "length": 16, "steps": 2, "cuts": 1},
     "fusegpt": {"epochs": 1, "rank": 4}, "causal-trace": {"samples": 2, "facts": 2},
     "rome": {"steps": 2, "rounds": 1, "contexts": 1}, "memit": {"steps": 2, "contexts": 1},
-    "ilp": {"trials": 2}, "constrained-ft": {"steps": 2}, "neuron-clamp": {"neurons": "0:1=0,2:5=1.5"},
+    "ilp": {"trials": 2}, "monarch": {"blocks": 3}, "constrained-ft": {"steps": 2},
+    "neuron-clamp": {"neurons": "0:1=0,2:5=1.5"},
 }  # fmt: skip
 # The values of options that have no default.
 VALUES = {
@@ -216,6 +217,12 @@ COMMANDS = {
         ["model"],
         {"method": "lora", "forgets": "text.txt", "penalties": "decorrelation", "layer_rates": "farms"}, [],
     ),
+    "build": (
+        ["llama"],
+        {"hidden": "32", "blocks": "2", "heads": "4", "key_value_heads": "2", "head_size": "8", "neurons": "48",
+         "vocabulary": "64", "length": "32", "mixer": "pooling", "mlp": "plain", "norm": "rms", "tokenizer": "model"},
+        ["activation"],
+    ),
     "check-architecture": (["architecture.json"], {}, []),
     "claims": (["fwsvd/below-svd"], {}, []),
     "compare": (
@@ -236,7 +243,7 @@ COMMANDS = {
     "race": (
         ["model"],
         {"adapters": "lora,full", "forgets": "text.txt", "shares": "0.2", "rates": "1", "optimizer": "adamw",
-         "layer_rates": "farms"},
+         "layer_rates": "farms", "penalties": "decorrelation"},
         [],
     ),
     "recover": (["model"], {"how": "distill"}, []),

@@ -196,8 +196,12 @@ def known_model_types() -> list[str]:
 
 
 def register_architecture(description: Mapping[str, Any] | str | Path) -> Architecture:
-    """Teach Transect an architecture, from a dict or a JSON file; it takes precedence over a built-in one."""
+    """Teach Transect an architecture, from a dict or a JSON file; it takes precedence over a built-in one.
+
+    A description that says what a built-in one says is that one, and needs no check.
+    """
     architecture = read_architecture(description)
+    architecture = next((known for known in _built_in().values() if known == architecture), architecture)
     _registered.update(dict.fromkeys(architecture.model_types, architecture))
     return architecture
 

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClas
 
 from ..anatomy.architecture import architecture_of
 from ..errors import TransectError
+from ..pretrained import pretrained
 from .insert import insert
 from .registry import SLOTS, part_named
 
@@ -38,6 +39,8 @@ def build_model(
     """
     for slot, name in (parts or {}).items():
         part_named(slot, name)
+    if {"mlp", "activation"} <= set(parts or {}):
+        raise TransectError("an MLP brings its own activation: name a part for one of these two slots")
     config = config_of(base)
     architecture = architecture_of(config.model_type)
     for name, size in sizes.items():
@@ -74,7 +77,7 @@ def config_of(base: str | Path) -> Any:
     path = Path(base)
     try:
         if path.exists():
-            return AutoConfig.from_pretrained(path, trust_remote_code=False)
+            return pretrained(AutoConfig, path)
         return AutoConfig.for_model(str(base))
     except (ValueError, OSError, KeyError) as reason:
         raise TransectError(

@@ -106,6 +106,8 @@ def places(anatomy: Anatomy, slot: str, number: int) -> list[str]:
     if slot == "activation":
         if architecture.activation is None or block.has_experts:
             raise TransectError(f"the description of {architecture.name} names no activation that could be replaced")
+        if block.part("mlp") is not None:
+            raise TransectError(f"the MLP of block {number} is a part, which brings its own activation")
         return [f"{block.path}.{architecture.activation}"]
     return [
         name for name, module in block.model.named_modules() if any(module is norm for norm in block.norms.values())

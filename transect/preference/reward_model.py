@@ -20,6 +20,7 @@ from ..data import Preference
 from ..data.encoded import encoded, padded
 from ..errors import BadCheckpoint, BadData, TransectError
 from ..forward import at_rest
+from ..pretrained import pretrained
 from ..store import keep_json, kept_json
 from .pairwise import pair_accuracy
 from .scorer import Router, Scorer, adapter_of
@@ -188,7 +189,7 @@ class RewardModel:
             router = Router(open_model(folder / "router" / _BACKBONE).model, len(scorers)).eval()
             _load_heads(router.head, folder / "router" / _HEADS, set(router.head.state_dict()))
         names = tuple(entry["name"] for entry in card["categories"])
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = pretrained(AutoTokenizer, folder)
         return RewardModel(names, scorers, router, tokenizer, card["length"], card["training"])
 
 

@@ -12,6 +12,8 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from ...anatomy import Architecture, verify_with
 from ...errors import NotApplicable, TransectError, WrongDescription
 from . import changes, roles, stream  # noqa: F401 - importing them registers their checks
@@ -58,6 +60,7 @@ def check_architecture(architecture: Architecture, model: Any = None) -> list[Ch
 _verified: list[tuple[Architecture, type, str]] = []
 
 
+@torch.random.fork_rng(devices=[])
 def verify(model: Any, architecture: Architecture) -> None:
     """Raise WrongDescription unless the description is true of models like this one; done once for each kind.
 
