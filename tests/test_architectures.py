@@ -59,7 +59,7 @@ def test_every_check_holds_of_every_built_in_description(name):
     assert len(skipped) <= (4 if entry(name)[1] is AutoModelForCausalLM else 7), skipped
 
 
-def wrong(name, **changes):
+def wrong(name, /, **changes):
     return replace(described(name), **changes)
 
 
@@ -129,27 +129,43 @@ def test_a_registered_description_is_checked_before_its_first_use(registry):
     with pytest.raises(WrongDescription):  # and again: what was refused is not used the second time
         Anatomy(model)
     before = copy.deepcopy(model.state_dict())
-    assert len(Anatomy(model, plain(described("granite"))).matrices()) == 21
+    assert len(Anatomy(model, plain(wrong("granite", name="mine"))).matrices()) == 21
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
     assert len(check._verified) == 1
+
+
+def test_a_description_that_says_what_a_built_in_one_says_is_that_one(registry, monkeypatch):
+    """Other processes of a contest are given the description that the model was opened with."""
+    monkeypatch.setattr(check, "check_description", lambda *_: 1 / 0)
+    for name in ("llama", "bloom", "mixtral"):
+        assert Anatomy(tiny(name), plain(described(name))).architecture is described(name)
+
+
+def test_a_check_draws_no_random_numbers_of_the_caller_s(registry):
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    model = tiny("bloom")
+    torch.manual_seed(3)
+    Anatomy(model, plain(wrong("bloom", name="mine")))
+    assert torch.equal(torch.rand(4), expected)
 
 
 def test_a_description_is_checked_once_for_each_kind_of_model(registry, monkeypatch):
     made = []
     monkeypatch.setattr(check, "check_description", lambda model, _: made.append(type(model).__name__) or [])
     for name in ("gptj", "gptj", "granite"):
-        Anatomy(tiny(name), plain(described(name)))
+        Anatomy(tiny(name), plain(wrong(name, name="mine")))
     assert made == ["GPTJForCausalLM", "GraniteForCausalLM"]
 
 
 def test_a_model_that_cannot_be_made_tiny_is_checked_itself_if_it_is_small(registry, monkeypatch):
     monkeypatch.setattr(check, "twin", lambda *_: 1 / 0)
-    Anatomy(tiny("llama"), plain(described("llama")))
+    Anatomy(tiny("llama"), plain(wrong("llama", name="mine")))
     with pytest.raises(WrongDescription, match="residual_multiplier"):
         Anatomy(tiny("granite"), plain(wrong("granite", residual_multiplier=None)))
     monkeypatch.setattr(check, "SMALL", 10)
     with pytest.warns(UserWarning, match="could not be checked"):
-        Anatomy(tiny("bloom"), plain(described("bloom")))
+        Anatomy(tiny("bloom"), plain(wrong("bloom", name="mine")))
 
 
 def test_the_command_line(tmp_path, registry):
@@ -159,7 +175,7 @@ def test_the_command_line(tmp_path, registry):
     listed = json.loads(run("--json").stdout)
     assert [one["model_type"] for one in listed] == known_model_types() and "bloom" in run().stdout
     good, bad, broken = (tmp_path / f"{name}.json" for name in ("good", "bad", "broken"))
-    good.write_text(json.dumps(plain(described("bloom"))))
+    good.write_text(json.dumps(plain(wrong("bloom", name="mine"))))
     bad.write_text(json.dumps(plain(wrong("bloom", attention_adds=None))))
     broken.write_text("{")
     result = run(good)
