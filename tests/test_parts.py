@@ -195,6 +195,8 @@ def test_what_does_not_fit_is_one_error_before_anything_changes():
         (lambda: build_model("magic"), "no kind of model"),
         (lambda: build_model("gpt2", **SIZES, key_value_heads=2), "has no size 'key_value_heads'"),
         (lambda: part_named("mlp", "softmax"), "unknown mlp"),
+        (lambda: build_model("llama"), "give hidden and blocks"),
+        (lambda: build_model("llama", hidden=2**15, blocks=2**10), "GB are free"),
         (lambda: build_model("llama", **SIZES, parts={"mlp": "kat", "activation": "poly-relu"}), "brings its own"),
         (lambda: insert(built("mlp.none"), "activation", "poly-relu"), "brings its own activation"),
     ):
@@ -204,6 +206,12 @@ def test_what_does_not_fit_is_one_error_before_anything_changes():
     spatial = built("mixer.spatial", length=8)
     with pytest.raises(TransectError, match="8 positions at most"):
         spatial(TOKENS)
+
+
+def test_what_is_not_given_goes_with_the_width():
+    config = build_model("llama", hidden=256, blocks=1, vocabulary=64).config  # the config's: 4096, 32 heads, 11008
+    assert (config.num_attention_heads, config.head_dim, config.intermediate_size) == (2, 128, 688)
+    assert config.num_key_value_heads == 2
 
 
 def test_generation_with_another_kind_of_cache_is_refused():

@@ -218,7 +218,7 @@ COMMANDS = {
         {"method": "lora", "forgets": "text.txt", "penalties": "decorrelation", "layer_rates": "farms"}, [],
     ),
     "build": (
-        ["llama"],
+        ["model"],
         {"hidden": "32", "blocks": "2", "heads": "4", "key_value_heads": "2", "head_size": "8", "neurons": "48",
          "vocabulary": "64", "length": "32", "mixer": "pooling", "mlp": "plain", "norm": "rms", "tokenizer": "model"},
         ["activation"],

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification, AutoModelForMaskedLM
 
@@ -34,28 +35,16 @@ def build_model(
 
     parts: slot -> name of the part that stands in it, in every block. settings: name of a part -> its settings.
     sizes: hidden, blocks, heads, key_value_heads, head_size, neurons; vocabulary and length; of image classifiers
-        classes, image (its side), patch and channels; the others are the config's.
+        classes, image (its side), patch and channels; the others are the config's, or go with the width.
     Raises TransectError for what does not fit.
     """
     for slot, name in (parts or {}).items():
         part_named(slot, name)
     if {"mlp", "activation"} <= set(parts or {}):
         raise TransectError("an MLP brings its own activation: name a part for one of these two slots")
-    config = config_of(base)
-    architecture = architecture_of(config.model_type)
-    for name, size in sizes.items():
-        if size is None:
-            continue
-        key = _NAMES.get(name)
-        if name in _SIZES:
-            key = architecture.config.get(name)
-        if key is None or (name in _NAMES and name != "classes" and not hasattr(config, key)):
-            raise TransectError(f"{architecture.name} has no size {name!r}")
-        setattr(config, key, size)
-    if (hidden := sizes.get("hidden")) and "head_size" in architecture.config and not sizes.get("head_size"):
-        setattr(config, architecture.config["head_size"], hidden // getattr(config, architecture.config["heads"]))
-    if sizes.get("heads") and "key_value_heads" in architecture.config and not sizes.get("key_value_heads"):
-        setattr(config, architecture.config["key_value_heads"], sizes["heads"])
+    config = sized(config_of(base), sizes)
+    if not Path(base).exists() and not (sizes.get("hidden") and sizes.get("blocks")):
+        raise TransectError(f"{base} alone is a model of billions: give hidden and blocks, or the file of a config")
     for kind in ("bos_token_id", "eos_token_id", "pad_token_id"):
         token = getattr(config, kind, None)
         if isinstance(token, int) and token >= getattr(config, "vocab_size", token + 1):
@@ -63,13 +52,58 @@ def build_model(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
+            _check_memory(config)
             model = _auto(config).from_config(config)
+        except TransectError:
+            raise
         except (ValueError, TypeError, RuntimeError) as reason:
             raise TransectError(f"transformers cannot build this {config.model_type}: {reason}") from reason
     for slot in SLOTS:
         if name := (parts or {}).get(slot):
             insert(model, slot, name, settings=(settings or {}).get(name), seed=seed)
     return model.eval()
+
+
+def sized(config: Any, sizes: Mapping[str, int | None]) -> Any:
+    """The config with these sizes, in place. TransectError for a size that this kind of model has not.
+
+    Where a width is given, what is not given goes with it: heads as wide as the config's, and as many neurons for each
+    of the stream's channels.
+    """
+    architecture = architecture_of(config.model_type)
+    keys = {**_NAMES, **{name: architecture.config.get(name) for name in _SIZES}}
+    given = {name: size for name, size in sizes.items() if size is not None}
+    for name in given:
+        if keys.get(name) is None or (name in _NAMES and name != "classes" and not hasattr(config, str(keys[name]))):
+            raise TransectError(f"{architecture.name} has no size {name!r}")
+    if "hidden" in given:
+        width, heads = getattr(config, str(keys["hidden"])), getattr(config, str(keys["heads"]))
+        given.setdefault("heads", max(1, given["hidden"] * heads // width))
+        neurons = getattr(config, str(keys["neurons"]), None)
+        if neurons:
+            given.setdefault("neurons", max(8, given["hidden"] * neurons // width // 8 * 8))
+        if keys["head_size"] is not None:
+            given.setdefault("head_size", given["hidden"] // given["heads"])
+    if "heads" in given and keys["key_value_heads"] is not None:
+        given.setdefault("key_value_heads", given["heads"])
+    for name, size in given.items():
+        setattr(config, str(keys[name]), size)
+    return config
+
+
+def _check_memory(config: Any) -> None:
+    """TransectError for a model that the free memory cannot hold; nothing for a skeleton."""
+    if torch.empty(0).device.type != "cpu":
+        return
+    with torch.device("meta"):
+        skeleton = _auto(config).from_config(config)
+    count = sum(parameter.numel() for parameter in skeleton.parameters())
+    free = psutil.virtual_memory().available
+    if 4 * count > free:
+        raise TransectError(
+            f"a model of {count:,} numbers takes {4 * count / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free: choose "
+            "smaller sizes"
+        )
 
 
 def config_of(base: str | Path) -> Any:

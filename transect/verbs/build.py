@@ -38,7 +38,8 @@ def build(
     """A model with random weights, to be trained, inspected, compressed, saved like any other.
 
     base: a kind of model that transformers has (`llama`, `gpt2`, `bert`, `vit`), or the file or folder of a config.
-    out: a folder for it. hidden ... length: sizes; default the config's. vocabulary: default the tokenizer's.
+    out: a folder for it. hidden ... length: sizes; default the config's. With another width the heads stay as wide, and
+        there are as many neurons for each of its channels. vocabulary: default the tokenizer's.
     mixer, mlp, activation, norm: parts that stand in these slots of every block; see `transect.parts.parts()`.
     tokenizer: a tokenizer, or the name of a model that has one; saved with it.
     seed: of the numbers. settings: part -> its settings.
