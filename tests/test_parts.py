@@ -169,18 +169,25 @@ def test_the_slot_adds_nothing_to_softmax_attention():
     assert torch.equal(a, b)
 
 
-def test_a_checkpoint_runs_where_transect_is_not_installed(tmp_path):
-    model = built("mixer.gated-linear")
-    model.save_pretrained(tmp_path / "model")
+def test_checkpoints_run_where_transect_is_not_installed(tmp_path):
+    """With every part, all in one process."""
+    sums = {}
+    for kind in ENTRIES:
+        model = built(kind)
+        model.save_pretrained(tmp_path / kind)
+        sums[kind] = model(TOKENS).logits.double().sum().item()
     code = (
-        "import sys; sys.modules['transect'] = None\n"
+        "import json, sys; sys.modules['transect'] = None\n"
         "import torch; from transformers import AutoModelForCausalLM\n"
-        f"m = AutoModelForCausalLM.from_pretrained({str(tmp_path / 'model')!r}, trust_remote_code=True)\n"
-        f"print(m(torch.tensor({TOKENS.tolist()})).logits.double().sum().item())"
+        f"tokens = torch.tensor({TOKENS.tolist()})\n"
+        f"def total(kind):\n    folder = {str(tmp_path)!r} + '/' + kind\n"
+        "    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)\n"
+        "    return model(tokens).logits.double().sum().item()\n"
+        f"print(json.dumps({{kind: total(kind) for kind in {list(ENTRIES)}}}))"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-600:]
-    assert float(ran.stdout) == pytest.approx(model(TOKENS).logits.double().sum().item(), abs=1e-2)
+    assert json.loads(ran.stdout) == {kind: pytest.approx(total, abs=1e-2) for kind, total in sums.items()}
 
 
 def test_what_does_not_fit_is_one_error_before_anything_changes():
