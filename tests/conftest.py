@@ -30,6 +30,12 @@ def pytest_collection_finish(session):
     gc.enable()
 
 
+@pytest.fixture(autouse=True)
+def own_descriptions(monkeypatch):
+    """Descriptions of architectures that a test registers are forgotten after it."""
+    monkeypatch.setattr("transect.anatomy.architecture._registered", {})
+
+
 @pytest.fixture(scope="session", autouse=True)
 def in_a_hurry():
     """Speed is measured on one pass, and nothing waits for the disk: no test cuts the power."""

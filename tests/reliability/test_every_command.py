@@ -221,7 +221,7 @@ COMMANDS = {
         ["model"],
         {"hidden": "32", "blocks": "2", "heads": "4", "key_value_heads": "2", "head_size": "8", "neurons": "48",
          "vocabulary": "64", "length": "32", "mixer": "pooling", "mlp": "plain", "norm": "rms", "tokenizer": "model"},
-        ["activation"],
+        ["activation", "matrix", "block"],  # an MLP brings its own; of the others there are none yet
     ),
     "check-architecture": (["architecture.json"], {}, []),
     "claims": (["fwsvd/below-svd"], {}, []),

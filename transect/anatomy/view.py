@@ -22,6 +22,7 @@ from .mixture import Experts, has_module, one_mlp_needed, renumber_blocks
 from .record import StructureRecord, record_of
 from .storage import describe, weight_tensors
 from .surgery import KEPT_HEADS, SkipAttention, keep_rows_and_columns, set_attribute
+from .surround import Surrounded
 
 
 class Anatomy:
@@ -257,14 +258,21 @@ class Block:
         return getattr(standing, "part", standing) if hasattr(standing, "slot") else None
 
     def _has(self, unit: str) -> bool:
-        if self.part(unit) is not None:
+        """Whether the unit stands as the architecture has it, with matrices only where it has matrices."""
+        if self.part(unit) is not None or self._is_dropped(unit):
             return False
+        if self.has_experts and unit == "mlp":
+            return True
+        roles = MATRIX_ROLES[:4] if unit == "attention" else ("up", "down")
+        return not any(hasattr(self.find(role).host, "slot") for role in roles)
+
+    def _is_dropped(self, unit: str) -> bool:
+        """Whether `attention` or `mlp` was dropped."""
         if unit == "attention":
-            attention = submodule(self.module, self.anatomy.architecture.attention)
-            return not isinstance(attention, SkipAttention)
+            return isinstance(submodule(self.module, self.anatomy.architecture.attention), SkipAttention)
         if self.has_experts:
-            return not isinstance(self._experts_module, SkipExperts)
-        return self.find("up").shape[0] > 0
+            return isinstance(self._experts_module, SkipExperts)
+        return self.find("up").shape[0] == 0
 
     @property
     def _experts_module(self) -> nn.Module:
@@ -296,9 +304,12 @@ class Block:
         if (part := self.part(unit)) is not None:
             path = next(path for path, module in self.module.named_modules() if module is part)
             return Matrix(self, role, f"{self.path}.{path}.{part.roles[role]}")
-        if not self._has(unit):
+        if self._is_dropped(unit):
             raise KeyError(role)
-        return self.find(role)
+        found = self.find(role)
+        if hasattr(found.host, "slot"):  # a part that is no matrix
+            raise KeyError(role)
+        return found
 
     def matrices(self) -> list[Matrix]:
         """The block's matrices in the order q, k, v, o, gate, up, down, without those of dropped sublayers.
@@ -356,7 +367,7 @@ class Block:
 
         Where the model multiplies what it adds, that is not in the output: see `residual_multiplier`.
         """
-        if not self._has(unit) and self.part(unit) is None:
+        if self.part(unit) is None and self._is_dropped(unit):
             return None
         norm = self.norms.get(f"{unit}_output")
         if norm is None and unit == "mlp" and self.has_experts:
@@ -371,6 +382,11 @@ class Block:
             raise TransectError(
                 f"{type(self.model).__name__} normalises after the residual sum, so a single sublayer cannot be "
                 "dropped without changing what the next one reads; drop whole blocks, or remove heads or neurons"
+            )
+        if isinstance(self.module, Surrounded):
+            raise TransectError(
+                f"a part stands around block {self.index} and decides what its sublayers read, so a single one cannot "
+                "be dropped; drop the whole block"
             )
 
 

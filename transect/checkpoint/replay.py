@@ -10,6 +10,7 @@ from torch import nn
 from ..anatomy.banks import link_banks
 from ..anatomy.record import StructureRecord
 from ..anatomy.surgery import assign
+from ..anatomy.surround import AROUND, surround
 from ..errors import BadCheckpoint
 from ..operators.build import build
 
@@ -23,12 +24,17 @@ def replay(model: Any, record: StructureRecord) -> StructureRecord:
     Returns the record with this model's own paths. Raises BadCheckpoint where the record does not fit the model.
     """
     for path, description in sorted(record.modules.items(), key=lambda entry: entry[0].count(".")):  # outer ones first
-        path = located(model, path)
+        around = description.get("kind") == "block"
+        path = located(model, path.removesuffix(f".{AROUND}") if around else path)
         old = model.get_submodule(path)
         like = next((p for p in old.parameters() if p.is_floating_point()), None)
         if like is None:  # an attention that was replayed before holds nothing but an empty stand-in
             like = next(p for p in model.parameters() if p.is_floating_point())
-        model.set_submodule(path, built(path, description, like.device).to(like.dtype).train(old.training))
+        new = built(path, description, like.device).to(like.dtype).train(old.training)
+        if around:
+            surround(old, new)
+        else:
+            model.set_submodule(path, new)
     record = StructureRecord(
         modules={located(model, path): entry for path, entry in record.modules.items()},
         attributes={located(model, path): entry for path, entry in record.attributes.items()},

@@ -1,6 +1,7 @@
 """Parts: published layers that stand in the slots of any transformer that the anatomy knows.
 
-A slot is a place in a block: the token mixer (attention), the MLP, its activation, the norms. One file or folder a part
+A slot is a place in a block: the token mixer (attention), the MLP, its activation, the norms, a matrix; or the block
+as a whole, which a part then stands around. One file or folder a part
 in `catalog`; a file put there is registered, nothing else has to know of it.
 """
 
@@ -8,12 +9,12 @@ from ..modules import import_all
 from . import catalog
 from .build import build_model
 from .insert import insert
-from .part import Activation, Around, Mixer, MLPPart, Norm, Part
+from .part import Activation, Around, BlockPart, Inside, MatrixPart, Mixer, MLPPart, Norm, Part
 from .registry import PartEntry, part_named, parts
 
 import_all(catalog.__name__, catalog.__path__)
 
 __all__ = [
-    "Activation", "Around", "MLPPart", "Mixer", "Norm", "Part", "PartEntry", "build_model", "insert", "part_named",
-    "parts",
+    "Activation", "Around", "BlockPart", "Inside", "MLPPart", "MatrixPart", "Mixer", "Norm", "Part", "PartEntry",
+    "build_model", "insert", "part_named", "parts",
 ]  # fmt: skip

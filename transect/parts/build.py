@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,14 @@ def build_model(
     *,
     parts: Mapping[str, str] | None = None,
     settings: Mapping[str, Mapping[str, Any]] | None = None,
+    roles: Iterable[str] | None = None,
     seed: int = 0,
     **sizes: int | None,
 ) -> Any:
     """A model of a kind that transformers has (`llama`, `gpt2`, `bert`, `vit`, or a config.json), with random weights.
 
     parts: slot -> name of the part that stands in it, in every block. settings: name of a part -> its settings.
+    roles: which matrices the part for matrices stands for; default all.
     sizes: hidden, blocks, heads, key_value_heads, head_size, neurons; vocabulary and length; of image classifiers
         classes, image (its side), patch and channels; the others are the config's, or go with the width.
     Raises TransectError for what does not fit.
@@ -60,7 +62,8 @@ def build_model(
             raise TransectError(f"transformers cannot build this {config.model_type}: {reason}") from reason
     for slot in SLOTS:
         if name := (parts or {}).get(slot):
-            insert(model, slot, name, settings=(settings or {}).get(name), seed=seed)
+            chosen = (settings or {}).get(name)
+            insert(model, slot, name, roles=roles if slot == "matrix" else None, settings=chosen, seed=seed)
     return model.eval()
 
 

@@ -9,11 +9,14 @@ from typing import Any
 import torch
 
 from ..anatomy import Anatomy
+from ..anatomy.architecture import MATRIX_ROLES
+from ..anatomy.storage import shape_of
+from ..anatomy.surround import AROUND, Surrounded, surround
 from ..errors import TransectError
 from ..forward.objective import task_of
 from .part import Part, Sizes
 from .registry import PartEntry, part_named
-from .slots import MixerSlot
+from .slots import BlockSlot, MixerSlot
 
 
 def insert(
@@ -22,13 +25,15 @@ def insert(
     part: str,
     *,
     layers: Iterable[int] | None = None,
+    roles: Iterable[str] | None = None,
     settings: Mapping[str, Any] | None = None,
     seed: int = 0,
 ) -> Any:
     """Put a part into a slot of a model, in place and with random numbers; the model.
 
-    slot: mixer, mlp, activation or norm. part: the name of a registered one, see `transect.parts`. layers: numbers of
-    the blocks; default all, and for norms then the final one too. settings: the part's. seed: of its random numbers.
+    slot: mixer, mlp, activation, matrix, norm or block. part: the name of a registered one, see `transect.parts`.
+    layers: numbers of the blocks; default all, and for norms then the final one too. roles: in the slot of matrices,
+    which ones (q, k, v, o, gate, up, down); default all. settings: the part's. seed: of its random numbers.
     Raises TransectError, before any change, if the part does not fit the model.
     """
     entry = part_named(slot, part)
@@ -44,15 +49,21 @@ def insert(
         torch.manual_seed(seed)
         for number in numbers:
             here = replace(sizes, layer=number)
-            for path in places(anatomy, slot, number):
+            for path in places(anatomy, slot, number, roles):
+                if slot == "matrix":
+                    here = replace(here, **_sizes_of_matrix(model.get_submodule(path)))
                 made[path] = _standing(anatomy, entry, chosen, here)
         if slot == "norm" and layers is None and anatomy.final_norm is not None:
             path = f"{anatomy._prefix}{anatomy.architecture.final_norm}"
             made[path] = _standing(anatomy, entry, chosen, replace(sizes, layer=count - 1))
     for path, module in made.items():
-        old = model.get_submodule(path)
+        old = model.get_submodule(path.removesuffix(f".{AROUND}") if slot == "block" else path)
         like = next((p for p in old.parameters() if p.is_floating_point()), next(model.parameters()))
-        anatomy.model.set_submodule(path, module.to(like).train(old.training))
+        module = module.to(like).train(old.training)
+        if slot == "block":
+            surround(old, module)
+        else:
+            anatomy.model.set_submodule(path, module)
         anatomy.record.set_module(path, module.describe())
     return model
 
@@ -63,7 +74,25 @@ def _standing(anatomy: Anatomy, entry: PartEntry, settings: Mapping[str, Any], s
     part: Part = entry.function(**asked, **settings)
     if entry.family == "mixer":
         return MixerSlot(part, sizes.layer, anatomy.architecture.attention_returns)  # type: ignore[arg-type]
+    if entry.family == "block":
+        return _around(anatomy, part, sizes.layer)
     return part
+
+
+def _around(anatomy: Anatomy, part: Any, number: int) -> BlockSlot:
+    """The part around the block of that number, told what the block has and where."""
+    block, architecture = anatomy.blocks[number], anatomy.architecture
+    mlp, names = block.slot_path("mlp"), {module: name for name, module in block.module.named_modules()}
+    return BlockSlot(
+        part, architecture.block_returns, architecture.attention if architecture.attention_adds is None else None,
+        None if mlp is None or block.has_experts else mlp.removeprefix(f"{block.path}."),
+        [names[norm] for norm in block.norms.values()],
+    )  # fmt: skip
+
+
+def _sizes_of_matrix(host: Any) -> dict[str, Any]:
+    outputs, inputs = shape_of(host)
+    return {"inputs": inputs, "outputs": outputs, "bias": host.bias is not None}
 
 
 def sizes_of(anatomy: Anatomy) -> Sizes:
@@ -88,9 +117,29 @@ def sizes_of(anatomy: Anatomy) -> Sizes:
 _EPS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps")
 
 
-def places(anatomy: Anatomy, slot: str, number: int) -> list[str]:
-    """Paths, from the model's root, of the modules that a slot of a block consists of; TransectError if it has none."""
+def places(anatomy: Anatomy, slot: str, number: int, roles: Iterable[str] | None = None) -> list[str]:
+    """Paths, from the model's root, of the modules that a slot of a block consists of; TransectError if it has none.
+
+    roles: of matrices, which ones; those that are stored as one are replaced as one.
+    """
     architecture, block = anatomy.architecture, anatomy.blocks[number]
+    if slot == "block":
+        if isinstance(block.module, Surrounded):
+            raise TransectError(f"a part stands around block {number} already: take a model without one")
+        return [f"{block.path}.{AROUND}"]
+    if slot == "matrix":
+        if block.has_experts:
+            raise TransectError(f"{architecture.name} has experts, whose matrices no part can stand for")
+        chosen = set(MATRIX_ROLES if roles is None else roles)
+        found = {matrix.path: {matrix.role} for matrix in reversed(block.matrices())}
+        for matrix in block.matrices():
+            found[matrix.path].add(matrix.role)
+        paths = [path for path, here in found.items() if here & chosen]
+        if unknown := chosen - set(MATRIX_ROLES):
+            raise TransectError(f"unknown roles {sorted(unknown)}; known: {', '.join(MATRIX_ROLES)}")
+        if not paths:
+            raise TransectError(f"block {number} has no matrix of the roles {', '.join(sorted(chosen))}")
+        return paths
     if slot == "mixer":
         if architecture.post_norm or architecture.attention_adds is not None:
             raise TransectError(

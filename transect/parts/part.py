@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -152,13 +153,58 @@ class Norm(Part):
     slot = "norm"
 
 
+class MatrixPart(Part):
+    """A map of vectors: x (..., inputs) -> (..., outputs). One that is a matrix is an operator instead.
+
+    bias: whether the matrix that it stands for has one.
+    """
+
+    slot = "matrix"
+
+    def __init__(self, inputs: int, outputs: int, bias: bool) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.has_bias = inputs, outputs, bias
+        self.register_buffer("weight", torch.empty(0))  # under the name of the matrix that is gone: see Operator
+
+
+@dataclass
+class Inside:
+    """What a part around a block may call, each with the block's own further arguments (masks, positions, cache).
+
+    block: the stream (B x N x d) -> the stream behind the block. attention, mlp: what these modules make of an input,
+    without norms and sums; None where the block has no such module. norms: the block's, in order. real: (B x N), false
+    at padding, or None where there is none, when called.
+    """
+
+    block: Callable[[Tensor], Tensor]
+    attention: Callable[[Tensor], Tensor] | None
+    mlp: Callable[[Tensor], Tensor] | None
+    norms: list[nn.Module]
+    real: Callable[[], Tensor | None]
+
+
+class BlockPart(Part):
+    """Stands around a whole block: x (B x N x d) -> (B x N x d), with the block at hand in any way it likes.
+
+    `limit` says what it does when all is routed through the block, or its memory is zero. Positions must not be mixed
+    but by the block itself, so that generation with a cache stays what it is.
+    """
+
+    slot = "block"
+
+    def forward(self, x: Tensor, inside: Inside) -> Tensor:
+        """The stream behind the block."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
 class Sizes:
     """What a part may ask for by name.
 
     width: d of the stream. heads, key_value_heads, head_size: of the attention that the config describes.
     neurons: of the MLP. length: the most positions that the model takes. causal: whether it predicts the next token.
-    layer: number of the block, from 0. layers: how many there are. eps: of the model's norms.
+    layer: number of the block, from 0. layers: how many there are. eps: of the model's norms. inputs, outputs, bias: of
+    the matrix that the part stands for, where it stands for one.
     """
 
     width: int
@@ -171,3 +217,6 @@ class Sizes:
     layer: int = 0
     layers: int = 1
     eps: float = 1e-6
+    inputs: int = 0
+    outputs: int = 0
+    bias: bool = False

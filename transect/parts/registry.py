@@ -10,7 +10,7 @@ from ..errors import TransectError
 from ..parameters import Entry, Parameter, parameters_of, settings_of
 from .part import Part
 
-SLOTS = ("mixer", "mlp", "activation", "norm")
+SLOTS = ("mixer", "mlp", "activation", "matrix", "norm", "block")  # in the order in which they are filled
 
 
 @dataclass(frozen=True)

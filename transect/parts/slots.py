@@ -1,16 +1,20 @@
-"""Where a mixer meets transformers: masks, rotary positions and caches become what a mixer knows of."""
+"""Where parts meet transformers: masks, rotary positions and caches become what a mixer knows of, a block's call what
+a part around it may do."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import TransectError
 from ..operators.base import Described
 from ..operators.build import build
-from .part import Around, Mixer
+from .part import Around, BlockPart, Inside, Mixer
 from .state import state_layer
 
 
@@ -51,6 +55,76 @@ class MixerSlot(Described):
         if not isinstance(part, Mixer):
             raise ValueError(f"a {type(part).__name__} is no mixer")
         return cls(part, description["layer_idx"], description["returns"])
+
+
+class BlockSlot(Described):
+    """Leads a block (see `anatomy.surround`) by a part that stands around it.
+
+    returns: how many values the block's forward returned (`Architecture.block_returns`). attention, mlp, norms: paths
+    of these within the block; None where the block has no such module.
+    """
+
+    kind = "block"
+    slot = "block"
+
+    def __init__(self, part: BlockPart, returns: int, attention: str | None, mlp: str | None, norms: list[str]) -> None:
+        super().__init__()
+        self.part = part
+        self.returns, self.attention, self.mlp, self.norms = returns, attention, mlp, norms
+
+    def forward(self, block: nn.Module, own: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = {**dict(zip(_names(own.__func__), args, strict=False)), **kwargs}
+        x = given.pop("hidden_states")
+        others: tuple[Any, ...] = (None,) * (self.returns - 1)
+
+        def whole(x: Tensor) -> Tensor:
+            nonlocal others
+            result = own(hidden_states=x, **given)
+            if self.returns:
+                result, *rest = result
+                others = tuple(rest)
+            return result
+
+        inside = Inside(
+            whole,
+            None if self.attention is None else _calling(block.get_submodule(self.attention), given),
+            None if self.mlp is None else block.get_submodule(self.mlp),
+            [block.get_submodule(path) for path in self.norms],
+            lambda: real_positions_in(given.get("attention_mask"), x.shape[1]),
+        )
+        y = self.part(x, inside)
+        return (y, *others) if self.returns else y
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind, "returns": self.returns, "attention": self.attention, "mlp": self.mlp,
+            "norms": self.norms, "part": self.part.describe(),
+        }  # fmt: skip
+
+    @classmethod
+    def from_description(cls, description: dict[str, Any]) -> BlockSlot:
+        part = build(description["part"], inside=True)
+        if not isinstance(part, BlockPart):
+            raise ValueError(f"a {type(part).__name__} stands around no block")
+        return cls(part, *(description[name] for name in ("returns", "attention", "mlp", "norms")))
+
+
+def _calling(attention: nn.Module, given: Mapping[str, Any]) -> Callable[[Tensor], Tensor]:
+    """The attention module with the arguments of its block that it takes; of what it returns, the output."""
+    taken = _names(type(attention).forward)
+    chosen = {name: value for name, value in given.items() if "kwargs" in taken or name in taken}
+
+    def call(x: Tensor) -> Tensor:
+        result = attention(hidden_states=x, **chosen)
+        return result[0] if isinstance(result, tuple) else result
+
+    return call
+
+
+@cache
+def _names(forward: Any) -> tuple[str, ...]:
+    """The names of a forward's arguments, without self."""
+    return tuple(inspect.signature(forward).parameters)[1:]
 
 
 def real_positions_in(mask: Any, count: int) -> Tensor | None:

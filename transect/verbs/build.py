@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Annotated, Any
 
 from ..arguments import checked
 from ..checkpoint import check_output, load_tokenizer, save
 from ..parameters import Seed
 from ..parts import build_model
 from ..store import alone
-from .arguments import Count, FolderName
+from .arguments import Count, FolderName, Role, Some
 from .common import Settings, one_of
 
 
@@ -29,7 +30,10 @@ def build(
     mixer: str | None = None,
     mlp: str | None = None,
     activation: str | None = None,
+    matrix: str | None = None,
     norm: str | None = None,
+    block: str | None = None,
+    roles: Annotated[Iterable[Role], Some] | None = None,
     tokenizer: Any = None,
     seed: Seed = 0,
     overwrite: bool = False,
@@ -40,12 +44,15 @@ def build(
     base: a kind of model that transformers has (`llama`, `gpt2`, `bert`, `vit`), or the file or folder of a config.
     out: a folder for it. hidden ... length: sizes; default the config's. With another width the heads stay as wide, and
         there are as many neurons for each of its channels. vocabulary: default the tokenizer's.
-    mixer, mlp, activation, norm: parts that stand in these slots of every block; see `transect.parts.parts()`.
+    mixer, mlp, activation, matrix, norm, block: parts that stand in these slots of every block (the last: around it);
+        see `transect.parts.parts()`. roles: which matrices the one for matrices stands for; default all.
     tokenizer: a tokenizer, or the name of a model that has one; saved with it.
     seed: of the numbers. settings: part -> its settings.
     Raises TransectError for sizes or parts that do not go together.
     """
-    slots = {"mixer": mixer, "mlp": mlp, "activation": activation, "norm": norm}
+    slots = {
+        "mixer": mixer, "mlp": mlp, "activation": activation, "matrix": matrix, "norm": norm, "block": block,
+    }  # fmt: skip
     parts = {slot: name for slot, name in slots.items() if name is not None}
     chosen = one_of(settings, {name: {} for name in parts.values()})
     target = None if out is None else check_output(out, overwrite)
@@ -54,7 +61,7 @@ def build(
     if vocabulary is None and tokenizer is not None:
         vocabulary = len(tokenizer)
     model = build_model(
-        base, parts=parts, settings=chosen, seed=seed, hidden=hidden, blocks=blocks, heads=heads,
+        base, parts=parts, settings=chosen, roles=roles, seed=seed, hidden=hidden, blocks=blocks, heads=heads,
         key_value_heads=key_value_heads, head_size=head_size, neurons=neurons, vocabulary=vocabulary, length=length,
     )  # fmt: skip
     for kind in ("bos_token_id", "eos_token_id", "pad_token_id"):

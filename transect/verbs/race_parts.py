@@ -23,7 +23,7 @@ from .arguments import Count, Device, FolderName, Some
 from .common import Settings, one_of
 
 Rate = Annotated[float, Range(0, above=True)]
-SLOTS = ("mixer", "mlp", "activation", "norm")
+SLOTS = ("mixer", "mlp", "activation", "matrix", "norm", "block")
 
 
 @checked
@@ -35,7 +35,9 @@ def race_parts(
     mixer: Sequence[str] = (),
     mlp: Sequence[str] = (),
     activation: Sequence[str] = (),
+    matrix: Sequence[str] = (),
     norm: Sequence[str] = (),
+    block: Sequence[str] = (),
     parameters: Count | None = None,
     flops: Annotated[int, Range(1, 2**62)] | None = None,
     hidden: Count = 64,
@@ -61,8 +63,8 @@ def race_parts(
     base: a kind of model that transformers has, such as `llama`, or `vit` for images. task: see `transect.tasks`.
     out: the run folder. Trials are written as they finish; a contest that was interrupted goes on where it stopped, and
         parts, rates and seeds can be added to it. It ends with table.csv, table.md and contest.png in it.
-    mixer, mlp, activation, norm: parts to be tried in that slot; `base` is the model's own. The first of each is what
-        the others are compared with.
+    mixer, mlp, activation, matrix, norm, block: parts to be tried in that slot; `base` is the model's own. The first
+        of each is what the others are compared with.
     parameters: widths are chosen so that every model has so many within 1 %; flops: operations for a sequence instead.
         Default: as many parameters as the first combination has in the given sizes.
     hidden, blocks, heads, neurons: sizes; neurons, and where they do not do hidden, give way to the count.
@@ -76,11 +78,11 @@ def race_parts(
     """
     slots = {
         slot: tuple(dict.fromkeys(listed(names)))
-        for slot, names in zip(SLOTS, (mixer, mlp, activation, norm), strict=True)
+        for slot, names in zip(SLOTS, (mixer, mlp, activation, matrix, norm, block), strict=True)
         if names
     }
     if not slots:
-        raise TransectError("name the parts of at least one slot: mixer, mlp, activation or norm")
+        raise TransectError(f"name the parts of at least one slot: {', '.join(SLOTS)}")
     if parameters is not None and flops is not None:
         raise TransectError("models can be made equal in parameters or in flops, not in both")
     asked, steps_of = task_named(task), optimizer_named(optimizer)

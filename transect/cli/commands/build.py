@@ -13,7 +13,7 @@ from ..method_options import PartCommand, method_settings, refuse_unused
 from ..options import Place, shared_options
 from ..printing import print_whole
 
-_SLOTS = ("mixer", "mlp", "activation", "norm")
+_SLOTS = ("mixer", "mlp", "activation", "matrix", "norm", "block")
 
 
 @main_group.command(cls=PartCommand)
@@ -30,9 +30,11 @@ _SLOTS = ("mixer", "mlp", "activation", "norm")
 @click.option("--mixer", metavar="PART", help="Stands in the place of attention; see the list below.")
 @click.option("--mlp", metavar="PART", help="Stands in the place of the MLP.")
 @click.option("--activation", metavar="PART", help="Stands in the place of the MLP's activation.")
+@click.option("--matrix", metavar="PART", help="Stands in the places of the matrices, all or those of --roles.")
 @click.option("--norm", metavar="PART", help="Stands in the places of the norms.")
+@click.option("--block", metavar="PART", help="Stands around every block.")
 @click.option("--tokenizer", metavar="MODEL", help="Take the tokenizer of this model along.")
-@shared_options("seed", "overwrite", "json")
+@shared_options("roles", "seed", "overwrite", "json")
 @click.pass_context
 def build(context: click.Context, base: str, out: Path, as_json: bool, **options: Any) -> None:
     """Make a model with random weights of the kind BASE: llama, gpt2, bert, vit, or a config.json.

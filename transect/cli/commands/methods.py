@@ -32,7 +32,9 @@ PURPOSES = {
     "mixer": "Stand in the place of attention (build --mixer)",
     "mlp": "Stand in the place of the MLP (build --mlp)",
     "activation": "Stand in the place of the MLP's activation (build --activation)",
+    "matrix": "Stand in the places of matrices, and are none (build --matrix)",
     "norm": "Stand in the places of the norms (build --norm)",
+    "block": "Stand around whole blocks (build --block)",
     "search": "Choose its sizes inside it, and cut the smaller model out (search --method)",
     "edit": "Change what it knows or does (edit)",
 }

@@ -11,7 +11,7 @@ from ..method_options import PartCommand, method_settings, refuse_unused
 from ..options import Place, device_name, shared_options, shares, split
 from ..printing import print_whole, progress_bar
 
-_SLOTS = ("mixer", "mlp", "activation", "norm")
+_SLOTS = ("mixer", "mlp", "activation", "matrix", "norm", "block")
 SLOT_OPTIONS = tuple(f"--{slot}" for slot in _SLOTS)
 
 
@@ -22,7 +22,9 @@ SLOT_OPTIONS = tuple(f"--{slot}" for slot in _SLOTS)
 )
 @click.option("--mlp", callback=split, metavar="PART,...", help="In the place of the MLP.")
 @click.option("--activation", callback=split, metavar="PART,...", help="In the place of the MLP's activation.")
+@click.option("--matrix", callback=split, metavar="PART,...", help="In the places of all matrices.")
 @click.option("--norm", callback=split, metavar="PART,...", help="In the places of the norms.")
+@click.option("--block", callback=split, metavar="PART,...", help="Around every block.")
 @click.option("--task", required=True, help="What is learned: recall, copying, induction, listops, digits.")
 @click.option("--out", type=Place(), required=True, help="Run folder; a contest in it is continued.")
 @click.option("--parameters", type=int, help="Every model has so many within 1 %. Default: as the first one.")
