@@ -37,15 +37,29 @@ def test_prints_its_table(name: str, heading: str, benchmark: Any, capsys: pytes
     assert "met" in printed and "torch" in printed.splitlines()[-1]
 
 
-def test_peaks_by_depth_are_of_processes_of_their_own(
-    benchmark: Any, forks: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Forked ones here; fresh ones are tried below."""
+@pytest.fixture
+def forked(forks: Any) -> Any:
+    """Instead of a benchmark's `apart`: in forked processes; fresh ones are tried below."""
     code = "import runpy\nsys.path.insert(0, sys.argv.pop(1))\nrunpy.run_path(sys.argv.pop(1), run_name='__main__')"
+    return lambda script, option, arguments: json.loads(
+        forks.python(code, FOLDER, script, option, json.dumps(arguments)).splitlines()[-1]
+    )
 
-    def forked(script: str, option: str, arguments: dict[str, Any]) -> Any:
-        return json.loads(forks.python(code, FOLDER, script, option, json.dumps(arguments)).splitlines()[-1])
 
+def test_training_beside_trainer(
+    benchmark: Any, forked: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main = benchmark("training")
+    monkeypatch.setattr("training.apart", forked)
+    main(["--quick"])
+    printed = capsys.readouterr().out
+    assert printed.startswith("Training a Llama of hidden 64") and "bit for bit" in printed
+    assert "│ met │" in printed  # every tensor of the resumed run equals the other's
+
+
+def test_peaks_by_depth_are_of_processes_of_their_own(
+    benchmark: Any, forked: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     main = benchmark("streaming")
     monkeypatch.setattr("streaming.apart", forked)
     peaks = main(["--quick"])

@@ -16,6 +16,7 @@ from ..errors import Diverged, TransectError
 from ..statistics import Progress
 from .machine import Machine
 from .schedule import Schedule
+from .spill import Spill
 from .state import State
 from .stepper import Stepper
 
@@ -103,13 +104,13 @@ class Problem:
     put_back: Callable[[Mapping[str, Tensor]], None] = lambda tensors: None
 
     def now(self) -> dict[str, Tensor]:
-        """A copy of everything that the training changes."""
+        """Everything that the training changes, itself and no copy."""
         tensors = {**self.parameters, **{f"{_HELD}{name}": tensor for name, tensor in self.held().items()}}
-        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+        return {name: tensor.detach() for name, tensor in tensors.items()}
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Make everything again as `now` once copied it."""
+        """Make everything again as `now` once gave it."""
         self.put_back({k.removeprefix(_HELD): tensor for k, tensor in tensors.items() if k.startswith(_HELD)})
         for name, parameter in self.parameters.items():
             parameter.copy_(tensors[name])
@@ -130,10 +131,11 @@ def train(problem: Problem, run: Run, note: Mapping[str, Any]) -> Course:
     stepper = Stepper(problem.parameters, schedule, total, problem.rates)
     course = Course(numbers=sum(parameter.numel() for parameter in problem.parameters.values()))
     since = [0.0, 0]  # loss and number of steps since the last check
+    best = Spill(run.state.place)
     saved = run.state.read("state")
     if saved is not None and saved[1]["note"] == note:
         tensors, course = saved[0], Course(**saved[1]["course"])
-        best = _with(_BEST, tensors)
+        best.put(_with(_BEST, tensors))
         problem.put_back(_with(_HELD, tensors))
         stepper.load(tensors)
     else:
@@ -141,7 +143,7 @@ def train(problem: Problem, run: Run, note: Mapping[str, Any]) -> Course:
             course.before = course.best = problem.measure()
             if not math.isfinite(course.before):
                 raise TransectError(f"{problem.name}: the held-out loss is {course.before} before any training")
-        best = problem.now()
+        best.put(problem.now())
     started = time.perf_counter() - course.seconds
     remaining = range(course.steps, total)
     try:
@@ -154,6 +156,7 @@ def train(problem: Problem, run: Run, note: Mapping[str, Any]) -> Course:
             held_out, finite = math.nan, math.isfinite(loss)
             if finite:
                 stepper.step(step, gradients)
+                del gradients  # or they would lie beside the next ones
                 if problem.after_step is not None:
                     problem.after_step(step + 1, stepper.optimizer)
                 course.steps = step + 1
@@ -172,7 +175,8 @@ def train(problem: Problem, run: Run, note: Mapping[str, Any]) -> Course:
                 )
             course.checks.append([course.steps, since[0] / since[1], held_out])
             if problem.measure is None or held_out < course.best:
-                course.best, course.best_step, best = held_out, course.steps, problem.now()
+                best.put(problem.now())
+                course.best, course.best_step = held_out, course.steps
             course.seconds, course.optimizer_bytes = time.perf_counter() - started, stepper.state_bytes
             tensors = stepper.state() | {f"{_BEST}{name}": tensor for name, tensor in best.items()}
             tensors |= {f"{_HELD}{name}": tensor for name, tensor in problem.held().items()}
@@ -228,6 +232,6 @@ def _gradients(problem: Problem, group: Sequence[int], machine: Machine) -> tupl
     for name, parameter in problem.parameters.items():
         gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         wide = gradient.float() if gradient.element_size() < 4 else gradient
-        gradients[name] = machine.total(wide) / count
+        gradients[name] = machine.total(wide).div_(count)
         parameter.grad = None
     return gradients, loss / count

@@ -40,6 +40,11 @@ class State:
         if self.folder is not None and self.writes:
             keep(self.folder.file(f"{name}.safetensors"), tensors, self._of, note)
 
+    @property
+    def place(self) -> Path | None:
+        """Where a training may put what it holds only while it runs; None for the system's place for such."""
+        return None if self.folder is None or not self.folder.path.is_dir() else self.folder.path
+
     def read(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """What `write` wrote in this very training, or None."""
         found = None if self.folder is None else kept(self.folder.path / f"{name}.safetensors", self._of)

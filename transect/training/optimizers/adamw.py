@@ -25,4 +25,5 @@ def adamw(
     beta2: of the mean square.
     eps: below the root.
     """
+    # Not fused: that kernel rounds by where a tensor lies, and a resumed training would not be the uninterrupted one.
     return torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay)  # type: ignore
