@@ -117,7 +117,7 @@ def lift(sizes: dict[str, int], steps: int, repeats: int) -> None:
     def training(method: str, steps: int) -> Callable[[], None]:
         def train() -> None:
             model = llama(sizes["hidden"], sizes["blocks"])
-            given = {"rank": rank, "interval": 10**6} if method == "lift" else {}
+            given: dict[str, Any] = {"rank": rank, "interval": 10**6} if method == "lift" else {}
             found[method] = ours(model, tokens, batch, method, steps=steps, **given).outcome
 
         return train
