@@ -150,7 +150,7 @@ def resumed(sizes: dict[str, int], steps: int) -> None:
         raise KeyboardInterrupt
 
     with tempfile.TemporaryDirectory() as folder:
-        given = dict(steps=2 * steps, every=steps, checkpoint=str(Path(folder) / "state"))
+        given: dict[str, Any] = dict(steps=2 * steps, every=steps, checkpoint=str(Path(folder) / "state"))
         try:
             ours(again, tokens, batch, on_check=stop, **given)
         except KeyboardInterrupt:

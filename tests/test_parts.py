@@ -221,6 +221,17 @@ def test_what_is_not_given_goes_with_the_width():
     assert config.num_key_value_heads == 2
 
 
+@pytest.mark.parametrize("base", ["llama", "gpt2"])
+def test_a_narrow_model_begins_with_numbers_of_its_width(base):
+    """In a width of its own; what the other slots hold of the kind's deviation of 0.02 is for thousands of channels."""
+    model = build_model(base, **SIZES)
+    blocks = [matrix for block in Anatomy(model).blocks for matrix in block.matrices()]
+    for matrix in blocks:
+        assert float(matrix.weight.std()) == pytest.approx((3 * matrix.shape[1]) ** -0.5, rel=0.15), matrix.name
+    assert float(Anatomy(model).embedding.weight.std()) == pytest.approx(1 if base == "llama" else WIDTH**-0.5, rel=0.1)
+    assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) == (base == "gpt2")
+
+
 def test_generation_with_another_kind_of_cache_is_refused():
     model = built("mixer.gated-linear")
     with pytest.raises(TransectError, match="StaticCache cannot keep"):
