@@ -104,15 +104,15 @@ def sized(config: Any, sizes: Mapping[str, int | None]) -> Any:
 @torch.no_grad()
 def _draw_for_width(model: Any) -> None:
     """Draw the numbers of linear layers and embeddings anew, each by the width that it reads."""
-    tied = model.get_output_embeddings() is not None and model.config.tie_word_embeddings
+    head = model.get_output_embeddings()
+    tied = head is not None and head.weight is model.get_input_embeddings().weight
     for module in model.modules():
         if isinstance(module, Conv1D):
             nn.init.kaiming_uniform_(module.weight.T, a=5**0.5)  # as nn.Linear does
-        elif isinstance(module, nn.Linear):
+        elif isinstance(module, nn.Linear) and not (tied and module is head):
             module.reset_parameters()
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=module.embedding_dim**-0.5 if tied else 1.0)
-    model.tie_weights()
 
 
 def _check_memory(config: Any) -> None:
