@@ -7,30 +7,53 @@ import sys
 import pytest
 import torch
 from click.testing import CliRunner
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageClassification
 
 import transect
 from transect.anatomy import Anatomy
 from transect.cli import main_group
 from transect.errors import TransectError
 from transect.parts import Around, build_model, insert, part_named, parts
+from transect.parts.build import config_of, sized
 
 LENGTH, WIDTH = 32, 32
 SIZES = dict(hidden=WIDTH, blocks=2, heads=4, neurons=48, vocabulary=64, length=LENGTH)
-SMALL: dict[str, dict] = {}  # settings by "slot.name", where the defaults are none for the tiny model
+SMALL: dict[str, dict] = {  # settings by "slot.name", where the defaults are none for the tiny model
+    "mixer.linformer": dict(rank=6), "mixer.nystrom": dict(landmarks=4), "mixer.strided": dict(stride=4),
+    "mixer.fixed": dict(stride=4, summary=2), "mixer.longformer": dict(window=3, global_tokens=2),
+    "mixer.bigbird": dict(window=2, random=1), "mixer.transformer-xl": dict(segment=4, memory=2),
+}  # fmt: skip
 ENTRIES = {f"{entry.family}.{entry.name}": entry for entry in parts()}
 MIXERS = {kind: entry for kind, entry in ENTRIES.items() if entry.family == "mixer"}
 CAUSAL = [kind for kind, entry in MIXERS.items() if "causal" in entry.function.can_be]
 BOTH_WAYS = [kind for kind, entry in MIXERS.items() if "bidirectional" in entry.function.can_be]
 OTHERS = [kind for kind in ENTRIES if kind not in MIXERS]
 TOKENS = torch.randint(3, 64, (2, 12), generator=torch.Generator().manual_seed(1))
+IMAGE_SIZES = dict(hidden=WIDTH, blocks=2, heads=4, neurons=48, image=8, patch=2, channels=1, classes=3)
+IMAGES = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
-def built(kind, base="llama", **more):
-    entry = ENTRIES[kind]
-    sizes = {**SIZES, "key_value_heads": 2} if base == "llama" else SIZES
+def base_of(kind):
+    """A kind of model that the part can stand in."""
+    return "vit" if kind in MIXERS and kind not in CAUSAL else "llama"
+
+
+def sizes_for(base):
+    return IMAGE_SIZES if base == "vit" else {**SIZES, "key_value_heads": 2} if base == "llama" else SIZES
+
+
+def auto_of(kind):
+    return AutoModelForImageClassification if base_of(kind) == "vit" else AutoModelForCausalLM
+
+
+def read_by(kind):
+    return {"input_ids": TOKENS} if base_of(kind) == "llama" else {"pixel_values": IMAGES}
+
+
+def built(kind, base=None, **more):
+    entry, base = ENTRIES[kind], base or base_of(kind)
     return build_model(
-        base, parts={entry.family: entry.name}, settings={entry.name: SMALL.get(kind, {})}, **{**sizes, **more}
+        base, parts={entry.family: entry.name}, settings={entry.name: SMALL.get(kind, {})}, **sizes_for(base) | more
     )
 
 
@@ -121,13 +144,14 @@ def test_another_part_maps_position_by_position_and_comes_back_from_its_folder(k
 
 @pytest.mark.parametrize("kind", ENTRIES)
 def test_its_gradients_are_finite_and_half_precision_agrees(kind):
-    model = built(kind)
-    loss = model(TOKENS, labels=TOKENS).loss
+    model, given = built(kind), read_by(kind)
+    given["labels"] = TOKENS if "input_ids" in given else torch.tensor([0, 2])
+    loss = model(**given).loss
     loss.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        half = model(TOKENS, labels=TOKENS).loss
+        half = model(**given).loss
     assert float(half) == pytest.approx(float(loss), abs=0.1)
 
 
@@ -141,11 +165,14 @@ def test_its_matrices_are_matrices_to_every_method(kind, tmp_path):
         matrix = next(m for m in Anatomy(model).blocks[0].matrices() if m.role == role)
         assert matrix.path.endswith(path)
     before = Anatomy(model).matrix_bytes()
-    transect.compress(model, "svd-llm", keep=0.6, data=TOKENS.repeat(8, 1))
+    if base_of(kind) == "llama":
+        transect.compress(model, "svd-llm", keep=0.6, data=TOKENS.repeat(8, 1))
+    else:
+        transect.compress(model, "svd", keep=0.6)
     assert Anatomy(model).matrix_bytes() < 0.7 * before
     model.save_pretrained(tmp_path / "small")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
-    torch.testing.assert_close(again(TOKENS).logits, model(TOKENS).logits)
+    again = auto_of(kind).from_pretrained(tmp_path / "small")
+    torch.testing.assert_close(again(**read_by(kind)).logits, model(**read_by(kind)).logits)
 
 
 @torch.no_grad()
@@ -175,15 +202,17 @@ def test_checkpoints_run_where_transect_is_not_installed(tmp_path):
     for kind in ENTRIES:
         model = built(kind)
         model.save_pretrained(tmp_path / kind)
-        sums[kind] = model(TOKENS).logits.double().sum().item()
+        sums[kind] = model(**read_by(kind)).logits.double().sum().item()
+    torch.save({kind: read_by(kind) for kind in ENTRIES}, tmp_path / "read.pt")
+    autos = {kind: auto_of(kind).__name__ for kind in ENTRIES}
     code = (
         "import json, sys; sys.modules['transect'] = None\n"
-        "import torch; from transformers import AutoModelForCausalLM\n"
-        f"tokens = torch.tensor({TOKENS.tolist()})\n"
-        f"def total(kind):\n    folder = {str(tmp_path)!r} + '/' + kind\n"
-        "    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)\n"
-        "    return model(tokens).logits.double().sum().item()\n"
-        f"print(json.dumps({{kind: total(kind) for kind in {list(ENTRIES)}}}))"
+        "import torch, transformers\n"
+        f"read = torch.load({str(tmp_path / 'read.pt')!r})\n"
+        f"def total(kind, auto):\n    folder = {str(tmp_path)!r} + '/' + kind\n"
+        "    model = getattr(transformers, auto).from_pretrained(folder, trust_remote_code=True)\n"
+        "    return model(**read[kind]).logits.double().sum().item()\n"
+        f"print(json.dumps({{kind: total(kind, auto) for kind, auto in {autos}.items()}}))"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-600:]
@@ -246,12 +275,15 @@ def test_it_is_built_by_command_with_its_options(kind, tmp_path):
     for key, value in given.items():
         told = str(value).lower() if isinstance(value, bool) else str(value)
         options += [f"--{entry.name}.{key.replace('_', '-')}", told]
-    sizes = [text for key, value in SIZES.items() for text in (f"--{key}", str(value))]
-    words = ["build", "llama", *sizes, f"--{entry.family}", entry.name, *options, "--out", str(tmp_path / "m")]
+    base, sizes = base_of(kind), [text for key, value in SIZES.items() for text in (f"--{key}", str(value))]
+    if base == "vit":  # whose sizes are in a file
+        sized(config_of(base), IMAGE_SIZES).save_pretrained(tmp_path / "base")
+        base, sizes = str(tmp_path / "base"), []
+    words = ["build", base, *sizes, f"--{entry.family}", entry.name, *options, "--out", str(tmp_path / "m")]
     words.append("--json")
     result = CliRunner().invoke(main_group, words)
     assert result.exit_code == 0, result.output[-400:]
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    model = auto_of(kind).from_pretrained(tmp_path / "m")
     assert json.loads(result.output)["parameters"] == sum(p.numel() for p in model.parameters())
 
 

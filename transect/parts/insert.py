@@ -107,11 +107,17 @@ def sizes_of(anatomy: Anatomy) -> Sizes:
         key_value_heads=anatomy.config_value("key_value_heads") or heads,
         head_size=anatomy.head_size,
         neurons=anatomy.config_value("neurons") or 4 * width,
-        length=getattr(config, "max_position_embeddings", None) or 0,
+        length=getattr(config, "max_position_embeddings", None) or _embedded_positions(anatomy),
         causal=task_of(anatomy.model) == "causal",
         layers=len(anatomy.blocks),
         eps=eps,
     )
+
+
+def _embedded_positions(anatomy: Anatomy) -> int:
+    """How many positions an image model has embeddings of (1 x positions x width); 0 if it is none."""
+    named = anatomy.model.named_parameters()
+    return next((one.shape[1] for name, one in named if name.endswith("position_embeddings") and one.dim() == 3), 0)
 
 
 _EPS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps")
