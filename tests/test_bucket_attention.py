@@ -1,0 +1,105 @@
+"""Reformer and Routing attention: against brute force over what is seen, limits, buckets, refusals."""
+
+import pytest
+import torch
+from torch.nn import functional
+
+from transect.errors import TransectError
+from transect.parts import Around
+from transect.parts.catalog.bucket_attention import Reformer, Routing
+
+N = 21
+X = torch.randn(2, N, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+REAL = torch.ones(2, N, dtype=torch.bool)
+REAL[1, :5] = False
+
+
+def made(kind, causal, **settings):
+    torch.manual_seed(0)
+    return kind(16, 4, 4, causal, 1, **settings).double().eval()
+
+
+def brute(one, real):
+    """Position by position: softmax over the union of what is seen in each round, itself only if alone."""
+    q, v = (f(X).unflatten(-1, (4, -1)).transpose(1, 2) for f in (one.q_proj, one.v_proj))
+    k, buckets = functional.normalize(q, dim=-1), one.buckets(q, None)
+    y = torch.zeros_like(v)
+    for row in range(2):
+        for head in range(4):
+            for i in range(N):
+                seen = set()
+                for bucket in buckets[:, row, head]:
+                    mine = [j for j in range(N) if bucket[j] == bucket[i] and (real is None or real[row, j])]
+                    place = mine.index(i) if i in mine else 0
+                    near = [j for number, j in enumerate(mine) if abs(number - place) < one.window]
+                    seen |= {j for j in near if not one.causal or j <= i}
+                seen = sorted(seen - {i}) or [i]
+                weights = (k[row, head, seen] @ q[row, head, i] / 2).softmax(0)
+                y[row, head, i] = weights @ v[row, head, seen]
+    return one.o_proj(y.transpose(1, 2).flatten(2))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (Reformer, dict(window=3, buckets=4, rounds=1)), (Reformer, dict(window=3, buckets=4, rounds=3)),
+        (Reformer, dict(window=1, buckets=2)), (Routing, dict(window=4, clusters=3)),
+    ],
+)  # fmt: skip
+def test_it_is_a_softmax_over_what_is_near_in_the_bucket(kind, settings, causal):
+    one = made(kind, causal, **settings)
+    torch.testing.assert_close(one(X, Around()), brute(one, None))
+    torch.testing.assert_close(one(X, Around(REAL))[REAL], brute(one, REAL)[REAL])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "settings"), [(Reformer, dict(buckets=1, rounds=3)), (Routing, dict(clusters=1))]
+)  # fmt: skip
+def test_with_one_bucket_it_is_softmax_attention_with_shared_queries_and_keys(kind, settings, causal):
+    one = made(kind, causal, window=N, **settings)
+    q, v = (f(X).unflatten(-1, (4, -1)).transpose(1, 2) for f in (one.q_proj, one.v_proj))
+    itself = torch.eye(N, dtype=torch.bool)
+    mask = ~itself & torch.ones(N, N, dtype=torch.bool).tril() if causal else ~itself
+    mask[0, 0] |= causal
+    y = functional.scaled_dot_product_attention(q, functional.normalize(q, dim=-1), v, attn_mask=mask)
+    torch.testing.assert_close(one(X, Around()), one.o_proj(y.transpose(1, 2).flatten(2)))
+
+
+def test_near_vectors_share_a_bucket_more_often_and_each_round_hashes_anew():
+    one = made(Reformer, True, buckets=8, rounds=64)
+    q = torch.randn(1, 1, 64, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    buckets = [one.buckets(q + noise * torch.ones_like(q), None) for noise in (0.0, 0.1, 1.0)]
+    kept = [float((other == buckets[0]).double().mean()) for other in buckets]
+    assert kept[0] == 1 and kept[0] > kept[1] > kept[2] + 0.1
+    assert not torch.equal(buckets[0][0], buckets[0][1]) and int(buckets[0].max()) <= 7
+    torch.testing.assert_close(one.buckets(3 * q, None), buckets[0])  # by direction alone
+
+
+def test_centres_move_in_training_to_the_mean_of_what_they_take():
+    one = made(Routing, True, clusters=3, decay=0.5)
+    before = one.centres.clone()
+    one(X, Around(REAL))
+    assert torch.equal(one.centres, before)
+    one.train()(X, Around(REAL))
+    unit = functional.normalize(one.q_proj(X).unflatten(-1, (4, -1)).transpose(1, 2), dim=-1)
+    for head in range(4):
+        points = unit[:, head][REAL]
+        nearest = (points @ before[head].T).argmax(1)
+        for cluster in range(3):
+            mine = points[nearest == cluster]
+            expected = functional.normalize(0.5 * before[head, cluster] + 0.5 * mine.mean(0), dim=0)
+            torch.testing.assert_close(one.centres[head, cluster], expected if len(mine) else before[head, cluster])
+
+
+def test_what_does_not_fit_is_refused_and_nothing_real_gives_finite_numbers():
+    with pytest.raises(TransectError, match="so that 3 are none"):
+        Reformer(16, 4, 4, True, 0, buckets=3)
+    for kind in (Reformer, Routing):
+        one = made(kind, False)
+        y = one(X, Around(torch.zeros(2, N, dtype=torch.bool)))
+        y.sum().backward()
+        assert y.isfinite().all() and all(p.grad.isfinite().all() for p in one.parameters())

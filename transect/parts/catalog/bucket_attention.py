@@ -1,0 +1,184 @@
+"""Softmax attention among positions whose vectors fall into the same bucket: Reformer and Routing Transformer.
+
+Positions are sorted by bucket, and within a bucket by where they stand; each sees those of its own bucket that are less
+than `window` places away in that order. A position later in the text comes later in its bucket, so that nothing of it
+is seen by those before, whatever bucket it falls into: chunks of a fixed grid over the sorted positions, as the authors
+cut them, would shift with what comes behind.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ...arguments import Range
+from ...errors import TransectError
+from ...parameters import Seed
+from ..attention import UNSEEN, wide
+from ..part import Around, Mixer
+from ..rotary import rotated
+from .sparse_attention import in_blocks, positions_of, surrounding
+
+_ITSELF = -1e5  # a position's score with itself: it reads itself where it sees nothing else
+
+
+class BucketAttention(Mixer):
+    """What both share; a subclass gives the `buckets`. Queries and keys have one matrix, and keys are of length 1.
+
+    No position reads itself, unless it is alone.
+    """
+
+    cost = "N log N"
+    roles = {"q": "q_proj", "v": "v_proj", "o": "o_proj"}
+
+    def __init__(self, width: int, heads: int, head_size: int, causal: bool, window: int) -> None:
+        super().__init__(causal)
+        self.heads, self.head_size, self.window = heads, head_size, window
+        self.q_proj, self.v_proj = (nn.Linear(width, heads * head_size, bias=False) for _ in range(2))
+        self.o_proj = nn.Linear(heads * head_size, width, bias=False)
+
+    def buckets(self, q: Tensor, real: Tensor | None) -> Tensor:
+        """Number of each position's bucket (rounds x B x heads x N), from q (B x heads x N x size)."""
+        raise NotImplementedError
+
+    def mix(self, x: Tensor, around: Around) -> Tensor:
+        q, v = (wide(one(x)).unflatten(-1, (self.heads, -1)).transpose(1, 2) for one in (self.q_proj, self.v_proj))
+        q = rotated(q, around.rotary)
+        with torch.autocast(q.device.type, enabled=False):
+            buckets = self.buckets(q.detach(), around.real)
+            if around.real is not None:  # padding has a bucket of its own
+                buckets = buckets.masked_fill(~around.real[:, None], int(buckets.max()) + 1)
+            k = functional.normalize(q, dim=-1)
+            y = within_buckets(q * self.head_size**-0.5, k, v, buckets, self.window, self.causal)
+        return self.o_proj(y.transpose(1, 2).flatten(2).to(x.dtype))
+
+
+def within_buckets(q: Tensor, k: Tensor, v: Tensor, buckets: Tensor, window: int, causal: bool) -> Tensor:
+    """Softmax over all that a position sees in any round, each counted once (B x heads x N x size).
+
+    q, k, v: B x heads x N x size, q scaled. buckets: rounds x B x heads x N.
+    """
+    rounds, count = len(buckets), q.shape[2]
+    places = torch.arange(count, device=q.device)
+    order = buckets.argsort(dim=-1, stable=True)
+    rank = torch.empty_like(order).scatter_(-1, order, places.expand_as(order))  # place of each position in the order
+    ahead = 0 if causal else window
+    at, beside = (positions_of(count, window, before, behind, q.device) for before, behind in ((0, 0), (window, ahead)))
+    exists = (beside >= 0) & (beside < count)
+    rows, columns = at.clamp(max=count - 1), beside.clamp(0, count - 1)
+    read, sums = [], []
+    for number in range(rounds):
+        here = order[number]
+        sorted_q, sorted_k, sorted_v = (one.take_along_dim(here[..., None], dim=2) for one in (q, k, v))
+        scores = in_blocks(sorted_q, window) @ surrounding(sorted_k, window, window, ahead).mT
+        i, j = here[:, :, rows][..., None], here[:, :, columns][..., None, :]  # positions: ... x blocks x window x wide
+        times = torch.zeros_like(scores)  # in how many rounds the two see one another
+        for other in range(rounds):
+            bucket, place = (one[other].take_along_dim(here, dim=-1) for one in (buckets, rank))
+            same = bucket[:, :, rows][..., None] == bucket[:, :, columns][..., None, :]
+            near = (place[:, :, rows][..., None] - place[:, :, columns][..., None, :]).abs() < window
+            times += same & near
+            if other == number:
+                seen = same & near & exists[:, None] & ((j <= i) if causal else True)
+        scores = scores.masked_fill(i == j, _ITSELF) - times.clamp(min=1).log()
+        scores = scores.masked_fill(~seen, UNSEEN)
+        y, total = scores.softmax(-1) @ surrounding(sorted_v, window, window, ahead), scores.logsumexp(-1, keepdim=True)
+        back = rank[number][..., None]
+        read.append(y.flatten(2, 3).take_along_dim(back, dim=2))
+        sums.append(total.flatten(2, 3).take_along_dim(back, dim=2))
+    weights = torch.stack(sums).softmax(0)
+    return (weights * torch.stack(read)).sum(0)
+
+
+class Reformer(BucketAttention):
+    """Buckets by locality-sensitive hashing, in several rounds: argmax [x R; -x R] for random R (Section 2).
+
+    window: how many places away, in the bucket, a position is seen.
+    buckets: how many, even; 1 for none.
+    rounds: of hashing, each with an R of its own; what is seen in several counts once.
+    seed: of R.
+    """
+
+    kind = "mixer.reformer"
+    paper = "arXiv:2001.04451"
+    limit = "with one bucket and a window of all positions it is softmax attention with keys q / |q|, itself not seen"
+    directions: Tensor
+
+    def __init__(
+        self, width: int, heads: int, head_size: int, causal: bool, layer: int, *,
+        window: Annotated[int, Range(1, 2**20)] = 64, buckets: Annotated[int, Range(1, 2**16)] = 16,
+        rounds: Annotated[int, Range(1, 64)] = 2, seed: Seed = 0,
+    ) -> None:  # fmt: skip
+        super().__init__(width, heads, head_size, causal, window)
+        if buckets > 1 and buckets % 2:
+            raise TransectError(
+                f"{self.kind}: a direction and its opposite are two buckets, so that {buckets} are none"
+            )
+        drawn = torch.empty(rounds, head_size, buckets // 2)
+        if drawn.device.type != "meta":
+            draw = torch.Generator().manual_seed((seed + layer) % 2**63)
+            drawn.copy_(torch.randn(drawn.shape, generator=draw, device="cpu"))
+        self.register_buffer("directions", drawn)
+
+    def buckets(self, q: Tensor, real: Tensor | None) -> Tensor:
+        if not self.directions.shape[-1]:
+            return torch.zeros(len(self.directions), *q.shape[:3], dtype=torch.long, device=q.device)
+        along = torch.einsum("bhnd,rdc->rbhnc", q, self.directions.to(q.dtype))
+        return torch.cat([along, -along], dim=-1).argmax(-1)
+
+    def mixing_flops(self, length: int) -> int:
+        rounds, _, half = self.directions.shape
+        keys = (2 if self.causal else 3) * min(self.window, length)
+        return rounds * length * self.heads * self.head_size * (2 * half + 4 * keys)
+
+
+class Routing(BucketAttention):
+    """Buckets by k-means: each position goes to the nearest of its head's centres, on the unit sphere (Section 4).
+
+    In training the centres move towards the mean of what comes to them; no gradient does that. The authors let each
+    centre take the same number of positions, which looks ahead; here each position takes one centre.
+
+    window: how many places away, in the bucket, a position is seen.
+    clusters: centres of each head; best about the square root of the length.
+    decay: how much of a centre stays in a step of training.
+    seed: of the centres.
+    """
+
+    kind = "mixer.routing"
+    paper = "arXiv:2003.05997"
+    limit = "with one cluster and a window of all positions it is softmax attention with keys q / |q|, itself not seen"
+    centres: Tensor
+
+    def __init__(
+        self, width: int, heads: int, head_size: int, causal: bool, layer: int, *,
+        window: Annotated[int, Range(1, 2**20)] = 64, clusters: Annotated[int, Range(1, 2**16)] = 16,
+        decay: Annotated[float, Range(0, 1)] = 0.999, seed: Seed = 0,
+    ) -> None:  # fmt: skip
+        super().__init__(width, heads, head_size, causal, window)
+        self.decay = decay
+        drawn = torch.empty(heads, clusters, head_size)
+        if drawn.device.type != "meta":
+            draw = torch.Generator().manual_seed((seed + layer) % 2**63)
+            drawn.copy_(functional.normalize(torch.randn(drawn.shape, generator=draw, device="cpu"), dim=-1))
+        self.register_buffer("centres", drawn)
+
+    def buckets(self, q: Tensor, real: Tensor | None) -> Tensor:
+        unit, centres = functional.normalize(q, dim=-1), self.centres.to(q.dtype)
+        nearest = (unit @ centres.mT).argmax(-1)  # B x heads x N
+        if self.training and torch.is_grad_enabled():
+            taken = functional.one_hot(nearest, centres.shape[1]).to(q.dtype)
+            if real is not None:
+                taken = taken * real[:, None, :, None]
+            sums, counts = torch.einsum("bhnc,bhnd->hcd", taken, unit), taken.sum(dim=(0, 2))[..., None]
+            moved = self.decay * centres + (1 - self.decay) * sums / counts.clamp(min=1)
+            moved = torch.where(counts > 0, functional.normalize(moved, dim=-1), centres)
+            with torch.no_grad():
+                self.centres.copy_(moved)
+        return nearest[None]
+
+    def mixing_flops(self, length: int) -> int:
+        keys = (2 if self.causal else 3) * min(self.window, length)
+        return length * self.heads * self.head_size * (2 * self.centres.shape[1] + 4 * keys)
