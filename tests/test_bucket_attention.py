@@ -22,7 +22,7 @@ def made(kind, causal, **settings):
 def brute(one, real):
     """Position by position: softmax over the union of what is seen in each round, itself only if alone."""
     q, v = (f(X).unflatten(-1, (4, -1)).transpose(1, 2) for f in (one.q_proj, one.v_proj))
-    k, buckets = functional.normalize(q, dim=-1), one.buckets(q, None)
+    (q, k), buckets = one.matched(q), one.buckets(q, None)
     y = torch.zeros_like(v)
     for row in range(2):
         for head in range(4):
@@ -65,7 +65,8 @@ def test_with_one_bucket_it_is_softmax_attention_with_shared_queries_and_keys(ki
     itself = torch.eye(N, dtype=torch.bool)
     mask = ~itself & torch.ones(N, N, dtype=torch.bool).tril() if causal else ~itself
     mask[0, 0] |= causal
-    y = functional.scaled_dot_product_attention(q, functional.normalize(q, dim=-1), v, attn_mask=mask)
+    q, k = (q, functional.normalize(q, dim=-1)) if kind is Reformer else (functional.layer_norm(q, (4,)),) * 2
+    y = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     torch.testing.assert_close(one(X, Around()), one.o_proj(y.transpose(1, 2).flatten(2)))
 
 
@@ -85,7 +86,8 @@ def test_centres_move_in_training_to_the_mean_of_what_they_take():
     one(X, Around(REAL))
     assert torch.equal(one.centres, before)
     one.train()(X, Around(REAL))
-    unit = functional.normalize(one.q_proj(X).unflatten(-1, (4, -1)).transpose(1, 2), dim=-1)
+    normed = functional.layer_norm(one.q_proj(X).unflatten(-1, (4, -1)).transpose(1, 2), (4,))
+    unit = functional.normalize(normed, dim=-1)
     for head in range(4):
         points = unit[:, head][REAL]
         nearest = (points @ before[head].T).argmax(1)

@@ -22,7 +22,8 @@ SMALL: dict[str, dict] = {  # settings by "slot.name", where the defaults are no
     "mixer.linformer": dict(rank=6), "mixer.nystrom": dict(landmarks=4), "mixer.strided": dict(stride=4),
     "mixer.fixed": dict(stride=4, summary=2), "mixer.longformer": dict(window=3, global_tokens=2),
     "mixer.bigbird": dict(window=2, random=1), "mixer.reformer": dict(window=3, buckets=4),
-    "mixer.routing": dict(window=3, clusters=4), "mixer.transformer-xl": dict(segment=4, memory=2),
+    "mixer.routing": dict(window=3, clusters=4), "mixer.compressive": dict(segment=4, memory=2, compressed=2, rate=2),
+    "mixer.funnel": dict(stride=3), "mixer.transformer-xl": dict(segment=4, memory=2),
 }  # fmt: skip
 ENTRIES = {f"{entry.family}.{entry.name}": entry for entry in parts()}
 MIXERS = {kind: entry for kind, entry in ENTRIES.items() if entry.family == "mixer"}

@@ -8,7 +8,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transect.errors import TransectError
 from transect.parts import Around
 from transect.parts.catalog.softmax import Softmax
-from transect.parts.catalog.sparse_attention import BigBird, Fixed, Longformer, Segments, Strided, random_blocks
+from transect.parts.catalog.sparse_attention import (
+    BigBird,
+    Compressive,
+    Fixed,
+    Longformer,
+    Segments,
+    Strided,
+    random_blocks,
+)
 
 N = 21
 X = torch.randn(2, N, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -97,11 +105,36 @@ def test_bigbird_adds_blocks_that_the_seed_and_the_layer_draw(causal):
 
 @torch.no_grad()
 @pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("memory", "compressed"), [(2, 2), (0, 3), (4, 50)])
+def test_behind_the_memory_means_are_seen(causal, memory, compressed):
+    one = made(Compressive, causal, segment=4, memory=memory, compressed=compressed, rate=2)
+    q, k, v = one.project(X, Around())
+    read = []
+    for i in range(N):
+        start = i // 4 * 4
+        oldest = max(start - memory, 0)
+        seen = list(range(oldest, i + 1 if causal else min(start + 4, N)))
+        pairs = [(first, first + 1) for first in range(0, oldest, 2)][-compressed:]
+        keys, values = (
+            torch.stack([x[:, :, p].mean(2) for p in pairs] + [x[:, :, j] for j in seen], 2) for x in (k, v)
+        )
+        read.append(functional.scaled_dot_product_attention(q[:, :, i : i + 1], keys, values))
+    expected = one.o_proj(torch.cat(read, dim=2).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(one(X, Around()), expected)
+    short = torch.cat([X[1:, 3:], X[1:, :3]], dim=1)  # what is real, in front
+    torch.testing.assert_close(
+        one(X[1:], Around(REAL[1:]))[:, 3:], one(short, Around(torch.arange(N)[None] < 18))[:, :18]
+    )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("causal", [True, False])
 def test_where_a_pattern_covers_everything_it_is_softmax_attention(causal):
     for kind, settings in (
         (Strided, dict(stride=1)), (Strided, dict(stride=30)), (Fixed, dict(stride=4, summary=4)),
         (Fixed, dict(stride=21)), (Longformer, dict(window=21)), (Longformer, dict(window=2, global_tokens=21)),
         (BigBird, dict(window=21)), (BigBird, dict(window=3, global_tokens=30)), (Segments, dict(segment=21)),
+        (Compressive, dict(segment=24, memory=0)),
         (Segments, dict(segment=7, memory=14) if causal else dict(segment=30)),
     ):  # fmt: skip
         one, dense = made(kind, causal, **settings), Softmax(16, 4, 4, 4, causal).double()
@@ -129,7 +162,8 @@ def test_memory_is_linear_in_the_number_of_positions(causal):
     """The largest tensor that any step makes grows as fast as the input (strided and fixed: with their N² / stride)."""
     for kind, settings, growth in (
         (Longformer, dict(window=8, global_tokens=2), 2), (BigBird, dict(window=8, random=2), 2),
-        (Segments, dict(segment=8, memory=8), 2), (Strided, dict(stride=32), 4), (Fixed, dict(stride=32), 4),
+        (Segments, dict(segment=8, memory=8), 2), (Compressive, dict(segment=8, memory=8, compressed=8), 2),
+        (Strided, dict(stride=32), 4), (Fixed, dict(stride=32), 4),
     ):  # fmt: skip
         sizes = []
         for count in (512, 1024):
@@ -142,7 +176,9 @@ def test_memory_is_linear_in_the_number_of_positions(causal):
 def test_what_does_not_fit_is_refused_and_nothing_real_gives_finite_numbers():
     with pytest.raises(TransectError, match="a summary of 9 is more than its block of 8"):
         Fixed(16, 4, 4, True, stride=8, summary=9)
-    for kind in (Strided, Fixed, Longformer, BigBird, Segments):
+    with pytest.raises(TransectError, match="should be multiples of the rate, 4"):
+        Compressive(16, 4, 4, True, segment=6)
+    for kind in (Strided, Fixed, Longformer, BigBird, Segments, Compressive):
         one = made(kind, True)
         y = one(X, Around(torch.zeros(2, N, dtype=torch.bool)))
         y.sum().backward()

@@ -26,9 +26,9 @@ _ITSELF = -1e5  # a position's score with itself: it reads itself where it sees 
 
 
 class BucketAttention(Mixer):
-    """What both share; a subclass gives the `buckets`. Queries and keys have one matrix, and keys are of length 1.
+    """What both share; a subclass gives the `buckets`. Queries and keys have one matrix.
 
-    No position reads itself, unless it is alone.
+    No position reads itself, unless it is alone: with one matrix it would read little else.
     """
 
     cost = "N log N"
@@ -44,6 +44,10 @@ class BucketAttention(Mixer):
         """Number of each position's bucket (rounds x B x heads x N), from q (B x heads x N x size)."""
         raise NotImplementedError
 
+    def matched(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys, from q (B x heads x N x size)."""
+        raise NotImplementedError
+
     def mix(self, x: Tensor, around: Around) -> Tensor:
         q, v = (wide(one(x)).unflatten(-1, (self.heads, -1)).transpose(1, 2) for one in (self.q_proj, self.v_proj))
         q = rotated(q, around.rotary)
@@ -51,7 +55,7 @@ class BucketAttention(Mixer):
             buckets = self.buckets(q.detach(), around.real)
             if around.real is not None:  # padding has a bucket of its own
                 buckets = buckets.masked_fill(~around.real[:, None], int(buckets.max()) + 1)
-            k = functional.normalize(q, dim=-1)
+            q, k = self.matched(q)
             y = within_buckets(q * self.head_size**-0.5, k, v, buckets, self.window, self.causal)
         return self.o_proj(y.transpose(1, 2).flatten(2).to(x.dtype))
 
@@ -123,6 +127,9 @@ class Reformer(BucketAttention):
             drawn.copy_(torch.randn(drawn.shape, generator=draw, device="cpu"))
         self.register_buffer("directions", drawn)
 
+    def matched(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        return q, functional.normalize(q, dim=-1)
+
     def buckets(self, q: Tensor, real: Tensor | None) -> Tensor:
         if not self.directions.shape[-1]:
             return torch.zeros(len(self.directions), *q.shape[:3], dtype=torch.long, device=q.device)
@@ -139,7 +146,8 @@ class Routing(BucketAttention):
     """Buckets by k-means: each position goes to the nearest of its head's centres, on the unit sphere (Section 4).
 
     In training the centres move towards the mean of what comes to them; no gradient does that. The authors let each
-    centre take the same number of positions, which looks ahead; here each position takes one centre.
+    centre take the same number of positions, which looks ahead; here each position takes one centre. Queries, which are
+    the keys too, are normed.
 
     window: how many places away, in the bucket, a position is seen.
     clusters: centres of each head; best about the square root of the length.
@@ -149,7 +157,9 @@ class Routing(BucketAttention):
 
     kind = "mixer.routing"
     paper = "arXiv:2003.05997"
-    limit = "with one cluster and a window of all positions it is softmax attention with keys q / |q|, itself not seen"
+    limit = (
+        "with one cluster and a window of all positions it is softmax attention with keys that are q, itself not seen"
+    )
     centres: Tensor
 
     def __init__(
@@ -165,8 +175,12 @@ class Routing(BucketAttention):
             drawn.copy_(functional.normalize(torch.randn(drawn.shape, generator=draw, device="cpu"), dim=-1))
         self.register_buffer("centres", drawn)
 
+    def matched(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        normed = functional.layer_norm(q, q.shape[-1:])
+        return normed, normed
+
     def buckets(self, q: Tensor, real: Tensor | None) -> Tensor:
-        unit, centres = functional.normalize(q, dim=-1), self.centres.to(q.dtype)
+        unit, centres = functional.normalize(self.matched(q)[0], dim=-1), self.centres.to(q.dtype)
         nearest = (unit @ centres.mT).argmax(-1)  # B x heads x N
         if self.training and torch.is_grad_enabled():
             taken = functional.one_hot(nearest, centres.shape[1]).to(q.dtype)
