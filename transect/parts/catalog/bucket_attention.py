@@ -17,7 +17,7 @@ from torch.nn import functional
 from ...arguments import Range
 from ...errors import TransectError
 from ...parameters import Seed
-from ..attention import UNSEEN, wide
+from ..attention import UNSEEN, joined, wide
 from ..part import Around, Mixer
 from ..rotary import rotated
 from .sparse_attention import in_blocks, positions_of, surrounding
@@ -66,35 +66,32 @@ def within_buckets(q: Tensor, k: Tensor, v: Tensor, buckets: Tensor, window: int
     q, k, v: B x heads x N x size, q scaled. buckets: rounds x B x heads x N.
     """
     rounds, count = len(buckets), q.shape[2]
-    places = torch.arange(count, device=q.device)
-    order = buckets.argsort(dim=-1, stable=True)
-    rank = torch.empty_like(order).scatter_(-1, order, places.expand_as(order))  # place of each position in the order
     ahead = 0 if causal else window
-    at, beside = (positions_of(count, window, before, behind, q.device) for before, behind in ((0, 0), (window, ahead)))
-    exists = (beside >= 0) & (beside < count)
-    rows, columns = at.clamp(max=count - 1), beside.clamp(0, count - 1)
-    read, sums = [], []
-    for number in range(rounds):
-        here = order[number]
+    order = buckets.argsort(dim=-1, stable=True)
+    places = torch.arange(count, device=q.device)
+    rank = torch.empty_like(order).scatter_(-1, order, places.expand_as(order))  # place of each position in the order
+    codes = (rank + buckets * (count + window)).to(torch.int32)  # nearer than the window: near in the same bucket
+    exists = positions_of(count, window, window, ahead, q.device)
+    exists = ((exists >= 0) & (exists < count))[:, None]
+
+    def pairs(x: Tensor) -> tuple[Tensor, Tensor]:
+        """Of numbers in the order of a round (B x heads x N), those of each block's queries and of their keys."""
+        return in_blocks(x[..., None], window), surrounding(x[..., None], window, window, ahead).mT
+
+    pieces = []
+    for number, here in enumerate(order):
         sorted_q, sorted_k, sorted_v = (one.take_along_dim(here[..., None], dim=2) for one in (q, k, v))
+        near = [a.sub(b).abs() < window for a, b in map(pairs, codes.take_along_dim(here[None], dim=-1))]
+        i, j = pairs(here.to(torch.int32))
+        seen = near.pop(number) & exists & ((j <= i) if causal else True)
         scores = in_blocks(sorted_q, window) @ surrounding(sorted_k, window, window, ahead).mT
-        i, j = here[:, :, rows][..., None], here[:, :, columns][..., None, :]  # positions: ... x blocks x window x wide
-        times = torch.zeros_like(scores)  # in how many rounds the two see one another
-        for other in range(rounds):
-            bucket, place = (one[other].take_along_dim(here, dim=-1) for one in (buckets, rank))
-            same = bucket[:, :, rows][..., None] == bucket[:, :, columns][..., None, :]
-            near = (place[:, :, rows][..., None] - place[:, :, columns][..., None, :]).abs() < window
-            times += same & near
-            if other == number:
-                seen = same & near & exists[:, None] & ((j <= i) if causal else True)
-        scores = scores.masked_fill(i == j, _ITSELF) - times.clamp(min=1).log()
-        scores = scores.masked_fill(~seen, UNSEEN)
+        scores = scores.masked_fill(i == j, _ITSELF).masked_fill(~seen, UNSEEN)
+        if near:  # what is seen in other rounds too has its weight from each
+            scores = scores - torch.stack(near).sum(0).to(scores.dtype).log1p()
         y, total = scores.softmax(-1) @ surrounding(sorted_v, window, window, ahead), scores.logsumexp(-1, keepdim=True)
         back = rank[number][..., None]
-        read.append(y.flatten(2, 3).take_along_dim(back, dim=2))
-        sums.append(total.flatten(2, 3).take_along_dim(back, dim=2))
-    weights = torch.stack(sums).softmax(0)
-    return (weights * torch.stack(read)).sum(0)
+        pieces.append(tuple(one.flatten(2, 3).take_along_dim(back, dim=2) for one in (y, total)))
+    return joined(pieces) if rounds > 1 else pieces[0][0]
 
 
 class Reformer(BucketAttention):

@@ -115,7 +115,7 @@ class Strided(SparseAttention):
     limit = "with a stride of 1, or of all positions, it is softmax attention"
     cost = "N (stride + N / stride)"
 
-    def __init__(self, width: int, heads: int, head_size: int, causal: bool, *, stride: Window = 32) -> None:
+    def __init__(self, width: int, heads: int, head_size: int, causal: bool, *, stride: Window = 64) -> None:
         super().__init__(width, heads, head_size, causal)
         self.stride = stride
 
@@ -159,8 +159,8 @@ class Fixed(SparseAttention):
     cost = "N (stride + N summary / stride)"
 
     def __init__(
-        self, width: int, heads: int, head_size: int, causal: bool, *, stride: Window = 32,
-        summary: Annotated[int, Range(1, 2**20)] = 8,
+        self, width: int, heads: int, head_size: int, causal: bool, *, stride: Window = 64,
+        summary: Annotated[int, Range(1, 2**20)] = 4,
     ) -> None:  # fmt: skip
         super().__init__(width, heads, head_size, causal)
         if summary > stride:
@@ -387,9 +387,11 @@ def _blocked(
     at, keys = at[:, :, None], keys[:, None]
     mask = seen(at, keys) & allowed[:, :, None]
     mask = mask | (at == keys) & ~mask.any(-1, keepdim=True)
-    return functional.scaled_dot_product_attention(in_blocks(q, at.shape[1]), k, v, attn_mask=mask[:, None]).flatten(
-        2, 3
-    )
+    # Blocks go to the batch: torch's fused kernels take no fifth dimension.
+    mask = mask.expand(len(q), -1, -1, -1).flatten(0, 1)[:, None]
+    folded = (one.transpose(1, 2).flatten(0, 1) for one in (in_blocks(q, at.shape[1]), k, v))
+    y = functional.scaled_dot_product_attention(*folded, attn_mask=mask)
+    return y.unflatten(0, (len(q), -1)).transpose(1, 2).flatten(2, 3)
 
 
 def random_blocks(blocks: int, each: int, causal: bool, seed: int, device: torch.device) -> Tensor:

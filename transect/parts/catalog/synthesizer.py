@@ -46,8 +46,10 @@ class Synthesizer(Mixer):
         v = self.v_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         mask = seen_by(count, count, self.causal, real, x.device)
         causal = mask is None and self.causal
-        y = functional.scaled_dot_product_attention(q, k.to(q.dtype), v, attn_mask=mask, is_causal=causal, scale=1.0)
-        return self.o_proj(y.transpose(1, 2).flatten(2))
+        size = max(self.size, self.head_size)  # of all three alike, or torch would store all scores
+        q, k, v = (functional.pad(one, (0, size - one.shape[-1])) for one in (q, k.to(q.dtype), v))
+        y = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=1.0)
+        return self.o_proj(y[..., : self.head_size].transpose(1, 2).flatten(2))
 
     def mixing_flops(self, length: int) -> int:
         return 2 * length * length * self.heads * (self.head_size + self.size)
