@@ -16,13 +16,14 @@ REAL[1, :5] = False
 
 def made(kind, causal, **settings):
     torch.manual_seed(0)
-    return kind(16, 4, 4, causal, 1, **settings).double().eval()
+    return kind(16, 4, 4, causal, *([1] if kind is Reformer else []), **settings).double().eval()
 
 
 def brute(one, real):
     """Position by position: softmax over the union of what is seen in each round, itself only if alone."""
     q, v = (f(X).unflatten(-1, (4, -1)).transpose(1, 2) for f in (one.q_proj, one.v_proj))
-    (q, k), buckets = one.matched(q), one.buckets(q, None)
+    buckets = one.buckets(q, None)
+    q, k = one.matched(q, buckets, None)
     y = torch.zeros_like(v)
     for row in range(2):
         for head in range(4):
@@ -80,26 +81,30 @@ def test_near_vectors_share_a_bucket_more_often_and_each_round_hashes_anew():
     torch.testing.assert_close(one.buckets(3 * q, None), buckets[0])  # by direction alone
 
 
-def test_centres_move_in_training_to_the_mean_of_what_they_take():
-    one = made(Routing, True, clusters=3, decay=0.5)
-    before = one.centres.clone()
-    one(X, Around(REAL))
-    assert torch.equal(one.centres, before)
-    one.train()(X, Around(REAL))
+def test_centres_are_pulled_to_the_mean_of_what_they_take_and_nothing_else_is():
+    one = made(Routing, True, clusters=3)
+    y = one(X, Around(REAL))
+    y.square().sum().backward()
     normed = functional.layer_norm(one.q_proj(X).unflatten(-1, (4, -1)).transpose(1, 2), (4,))
     unit = functional.normalize(normed, dim=-1)
-    for head in range(4):
-        points = unit[:, head][REAL]
-        nearest = (points @ before[head].T).argmax(1)
-        for cluster in range(3):
+    for head, centres in enumerate(one.centres.detach()):
+        points = unit[:, head][REAL].detach()
+        nearest = (points @ functional.normalize(centres, dim=-1).T).argmax(1)
+        for cluster, centre in enumerate(centres):
             mine = points[nearest == cluster]
-            expected = functional.normalize(0.5 * before[head, cluster] + 0.5 * mine.mean(0), dim=0)
-            torch.testing.assert_close(one.centres[head, cluster], expected if len(mine) else before[head, cluster])
+            expected = 1e-3 * (centre - mine.mean(0)) if len(mine) else torch.zeros_like(centre)
+            torch.testing.assert_close(one.centres.grad[head, cluster], expected)
+    pulled, one.centres.grad = one.q_proj.weight.grad.clone(), None
+    one.zero_grad()
+    one.centres.requires_grad_(False)
+    one(X, Around(REAL)).square().sum().backward()
+    assert one.centres.grad is None
+    torch.testing.assert_close(one.q_proj.weight.grad, pulled)
 
 
 def test_what_does_not_fit_is_refused_and_nothing_real_gives_finite_numbers():
     with pytest.raises(TransectError, match="so that 3 are none"):
-        Reformer(16, 4, 4, True, 0, buckets=3)
+        made(Reformer, True, buckets=3)
     for kind in (Reformer, Routing):
         one = made(kind, False)
         y = one(X, Around(torch.zeros(2, N, dtype=torch.bool)))

@@ -8,7 +8,7 @@ cut them, would shift with what comes behind.
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ class BucketAttention(Mixer):
         """Number of each position's bucket (rounds x B x heads x N), from q (B x heads x N x size)."""
         raise NotImplementedError
 
-    def matched(self, q: Tensor) -> tuple[Tensor, Tensor]:
+    def matched(self, q: Tensor, buckets: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
         """Queries and keys, from q (B x heads x N x size)."""
         raise NotImplementedError
 
@@ -53,9 +53,9 @@ class BucketAttention(Mixer):
         q = rotated(q, around.rotary)
         with torch.autocast(q.device.type, enabled=False):
             buckets = self.buckets(q.detach(), around.real)
+            q, k = self.matched(q, buckets, around.real)
             if around.real is not None:  # padding has a bucket of its own
                 buckets = buckets.masked_fill(~around.real[:, None], int(buckets.max()) + 1)
-            q, k = self.matched(q)
             y = within_buckets(q * self.head_size**-0.5, k, v, buckets, self.window, self.causal)
         return self.o_proj(y.transpose(1, 2).flatten(2).to(x.dtype))
 
@@ -124,7 +124,7 @@ class Reformer(BucketAttention):
             drawn.copy_(torch.randn(drawn.shape, generator=draw, device="cpu"))
         self.register_buffer("directions", drawn)
 
-    def matched(self, q: Tensor) -> tuple[Tensor, Tensor]:
+    def matched(self, q: Tensor, buckets: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
         return q, functional.normalize(q, dim=-1)
 
     def buckets(self, q: Tensor, real: Tensor | None) -> Tensor:
@@ -139,17 +139,29 @@ class Reformer(BucketAttention):
         return rounds * length * self.heads * self.head_size * (2 * half + 4 * keys)
 
 
-class Routing(BucketAttention):
-    """Buckets by k-means: each position goes to the nearest of its head's centres, on the unit sphere (Section 4).
+class Pulled(torch.autograd.Function):
+    """Gives its first argument back; in the backward pass the second one's gradient is the third."""
 
-    In training the centres move towards the mean of what comes to them; no gradient does that. The authors let each
+    @staticmethod
+    def forward(ctx: Any, through: Tensor, centres: Tensor, pull: Tensor) -> Tensor:
+        ctx.save_for_backward(pull)
+        return through.view_as(through)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        return gradients[0], ctx.saved_tensors[0], None
+
+
+class Routing(BucketAttention):
+    """Buckets by k-means: each position goes to the nearest of its head's centres, by angle (Section 4).
+
+    The centres' gradient is that of 0.001 Σ |centre - mean of what came to it|² / 2, whatever else is lowered: under an
+    optimizer that scales gradients they follow these means, where the authors keep running means. The authors let each
     centre take the same number of positions, which looks ahead; here each position takes one centre. Queries, which are
     the keys too, are normed.
 
     window: how many places away, in the bucket, a position is seen.
     clusters: centres of each head; best about the square root of the length.
-    decay: how much of a centre stays in a step of training.
-    seed: of the centres.
     """
 
     kind = "mixer.routing"
@@ -157,38 +169,29 @@ class Routing(BucketAttention):
     limit = (
         "with one cluster and a window of all positions it is softmax attention with keys that are q, itself not seen"
     )
-    centres: Tensor
 
     def __init__(
-        self, width: int, heads: int, head_size: int, causal: bool, layer: int, *,
+        self, width: int, heads: int, head_size: int, causal: bool, *,
         window: Annotated[int, Range(1, 2**20)] = 64, clusters: Annotated[int, Range(1, 2**16)] = 16,
-        decay: Annotated[float, Range(0, 1)] = 0.999, seed: Seed = 0,
     ) -> None:  # fmt: skip
         super().__init__(width, heads, head_size, causal, window)
-        self.decay = decay
-        drawn = torch.empty(heads, clusters, head_size)
-        if drawn.device.type != "meta":
-            draw = torch.Generator().manual_seed((seed + layer) % 2**63)
-            drawn.copy_(functional.normalize(torch.randn(drawn.shape, generator=draw, device="cpu"), dim=-1))
-        self.register_buffer("centres", drawn)
-
-    def matched(self, q: Tensor) -> tuple[Tensor, Tensor]:
-        normed = functional.layer_norm(q, q.shape[-1:])
-        return normed, normed
+        self.centres = nn.Parameter(torch.randn(heads, clusters, head_size) * head_size**-0.5)
 
     def buckets(self, q: Tensor, real: Tensor | None) -> Tensor:
-        unit, centres = functional.normalize(self.matched(q)[0], dim=-1), self.centres.to(q.dtype)
-        nearest = (unit @ centres.mT).argmax(-1)  # B x heads x N
-        if self.training and torch.is_grad_enabled():
-            taken = functional.one_hot(nearest, centres.shape[1]).to(q.dtype)
+        normed = functional.layer_norm(q, q.shape[-1:])
+        return (normed @ functional.normalize(self.centres.detach().to(q.dtype), dim=-1).mT).argmax(-1)[None]
+
+    def matched(self, q: Tensor, buckets: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
+        normed = functional.layer_norm(q, q.shape[-1:])
+        if self.centres.requires_grad and torch.is_grad_enabled():
+            taken = functional.one_hot(buckets[0], self.centres.shape[1]).to(q.dtype)
             if real is not None:
                 taken = taken * real[:, None, :, None]
-            sums, counts = torch.einsum("bhnc,bhnd->hcd", taken, unit), taken.sum(dim=(0, 2))[..., None]
-            moved = self.decay * centres + (1 - self.decay) * sums / counts.clamp(min=1)
-            moved = torch.where(counts > 0, functional.normalize(moved, dim=-1), centres)
-            with torch.no_grad():
-                self.centres.copy_(moved)
-        return nearest[None]
+            sums = torch.einsum("bhnc,bhnd->hcd", taken, functional.normalize(normed.detach(), dim=-1))
+            counts = taken.sum(dim=(0, 2))[..., None]
+            pull = 1e-3 * (self.centres.detach() - sums / counts.clamp(min=1)) * (counts > 0)
+            normed = Pulled.apply(normed, self.centres, pull.to(self.centres.dtype))
+        return normed, normed
 
     def mixing_flops(self, length: int) -> int:
         keys = (2 if self.causal else 3) * min(self.window, length)
