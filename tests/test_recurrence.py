@@ -1,9 +1,9 @@
-"""Chunked recurrences against a plain loop over positions."""
+"""Chunked recurrences against plain loops over positions."""
 
 import pytest
 import torch
 
-from transect.parts.recurrence import decayed_recurrence
+from transect.parts.recurrence import decayed_recurrence, delta_recurrence
 
 
 def looped(q, k, v, log_decay, state):
@@ -38,3 +38,66 @@ def test_gradients_are_finite_where_everything_is_forgotten():
     y.square().sum().backward()
     assert all(tensor.grad.isfinite().all() for tensor in (q, k, v, log_decay))
     torch.testing.assert_close(y, (q * k).sum(-1, keepdim=True) * v)  # only the position itself is left
+
+
+def test_a_weak_decay_between_strong_ones_keeps_its_digits():
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 64, 4, dtype=torch.float64, generator=draw) for _ in range(3))
+    log_decay = torch.full((1, 2, 64, 4), -0.01, dtype=torch.float64)
+    log_decay[:, :, 5::20, 1:] = -1e6
+    expected, last = looped(q, k, v, log_decay, q.new_zeros(1, 2, 4, 4))
+    y, after = decayed_recurrence(*(tensor.float() for tensor in (q, k, v, log_decay)))
+    torch.testing.assert_close(y, expected.float(), atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(after, last.float(), atol=2e-5, rtol=1e-5)
+
+
+def test_without_decay_it_is_with_decays_of_one_and_autocast_changes_nothing():
+    q, k, v = (torch.randn(1, 2, 70, 4) for _ in range(3))
+    expected, last = decayed_recurrence(q, k, v, q.new_zeros(1, 2, 70, 1))
+    with torch.autocast("cpu", torch.bfloat16):
+        y, after = decayed_recurrence(q, k, v)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(after, last)
+
+
+def delta_looped(q, k, v, beta, log_decay, state):
+    outputs = []
+    for t in range(q.shape[2]):
+        state = log_decay[:, :, t, :, None].exp() * state
+        u = beta[:, :, t] * (v[:, :, t] - (state * k[:, :, t, :, None]).sum(-2))
+        state = state + k[:, :, t, :, None] * u[:, :, None, :]
+        outputs.append((state * q[:, :, t, :, None]).sum(-2))
+    return torch.stack(outputs, dim=2), state
+
+
+def delta_problem(count, strength):
+    draw = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(2, 3, count, 5, dtype=torch.float64, generator=draw) for _ in range(2))
+    v = torch.randn(2, 3, count, 4, dtype=torch.float64, generator=draw)
+    beta, decay = (torch.rand(2, 3, count, 1, dtype=torch.float64, generator=draw) for _ in range(2))
+    state = torch.randn(2, 3, 5, 4, dtype=torch.float64, generator=draw)
+    return q, torch.nn.functional.normalize(k, dim=-1), v, beta, -strength * decay, state
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.3, 200.0])
+@pytest.mark.parametrize("count", [1, 37, 130])
+def test_the_delta_rule_is_its_loop_in_every_length_of_chunks(strength, count):
+    problem = delta_problem(count, strength)
+    q, k, v, beta, log_decay, state = problem
+    expected, last = delta_looped(*problem)
+    y, after = delta_recurrence(q, k, v, beta, log_decay if strength else None, state)
+    torch.testing.assert_close(y, expected, atol=1e-8, rtol=0)
+    torch.testing.assert_close(after, last, atol=1e-8, rtol=0)
+    for chunk in (1, 16, 256):  # step by step, in chunks, and all at once
+        y, after = delta_recurrence(*(tensor.float() for tensor in problem), chunk=chunk)
+        torch.testing.assert_close(y, expected.float(), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(after, last.float(), atol=1e-5, rtol=1e-5)
+
+
+def test_the_delta_rule_has_finite_gradients_where_everything_is_forgotten():
+    q, k, v = (torch.randn(1, 1, 40, 4, requires_grad=True) for _ in range(3))
+    log_decay = torch.full((1, 1, 40, 1), -1e4, requires_grad=True)
+    y, _ = delta_recurrence(q, k, v, torch.ones(1, 1, 40, 1), log_decay)
+    y.square().sum().backward()
+    assert all(tensor.grad.isfinite().all() for tensor in (q, k, v, log_decay))
+    torch.testing.assert_close(y, (q * k).sum(-1, keepdim=True) * v)

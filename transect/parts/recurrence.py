@@ -1,56 +1,143 @@
 """Linear recurrences over positions, in chunks: what every linear mixer is computed by.
 
-The state S (d_k x d_v) of a head goes on as S_t = diag(a_t) S_{t-1} + k_t v_tᵀ and is read as y_t = S_tᵀ q_t. Within a
-chunk this is attention with decays between the positions; from chunk to chunk only the state goes on, so that the work
-for N positions is O(N (chunk + d_k) d_v) and all but the states' own step is batched over the chunks.
+The state S (d_k x d_v) of a head goes on as S_t = diag(a_t) S_{t-1} + k_t v_tᵀ, or by the delta rule, and is read as
+y_t = S_tᵀ q_t. Within a chunk this is attention with decays between the positions; from chunk to chunk only the state
+goes on, so that the work for N positions is O(N (chunk + d_k) d_v) and all but the states' own step is batched over the
+chunks. Sums, exponentials and the state are in float32 or wider, also under autocast.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+CHUNK = 64  # positions that are computed as attention
 _SAFE = 60.0  # e^60 and its inverse are far from the ends of float32
 
 
 def decayed_recurrence(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None = None, chunk: int = 64
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None, state: Tensor | None = None, chunk: int = CHUNK
 ) -> tuple[Tensor, Tensor]:
     """y (B x h x N x d_v) and the state afterwards (B x h x d_k x d_v), both in float32 or wider.
 
-    q, k: B x h x N x d_k. v: B x h x N x d_v. log_decay: log a_t <= 0, B x h x N x d_k, or x 1 for one decay of a head.
-    state: before the first position; default zeros. chunk: positions that are computed as attention.
-    Where decays of single channels are so strong that their product over a chunk would leave float32, the chunks are
-    short, and every difference of sums of log_decay is taken before its exponential: exact, and slower.
+    q, k: B x h x N x d_k. v: B x h x N x d_v. log_decay: log a_t <= 0, B x h x N x d_k, or x 1 for one decay of a head;
+    None where nothing is forgotten. state: before the first position; default zeros. chunk: positions that are computed
+    as attention, a power of 2.
+    The decay from j to i is the quotient of two products of decays. Where these would leave float32, chunks are halved
+    until they do not; what a half reads of the half before it has factors of at most 1.
     """
-    given = (q, k, v, log_decay)
-    q, k, v, log_decay = (tensor if tensor.dtype == torch.float64 else tensor.float() for tensor in given)
-    count, by_channel = q.shape[2], log_decay.shape[-1] > 1
-    strong = by_channel and float(log_decay.detach().amin()) * min(chunk, count) < -_SAFE
-    chunk = min(16 if strong else chunk, count)
-    q, k, v, log_decay = (
-        functional.pad(tensor, (0, 0, 0, -count % chunk)).unflatten(2, (-1, chunk)) for tensor in (q, k, v, log_decay)
-    )  # B x h x C x c x d
-    since = log_decay.cumsum(dim=3)  # Σ of the chunk's log decays up to each position
-    whole = since[..., -1:, :]
-    added = (k * (whole - since).exp()).transpose(-1, -2) @ v  # of each chunk to the state: B x h x C x d_k x d_v
-    if state is None:
-        state = added.new_zeros(*added.shape[:2], *added.shape[3:])
-    before, keeps = [], whole.transpose(-1, -2).exp()  # B x h x C x d_k (or 1) x 1
-    for number in range(added.shape[2]):
-        before.append(state)
-        state = keeps[:, :, number] * state + added[:, :, number]
-    read = q * since.exp()
-    y = read @ torch.stack(before, dim=2)
-    behind = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).tril()
-    if not by_channel:
-        apart = (since - since.transpose(-1, -2)).masked_fill(~behind, float("-inf"))  # from key to query
-        scores = (q @ k.transpose(-1, -2)) * apart.exp()
-    elif strong:
-        apart = since.unsqueeze(-2) - since.unsqueeze(-3)  # B x h x C x c x c x d_k
-        apart = apart.masked_fill(~behind[..., None], float("-inf"))
-        scores = torch.einsum("bhnid,bhnjd,bhnijd->bhnij", q, k, apart.exp())
-    else:
-        scores = (read @ (k * (-since).exp()).transpose(-1, -2)).masked_fill(~behind, 0.0)
-    return (y + scores @ v).flatten(2, 3)[:, :, :count], state
+    with torch.autocast(q.device.type, enabled=False):
+        batch, count = q.shape[:2], q.shape[2]
+        q, k, v = (_chunks(tensor, chunk) for tensor in (q, k, v))
+        near, read, write, keeps = None, q, k, q.new_ones(len(q), 1, 1)
+        if log_decay is not None:
+            log_decay = _chunks(log_decay, chunk)
+            since = log_decay.cumsum(dim=1)  # Σ of the chunk's log decays up to each position
+            grown, safe = since.exp(), _safe_length(log_decay, since)
+            read, keeps = q * grown, grown[:, -1:].mT
+            if safe < q.shape[1]:
+                near = _within(q, k, v, log_decay, safe)
+                added = (k * _until_end(log_decay).exp()).mT @ v  # of each chunk to the state
+            else:
+                write = k / grown
+        if near is None:
+            near, added = (read @ write.mT).tril() @ v, keeps * (write.mT @ v)
+        before, state = _carried(added, keeps, state, batch, torch.addcmul)
+        return _positions(torch.baddbmm(near, read, before), batch, count), state
+
+
+def delta_recurrence(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None = None, state: Tensor | None = None,
+    chunk: int = CHUNK,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The (gated) delta rule S_t = a_t (I - β_t k_t k_tᵀ) S_{t-1} + β_t k_t v_tᵀ: what k_t gives is moved to v_t.
+
+    Shapes and results as for `decayed_recurrence`; beta (B x h x N x 1) in [0, 1], keys of length 1 at most.
+    log_decay: log a_t <= 0 (B x h x N x 1), or None for the rule without gate.
+    S_t = a_t S_{t-1} + k_t u_tᵀ with u_t = β_t (v_t - a_t S_{t-1}ᵀ k_t). Within a chunk the u solve a system that is
+    triangular, with ones on its diagonal, and linear in the state before it: U = X - W S (the WY form of the product of
+    the I - β k kᵀ; Yang et al. 2024, arXiv:2406.06484, Section 3, with decays arXiv:2412.06464, Section 3.3).
+    """
+    with torch.autocast(q.device.type, enabled=False):
+        batch, count = q.shape[:2], q.shape[2]
+        q, k, v, beta = (_chunks(tensor, chunk) for tensor in (q, k, v, beta))
+        alike, scores = k @ k.mT, q @ k.mT
+        read, late, keeps = k, k, k.new_ones(1, 1, 1)
+        if log_decay is None:
+            scores = scores.tril()
+        else:
+            log_decay = _chunks(log_decay, chunk)
+            apart = log_decay.expand_as(alike).tril(-1).cumsum(dim=1).exp().tril()  # from key to query
+            alike, scores = alike * apart, scores * apart
+            grown = log_decay.cumsum(dim=1).exp()
+            q, read, late, keeps = q * grown, k * grown, k * _until_end(log_decay).exp(), grown[:, -1:]
+        known = beta * torch.cat([v, read], dim=-1)
+        solved = torch.linalg.solve_triangular((beta * alike).tril(-1), known, upper=False, unitriangular=True)
+        x, w = solved.split([v.shape[-1], k.shape[-1]], dim=-1)
+        moves = keeps * torch.eye(k.shape[-1], dtype=k.dtype, device=k.device) - late.mT @ w
+        before, state = _carried(late.mT @ x, moves, state, batch, torch.baddbmm)
+        u = torch.baddbmm(x, w, before, alpha=-1)
+        return _positions(torch.baddbmm(scores @ u, q, before), batch, count), state
+
+
+def _chunks(tensor: Tensor, chunk: int) -> Tensor:
+    """B x h x N x d as (B h chunks) x chunk x d in float32 or wider, with zeros behind; shorter if all is in one."""
+    tensor = tensor if tensor.dtype == torch.float64 else tensor.float()
+    count = tensor.shape[2]
+    chunk = min(chunk, 1 << (count - 1).bit_length())
+    if count % chunk:
+        tensor = functional.pad(tensor, (0, 0, 0, -count % chunk))
+    return tensor.reshape(-1, chunk, tensor.shape[-1])
+
+
+def _positions(chunks: Tensor, batch: torch.Size, count: int) -> Tensor:
+    """The way back: B x h x N x d."""
+    return chunks.reshape(*batch, -1, chunks.shape[-1])[:, :, :count]
+
+
+def _carried(
+    added: Tensor, moves: Tensor, state: Tensor | None, batch: torch.Size,
+    step: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The state before each chunk ((B h chunks) x d_k x d_v), and behind the last (B x h x d_k x d_v).
+
+    added, moves: of each chunk; step(added, moves, state) is the next state.
+    """
+    added, moves = (tensor.unflatten(0, (batch.numel(), -1)) for tensor in (added, moves))
+    now = added.new_zeros(added[:, 0].shape) if state is None else state.flatten(0, 1).to(added.dtype)
+    before = []
+    for more, move in zip(added.unbind(1), moves.unbind(1), strict=True):
+        before.append(now)
+        now = step(more, move, now)
+    return torch.stack(before, dim=1).flatten(0, 1), now.unflatten(0, batch)
+
+
+def _safe_length(log_decay: Tensor, since: Tensor) -> int:
+    """The chunk's length, halved until no such block decays by more than e^-60; 0 if a single position does."""
+    length, log_decay = since.shape[1], log_decay.detach()
+    total = since.detach()[:, -1:]
+    while length and float(total.amin()) < -_SAFE:
+        length //= 2
+        total = log_decay.unflatten(1, (-1, max(length, 1))).sum(dim=2)
+    return length
+
+
+def _until_end(log_decay: Tensor) -> Tensor:
+    """Σ of the log decays behind each position of a chunk, added from its end, since differences of sums round."""
+    return functional.pad(log_decay[:, 1:], (0, 0, 0, 1)).flip(1).cumsum(dim=1).flip(1)
+
+
+def _within(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, safe: int) -> Tensor:
+    """What the positions of each chunk (n x chunk x d) are given by those of the same chunk, halved down to `safe`."""
+    if q.shape[1] <= max(safe, 1):
+        grown = functional.pad(log_decay[:, 1:], (0, 0, 1, 0)).cumsum(dim=1).exp()  # its own decay reaches no position
+        return ((q * grown) @ (k / grown).mT).tril() @ v
+    halves = [tensor.unflatten(1, (2, -1)) for tensor in (q, k, v, log_decay)]
+    own = _within(*(half.flatten(0, 1) for half in halves), safe).unflatten(0, (-1, 2))
+    q, k, v, log_decay = halves
+    read = q[:, 1] * log_decay[:, 1].cumsum(dim=1).exp()
+    write = k[:, 0] * _until_end(log_decay[:, 0]).exp()
+    return torch.cat([own[:, 0], torch.baddbmm(own[:, 1], read @ write.mT, v[:, 0])], dim=1)

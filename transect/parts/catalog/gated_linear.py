@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from ...parameters import Range
 from ..part import Around, Mixer
-from ..recurrence import decayed_recurrence
+from ..recurrence import CHUNK, decayed_recurrence
 
 
 class GatedLinear(Mixer):
@@ -59,4 +59,4 @@ class GatedLinear(Mixer):
         return self.o_proj(y * functional.silu(self.g_proj(x)))
 
     def mixing_flops(self, length: int) -> int:
-        return length * self.heads * (4 * self.head_size**2 + 4 * 16 * self.head_size)
+        return 4 * length * self.heads * self.head_size * (self.head_size + min(length, CHUNK))
