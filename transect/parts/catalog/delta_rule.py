@@ -1,0 +1,104 @@
+"""DeltaNet (Yang et al., NeurIPS 2024, arXiv:2406.06484): a matrix as memory, corrected, not added to."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ...arguments import Range
+from ..part import Around, Mixer
+from ..recurrence import CHUNK, delta_recurrence
+
+
+class DeltaRule(Mixer):
+    """S_t = S_{t-1}(I - β_t k_t k_tᵀ) + β_t v_t k_tᵀ, y_t = S_t q_t: what the memory gives for k_t is moved to v_t.
+
+    β_t = sigmoid(w_b x_t) of each head. Queries, keys and values pass a short causal convolution of each channel and
+    silu; queries and keys then have length 1. The heads' outputs are normed before o (Section 3.4).
+
+    gated: whether the memory also decays, S_{t-1} by a_t = exp(-e^A softplus(w_a x_t + c)) of each head: the gated
+        delta rule (arXiv:2412.06464).
+    taps: of the convolution, the position itself included; 1 is none.
+    """
+
+    kind = "mixer.delta-rule"
+    paper = "arXiv:2406.06484"
+    limit = "none: with keys orthogonal to one another and β = 1 it is linear attention"
+    can_be = ("causal",)
+    cost = "N"
+    recurrent = True
+    roles = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
+
+    def __init__(
+        self, width: int, heads: int, head_size: int, causal: bool, *, gated: bool = False,
+        taps: Annotated[int, Range(1, 64)] = 4,
+    ) -> None:  # fmt: skip
+        super().__init__(causal)
+        self.heads, self.head_size, self.taps = heads, head_size, taps
+        inner = heads * head_size
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, inner, bias=False) for _ in range(3))
+        self.beta = nn.Linear(width, heads, bias=False)
+        if taps > 1:
+            bound = taps**-0.5
+            self.convolution = nn.Parameter(torch.empty(taps, 3 * inner).uniform_(-bound, bound))  # the last tap is now
+        self.decay = None
+        if gated:
+            self.decay = nn.Linear(width, heads)
+            self.rate = nn.Parameter(torch.empty(heads).uniform_(1, 16).log())  # A
+            step = torch.empty(heads).uniform_(math.log(1e-3), math.log(0.1)).exp()
+            with torch.no_grad():
+                self.decay.bias.copy_(step + (-(-step).expm1()).log())  # softplus of it is the step
+        self.norm = nn.RMSNorm(head_size, eps=1e-5)
+        self.o_proj = nn.Linear(inner, width, bias=False)
+
+    def mix(self, x: Tensor, around: Around) -> Tensor:
+        joined = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
+        real = None if around.real is None else around.real[..., None]
+        q, k, v = (
+            one.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for one in functional.silu(self._convolved(joined, real, around.state)).chunk(3, dim=-1)
+        )  # B x h x N x head size
+        q, k = (functional.normalize(_wide(one), dim=-1) for one in (q, k))
+        beta, log_decay = _wide(self.beta(x)).sigmoid(), None
+        if self.decay is not None:
+            log_decay = -_wide(self.rate).exp() * functional.softplus(_wide(self.decay(x)))
+        if real is not None:  # what is at padding changes nothing in the memory
+            beta, log_decay = beta * real, None if log_decay is None else log_decay * real
+        memory = None if around.state is None else around.state.get("memory")
+        y, memory = delta_recurrence(
+            q * self.head_size**-0.5, k, v, beta.mT[..., None], None if log_decay is None else log_decay.mT[..., None],
+            memory,
+        )  # fmt: skip
+        if around.state is not None:
+            around.state["memory"] = memory
+        return self.o_proj(self.norm(y.transpose(1, 2)).to(x.dtype).flatten(2))
+
+    def _convolved(self, x: Tensor, real: Tensor | None, state: dict[str, Tensor] | None) -> Tensor:
+        """Each channel of x (B x N x 3 inner) with its values just before; zeros in front and at padding."""
+        if self.taps == 1:
+            return x
+        x = x if real is None else x * real
+        before = state["before"] if state else x.new_zeros(x.shape[0], self.taps - 1, x.shape[2])
+        wide = torch.cat([before, x], dim=1)
+        if state is not None:
+            state["before"] = wide[:, 1 - self.taps :]
+        y, weights = torch.zeros_like(x), self.convolution.to(x.dtype)
+        for tap, weight in enumerate(weights):
+            y = torch.addcmul(y, wide[:, tap : tap + x.shape[1]], weight)
+        return y
+
+    @property
+    def flops(self) -> int:
+        return super().flops + (2 * self.convolution.numel() if self.taps > 1 else 0)
+
+    def mixing_flops(self, length: int) -> int:
+        chunk, size = min(length, CHUNK), self.head_size
+        return length * self.heads * (8 * chunk * size + 8 * size**2 + 2 * size**3 // chunk)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
