@@ -36,7 +36,8 @@ def build_model(
 ) -> Any:
     """A model of a kind that transformers has (`llama`, `gpt2`, `bert`, `vit`, or a config.json), with random weights.
 
-    parts: slot -> name of the part that stands in it, in every block. settings: name of a part -> its settings.
+    parts: slot -> name of the part that stands in it, in every block. settings: name of a part -> its settings; parts
+        of one name in several slots each take their own of these.
     roles: which matrices the part for matrices stands for; default all.
     sizes: hidden, blocks, heads, key_value_heads, head_size, neurons; vocabulary and length; of image classifiers
         classes, image (its side), patch and channels; the others are the config's, or go with the width.
@@ -69,9 +70,18 @@ def build_model(
             raise TransectError(f"transformers cannot build this {config.model_type}: {reason}") from reason
     for slot in SLOTS:
         if name := (parts or {}).get(slot):
-            chosen = (settings or {}).get(name)
+            chosen = _settings_of(slot, name, parts or {}, settings or {})
             insert(model, slot, name, roles=roles if slot == "matrix" else None, settings=chosen, seed=seed)
     return model.eval()
+
+
+def _settings_of(
+    slot: str, name: str, parts: Mapping[str, str], settings: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The settings under a part's name, without those that only parts of the same name in other slots have."""
+    has = {other: {p.name for p in part_named(other, name).parameters} for other, at in parts.items() if at == name}
+    elsewhere = set().union(*has.values()) - has[slot]
+    return {key: value for key, value in settings.get(name, {}).items() if key not in elsewhere}
 
 
 def sized(config: Any, sizes: Mapping[str, int | None]) -> Any:
