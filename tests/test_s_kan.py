@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM
 from transect.errors import TransectError
 from transect.parts import build_model
 from transect.parts.catalog.s_kan import KANLayer, SelectableActivation, entropy, prune, set_temperature
-from transect.parts.catalog.s_kan.part import FAMILIES, POOL, chebyshev, pool, rbf, spline
+from transect.parts.catalog.s_kan.part import ALL_FAMILIES, FAMILIES, chebyshev, families_named, rbf, spline
 from transect.parts.catalog.s_kan.phases import energy
 
-ALL = pool(POOL, 6)
+ALL = families_named(ALL_FAMILIES, 6)
 TOKENS = torch.randint(3, 64, (2, 12), generator=torch.Generator().manual_seed(1))
 
 

@@ -1,4 +1,4 @@
-"""Banks: tensors that operators of several matrices share. One operator owns each, the others use it."""
+"""Banks: tensors that operators or parts of several layers share. One of them owns each, the others use it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .storage import describe
 
 
 def link_banks(model: nn.Module) -> None:
-    """Let every operator that shares a bank with others use the one of the operator that owns it."""
+    """Let everything that shares a bank with others use the one of that which owns it."""
     sharing = [module for module in model.modules() if hasattr(module, "bank_group")]
     owned: dict[str, Any] = {module.bank_group: module.bank for module in sharing if module.owns_bank}  # type: ignore
     for module in sharing:

@@ -10,6 +10,7 @@ import torch
 
 from ..anatomy import Anatomy
 from ..anatomy.architecture import MATRIX_ROLES
+from ..anatomy.banks import link_banks
 from ..anatomy.storage import shape_of
 from ..anatomy.surround import AROUND, Surrounded, surround
 from ..errors import TransectError
@@ -43,19 +44,19 @@ def insert(
     numbers = list(range(count)) if layers is None else list(layers)
     if not numbers or not all(0 <= number < count for number in numbers) or len(set(numbers)) != len(numbers):
         raise TransectError(f"layers should be distinct numbers from 0 to {count - 1}, not {numbers}")
-    sizes = sizes_of(anatomy)
+    sizes = replace(sizes_of(anatomy), places=len(numbers), first=numbers[0])
     made: dict[str, Any] = {}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        for number in numbers:
-            here = replace(sizes, layer=number)
+        for place, number in enumerate(numbers):
+            here = replace(sizes, layer=number, place=place)
             for path in places(anatomy, slot, number, roles):
                 if slot == "matrix":
                     here = replace(here, **_sizes_of_matrix(model.get_submodule(path)))
                 made[path] = _standing(anatomy, entry, chosen, here)
         if slot == "norm" and layers is None and anatomy.final_norm is not None:
             path = f"{anatomy._prefix}{anatomy.architecture.final_norm}"
-            made[path] = _standing(anatomy, entry, chosen, replace(sizes, layer=count - 1))
+            made[path] = _standing(anatomy, entry, chosen, replace(sizes, layer=count - 1, place=count - 1))
     for path, module in made.items():
         old = model.get_submodule(path.removesuffix(f".{AROUND}") if slot == "block" else path)
         like = next((p for p in old.parameters() if p.is_floating_point()), next(model.parameters()))
@@ -65,6 +66,7 @@ def insert(
         else:
             anatomy.model.set_submodule(path, module)
         anatomy.record.set_module(path, module.describe())
+    link_banks(model)
     return model
 
 

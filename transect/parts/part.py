@@ -203,8 +203,9 @@ class Sizes:
 
     width: d of the stream. heads, key_value_heads, head_size: of the attention that the config describes.
     neurons: of the MLP. length: the most positions that the model takes. causal: whether it predicts the next token.
-    layer: number of the block, from 0. layers: how many there are. eps: of the model's norms. inputs, outputs, bias: of
-    the matrix that the part stands for, where it stands for one.
+    layer: number of the block, from 0. layers: how many there are. place, places: number of the part's block among
+    those that get it together, from 0, and how many they are; first: the number in the model of the first of them.
+    eps: of the model's norms. inputs, outputs, bias: of the matrix that the part stands for, where it stands for one.
     """
 
     width: int
@@ -216,6 +217,9 @@ class Sizes:
     causal: bool
     layer: int = 0
     layers: int = 1
+    place: int = 0
+    places: int = 1
+    first: int = 0
     eps: float = 1e-6
     inputs: int = 0
     outputs: int = 0

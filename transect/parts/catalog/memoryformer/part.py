@@ -18,12 +18,12 @@ from ....arguments import Range
 from ....errors import TransectError
 from ...part import MatrixPart, MLPPart
 
-Weight = Literal["scaled", "probability"]
-Bits = Annotated[int, Range(1, 16)]
-Temperature = Annotated[float, Range(0, above=True)]
+RowWeight = Literal["scaled", "probability"]
+AddressBits = Annotated[int, Range(1, 16)]
+SoftmaxTemperature = Annotated[float, Range(0, above=True)]
 
 
-def row_weights(z: Tensor, temperature: float, weight: Weight) -> Tensor:
+def row_weights(z: Tensor, temperature: float, weight: RowWeight) -> Tensor:
     """The weight of each chunk's row. z: (... x K x τ); in float32 or wider.
 
     probability: p(z), the share that the signs of z have in softmax(<z, s> / temperature) over all 2^τ vectors s of
@@ -41,13 +41,13 @@ class Tables(nn.Module):
     """
 
     def __init__(
-        self, inputs: int, outputs: int, bits: int, *, weight: Weight, temperature: float, bias: bool = True
+        self, inputs: int, outputs: int, bits: int, *, weight: RowWeight, temperature: float, bias: bool = True
     ) -> None:
         super().__init__()
         if inputs % bits:
             raise TransectError(f"{inputs} inputs are no whole number of chunks of {bits}: choose other bits")
         self.inputs, self.bits, self.temperature = inputs, bits, temperature
-        self.kind: Weight = weight
+        self.kind: RowWeight = weight
         self.tables = nn.Parameter(torch.randn(inputs // bits * 2**bits, outputs) * 0.02)  # T_1, T_2, ... on end
         self.bias = nn.Parameter(torch.randn(outputs) * 0.001) if bias else None
 
@@ -92,8 +92,8 @@ class MemoryMatrix(MatrixPart):
     limit = "none, but for a weight |x| that is not offered: with one bit it would be any matrix"
 
     def __init__(
-        self, inputs: int, outputs: int, bias: bool, *, bits: Bits = 8, weight: Weight = "scaled",
-        temperature: Temperature = 1.0, norm: bool = True,
+        self, inputs: int, outputs: int, bias: bool, *, bits: AddressBits = 8, weight: RowWeight = "scaled",
+        temperature: SoftmaxTemperature = 1.0, norm: bool = True,
     ) -> None:  # fmt: skip
         super().__init__(inputs, outputs, bias)
         self.norm = norm
@@ -128,8 +128,8 @@ class MemoryMLP(MLPPart):
     limit = "none"
 
     def __init__(
-        self, width: int, *, bits: Annotated[int, Range(1, 14)] = 8, weight: Weight = "scaled",
-        temperature: Temperature = 1.0,
+        self, width: int, *, bits: Annotated[int, Range(1, 14)] = 8, weight: RowWeight = "scaled",
+        temperature: SoftmaxTemperature = 1.0,
     ) -> None:  # fmt: skip
         super().__init__()
         middle = (bits + 2) * (width // bits)

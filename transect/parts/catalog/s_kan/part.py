@@ -20,14 +20,14 @@ from ....errors import TransectError
 from ....operators.base import Described
 from ...part import Activation, MLPPart
 
-POOL = "spline,rbf,wavelet,chebyshev,fourier"
-Size = Annotated[int, Range(4, 32)]
+ALL_FAMILIES = "spline,rbf,wavelet,chebyshev,fourier"
+BasisSize = Annotated[int, Range(4, 32)]
 
 
 def spline(u: Tensor, size: int) -> Tensor:
     """Cubic B-splines (... x size) on even knots over [-1, 1] and 3 more on each side; their sum is 1 in [-1, 1]."""
     step = 2 / (size - 3)
-    apart = (u[..., None] - _steps(u, size, -1 - step, step)).abs() / step  # of the centre of each
+    apart = (u[..., None] - _evenly(u, size, -1 - step, step)).abs() / step  # of the centre of each
     near = 2 / 3 - apart.square() + apart**3 / 2
     return torch.where(apart < 1, near, (2 - apart).clamp_min(0) ** 3 / 6)
 
@@ -35,7 +35,7 @@ def spline(u: Tensor, size: int) -> Tensor:
 def rbf(u: Tensor, size: int) -> Tensor:
     """exp(-((u - m_k) / h)²) with centres evenly on [-1, 1], h apart."""
     step = 2 / (size - 1)
-    return (-((u[..., None] - _steps(u, size, -1, step)) / step).square()).exp()
+    return (-((u[..., None] - _evenly(u, size, -1, step)) / step).square()).exp()
 
 
 def chebyshev(u: Tensor, size: int) -> Tensor:
@@ -48,7 +48,7 @@ def chebyshev(u: Tensor, size: int) -> Tensor:
 
 def fourier(u: Tensor, size: int) -> Tensor:
     """sin(kπu) and cos(kπu), k = 1 ... size / 2."""
-    angles = u[..., None] * _steps(u, size // 2, math.pi, math.pi)
+    angles = u[..., None] * _evenly(u, size // 2, math.pi, math.pi)
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
@@ -58,24 +58,24 @@ def wavelet(u: Tensor, size: int, place: Tensor | None = None, log_scale: Tensor
     place, log_scale: τ and log σ of each node (nodes x size); default evenly on [-1, 1], as wide as they are apart.
     """
     step = 2 / (size - 1)
-    place = _steps(u, size, -1, step) if place is None else place
+    place = _evenly(u, size, -1, step) if place is None else place
     scale = torch.full_like(place, step) if log_scale is None else log_scale.exp()
     squared = ((u[..., None] - place) / scale).square()
     return (1 - squared) * (-squared / 2).exp()
 
 
-def _steps(like: Tensor, count: int, first: float, step: float) -> Tensor:
+def _evenly(like: Tensor, count: int, first: float, step: float) -> Tensor:
     return first + step * torch.arange(count, dtype=like.dtype, device=like.device)
 
 
 FAMILIES = {"spline": spline, "rbf": rbf, "wavelet": wavelet, "chebyshev": chebyshev, "fourier": fourier}
 
 
-def pool(families: str, size: int) -> list[str]:
+def families_named(families: str, size: int) -> list[str]:
     """The names in a text of them, or an error that says what is wrong."""
     names = [name.strip() for name in families.split(",") if name.strip()]
     if not names or set(names) - set(FAMILIES) or len(set(names)) != len(names):
-        raise TransectError(f"families={families!r} should name some of {POOL}, each once")
+        raise TransectError(f"families={families!r} should name some of {ALL_FAMILIES}, each once")
     if "fourier" in names and size % 2:
         raise TransectError(f"fourier has sines and cosines of as many frequencies: size={size} should be even")
     return names
@@ -277,9 +277,9 @@ class SelectableKAN(SKANPart, MLPPart):
     limit = "with all coefficients 0 it is the MLP of two matrices, with silu in front of both; with one family, a KAN"
     layers = ("first", "second")
 
-    def __init__(self, width: int, neurons: int, *, families: str = POOL, size: Size = 6) -> None:
+    def __init__(self, width: int, neurons: int, *, families: str = ALL_FAMILIES, size: BasisSize = 6) -> None:
         super().__init__()
-        names = pool(families, size)
+        names = families_named(families, size)
         self.first = KANLayer(width, neurons, names, size)
         self.second = KANLayer(neurons, width, names, size)
 
@@ -299,9 +299,9 @@ class SelectableActivation(SKANPart, Activation):
     limit = "it begins as silu"
     layers = ("functions",)
 
-    def __init__(self, neurons: int, *, families: str = POOL, size: Size = 6) -> None:
+    def __init__(self, neurons: int, *, families: str = ALL_FAMILIES, size: BasisSize = 6) -> None:
         super().__init__()
-        self.functions = Functions(neurons, pool(families, size), size)
+        self.functions = Functions(neurons, families_named(families, size), size)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.functions(x)
