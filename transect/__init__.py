@@ -21,13 +21,13 @@ with _importing():
     from .sizing import searchers
     from .training import layer_rates, optimizers, parametrizations, penalties
     from .verbs import adapt, build, check_claims, compare, compress, edit, evaluate, inspect
-    from .verbs import prefer, race, race_parts, recover, search  # isort: skip
+    from .verbs import memorize, prefer, race, race_parts, recover, search  # isort: skip
     from .version import __version__
 
 __all__ = [
     "Anatomy", "BadCheckpoint", "BadData", "PromptClassifier", "TransectError", "UnknownArchitecture", "__version__",
     "adapt", "adapters",
     "allocations", "build", "check_claims", "compare", "compress", "edit", "edits", "evaluate", "inspect",
-    "layer_rates", "methods", "objectives", "optimizers", "parametrizations", "penalties", "prefer", "race",
+    "layer_rates", "memorize", "methods", "objectives", "optimizers", "parametrizations", "penalties", "prefer", "race",
     "race_parts", "recover", "register_architecture", "search", "searchers", "undo_folder",
 ]  # fmt: skip

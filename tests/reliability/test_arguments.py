@@ -38,6 +38,7 @@ RIGHT: dict[str, dict[str, Any]] = {
     "edit": {"method": "neuron-clamp", "data": DATA},
     "evaluate": {"data": DATA},
     "inspect": {"probes": ["spectra"], "data": DATA},
+    "memorize": {"data": DATA},
     "prefer": {"data": PAIRS},
     "race": {"adapters": ["lora"], "data": DATA, "eval_data": DATA, "out": "out"},
     "race_parts": {"base": "llama", "task": "induction", "mixer": ["pooling"], "out": "out"},

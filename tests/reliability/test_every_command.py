@@ -234,6 +234,7 @@ COMMANDS = {
     "edit": (["model"], {"method": "kfac-edit"}, ["undo"]),
     "eval": (["model"], {}, []),
     "inspect": (["model"], {}, []),
+    "memorize": (["model"], {"neighbours": "4"}, []),
     "methods": (["svd"], {}, []),
     "prefer": (
         ["model"],

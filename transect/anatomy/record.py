@@ -146,6 +146,14 @@ def record_of(model: Any) -> StructureRecord:
     return record if body is model else _Seen(record, path_of(model, body))
 
 
+def record_around(model: Any) -> StructureRecord:
+    """The record of what stands in a model outside the part that holds the blocks, such as its head."""
+    model = unwrapped(model)
+    if body_of(model) is model:
+        return record_of(model)
+    return model.__dict__.setdefault(_KEPT, StructureRecord())
+
+
 def has_record(model: nn.Module) -> bool:
     """Whether anything inside the model keeps a structure record."""
     return any(_KEPT in module.__dict__ for module in model.modules())

@@ -24,7 +24,7 @@ def replay(model: Any, record: StructureRecord) -> StructureRecord:
     Returns the record with this model's own paths. Raises BadCheckpoint where the record does not fit the model.
     """
     for path, description in sorted(record.modules.items(), key=lambda entry: entry[0].count(".")):  # outer ones first
-        around = description.get("kind") == "block"
+        around = path.endswith(f".{AROUND}")
         path = located(model, path.removesuffix(f".{AROUND}") if around else path)
         old = model.get_submodule(path)
         like = next((p for p in old.parameters() if p.is_floating_point()), None)

@@ -8,6 +8,7 @@ from .compress import compress
 from .edit import edit
 from .evaluate import evaluate
 from .inspect import inspect
+from .memorize import memorize
 from .prefer import prefer
 from .race import race
 from .race_parts import race_parts
@@ -15,6 +16,6 @@ from .recover import recover
 from .search import search
 
 __all__ = [
-    "adapt", "build", "check_claims", "compare", "compress", "edit", "evaluate", "inspect", "prefer", "race",
-    "race_parts", "recover", "search",
+    "adapt", "build", "check_claims", "compare", "compress", "edit", "evaluate", "inspect", "memorize", "prefer",
+    "race", "race_parts", "recover", "search",
 ]  # fmt: skip
