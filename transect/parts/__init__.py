@@ -11,10 +11,11 @@ from .build import build_model
 from .insert import insert
 from .part import Activation, Around, BlockPart, Inside, MatrixPart, Mixer, MLPPart, Norm, Part
 from .registry import PartEntry, part_named, parts
+from .rewrites import fold_norms, rms_norms
 
 import_all(catalog.__name__, catalog.__path__)
 
 __all__ = [
     "Activation", "Around", "BlockPart", "Inside", "MLPPart", "MatrixPart", "Mixer", "Norm", "Part", "PartEntry",
-    "build_model", "insert", "part_named", "parts",
+    "build_model", "fold_norms", "insert", "part_named", "parts", "rms_norms",
 ]  # fmt: skip

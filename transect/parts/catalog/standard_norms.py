@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ..part import Norm
 
 
 class RMS(Norm):
-    """x / rms(x) * g (Zhang & Sennrich 2019)."""
+    """x / rms(x) * g, plus b where it has one (Zhang & Sennrich 2019).
+
+    bias: whether there is a b, as in LayerNorm: on a stream whose channels have mean 0, it then is LayerNorm.
+    """
 
     kind = "norm.rms"
     paper = "arXiv:1910.07467"
     limit = "it is the standard part"
 
-    def __init__(self, width: int, eps: float) -> None:
+    def __init__(self, width: int, eps: float, *, bias: bool = False) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(width, eps)
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(x)
+        y = functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return y if self.bias is None else y + self.bias
 
 
 class Layer(Norm):
@@ -31,7 +39,9 @@ class Layer(Norm):
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(width, eps)
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(x)
+        return functional.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
