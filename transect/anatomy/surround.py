@@ -17,6 +17,11 @@ class Surrounded(nn.Module):
         part: Any = self._modules[AROUND]
         return part(self, super().forward, args, kwargs)
 
+    @property
+    def leading(self) -> Any:
+        """The part around it."""
+        return self._modules[AROUND].part  # type: ignore[union-attr]
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _bare, (_plain(type(self)),), self.__dict__
 

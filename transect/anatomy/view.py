@@ -234,15 +234,18 @@ class Block:
 
     @property
     def norms(self) -> dict[str, nn.Module]:
-        """Name -> norm, for the norms between this block's sublayers; without those that the config switched off."""
-        found = {}
+        """Name -> norm, for the norms between this block's sublayers; without those that the config switched off.
+
+        Where a part around the block places them anew, by the places that they have there.
+        """
+        found: dict[str, nn.Module] = {}
         for name, paths in self.anatomy.architecture.norms.items():
             *options, last = (paths,) if isinstance(paths, str) else paths
             path = next((path for path in options if _exists(self.module, path)), last)
             norm = self.module.get_submodule(path)
             if not isinstance(norm, nn.Identity):
                 found[name] = norm
-        return found
+        return self.module.leading.placed(found) if isinstance(self.module, Surrounded) else found
 
     def slot_path(self, unit: str) -> str | None:
         """The path of what `attention` or `mlp` consists of, if it is one module; None for an MLP that is not."""
@@ -360,6 +363,8 @@ class Block:
     def post_norm(self) -> bool:
         """Whether norms stand after the residual sum, so that a single sublayer cannot be dropped."""
         post_norm = self.anatomy.architecture.post_norm
+        if isinstance(self.module, Surrounded) and self.module.leading.post_norm:
+            return True
         return not getattr(self.anatomy.config, post_norm) if isinstance(post_norm, str) else post_norm
 
     def branch_output(self, unit: str) -> nn.Module | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..anatomy import Anatomy
+from ..anatomy import Anatomy, Block
 from ..anatomy.architecture import MATRIX_ROLES
 from ..anatomy.banks import link_banks
 from ..anatomy.storage import shape_of
@@ -38,6 +38,7 @@ def insert(
     Raises TransectError, before any change, if the part does not fit the model.
     """
     entry = part_named(slot, part)
+    slot = entry.family  # a placement of norms stands around blocks
     anatomy = Anatomy(model, weights=next(model.parameters()).device.type != "meta")  # of a skeleton only the sizes
     chosen = entry.settings(settings or {})
     count = len(anatomy.blocks)
@@ -84,12 +85,33 @@ def _standing(anatomy: Anatomy, entry: PartEntry, settings: Mapping[str, Any], s
 def _around(anatomy: Anatomy, part: Any, number: int) -> BlockSlot:
     """The part around the block of that number, told what the block has and where."""
     block, architecture = anatomy.blocks[number], anatomy.architecture
+    if part.places_norms:
+        _check_places(block)
     mlp, names = block.slot_path("mlp"), {module: name for name, module in block.module.named_modules()}
     return BlockSlot(
         part, architecture.block_returns, architecture.attention if architecture.attention_adds is None else None,
         None if mlp is None or block.has_experts else mlp.removeprefix(f"{block.path}."),
         [names[norm] for norm in block.norms.values()],
     )  # fmt: skip
+
+
+def _check_places(block: Block) -> None:
+    """TransectError where norms cannot be placed anew, because the block is more than attention and MLP with a norm."""
+    architecture = block.anatomy.architecture
+    reasons = {
+        "norms behind the residual sum": block.post_norm,
+        "runs attention and MLP side by side": block.parallel,
+        "multiplies what its sublayers add": block.residual_multiplier != 1,
+        "adds the stream in its attention": architecture.attention_adds is not None,
+        "has no MLP in one module": block.slot_path("mlp") is None or block.has_experts,
+        f"has the norms {', '.join(block.norms)}": list(block.norms) != ["attention_input", "mlp_input"],
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise TransectError(
+                "norms can be placed anew where a block has one in front of attention and one in front of its MLP, and "
+                f"the block of {architecture.name} {reason}: take a base such as llama, gpt2 or vit"
+            )
 
 
 def _sizes_of_matrix(host: Any) -> dict[str, Any]:

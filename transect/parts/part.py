@@ -191,6 +191,14 @@ class BlockPart(Part):
     """
 
     slot = "block"
+    # Whether it runs attention and MLP in the block's place, with norms where it wants them, and does nothing else. It
+    # fits blocks that norm once in front of each of both and add what they give; and may be named as a norm is.
+    places_norms: ClassVar[bool] = False
+    post_norm: ClassVar[bool] = False  # whether its norms stand behind the residual sum, so that the stream is normed
+
+    def placed(self, norms: dict[str, nn.Module]) -> dict[str, nn.Module]:
+        """The norms by their places (see `Block.norms`) with this part around, from the block's own."""
+        return norms
 
     def forward(self, x: Tensor, inside: Inside) -> Tensor:
         """The stream behind the block."""

@@ -47,10 +47,15 @@ def parts(slot: str | None = None) -> list[PartEntry]:
 
 
 def part_named(slot: str, name: str) -> PartEntry:
-    """The part of that name for a slot, or an error that lists those there are."""
+    """The part of that name for a slot, or an error that lists those there are.
+
+    In the slot of norms also a part around blocks that does nothing but place norms.
+    """
     if slot not in SLOTS:
         raise TransectError(f"unknown slot {slot!r}; known: {', '.join(SLOTS)}")
     found = {entry.name: entry for entry in parts(slot)}
+    if slot == "norm":
+        found |= {entry.name: entry for entry in parts("block") if entry.function.places_norms}
     if name not in found:
         raise TransectError(f"unknown {slot} {name!r}; known: {', '.join(found)}")
     return found[name]
