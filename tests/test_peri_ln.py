@@ -8,7 +8,7 @@ from tests.models import assert_alike, inputs, logits, tiny
 from transect.anatomy import Anatomy
 from transect.errors import TransectError
 from transect.forward import watch
-from transect.parts import build_model, insert, parts
+from transect.parts import add_output_norms, build_model, insert, parts
 from transect.parts.catalog.standard_norms import RMS
 
 F64 = dict(dtype=torch.float64)
@@ -107,28 +107,32 @@ def built(placement, blocks=24, width=32):
     ).double()
 
 
-@pytest.mark.parametrize("scale", [1, 4])
 @torch.no_grad()
-def test_the_stream_grows_in_proportion_to_depth_whatever_the_weights(scale):
+def test_the_stream_grows_in_proportion_to_depth_whatever_the_weights():
+    """48 sublayers: variance 1 + l under Peri-LN, 1 under Post-LN; under Pre-LN it goes with the weights' scale."""
     tokens = torch.randint(3, 64, (4, 12), generator=torch.Generator().manual_seed(1))
     growth = {}
     for placement in ("pre-ln", "post-ln", "peri-ln"):
         model = built(placement)
         anatomy = Anatomy(model)
         draw = torch.Generator().manual_seed(2)
-        for matrix in anatomy.matrices():
-            matrix.write(scale * torch.randn(*matrix.shape, generator=draw, **F64) * matrix.shape[1] ** -0.5)
         anatomy.embedding.weight.copy_(torch.randn(anatomy.embedding.weight.shape, generator=draw))
-        with watch(anatomy, ["residual"]) as seen:
-            model(tokens)
-        growth[placement] = [float(seen.residual[layer].square().mean()) for layer in (0, 12, 24)]
-        if placement == "peri-ln":
-            lengths = [seen.residual[layer].norm(dim=-1) for layer in (0, 24)]
-            assert (lengths[1] <= lengths[0] + 48 * 32**0.5).all()
-    start, middle, end = growth["peri-ln"]
-    assert (middle - start) / 24 == pytest.approx(1, abs=0.3) and (end - start) / 48 == pytest.approx(1, abs=0.3)
-    assert growth["post-ln"][2] == pytest.approx(1, abs=1e-3)
-    assert growth["pre-ln"][2] < 0.8 * end if scale == 1 else growth["pre-ln"][2] > 20 * end
+        for matrix in anatomy.matrices():
+            matrix.write(torch.randn(*matrix.shape, generator=draw, **F64) * matrix.shape[1] ** -0.5)
+        for scale in (1, 4):
+            for matrix in anatomy.matrices() if scale > 1 else ():
+                matrix.write(scale * matrix.weight)
+            with watch(anatomy, ["residual"]) as seen:
+                model(tokens)
+            growth[placement, scale] = [float(seen.residual[layer].square().mean()) for layer in (0, 12, 24)]
+            if placement == "peri-ln":
+                lengths = [seen.residual[layer].norm(dim=-1) for layer in (0, 24)]
+                assert (lengths[1] <= lengths[0] + 48 * 32**0.5).all()
+    for scale in (1, 4):
+        start, middle, end = growth["peri-ln", scale]
+        assert (middle - start) / 24 == pytest.approx(1, abs=0.3) and (end - start) / 48 == pytest.approx(1, abs=0.3)
+        assert growth["post-ln", scale][2] == pytest.approx(1, abs=1e-3)
+    assert growth["pre-ln", 1][2] < 0.8 * end and growth["pre-ln", 4][2] > 20 * end
 
 
 def test_it_adds_two_norms_a_block_and_with_gains_of_0_nothing_to_the_stream():
@@ -145,6 +149,26 @@ def test_it_adds_two_norms_a_block_and_with_gains_of_0_nothing_to_the_stream():
     with torch.no_grad(), watch(anatomy, ["residual"]) as seen:
         model(torch.arange(10)[None])
     assert torch.equal(seen.residual[3], seen.residual[0])
+
+
+@torch.no_grad()
+def test_a_trained_model_gets_output_norms_whose_gains_are_least_squares():
+    model, batch = tiny("llama", dtype=torch.float64), inputs("llama")
+    with watch(Anatomy(model), ["mlp"]) as seen:
+        before = logits(model, batch)
+    a = seen.mlp[0].flatten(0, 1)
+    add_output_norms(model, [{key: tensor[row : row + 1] for key, tensor in batch.items()} for row in range(2)])
+    norm = Anatomy(model).blocks[0].norms["mlp_output"]
+    unit = a / (a.square().mean(1, keepdim=True) + norm.eps).sqrt()
+    fitted = [torch.linalg.lstsq(unit[:, j : j + 1], a[:, j : j + 1]).solution.item() for j in range(32)]
+    torch.testing.assert_close(norm.weight, torch.tensor(fitted, **F64))
+    off = (logits(model, batch) - before).norm()
+    insert(other := tiny("llama", dtype=torch.float64), "norm", "peri-ln")
+    assert off < 0.8 * (logits(other, batch) - before).norm()
+    with pytest.raises(TransectError, match="at least one batch"):
+        add_output_norms(tiny("llama"), [])
+    with pytest.raises(TransectError, match="has the norms"):
+        add_output_norms(tiny("gemma2"), [batch])
 
 
 def test_blocks_that_are_something_else_are_refused_before_any_change():

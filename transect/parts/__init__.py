@@ -10,6 +10,7 @@ from . import catalog
 from .build import build_model
 from .insert import insert
 from .part import Activation, Around, BlockPart, Inside, MatrixPart, Mixer, MLPPart, Norm, Part
+from .peri_conversion import add_output_norms
 from .registry import PartEntry, part_named, parts
 from .rewrites import fold_norms, rms_norms
 
@@ -17,5 +18,5 @@ import_all(catalog.__name__, catalog.__path__)
 
 __all__ = [
     "Activation", "Around", "BlockPart", "Inside", "MLPPart", "MatrixPart", "Mixer", "Norm", "Part", "PartEntry",
-    "build_model", "fold_norms", "insert", "part_named", "parts", "rms_norms",
+    "add_output_norms", "build_model", "fold_norms", "insert", "part_named", "parts", "rms_norms",
 ]  # fmt: skip
