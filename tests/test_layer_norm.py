@@ -9,7 +9,7 @@ from tests.models import CONFIGS, apart, inputs, logits, tiny
 from transect.anatomy import Anatomy
 from transect.errors import TransectError
 from transect.forward.lens import norm_gain
-from transect.parts import Around, fold_norms, rms_norms
+from transect.parts import Around, fold_norms, insert, rms_norms
 from transect.parts.catalog.layer_norm import GRU, LSTM, RNN
 from transect.parts.catalog.standard_norms import Layer
 
@@ -181,6 +181,17 @@ def test_folded_norms_are_plain_and_the_model_says_the_same(name):
     for norm in norms:
         torch.testing.assert_close(norm_gain(norm), torch.ones(32))
         assert getattr(norm, "bias", None) is None or not norm.bias.any()
+
+
+def test_norms_that_a_part_reads_stay_and_those_around_peri_ln_are_folded():
+    model = tiny("llama")
+    insert(model, "mixer", "gated-linear", layers=[0])
+    insert(model, "norm", "peri-ln", layers=[1])
+    expected = logits(model, inputs("llama"))
+    folded = fold_norms(model)
+    assert "blocks.0.attention_input" not in folded and "blocks.0.mlp_input" in folded
+    assert "blocks.1.attention_input" in folded
+    assert apart(logits(model, inputs("llama")), expected) < 1e-4
 
 
 @pytest.mark.parametrize("name", ["gpt2", "opt", "gpt_neox", "gptj", "cohere", "vit"])

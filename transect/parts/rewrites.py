@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from ..anatomy import Anatomy, Block, Matrix
 from ..anatomy.storage import is_dense
+from ..anatomy.surround import Surrounded
 from ..errors import TransectError
 from ..forward.description.twin import batch_for
 from ..forward.lens import norm_centres, norm_gain
 from .catalog.standard_norms import RMS
 
 _READERS = {"attention_input": ("q", "k", "v"), "mlp_input": ("gate", "up")}
-_ROUNDING = 1e-3  # of a mean over channels, as a share of the largest number
+_ROUNDING = 1e-3  # how far rounding may move a result, as a share of the largest number
 
 
 @torch.no_grad()
@@ -28,8 +29,8 @@ def fold_norms(model: Any) -> list[str]:
     """Give the gain g and bias b of each norm in front of matrices to these: W diag(g) and W b + their bias. In place.
 
     Returns the names of the norms that are now plain, such as "blocks.0.mlp_input". A norm stays as it is where
-    something else reads it too (a router, or a part that says not of all its matrices what they read). The final norm
-    goes into the unembedding where that is a matrix of its own; of tied embeddings it stays.
+    something else reads it too (a router, or a part in a sublayer's place or around the block). The final norm goes
+    into the unembedding where that is a matrix of its own; of tied embeddings it stays.
     Raises TransectError, before any change, where the norms stand behind the residual sum, where a norm has a bias and
     a matrix none that could take it, and for matrices that are not stored entry by entry.
     """
@@ -76,8 +77,10 @@ def fold_norms(model: Any) -> list[str]:
 def _readers(block: Block, name: str) -> list[Matrix]:
     """The matrices that read a norm of the block under that name, if they are all that does; else none."""
     unit = name.removesuffix("_input")
-    if name not in _READERS or block.part(unit) is not None or (unit == "mlp" and block.has_experts):
+    if name not in _READERS or getattr(block, unit) is None or (unit == "mlp" and block.has_experts):
         return []
+    if isinstance(block.module, Surrounded) and not block.module.leading.places_norms:
+        return []  # who knows what that reads
     return [matrix for matrix in block.matrices() if matrix.role in _READERS[name]]
 
 
