@@ -40,7 +40,7 @@ def test_features_are_the_sum_over_keys_and_know_no_order_of_them():
         q = extended(query[n])
         expected = sum((q @ heads[m] @ extended(x)).relu() * extended(x) for x in keys[n]) / 5
         torch.testing.assert_close(found[n, m], expected)
-    torch.testing.assert_close(attention_features(query, keys[:, torch.randperm(5)], heads), found)
+    torch.testing.assert_close(attention_features(query, keys[:, [3, 0, 4, 1, 2]], heads), found)
     torch.testing.assert_close(attention_features(query, keys.repeat(1, 3, 1), heads), found)
     torch.testing.assert_close(attention_features(query, keys, 2.5 * heads), 2.5 * found)
     swapped = attention_features(keys[:, 0], torch.cat([query[:, None], keys[:, 1:]], 1), heads)
