@@ -89,14 +89,14 @@ def test_random_heads_learn_an_average_over_keys_that_a_random_network_does_not(
 @torch.no_grad()
 def test_the_mixer_is_the_mean_over_what_is_seen(causal, monkeypatch):
     torch.manual_seed(0)
-    part, x = RandomHeadsAttention(8, 2, 4, causal, 1, bias=2.0).double(), drawn(2, 7, 8)
-    real = torch.ones(2, 7, dtype=torch.bool)
+    part, x = RandomHeadsAttention(8, 2, 4, causal, 1, bias=2.0).double(), drawn(2, 19, 8)
+    real = torch.ones(2, 19, dtype=torch.bool)
     real[0, :2] = False
-    for rows in (512, 3):  # in one piece, and in several
-        monkeypatch.setattr(mixer, "_ROWS", rows)
+    for scores in (2**20, 0):  # in one piece, and in several
+        monkeypatch.setattr(mixer, "_SCORES", scores)
         y = part(x, Around(real))
-        for b, t in ((0, 4), (1, 0), (1, 6)):
-            seen = [s for s in range(7) if real[b, s] and (s <= t or not causal)]
+        for b, t in ((0, 4), (1, 0), (1, 18)):
+            seen = [s for s in range(19) if real[b, s] and (s <= t or not causal)]
             heads = []
             for m in range(2):
                 q, k = part.queries.unflatten(0, (2, 4))[m], part.keys.unflatten(0, (2, 4))[m]

@@ -13,7 +13,7 @@ from ....parameters import Seed
 from ...part import Around, Mixer
 from ...rotary import rotated
 
-_ROWS = 512  # queries that are scored at once
+_SCORES = 2**20  # that are computed at once, so that they stay in the processor's cache
 
 
 class RandomHeadsAttention(Mixer):
@@ -63,22 +63,22 @@ class RandomHeadsAttention(Mixer):
         q, k = rotated(q, around.rotary), rotated(k, around.rotary)
         real = x.new_ones(1, x.shape[1]) if around.real is None else around.real.to(x.dtype)
         v = v * real[:, None, :, None]
-        y = torch.cat(
-            [self._read(start, q, k, v, units) for start in range(0, x.shape[1], _ROWS)], dim=2
-        )  # the sums over the positions
+        rows = max(16, _SCORES // (x.shape[0] * self.heads * x.shape[1]))
+        pieces = [self._read(slice(at, at + rows), q, k, v, units) for at in range(0, x.shape[1], rows)]
+        y = torch.cat(pieces, dim=2)  # the sums over the positions
         count = real.cumsum(1) if self.causal else real.sum(1, keepdim=True)
         y = y / count.clamp(min=1)[:, None, :, None]
         return self.o_proj(y.transpose(1, 2).flatten(2).to(x.dtype))
 
-    def _read(self, start: int, q: Tensor, k: Tensor, v: Tensor, units: Tensor) -> Tensor:
-        """Σ_s ReLU(score of t and s) v_s for _ROWS queries from `start` on (B x heads x rows x head size)."""
-        rows = slice(start, start + _ROWS)
-        seen = min(start + _ROWS, k.shape[2]) if self.causal else k.shape[2]
+    def _read(self, rows: slice, q: Tensor, k: Tensor, v: Tensor, units: Tensor) -> Tensor:
+        """Σ_s ReLU(score of t and s) v_s for some queries t (B x heads x rows x head size)."""
+        seen = min(rows.stop, k.shape[2]) if self.causal else k.shape[2]
         scores = q[:, :, rows] @ k[:, :, :seen].mT
         if self.bias:
             scores = scores + self.bias * (units[:, rows] @ units[:, :seen].mT)[:, None]
-        scores = scores.relu()
-        return (scores.tril(start) if self.causal else scores) @ v[:, :, :seen]
+        if self.causal:
+            scores = scores.tril_(rows.start)
+        return scores.relu_() @ v[:, :, :seen]
 
     @property
     def flops(self) -> int:
