@@ -40,6 +40,11 @@ SHORT = {
     "fact_editing.TOGETHER": 6, "fact_editing.OTHERS": 2, "catalog.mvp.SEEDS": (0,), "catalog.mvp.READ": 64,
     "catalog.mvp.STEPS": 2, "catalog.mvp.TRAINED": 16, "catalog.mvp.TESTED": 4, "catalog.mvp.EPOCHS": 1,
     "catalog.mvp.RATES": (1e-3,),
+    "catalog.random_feature_attention.HEADS": 8, "catalog.random_feature_attention.EXAMPLES": 40,
+    "catalog.random_feature_attention.TESTED": 20, "catalog.random_feature_attention.SEEDS": (0,),
+    "catalog.ecoformer.SIMILAR": 3, "catalog.ecoformer.ANCHORS": 5, "catalog.ecoformer.BITS": 2,
+    "catalog.ecoformer.SEEDS": (0,), "catalog.soft.STEPS": 2, "catalog.soft.BATCH": 2, "catalog.soft.TESTED": 4,
+    "catalog.soft.RATES": (1e-3,), "catalog.soft.SEEDS": (0,),
     "catalog.maestro.STEPS": 2, "catalog.maestro.RATES": (1e-3,), "catalog.pst.STEPS": 2, "catalog.pst.RATES": (1e-3,),
 }  # fmt: skip
 QUICK = {

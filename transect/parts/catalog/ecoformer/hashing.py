@@ -87,17 +87,18 @@ def learned_projection(
     """A (h x b x m) whose codes' products, over b, are near the labels: one bit after the other, from `projection`.
 
     centred: κ - μ (S x h x N x m) of S sequences. labels: Y (S x h x N x N). Bit r lowers the mean of
-    -yᵀ R y / (N b) over the sequences, where R = b Y - Σ_{s<r} y_s y_sᵀ is what the bits before leave: first with tanh
-    for the sign, by `steps` of Nesterov's descent, and then a head takes its new row if the loss with signs is smaller.
+    -yᵀ R y / (N b) over sequences and heads, where R = b Y - Σ_{s<r} y_s y_sᵀ is what the bits before leave: first with
+    tanh for the sign, by `steps` of Nesterov's descent; then each head takes its new row if that is better with signs.
     """
-    bits, count = projection.shape[1], centred.shape[-2]
+    heads, bits, _ = projection.shape
+    size = centred.shape[-2] * bits * heads
     residual, rows = bits * labels, []
     for bit in range(bits):
         old = new = projection[:, bit]
         speed = torch.zeros_like(old)
         for _ in range(steps):
             y = torch.tanh(centred @ new[:, :, None] / 2)
-            gradient = -(centred.mT @ ((1 - y.square()) * (residual @ y))).squeeze(-1).mean(0) / (count * bits)
+            gradient = -(centred.mT @ ((1 - y.square()) * (residual @ y))).squeeze(-1).mean(0) / size
             speed = _MOMENTUM * speed + gradient
             new = new - rate * (gradient + _MOMENTUM * speed)
         better = hard_losses(centred, residual, new, bits) < hard_losses(centred, residual, old, bits)

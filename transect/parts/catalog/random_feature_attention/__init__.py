@@ -8,6 +8,7 @@ from .regression import (
     RandomHeadsRegression,
     attention_features,
     attention_kernel,
+    fitted,
     mlp_features,
     random_heads,
     random_units,
@@ -15,6 +16,6 @@ from .regression import (
 )
 
 __all__ = [
-    "RandomHeadsAttention", "RandomHeadsRegression", "attention_features", "attention_kernel", "mlp_features",
+    "RandomHeadsAttention", "RandomHeadsRegression", "attention_features", "attention_kernel", "fitted", "mlp_features",
     "random_heads", "random_units", "ridge",
 ]  # fmt: skip

@@ -95,17 +95,19 @@ def attention_kernel(query: Tensor, keys: Tensor, other_query: Tensor, other_key
 
 
 def ridge(features: Tensor, targets: Tensor, strengths: Sequence[float]) -> Tensor:
-    """V (strengths x p) that minimises |Φ V - y|² + λ c |V|², c the mean diagonal of Φ Φᵀ: for every λ at once.
+    """V (strengths x p x t) that minimises |Φ V - y|² + λ c |V|², c the mean diagonal of Φ Φᵀ: for every λ at once.
 
-    features: Φ (n x p). targets: y (n), which should be centred. One eigendecomposition, of the smaller of ΦᵀΦ and ΦΦᵀ.
+    features: Φ (n x p). targets: t functions y (n x t), which should be centred. One eigendecomposition, of the smaller
+    of ΦᵀΦ and ΦΦᵀ, serves them all.
     """
     dual = features.shape[1] > features.shape[0]
     gram = features @ features.T if dual else features.T @ features
     values, vectors = torch.linalg.eigh(gram)
     scale = features.square().sum() / len(features)
+    added = scale * torch.tensor(strengths, dtype=values.dtype, device=values.device)
     asked = vectors.T @ (targets if dual else features.T @ targets)
-    shrunk = asked / (values.clamp_min(0) + scale * torch.tensor(strengths, dtype=values.dtype)[:, None])
-    return shrunk @ vectors.T @ features if dual else shrunk @ vectors.T
+    found = vectors @ (asked / (values.clamp_min(0) + added[:, None])[..., None])
+    return features.T @ found if dual else found
 
 
 @dataclass
@@ -125,7 +127,8 @@ class RandomHeadsRegression:
     def fit(self, query: Tensor, keys: Tensor, targets: Tensor) -> RandomHeadsRegression:
         """From at least two examples; what `targets` (n) come to is predicted of others."""
         features = self._features(query, keys)
-        self.values, self.mean, self.strength = fitted(features, targets)
+        values, mean, strength = fitted(features, targets[:, None])
+        self.values, self.mean, self.strength = values[:, 0], float(mean), float(strength)
         return self
 
     def predict(self, query: Tensor, keys: Tensor) -> Tensor:
@@ -139,16 +142,18 @@ class RandomHeadsRegression:
         return attention_features(query, keys, heads.to(query)).flatten(1)
 
 
-def fitted(features: Tensor, targets: Tensor) -> tuple[Tensor, float, float]:
-    """V (p), the targets' mean, and the strength of the ridge, chosen by the last fifth of the examples."""
-    if len(features) < 2 or targets.shape != features.shape[:1] or not targets.isfinite().all():
+def fitted(features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """V (p x t), the means of the targets (n x t) and the strength of the ridge for each, chosen by the last fifth."""
+    if len(features) < 2 or targets.shape[:1] != features.shape[:1] or not targets.isfinite().all():
         raise TransectError(
             f"{len(features)} examples and targets {tuple(targets.shape)} came: a fit needs at least two, with a "
             "finite number each"
         )
     held = max(1, len(features) // 5)
-    mean = targets[:-held].mean()
-    tried = ridge(features[:-held], targets[:-held] - mean, STRENGTHS) @ features[-held:].T + mean
-    strength = STRENGTHS[int((tried - targets[-held:]).square().mean(1).argmin())]
-    mean = targets.mean()
-    return ridge(features, targets - mean, [strength])[0], float(mean), strength
+    mean = targets[:-held].mean(0)
+    tried = features[-held:] @ ridge(features[:-held], targets[:-held] - mean, STRENGTHS) + mean
+    best = (tried - targets[-held:]).square().mean(1).argmin(0)
+    mean = targets.mean(0)
+    every = ridge(features, targets - mean, STRENGTHS)
+    chosen = torch.stack([every[number, :, target] for target, number in enumerate(best.tolist())], dim=1)
+    return chosen, mean, torch.tensor(STRENGTHS)[best.cpu()]

@@ -1,0 +1,96 @@
+"""Claims of EcoFormer (Liu et al., NeurIPS 2022, arXiv:2209.09004)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ...forward import watch
+from ...parts.catalog.ecoformer import codes_of, learned_hash, similarity_labels
+from ..context import Context
+from ..registry import NotApplicable, Result, Verdict, claim
+
+SIMILAR, BITS, ANCHORS = 10, 16, 25
+SEQUENCES, SEEDS = 4, (0, 1)  # learned from, and tested on; draws of anchors and random projections
+_CLEAR = 2  # standard errors
+
+
+@claim(
+    "ecoformer/learned-codes",
+    method="ecoformer",
+    paper="arXiv:2209.09004",
+    statement="Codes whose projection was learned from what is similar tell a token's most similar tokens from its "
+    "least similar ones better than codes of a random projection, also among new tokens.",
+)
+def learned_codes(context: Context) -> Result:
+    """Of the model's own queries before rotation, by heads, each of length 1: as if they were keys too.
+
+    Learned with the paper's settings from calibration sequences. A head's margin is the mean share of bits that agree
+    less those that do not, among each held-out token's 10 most similar ones, less the same of its 10 least similar
+    ones. Errors are over heads; two draws of the anchors and the projections that both begin from. The label error,
+    |Y - H Hᵀ / b|² over |Y|², is what learning lowers, and is not judged.
+    """
+    seen, new = (_queries(context, rows) for rows in (context.calibration, context.evaluation))
+    rows = []
+    for layer in seen:
+        for seed in SEEDS:
+            margins, errors = {}, {}
+            for way, steps in (("random", 0), ("learned", 100)):
+                hashed = learned_hash(seen[layer], ANCHORS, BITS, similar=SIMILAR, steps=steps, seed=seed)
+                codes = codes_of(new[layer], hashed)
+                margins[way], errors[way] = margin(new[layer], codes), label_error(new[layer], codes)
+            rows += [
+                {"layer": layer, "head": head, "draw": seed}
+                | {way: float(found[head]) for way, found in margins.items()}
+                | {f"label error, {way}": float(found[head]) for way, found in errors.items()}
+                for head in range(new[layer].shape[1])
+            ]
+    gains = torch.tensor([row["learned"] - row["random"] for row in rows]).double()
+    error = float(gains.std() / len(gains) ** 0.5)
+    means = {way: sum(row[way] for row in rows) / len(rows) for way in ("random", "learned")}
+    left = {way: sum(row[f"label error, {way}"] for row in rows) / len(rows) for way in means}
+    told = f"Margin of learned codes {means['learned']:.4f}, of random ones {means['random']:.4f}: more by "
+    told += f"{float(gains.mean()):.4f} ± {error:.4f}, in {int((gains > 0).sum())} of {len(gains)} heads and draws. "
+    told += f"Label error {left['learned']:.3f} and {left['random']:.3f}"
+    return Result(Verdict.HOLDS if gains.mean() > _CLEAR * error else Verdict.DOES_NOT_HOLD, told, rows)
+
+
+def margin(z: Tensor, codes: Tensor) -> Tensor:
+    """How much more of their codes a token's most similar tokens share than its least similar ones, for each head."""
+    alike, shared = z @ z.mT, codes @ codes.mT / codes.shape[-1]
+    near, far = (
+        shared.gather(-1, alike.topk(SIMILAR, -1, largest=largest).indices).mean((-1, -2)) for largest in (True, False)
+    )
+    return (near - far).mean(0)
+
+
+def label_error(z: Tensor, codes: Tensor) -> Tensor:
+    """How far the products of codes are from the labels of similar and other tokens, over the labels, for each head."""
+    labels = similarity_labels(z, SIMILAR)
+    apart = (labels - codes @ codes.mT / codes.shape[-1]).square().sum((0, 2, 3))
+    return apart / labels.square().sum((0, 2, 3))
+
+
+@torch.no_grad()
+def _queries(context: Context, data: Any) -> dict[int, Tensor]:
+    """Layer -> queries of length 1 (S x heads x N x head size), of the first sequences of full length."""
+    context.require_language_model()
+    texts = list(data.texts())
+    length = max(map(len, texts), default=0)
+    chosen = [text for text in texts if len(text) == length][:SEQUENCES]
+    if length <= 2 * SIMILAR:
+        raise NotApplicable(f"it needs sequences of more than {2 * SIMILAR} tokens, and there are {length}")
+    ids = torch.stack(chosen).to(context.model.device)
+    with watch(context.anatomy, ["q"]) as seen:
+        context.model(input_ids=ids)
+    size = context.anatomy.head_size
+    found = {
+        layer: functional.normalize(q.float().unflatten(-1, (-1, size)).transpose(1, 2), dim=-1)
+        for layer, q in seen.q.items()
+    }
+    if not found:
+        raise NotApplicable("no layer of this model has queries")
+    return found
