@@ -77,18 +77,14 @@ def test_every_type_that_weights_have_is_named(tmp_path):
 def test_it_draws_everything_in_a_browser_without_an_error(page, tmp_path, theme):
     if theme == "dark":
         page.write_text(page.read_text().replace("<html ", '<html data-theme="dark" ', 1))
-    command = [BROWSER, *FLAGS.split(), f"--user-data-dir={tmp_path / 'profile'}", f"file://{page}"]
-    run = subprocess.run([*command[:-1], "--dump-dom", command[-1]], capture_output=True, text=True, timeout=120)
+    picture = tmp_path / "picture.png"
+    asked = ["--dump-dom", "--window-size=1280,2400", f"--screenshot={picture}"]
+    command = [BROWSER, *FLAGS.split(), f"--user-data-dir={tmp_path / 'profile'}", *asked, f"file://{page}"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert 'data-ready="true"' in run.stdout, run.stderr[-2000:]
     assert "CONSOLE" not in run.stderr
     assert run.stdout.count('class="main-svg"') >= 4 and "<title>a model - Transect</title>" in run.stdout
     assert "bold</b>" not in re.sub(r"<script.*?</script>", "", run.stdout, flags=re.S)
-    picture = tmp_path / "picture.png"
-    subprocess.run(
-        [*command[:-1], "--window-size=1280,2400", f"--screenshot={picture}", command[-1]],
-        capture_output=True,
-        timeout=120,
-    )
     from matplotlib.image import imread
 
     pixels = imread(picture)[..., :3]
