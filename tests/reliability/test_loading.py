@@ -76,13 +76,18 @@ def test_json_that_is_none_or_no_object(plain, text):
         assert name in (attempt(place) or "")
 
 
-@settings(max_examples=40, deadline=None)
-@given(random=st.randoms(use_true_random=False))
-def test_damaged_gguf_files(tmp_path_factory, random):
+@pytest.fixture(scope="module")
+def gguf(tmp_path_factory):
+    """The bytes of a GGUF file."""
     from ..test_opening import write_gguf
 
-    place = tmp_path_factory.mktemp("gguf")
-    content = bytearray(write_gguf(place / "m.gguf", tiny("llama")).read_bytes())
+    return write_gguf(tmp_path_factory.mktemp("gguf") / "m.gguf", tiny("llama")).read_bytes()
+
+
+@settings(max_examples=40, deadline=None)
+@given(random=st.randoms(use_true_random=False))
+def test_damaged_gguf_files(gguf, tmp_path_factory, random):
+    place, content = tmp_path_factory.mktemp("gguf"), bytearray(gguf)
     at = random.choice([random.randrange(len(content)), random.randrange(2000)])
     how = random.randrange(3)
     content[at : at + 8 * (how == 0)] = random.choice([bytes(8), b"\xff" * 8, random.randbytes(8)]) if how < 2 else b""
@@ -90,12 +95,10 @@ def test_damaged_gguf_files(tmp_path_factory, random):
     attempt(place / "m.gguf")
 
 
-def test_a_gguf_file_of_many_layers_and_one_beside_an_adapter(tmp_path):
-    from ..test_opening import write_gguf
-
-    content = write_gguf(tmp_path / "m.gguf", tiny("llama")).read_bytes()
-    at = content.index(b"llama.block_count") + len(b"llama.block_count") + 4
-    (tmp_path / "many.gguf").write_bytes(content[:at] + struct.pack("<I", 10**9) + content[at + 4 :])
+def test_a_gguf_file_of_many_layers_and_one_beside_an_adapter(gguf, tmp_path):
+    (tmp_path / "m.gguf").write_bytes(gguf)
+    at = gguf.index(b"llama.block_count") + len(b"llama.block_count") + 4
+    (tmp_path / "many.gguf").write_bytes(gguf[:at] + struct.pack("<I", 10**9) + gguf[at + 4 :])
     assert "block_count" in (attempt(tmp_path / "many.gguf", most=2**28) or "")
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(BadCheckpoint, match="adapter"):
