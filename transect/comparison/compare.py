@@ -7,9 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..anatomy import Anatomy
 from ..checkpoint import save
@@ -27,6 +25,9 @@ from .knowledge import knowledge_of
 from .plan import RUN, Plan, Row, factors_file
 from .prepared import STATISTICS, TIMED, prepare
 from .worker import Worker, also_file, load_worker
+
+if TYPE_CHECKING:
+    import pandas as pd  # takes half a second, and most commands need none
 
 _logger = logging.getLogger(__name__)
 
@@ -117,6 +118,8 @@ def check_plan(anatomy: Anatomy, plan: Plan, streamed: bool = False) -> None:
 
 def table(plan: Plan, folder: Path, lost: Mapping[Row, str]) -> pd.DataFrame:
     """The rows of the plan, in its order. lost: why some were not computed."""
+    import pandas as pd
+
     dense, *_ = plan.rows
     if dense in lost:
         raise TransectError(f"{dense}: {lost[dense]}. The rows that are finished are kept; the same call goes on")

@@ -7,10 +7,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-import pandas as pd
 import torch
 
 from ..anatomy import Anatomy
@@ -40,6 +39,9 @@ from .compare import check_plan, table, take_folder
 from .estimate import estimate_size
 from .plan import Plan, Row
 from .prepared import TIMED
+
+if TYPE_CHECKING:
+    import pandas as pd  # takes half a second, and most commands need none
 
 _logger = logging.getLogger(__name__)
 BLOCKS = "blocks"  # the folder of what lies on disk by block, inside the run folder

@@ -7,9 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from ..comparison.compare import take_folder
 from ..data import Batches
@@ -20,6 +18,9 @@ from ..store import Folder
 from .plan import Plan, Trial
 from .trials import UNFINISHED, run_trials
 from .worker import Worker, load_worker, text_file
+
+if TYPE_CHECKING:
+    import pandas as pd  # takes half a second, and most commands need none
 
 TARGET, FORGETS = "eval", "forgets"
 
@@ -64,6 +65,8 @@ def race_model(
 
 def table(plan: Plan, folder: Path, lost: Mapping[Trial, str]) -> pd.DataFrame:
     """A row for the base model and one for each entrant, over its seeds."""
+    import pandas as pd
+
     base = plan.finished(folder, Trial(None, None, 0))
     if base is None:
         raise TransectError(f"the base model: {next(iter(lost.values()), 'not measured')}; the same call tries again")

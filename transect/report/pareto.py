@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from ..store import replacing
+
+if TYPE_CHECKING:
+    import pandas as pd  # takes half a second, and most commands need none
 
 # Distinguishable with the common forms of colour blindness (Okabe and Ito), and by marker where printed without colour.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 from rich.table import Table
 
 from ..store import replacing
 from .pareto import COLOURS, MARKERS
 from .table import grid, markdown
+
+if TYPE_CHECKING:
+    import pandas as pd  # takes half a second, and most commands need none
 
 
 def parts_notes(frame: pd.DataFrame) -> list[str]:
@@ -50,6 +52,8 @@ def _pair(row: Any, column: str, form: str) -> str:
 
 
 def _written(row: Any, column: str, form: str) -> str:
+    import pandas as pd
+
     value: Any = row.get(column)
     return "-" if value is None or bool(pd.isna(value)) else format(value, form)
 

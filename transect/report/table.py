@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+
+if TYPE_CHECKING:
+    import pandas as pd  # takes half a second, and most commands need none
 
 
 def _bytes(value: float) -> str:
@@ -67,6 +69,8 @@ def notes(frame: Any) -> list[str]:
 
 def cells(frame: Any) -> tuple[list[str], list[list[str]]]:
     """Headings and text cells of a DataFrame; a value that does not apply (no decoding in an encoder) is a dash."""
+    import pandas as pd
+
     idle = set()
     if set(frame["allocation"] if "allocation" in frame.columns else ()) <= {"-", "uniform"}:
         idle.add("allocation")

@@ -8,10 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
-from scipy import stats
+from typing import TYPE_CHECKING, Any
 
 from ...comparison.compare import take_folder
 from ...pool import Engine
@@ -19,6 +16,9 @@ from ...store import Folder
 from ..trials import UNFINISHED, run_trials
 from .plan import PartsPlan, PartsTrial
 from .worker import PartsWorker, load_parts_worker
+
+if TYPE_CHECKING:
+    import pandas as pd  # takes half a second, and most commands need none
 
 
 def race_parts(
@@ -51,6 +51,8 @@ def race_parts(
 
 def table(plan: PartsPlan, folder: Path, lost: Mapping[PartsTrial, str]) -> pd.DataFrame:
     """A row for each entrant, over its seeds; all but the first are compared with it, seed by seed."""
+    import pandas as pd
+
     rows: list[dict[str, Any]] = []
     reference: list[float] = []
     for number, entrant in enumerate(plan.entrants):
@@ -88,6 +90,8 @@ def paired(losses: Sequence[float], reference: Sequence[float]) -> dict[str, flo
     detectable: the difference that a test at 5 % would find in 80 of 100 contests with as many seeds that scatter as
     these do. None where there are fewer than two pairs.
     """
+    from scipy import stats
+
     differences = [one - other for one, other in zip(losses, reference, strict=True)]
     mean, count = statistics.fmean(differences), len(differences)
     if count < 2:
@@ -101,6 +105,8 @@ def paired(losses: Sequence[float], reference: Sequence[float]) -> dict[str, flo
 
 def _shift(freedom: int) -> float:
     """By how many standard errors a mean has to be off for a two-sided t-test at 5 % to see it in 80 % of cases."""
+    from scipy import stats
+
     critical = stats.t.ppf(0.975, freedom)
     low, high = 0.0, 1000.0
     while high - low > 1e-6 * high:

@@ -7,9 +7,8 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -18,6 +17,9 @@ from ....data import Specimen, load
 from ....errors import BadData, TransectError
 from ...run import run_probes
 from .w_pca import Where
+
+if TYPE_CHECKING:
+    import pandas as pd  # takes half a second, and most commands need none
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ def rank_architectures(
     build: makes a model with random weights of a config.
     Raises TransectError for fewer than two architectures, no seed, and scores of others than these.
     """
+    import pandas as pd
+
     if len(configs) < 2 or not seeds:
         raise TransectError(f"a ranking needs two architectures and one seed: got {len(configs)} and {len(seeds)}")
     if scores is not None and set(scores) != set(configs):
@@ -89,6 +93,8 @@ def agreement(
     where one side is constant, or a proxy orders as the parameters do. A row a proxy: tau, rho, partial_tau,
     partial_rho. Raises BadData where lengths differ, or are below two, and for what is not finite.
     """
+    import pandas as pd
+
     lengths = {len(scores), len(parameters), *(len(values) for values in proxies.values())}
     if len(lengths) != 1 or min(lengths) < 2:
         raise BadData(f"rank correlations need two or more numbers of everything, and got {sorted(lengths)} of them")
