@@ -13,7 +13,16 @@ from ..context import Context
 from ..descent import descend
 from ..registry import Result, Verdict, claim
 
-SIZES = {"hidden": 32, "blocks": 2, "heads": 2, "neurons": 64, "image": 8, "patch": 1, "channels": 1, "classes": 10}
+SIZES: dict[str, Any] = {
+    "hidden": 32,
+    "blocks": 2,
+    "heads": 2,
+    "neurons": 64,
+    "image": 8,
+    "patch": 1,
+    "channels": 1,
+    "classes": 10,
+}
 LANDMARKS = 16  # of 64 positions
 STEPS, BATCH, RATES, SEEDS = 300, 32, (3e-3, 1e-2), (0, 1)
 TESTED = 720
