@@ -70,7 +70,8 @@ def made(kind, causal=True):
     )  # fmt: skip
     entry = ENTRIES[kind]
     torch.manual_seed(0)
-    return entry.function(**{name: sizes[name] for name in entry.sizes}, **entry.settings(SMALL.get(kind, {}))).double()
+    part = entry.function(**{name: sizes[name] for name in entry.sizes}, **entry.settings(SMALL.get(kind, {})))
+    return part.double().eval()
 
 
 def stream(seed=0, count=12):
