@@ -135,7 +135,7 @@ def of_kept(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, real: Tensor, causal:
     some = kept.clamp(min=0)
     there = (kept >= 0) & real[batch, some]  # B x W x r
     alone = causal or not bool(there.any(-1).all())  # whether oneself is needed as a key
-    block = min(window, max(64, kept.shape[2] // 16)) if alone else window  # of queries, whose own keys stand beside
+    block = min(window, max(64, kept.shape[2] // 4)) if alone else window  # of queries, whose own keys stand beside
     blocks = -(-window // block)
 
     def in_blocks(x: Tensor) -> Tensor:
