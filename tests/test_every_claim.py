@@ -45,6 +45,7 @@ SHORT = {
     "catalog.ecoformer.SIMILAR": 3, "catalog.ecoformer.ANCHORS": 5, "catalog.ecoformer.BITS": 2,
     "catalog.ecoformer.SEEDS": (0,), "catalog.soft.STEPS": 2, "catalog.soft.BATCH": 2, "catalog.soft.TESTED": 4,
     "catalog.soft.RATES": (1e-3,), "catalog.soft.SEEDS": (0,),
+    "catalog.faster_lighter_survey.STEPS": 2,
     "catalog.maestro.STEPS": 2, "catalog.maestro.RATES": (1e-3,), "catalog.pst.STEPS": 2, "catalog.pst.RATES": (1e-3,),
 }  # fmt: skip
 QUICK = {
