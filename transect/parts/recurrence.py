@@ -136,7 +136,7 @@ def _within(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, safe: int) -> Te
         grown = functional.pad(log_decay[:, 1:], (0, 0, 1, 0)).cumsum(dim=1).exp()  # its own decay reaches no position
         return ((q * grown) @ (k / grown).mT).tril() @ v
     halves = [tensor.unflatten(1, (2, -1)) for tensor in (q, k, v, log_decay)]
-    own = _within(*(half.flatten(0, 1) for half in halves), safe).unflatten(0, (-1, 2))
+    own = _within(*(half.flatten(0, 1) for half in halves), safe=safe).unflatten(0, (-1, 2))
     q, k, v, log_decay = halves
     read = q[:, 1] * log_decay[:, 1].cumsum(dim=1).exp()
     write = k[:, 0] * _until_end(log_decay[:, 0]).exp()

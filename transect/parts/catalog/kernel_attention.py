@@ -55,7 +55,7 @@ class KernelAttention(Mixer):
         v = functional.pad(wide[2], (0, 1), value=1.0)  # the denominator is the sum of ones
         if self.causal:
             before = None if around.state is None else around.state.get("memory")
-            y, memory = decayed_recurrence(q, k, v, q.new_zeros(*q.shape[:3], 1), before)
+            y, memory = decayed_recurrence(q, k, v, None, before)
             if around.state is not None:
                 around.state["memory"] = memory
         else:
