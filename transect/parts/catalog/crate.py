@@ -29,7 +29,7 @@ class SubspaceAttention(Mixer):
 
     strength: what the sum is multiplied by; below 0 it is taken off the stream.
     damping: how much of the input is taken off besides. The derived step has κγ for both; the trained networks have
-        1 and 0, which on tokens that are not normed raises the rate.
+        1 and 0, which raise the rate up to the next norm.
     """
 
     kind = "mixer.crate"
