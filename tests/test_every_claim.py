@@ -47,6 +47,7 @@ SHORT = {
     "catalog.soft.RATES": (1e-3,), "catalog.soft.SEEDS": (0,),
     "catalog.faster_lighter_survey.STEPS": 2,
     "catalog.maestro.STEPS": 2, "catalog.maestro.RATES": (1e-3,), "catalog.pst.STEPS": 2, "catalog.pst.RATES": (1e-3,),
+    "catalog.crate.STEPS": 2,
 }  # fmt: skip
 QUICK = {
     "armor": {"rounds": 2}, "cospadi": {"iterations": 1}, "cospadi-shared": {"iterations": 1},
