@@ -17,6 +17,7 @@ from transect.claims.fact_editing import Bench
 from transect.cli import main_group
 from transect.compression import Recipe
 from transect.forward import recitations
+from transect.memory import Settings
 
 WORDS = [*(f"w{number}" for number in range(60)), *"ABCD"]
 PROMPT = "w3 w4 {} w5 w6"
@@ -46,6 +47,10 @@ SHORT = {
     "catalog.ecoformer.SEEDS": (0,), "catalog.soft.STEPS": 2, "catalog.soft.BATCH": 2, "catalog.soft.TESTED": 4,
     "catalog.soft.RATES": (1e-3,), "catalog.soft.SEEDS": (0,),
     "catalog.faster_lighter_survey.STEPS": 2,
+    "catalog.s_kan.STEPS": 4, "catalog.s_kan.SEEDS": (0,), "catalog.s_kan.POINTS": 20,
+    "catalog.memoryformer.STEPS": 2, "catalog.memoryformer.SEEDS": (0,), "catalog.ultramem_v2.STEPS": 2,
+    "catalog.ultramem_v2.SEEDS": (0,), "catalog.mlp_memory.STEPS": 2,
+    "catalog.mlp_memory.SETTINGS": Settings(blocks=1, neighbours=4, epochs=1),
     "catalog.maestro.STEPS": 2, "catalog.maestro.RATES": (1e-3,), "catalog.pst.STEPS": 2, "catalog.pst.RATES": (1e-3,),
     "catalog.crate.STEPS": 2,
 }  # fmt: skip

@@ -148,12 +148,13 @@ def mixed(ours: Tensor, memory: Tensor, share: float) -> Tensor:
     return torch.logaddexp(ours + math.log1p(-share), memory + math.log(share)) if share else ours
 
 
-def mixed_loss(ours: Tensor, memory: Tensor) -> tuple[float, float]:
+def mixed_loss(ours: Tensor, memory: Tensor, least: int = 0) -> tuple[float, float]:
     """The least mean loss of the mixture, and the share at which it is reached, in hundredths.
 
-    ours, memory: log-probabilities (N) of the token that came next. The loss is convex in the share.
+    ours, memory: log-probabilities (N) of the token that came next. The loss is convex in the share. least: hundredths
+    of the smallest share that is tried.
     """
-    shares = torch.arange(101, dtype=torch.float64) / 100
+    shares = torch.arange(least, 101, dtype=torch.float64) / 100
     losses = torch.stack([-mixed(ours.double(), memory.double(), float(share)).mean() for share in shares])
     best = int(losses.argmin())
     return float(losses[best]), float(shares[best])

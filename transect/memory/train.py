@@ -68,7 +68,7 @@ def memorize_anatomy(
     order = torch.randperm(len(store.values), generator=torch.Generator().manual_seed(settings.seed))
     problem = Problem(
         "memory", dict(both.named_parameters()), order.split(settings.batch), loss,
-        lambda: mixed_loss(other.own, scores(other))[0], both.train,
+        lambda: mixed_loss(other.own, scores(other), 1)[0], both.train,  # share 0 would not tell states apart
     )  # fmt: skip
     schedule = Schedule(lr=settings.lr, epochs=settings.epochs, shape="linear", seed=settings.seed)
     course = train(problem, Run(schedule, Machine(device), State(None), progress, on_check), {})
