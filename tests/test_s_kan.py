@@ -14,6 +14,8 @@ from transect.parts import build_model
 from transect.parts.catalog.s_kan import KANLayer, SelectableActivation, entropy, prune, set_temperature
 from transect.parts.catalog.s_kan.part import ALL_FAMILIES, FAMILIES, chebyshev, families_named, rbf, spline
 from transect.parts.catalog.s_kan.phases import energy
+from transect.training import Seen
+from transect.training.penalties.s_kan import s_kan
 
 ALL = families_named(ALL_FAMILIES, 6)
 TOKENS = torch.randint(3, 64, (2, 12), generator=torch.Generator().manual_seed(1))
@@ -86,14 +88,19 @@ def test_pruning_is_the_layer_with_a_one_hot_selection(kind):
     assert pruned.flops < made.flops / 3
 
 
+def part_of(model):
+    return model.model.layers[0].mlp
+
+
 def test_the_phases_of_a_model_and_its_round_trip(tmp_path):
     sizes = dict(hidden=16, blocks=1, heads=2, neurons=12, vocabulary=64, length=32)
     settings = {"s-kan": {"families": "spline, rbf,wavelet"}}
     model = build_model("llama", parts={"mlp": "s-kan"}, settings=settings, **sizes)
     assert float(entropy(model).detach()) == pytest.approx(torch.tensor(3.0).log())
-    entropy(model).backward()
+    s_kan(Seen(model, {}, []), weight=2.0).backward()
+    assert part_of(model).first.logits.grad is not None
     model(TOKENS, labels=TOKENS).loss.backward()
-    part = model.model.layers[0].mlp
+    part = part_of(model)
     assert part.first.logits.grad.abs().max() > 0
     part.first.logits.data = drawn(16, 3).float()
     warm = float(entropy(model).detach())
@@ -102,14 +109,16 @@ def test_the_phases_of_a_model_and_its_round_trip(tmp_path):
     part.first.coefficients["rbf"].data *= 30  # whose energy is then the largest, whatever the selection says
     part.first.logits.data[:, 1] = part.first.logits.detach().amin(1)
     set_temperature(model, 10)
+    torch.testing.assert_close(s_kan(Seen(model, {}, []), weight=2.0), 2 * entropy(model))
     prune(model, [{"input_ids": TOKENS}])
     assert part.first.counts == [0, 16, 0]
     logits = model(TOKENS).logits
     model.save_pretrained(tmp_path / "m")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
     torch.testing.assert_close(again(TOKENS).logits, logits)
-    with pytest.raises(TransectError, match="no S-KAN part that still selects"):
-        prune(again)
+    for call in (prune, lambda pruned: s_kan(Seen(pruned, {}, []))):
+        with pytest.raises(TransectError, match="no S-KAN part that still selects"):
+            call(again)
 
 
 @pytest.mark.parametrize("made", [layer(), SelectableActivation(5).double().functions])

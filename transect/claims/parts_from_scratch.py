@@ -11,10 +11,10 @@ from torch import Tensor
 from ..parts import build_model
 from .context import Context
 from .descent import descend
-from .scratch import fresh_rows
+from .scratch import cut, fresh_rows
 
 SIZES: dict[str, Any] = {"hidden": 64, "blocks": 2, "heads": 4}
-BATCH, RATE = 8, 2e-3
+LENGTH, BATCH, RATE = 64, 8, 2e-3
 
 
 def trained_from_scratch(
@@ -24,19 +24,17 @@ def trained_from_scratch(
     """A Llama of width 64 and two blocks, trained to predict the next token; the same data and order for every part."""
     context.require_language_model()
     longest = max(map(len, context.evaluation.texts()))
-    rows, _ = fresh_rows(context, steps * BATCH * longest)
-    length = max(longest, *map(len, rows)) + 1
+    rows = cut(fresh_rows(context, steps * BATCH * LENGTH)[0], min(LENGTH, longest), steps * BATCH)
     vocabulary = context.anatomy.config.vocab_size
     model = build_model(
-        "llama", parts=parts, settings=settings, seed=seed, neurons=neurons, vocabulary=vocabulary, length=length,
+        "llama", parts=parts, settings=settings, seed=seed, neurons=neurons, vocabulary=vocabulary, length=longest + 1,
         **SIZES,
     ).to(context.model.device)  # fmt: skip
     order = torch.Generator().manual_seed(seed)
 
     def loss(_: int) -> Tensor:
         chosen = torch.randint(len(rows), (BATCH,), generator=order).tolist()
-        shortest = min(len(rows[index]) for index in chosen)
-        ids = torch.stack([rows[index][:shortest] for index in chosen]).to(model.device)
+        ids = torch.stack([rows[index] for index in chosen]).to(model.device)
         return model(input_ids=ids, labels=ids, use_cache=False).loss
 
     descend(model, loss, steps, rate)
