@@ -16,8 +16,8 @@ from ..parts_from_scratch import RATE, trained_from_scratch
 from ..registry import NotApplicable, Result, Verdict, claim
 
 PAPER = "arXiv:2411.12992"
-STEPS, SEEDS, ROWS = 200, (0, 1), 4000
-BITS = (1, 2, 4, 8)
+STEPS, SEEDS, ROWS = 200, (0, 1), 2000
+BITS = (2, 4, 8)
 
 
 @claim(
@@ -93,10 +93,12 @@ def inputs_of_matrix(context: Context, matrix: Matrix, batches: Batches | None) 
     "within 3 % of the same model with MLPs.",
 )
 def near_dense(context: Context) -> Result:
-    """Scaled down: width 64, two blocks, 200 steps; MLPs of 256 neurons beside tables with 8 bits."""
+    """Scaled down: width 64, two blocks, 200 steps; MLPs of 256 neurons, at the better of both rates, beside 8 bits."""
     numbers = []
     for seed in SEEDS:
-        dense = context.evaluate(trained_from_scratch(context, STEPS, seed, neurons=256), 1.0)
+        rates = (RATE, 3 * RATE)
+        tried = [context.evaluate(trained_from_scratch(context, STEPS, seed, neurons=256, rate=r), 1.0) for r in rates]
+        dense = min(tried, key=lambda one: one.loss)
         tables = context.evaluate(
             trained_from_scratch(context, STEPS, seed, {"mlp": "memoryformer", "norm": "layer"}, rate=3 * RATE), 1.0
         )

@@ -15,7 +15,7 @@ from ..context import Context
 from ..descent import descend
 from ..registry import Result, Verdict, claim
 
-STEPS, SEEDS, RATE, POINTS, SIZE = 400, (0,), 1e-2, 1500, 6
+STEPS, SEEDS, RATE, POINTS, SIZE = 400, (0,), 1e-2, 1000, 6
 TARGETS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "exp(sin πa + b²)": lambda a, b: (torch.sin(math.pi * a) + b**2).exp(),
     "ab": lambda a, b: a * b,

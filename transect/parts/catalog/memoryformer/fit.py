@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from ....errors import TransectError
 from .part import MemoryMatrix
 
 
 @torch.no_grad()
-def fit_tables(part: MemoryMatrix, x: Tensor, y: Tensor, *, ridge: float = 1e-3, steps: int = 100) -> float:
+def fit_tables(part: MemoryMatrix, x: Tensor, y: Tensor, *, ridge: float = 1e-3, steps: int = 50) -> float:
     """Fill the tables, in place, so that ||y - part(x)||² is least; what is left of it, relative to ||y||².
 
     x: inputs (n x inputs). y: what the matrix makes of them (n x outputs). ridge: what is added to the diagonal, as a
@@ -26,29 +25,25 @@ def fit_tables(part: MemoryMatrix, x: Tensor, y: Tensor, *, ridge: float = 1e-3,
     rows, weights = layer.addressed(part.hashed(x))
     shift = y.mean(0) if layer.bias is not None else torch.zeros_like(y[0])
     strength = ridge * float(weights.square().mean()) * max(1.0, len(x) / 2**layer.bits)
-
-    def read(tables: Tensor) -> Tensor:
-        return functional.embedding_bag(rows, tables, mode="sum", per_sample_weights=weights)
-
-    def spread(outputs: Tensor) -> Tensor:
-        total = torch.zeros(layer.tables.shape, dtype=wide, device=x.device)
-        for column in range(rows.shape[1]):
-            total.index_add_(0, rows[:, column], weights[:, column, None] * outputs)
-        return total
+    at = torch.arange(len(x), device=x.device)[:, None].expand_as(rows)
+    where = torch.stack([at.flatten(), rows.flatten()])
+    reading = torch.sparse_coo_tensor(where, weights.flatten(), (len(x), len(layer.tables))).coalesce()
+    spreading = reading.t().coalesce()
 
     tables = torch.zeros(layer.tables.shape, dtype=wide, device=x.device)
-    left = spread(y - shift)  # the negative gradient
+    left = spreading @ (y - shift)  # the negative gradient
     direction, size = left, left.square().sum(0)
+    enough = 1e-12 * size
     for _ in range(steps):
-        turned = spread(read(direction)) + strength * direction
+        turned = spreading @ (reading @ direction) + strength * direction
         length = size / (direction * turned).sum(0).clamp_min(torch.finfo(wide).tiny)
         tables += length * direction
         left = left - length * turned
         before, size = size, left.square().sum(0)
-        if bool((size <= 1e-12 * before.clamp_min(torch.finfo(wide).tiny)).all()):
+        if bool((size <= enough).all()):
             break
         direction = left + size / before.clamp_min(torch.finfo(wide).tiny) * direction
     layer.tables.copy_(tables)
     if layer.bias is not None:
         layer.bias.copy_(shift)
-    return float((y - shift - read(tables)).square().sum() / y.square().sum())
+    return float((y - shift - reading @ tables).square().sum() / y.square().sum())
