@@ -27,7 +27,9 @@ def fit_tables(part: MemoryMatrix, x: Tensor, y: Tensor, *, ridge: float = 1e-3,
     strength = ridge * float(weights.square().mean()) * max(1.0, len(x) / 2**layer.bits)
     at = torch.arange(len(x), device=x.device)[:, None].expand_as(rows)
     where = torch.stack([at.flatten(), rows.flatten()])
-    reading = torch.sparse_coo_tensor(where, weights.flatten(), (len(x), len(layer.tables))).coalesce()
+    reading = torch.sparse_coo_tensor(
+        where, weights.flatten(), (len(x), len(layer.tables)), check_invariants=False
+    ).coalesce()
     spreading = reading.t().coalesce()
 
     tables = torch.zeros(layer.tables.shape, dtype=wide, device=x.device)
