@@ -51,6 +51,9 @@ SHORT = {
     "catalog.memoryformer.STEPS": 2, "catalog.memoryformer.SEEDS": (0,), "catalog.ultramem_v2.STEPS": 2,
     "catalog.ultramem_v2.SEEDS": (0,), "catalog.mlp_memory.STEPS": 2,
     "catalog.mlp_memory.SETTINGS": Settings(blocks=1, neighbours=4, epochs=1),
+    "catalog.layer_norm.STEPS": 2, "catalog.layer_norm.LAST": 1, "catalog.layer_norm.EXAMPLES": 300,
+    "catalog.layer_norm.SEEDS": (0,), "catalog.peri_ln.STEPS": 2, "catalog.peri_ln.SEEDS": (0,),
+    "catalog.peri_ln.BLOCKS": 2, "catalog.uat_single_layer.WIDTHS": (4, 8), "catalog.uat_single_layer.SAMPLES": 50,
     "catalog.maestro.STEPS": 2, "catalog.maestro.RATES": (1e-3,), "catalog.pst.STEPS": 2, "catalog.pst.RATES": (1e-3,),
     "catalog.crate.STEPS": 2,
 }  # fmt: skip

@@ -86,7 +86,7 @@ class LSTM(_Cell):
 
     The supplement's cell. The first two norms are over all 4H gates at once, as in the authors' code (other frameworks
     norm gate by gate); c_t is carried as it is. The forget gate's part of b, which no norm sees, begins at 1 (ours),
-    the rest at 0. A matrix o stands behind it.
+    the rest at 0. A matrix o stands behind it. LN(W_x x_t) does not see how long x_t is.
 
     norms: false for the plain cell.
     """
