@@ -166,7 +166,7 @@ def test_a_cell_of_one_unit_is_refused():
         LSTM(6, 2, 4, False)
 
 
-PRE_NORM = [name for name in CONFIGS if name not in ("bert", "roberta", "olmo2", "gptj")]
+PRE_NORM = ["phi", *(name for name in CONFIGS if name not in ("bert", "roberta", "olmo2", "gptj"))]
 
 
 @pytest.mark.parametrize("name", PRE_NORM)

@@ -62,13 +62,14 @@ def fold_norms(model: Any) -> list[str]:
             matrix.write(matrix.weight * gain, moved)
         _make_plain(norm)
     names = [name for name, _, _ in found]
-    head, final = anatomy.unembedding, anatomy.final_norm
+    head: Any = anatomy.unembedding
+    final = anatomy.final_norm
     own = isinstance(head, nn.Linear) and not anatomy.embeddings_tied and not anatomy.architecture.head_transform
     if own and final is not None and (_bias(final) is None or head.bias is not None):
         gain, bias = norm_gain(final), _bias(final)
         if bias is not None:
-            head.bias += head.weight @ bias
-        head.weight *= gain
+            head.bias.add_(head.weight @ bias)
+        head.weight.mul_(gain)
         _make_plain(final)
         names.append("final_norm")
     return names
@@ -201,9 +202,9 @@ def _centre_embeddings(anatomy: Anatomy) -> None:
             continue
         if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
             if len(module.weight) == width:
-                module.weight -= module.weight.mean(0)
+                module.weight.sub_(module.weight.mean(0))
                 if module.bias is not None:
-                    module.bias -= module.bias.mean()
+                    module.bias.sub_(module.bias.mean())
             continue
         for parameter in module.parameters(recurse=False):
             if parameter.dim() > 1 and parameter.shape[-1] == width:
