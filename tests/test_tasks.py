@@ -15,10 +15,14 @@ NAMES = [one.name for one in tasks()]
 def test_what_is_drawn_depends_on_the_seed_alone(name):
     one = task_named(name)
     drawn, again, other = (one.draw(6, seed) for seed in (2, 2, 4))
-    assert torch.equal(drawn.inputs, again.inputs) and torch.equal(drawn.answers, again.answers)
+    assert torch.equal(drawn.inputs, again.inputs)
+    torch.testing.assert_close(drawn.answers, again.answers, rtol=0, atol=0, equal_nan=True)
     assert not torch.equal(drawn.inputs, other.inputs) and len(drawn.inputs) == 6
     if not drawn.images:
-        assert drawn.inputs.min() >= 0 and drawn.inputs.max() < drawn.vocabulary and drawn.answers.any(1).all()
+        assert drawn.asked.any(1).all() and drawn.asked.shape == drawn.inputs.shape[:2] and not drawn.asked[:, 0].any()
+        assert drawn.over is None or drawn.over.shape == drawn.asked.shape
+    if not drawn.images and not drawn.vectors:
+        assert drawn.inputs.min() >= 0 and drawn.inputs.max() < drawn.vocabulary
     batches = list(drawn.batches(4))
     assert [len(batch["labels"]) for batch in batches] == [4, 2]
     with pytest.raises(TransectError, match="at least one"):
@@ -39,6 +43,45 @@ def test_in_recall_the_answer_is_what_stood_behind_the_key():
     assert int((labels != IGNORED).sum()) == 250
     near = task_named("recall").draw(400, 1, {"keys": 1, "length": 64}).answers.nonzero()[:, 1].float()
     assert near.median() < 20  # half of 62 if it were uniform
+
+
+def test_of_several_counts_of_keys_each_is_drawn_equally_often():
+    drawn = task_named("recall").draw(9, 1, {"keys": "2,5,3", "length": 20, "vocabulary": 16})
+    assert drawn.answers.sum(1).tolist() == [2, 5, 3] * 3 == drawn.over[:, 0].tolist()
+    assert task_named("recall").draw(1, 0, {"keys": 4}).over is None
+
+
+def test_text_is_cut_from_its_own_part_of_the_data(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("a" * 900 + "b" * 50 + "c" * 50)
+    given = {"data": str(path), "length": 8}
+    seen = [set(task_named("text").draw(50, seed, given).inputs.unique().tolist()) for seed in (0, 1, 3)]
+    assert seen == [{ord("a")}, {ord("b")}, {ord("c")}]
+    other = tmp_path / "held_out.txt"
+    other.write_text("d" * 20 + "é" * 20)
+    given["eval_data"] = str(other)
+    assert task_named("text").draw(50, 1, given).inputs.max() == "é".encode()[0]
+    before = task_named("text").source(tokenizer="bytes", **given)
+    other.write_text("e" * 60)
+    assert task_named("text").source(tokenizer="bytes", **given) != before
+    assert set(task_named("text").draw(5, 3, given).inputs.unique().tolist()) == {ord("e")}
+    with pytest.raises(TransectError, match="is too short: 30 tokens"):
+        task_named("text").draw(1, 0, {**given, "length": 40})
+    assert task_named("text").draw(2, 0, {"tokenizer": "organism"}).vocabulary > 256
+    with pytest.raises(TransectError, match="has no tokenizer that can be loaded"):
+        task_named("text").draw(1, 0, {"tokenizer": str(tmp_path)})
+
+
+def test_rows_of_the_world_begin_with_documents_of_its_entities():
+    from transect.organism import World
+    from transect.tasks.text import tokenizer_of
+
+    drawn = task_named("world").draw(20, 3, {"entities": 3, "length": 32})
+    names = {entity for entity in World().entities}
+    said = tokenizer_of("organism").batch_decode(drawn.inputs)
+    assert {word for text in said for word in text.split() if word in names} <= set(World().entities[:3])
+    firsts = {text.split()[0] for text in said}
+    assert len(firsts) > 3 and not firsts & {".", ",", ":"}
 
 
 def test_copies_and_inductions():
@@ -89,6 +132,13 @@ def test_digits_held_out_are_never_trained_on():
     [
         ("recall", {"keys": 8, "length": 30}, "even length of 32"),
         ("recall", {"keys": 40, "length": 400, "vocabulary": 64}, "have 31 keys"),
+        ("recall", {"keys": "4,x"}, "keys='4,x' should be whole numbers from 1"),
+        ("recall", {"keys": "0"}, "should be whole numbers from 1"),
+        ("text", {"data": "no-such-file.txt"}, "there is no file or folder"),
+        ("icl-boolean", {"family": "conjunction-teaching", "points": 10}, "points must be more, not 10"),
+        ("icl-boolean", {"family": "sparse-disjunction", "bits": 3}, "bits must be 4 or more"),
+        ("icl-boolean", {"family": "xor"}, "must be one of"),
+        ("icl-regression", {"noise": -1}, "noise"),
         ("copying", {"length": 13}, "should be even"),
         ("listops", {"length": 8}, "need a length of 9"),
         ("recall", {"depth": 3}, "no parameter depth"),

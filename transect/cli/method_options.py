@@ -100,6 +100,16 @@ class PartCommand(MethodCommand):
         return tuple((f"Parts for --{slot}", parts(slot)) for slot in SLOTS)
 
 
+class PartContestCommand(PartCommand):
+    """The same for tasks, parts and optimizers."""
+
+    def sections(self) -> Sequence[tuple[str, Sequence[Any]]]:
+        from ..tasks import tasks
+        from ..training import optimizers
+
+        return ("Tasks and their parameters", tasks()), *super().sections(), ("Optimizers", optimizers())
+
+
 class SearchCommand(MethodCommand):
     """The same for search methods."""
 

@@ -108,11 +108,11 @@ def evaluate(
     with at_rest(model):
         for skill in SKILLS if skills is None else skills:
             asked = examples(skill, n)
-            result[skill] = sum(_hits(model, tokenizer, asked, batch_size)) / len(asked)
+            result[skill] = sum(hits(model, tokenizer, asked, batch_size)) / len(asked)
     return result
 
 
-def _hits(
+def hits(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: list[Example], batch_size: int
 ) -> list[bool]:
     """Which examples are answered right, in an order of its own.

@@ -1,0 +1,55 @@
+"""In-context linear regression (Garg et al., NeurIPS 2022, arXiv:2208.01066): every sequence has a linear map of its
+own, and examples of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..parameters import Range
+from .registry import Drawn, task
+
+
+def _baselines(drawn: Drawn, *, dimensions: int, points: int, noise: float) -> Mapping[str, Tensor]:
+    """The squared error of each at every example (count x 2 points), each from the examples before it."""
+    x, y = drawn.inputs[:, ::2].double(), drawn.inputs[:, 1::2, 0].double()
+    said = {name: torch.zeros_like(y) for name in ("nothing", "averaging", "least squares", "ridge")}
+    for i in range(1, points):
+        before, labels, asked = x[:, :i], y[:, :i, None], x[:, i]
+        solved = torch.linalg.pinv(before) @ labels  # the shortest of the best
+        # w has variance 1/n in each direction, so that this penalty is the mean of w given the examples
+        precision = before.mT @ before + dimensions * noise**2 * torch.eye(dimensions, dtype=x.dtype)
+        shrunk = torch.linalg.solve(precision, before.mT @ labels) if noise else solved
+        averaged = (before * labels).mean(dim=1)
+        for name, w in (("averaging", averaged), ("least squares", solved[..., 0]), ("ridge", shrunk[..., 0])):
+            said[name][:, i] = (w * asked).sum(-1)
+    return {name: (guess - y).square().float().repeat_interleave(2, dim=1) for name, guess in said.items()}
+
+
+@task("icl-regression", paper="arXiv:2208.01066", over="example in the prompt", baselines=_baselines)
+def icl_regression(
+    count: int, generator: torch.Generator, *, dimensions: Annotated[int, Range(1, 512)] = 8,
+    points: Annotated[int, Range(2, 4096)] = 24, noise: Annotated[float, Range(0, 100)] = 0.25,
+) -> Drawn:  # fmt: skip
+    """Inputs with what a linear map makes of them, drawn anew for every sequence: the next number is asked.
+
+    x_i ~ N(0, I), y_i = w · x_i + noise, w ~ N(0, I / n). x_1, y_1, x_2, y_2, ... are vectors, y_i = (y_i, 0, ..., 0),
+    which a linear map leads into the model; its answer is one number, and the loss the squared error, in units of the
+    variance of w · x (as the paper has it: divided by n where w ~ N(0, I)). Least squares, ridge (the best there is,
+    with the penalty that the noise asks for), averaging and the answer 0 stand beside the models.
+
+    dimensions: of an input, n. points: examples in a sequence.
+    noise: standard deviation of what is added to a label; 0 is the paper's plain form, in which ridge is least squares.
+    """
+    x = torch.randn(count, points, dimensions, generator=generator)
+    w = torch.randn(count, dimensions, 1, generator=generator) / dimensions**0.5
+    y = (x @ w)[..., 0] + noise * torch.randn(count, points, generator=generator)
+    inputs = torch.stack([x, functional.pad(y[:, :, None], (0, dimensions - 1))], dim=2).flatten(1, 2)
+    answers = torch.full((count, 2 * points), torch.nan)
+    answers[:, 1::2] = y
+    over = torch.arange(1, points + 1).repeat_interleave(2).expand(count, 2 * points)
+    return Drawn(inputs, answers, 1, over)
