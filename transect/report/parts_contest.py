@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from rich.table import Table
 
 from ..store import replacing
 from .pareto import COLOURS, MARKERS
-from .table import grid, markdown
+from .table import grid, in_bytes, markdown
 
 if TYPE_CHECKING:
     import pandas as pd  # takes half a second, and most commands need none
@@ -25,8 +26,17 @@ def parts_notes(frame: pd.DataFrame) -> list[str]:
         f"against {first}: the mean difference over seeds, p of a paired t-test, and the difference that so many seeds "
         "would show in 80 % of contests",
     ]
+    if "crossover" in frame.columns:
+        lengths = sorted({row["length"] for row in frame.attrs["speeds"]})
+        lines.append(
+            f"faster from: the length, of {lengths[0]:,} to {lengths[-1]:,}, from which on it reads faster than "
+            "with the model's own attention (torch's scaled_dot_product_attention)"
+        )
     if "edge" in frame.columns and (edge := frame[frame["edge"] == True]["entrant"].tolist()):  # noqa: E712
         lines.append(f"at the edge of the grid of rates, so that another rate may be better still: {', '.join(edge)}")
+    if "baseline" in frame.columns:
+        told = frame[frame["baseline"] == True]["entrant"].tolist()  # noqa: E712
+        lines.append(f"no models, but rules, on the examples that judge (±: over these): {', '.join(told)}")
     if "note" in frame.columns:
         lines += [f"{row['entrant']}: {row['note']}" for _, row in frame[frame["note"].notna()].iterrows()]
     return lines
@@ -34,16 +44,70 @@ def parts_notes(frame: pd.DataFrame) -> list[str]:
 
 def parts_cells(frame: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
     """Headings and text cells; a dash for what a row has not."""
-    headings = ["entrant", "parameters", "FLOPs", "rate", "loss", "accuracy", "against the first", "p", "detectable"]
-    headings += ["s/step", "s/forward", "seeds"]
+    further = [column for column in frame.attrs["scores"] if column in frame.columns]
+    headings = ["entrant", "parameters", "FLOPs", "rate", "loss", "accuracy", *further, "against the first", "p"]
+    headings += [
+        "detectable",
+        "s/step",
+        "s/forward",
+        *(["faster from"] if "crossover" in frame.columns else []),
+        "seeds",
+    ]
     rows = []
     for _, row in frame.iterrows():
         cells = [row["entrant"], _written(row, "parameters", ",.0f"), _written(row, "flops", ".3g")]
         cells += [_written(row, "rate", "g"), _pair(row, "loss", ".4f"), _pair(row, "accuracy", ".4f")]
+        cells += [_written(row, column, ".1%") for column in further]
         cells += [_written(row, "difference", "+.4f"), _written(row, "p", ".3f"), _written(row, "detectable", ".4f")]
         cells += [_written(row, "seconds_a_step", ".3f"), _written(row, "forward_seconds", ".4f")]
+        if "crossover" in frame.columns:
+            cells.append("never" if row["crossover"] == math.inf else _written(row, "crossover", ",.0f"))
         rows.append([*cells, _written(row, "seeds", ".0f")])
     return headings, rows
+
+
+def _speed_cells(frame: pd.DataFrame) -> tuple[list[str], list[list[str]], list[str]]:
+    """Headings, cells and notes of the speeds by length, an entrant a row; none where nothing was measured."""
+    measured = frame.attrs["speeds"]
+    lengths = sorted({row["length"] for row in measured})
+    headings = ["entrant"]
+    for what in ("ms to read", "ms a token", "memory", "state"):
+        headings += [f"{what}, {length:,}" for length in lengths]
+    found = {(row["entrant"], row["length"]): row for row in measured}
+    rows = []
+    for entrant in dict.fromkeys(row["entrant"] for row in measured):
+        cells = [entrant]
+        for column, write in (
+            ("prefill", _milliseconds),
+            ("decode", _milliseconds),
+            ("memory", in_bytes),
+            ("state", in_bytes),
+        ):
+            values = [found.get((entrant, length), {}).get(column) for length in lengths]
+            cells += ["-" if value is None else write(value) for value in values]
+        rows.append(cells)
+    notes = [
+        "one sequence of so many positions: time to read it, and for one more token behind it; the tensors that are "
+        "there at once in reading, weights apart; what is kept for the next token"
+    ]
+    notes += [f"{row['entrant']}: {row['note']}" for row in measured if "note" in row]
+    return headings, rows, notes
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:.3g}" if seconds < 1 else f"{1000 * seconds:,.0f}"
+
+
+def speeds_table(frame: pd.DataFrame) -> Table | None:
+    """For the terminal; None where no speeds were measured."""
+    headings, rows, notes = _speed_cells(frame)
+    return grid(headings, rows, "", notes, [False] * len(rows)) if rows else None
+
+
+def speeds_markdown(frame: pd.DataFrame) -> str:
+    """For a README; empty where no speeds were measured."""
+    headings, rows, notes = _speed_cells(frame)
+    return "\n" + markdown(headings, rows, notes) if rows else ""
 
 
 def _pair(row: Any, column: str, form: str) -> str:
@@ -72,31 +136,99 @@ def parts_markdown(frame: pd.DataFrame) -> str:
     return markdown(*parts_cells(frame), parts_notes(frame))
 
 
-def parts_plot(
-    frame: pd.DataFrame, curves: Mapping[str, Sequence[Sequence[float]]], path: Path, title: str = ""
-) -> Path:
-    """Training loss over steps, and the loss of each entrant with its error, as PNG (150 dots an inch).
+def parts_plot(frame: pd.DataFrame, path: Path, title: str = "") -> Path:
+    """What was learned, how, and what it costs, as PNG (150 dots an inch).
 
-    curves: entrant -> [step, loss] of its first seed at its best rate.
+    Held-out loss and accuracy over steps (means over seeds; thin: training loss), the loss or accuracy of each entrant
+    with its error, both by what the task's answers depend on, and time and memory by length; each where there is any.
+    Baselines are dashed.
     """
     from matplotlib.figure import Figure  # takes a second to import
 
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    steps, losses = figure.subplots(1, 2)
-    for index, (entrant, curve) in enumerate(curves.items()):
-        steps.plot(*zip(*curve, strict=True), label=entrant, color=COLOURS[index % 7], marker=MARKERS[index % 7], ms=4)
-    steps.set_xlabel("steps")
-    steps.set_ylabel("training loss (nats an answer)")
-    if curves:
-        steps.legend(frameon=False, fontsize=8)
-    done = frame.dropna(subset=["loss"]) if "loss" in frame.columns else frame.iloc[:0]
-    if len(done):
-        losses.errorbar(done["loss"], done["entrant"], xerr=done["loss_error"].fillna(0.0), fmt="o", capsize=2)
-        losses.invert_yaxis()
-    losses.set_xlabel("loss on held-out examples")
-    for axes in (steps, losses):
+    attrs = frame.attrs
+    names = [*frame["entrant"], *(row["entrant"] for row in attrs["speeds"])]
+    styles = {name: {"color": COLOURS[i % 7], "marker": MARKERS[i % 7]} for i, name in enumerate(dict.fromkeys(names))}
+    if "baseline" in frame.columns:
+        for name in frame[frame["baseline"] == True]["entrant"]:  # noqa: E712
+            styles[name] |= {"linestyle": "--", "marker": ""}
+    right = "accuracy" in frame.columns and frame["accuracy"].notna().any()
+    panels = [lambda axes: _course(axes, attrs["curves"], styles, 2, "held-out loss")]
+    if right:
+        panels.append(lambda axes: _course(axes, attrs["curves"], styles, 3, "held-out accuracy"))
+    panels.append(lambda axes: _ends(axes, frame, styles, "accuracy" if right else "loss"))
+    if attrs["by"]:
+        panels.append(
+            lambda axes: _by(axes, attrs["by"], styles, attrs["over"], "accuracy" if right else "squared error")
+        )
+    if any("prefill" in row for row in attrs["speeds"]):
+        for column, told in _BY_LENGTH.items():
+            panels.append(
+                lambda axes, column=column, told=told: _by_length(axes, attrs["speeds"], styles, column, told)
+            )
+    across = min(3, len(panels))
+    down = -(-len(panels) // across)
+    figure = Figure(figsize=(5 * across, 3.8 * down), layout="constrained")
+    every = figure.subplots(down, across, squeeze=False).flatten()
+    for axes, draw in zip(every, panels, strict=False):
+        draw(axes)
         axes.grid(alpha=0.25)
+    for axes in every[len(panels) :]:
+        axes.axis("off")
+    handles = {label: line for axes in every for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    if handles:
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     figure.suptitle(title)
     with replacing(path) as partial:
         figure.savefig(partial, dpi=150, format="png")
     return path
+
+
+_BY_LENGTH = {
+    "prefill": "seconds to read", "decode": "seconds for a token behind", "memory": "bytes at once, reading",
+    "state": "bytes kept for the next token",
+}  # fmt: skip
+
+
+def _course(axes: Any, curves: Mapping[str, Any], styles: Mapping[str, Any], column: int, told: str) -> None:
+    for entrant, points in curves.items():
+        steps = [point[0] for point in points]
+        if column == 2:
+            axes.plot(steps, [point[1] for point in points], color=styles[entrant]["color"], lw=0.7, alpha=0.6)
+        axes.plot(steps, [point[column] for point in points], label=entrant, ms=3, **styles[entrant])
+    axes.set_xlabel("steps")
+    axes.set_ylabel(told)
+
+
+def _ends(axes: Any, frame: pd.DataFrame, styles: Mapping[str, Any], column: str) -> None:
+    """A point for each row with its standard error; the first row is at the top."""
+    done = frame.dropna(subset=[column]) if column in frame.columns else frame.iloc[:0]
+    for _, row in done.iterrows():
+        error = row[f"{column}_error"]
+        style = {"color": styles[row["entrant"]]["color"], "marker": styles[row["entrant"]]["marker"] or "|"}
+        axes.errorbar(row[column], row["entrant"], xerr=0.0 if pd.isna(error) else error, ls="", capsize=2, **style)
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", labelsize=8)
+    axes.set_xlabel(f"{column} on held-out examples")
+
+
+def _by(axes: Any, by: Mapping[str, Mapping[str, float]], styles: Mapping[str, Any], over: str, told: str) -> None:
+    for name, values in by.items():
+        axes.plot([float(value) for value in values], list(values.values()), label=name, ms=3, **styles[name])
+    axes.set_xlabel(over)
+    axes.set_ylabel(told)
+
+
+def _by_length(
+    axes: Any, speeds: Sequence[Mapping[str, Any]], styles: Mapping[str, Any], column: str, told: str
+) -> None:
+    for name in dict.fromkeys(row["entrant"] for row in speeds):
+        points = [(row["length"], row[column]) for row in speeds if row["entrant"] == name and row.get(column)]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=name, ms=3, **styles[name])
+    lengths = sorted({row["length"] for row in speeds})
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlabel("positions")
+    axes.set_xticks(lengths, [f"{length:,}" for length in lengths], fontsize=8)
+    axes.minorticks_off()
+    axes.set_ylabel(told)

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     import pandas as pd  # takes half a second, and most commands need none
 
 
-def _bytes(value: float) -> str:
+def in_bytes(value: float) -> str:
+    """A number of bytes as it is read: 12.29 KB."""
     for unit in ("B", "KB", "MB", "GB", "TB"):
         if value < 1000 or unit == "TB":
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.2f} {unit}"
@@ -34,7 +35,7 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "allocation": ("allocation", str),
     "keep": ("keep", "{:g}".format),
     "kept": ("kept", "{:.3f}".format),
-    "bytes": ("bytes", _bytes),
+    "bytes": ("bytes", in_bytes),
     "parameters": ("parameters", _millions),
     "loss": ("loss", "{:.4f}".format),
     "over_dense": ("over dense", "{:+.4f}".format),

@@ -7,15 +7,19 @@ from typing import Any
 
 import click
 
-from ..method_options import PartCommand, method_settings, refuse_unused
-from ..options import Place, device_name, shared_options, shares, split
+from ..method_options import PartContestCommand, method_settings, refuse_unused
+from ..options import Place, device_name, shared_options, shares, split, whole_numbers
 from ..printing import print_whole, progress_bar
 
 _SLOTS = ("mixer", "mlp", "activation", "matrix", "norm", "block")
 SLOT_OPTIONS = tuple(f"--{slot}" for slot in _SLOTS)
 
 
-@click.command(cls=PartCommand)
+def _lengths(context: click.Context, option: click.Parameter, value: str) -> list[int]:
+    return [] if value == "none" else whole_numbers(context, option, value) or []
+
+
+@click.command(cls=PartContestCommand)
 @click.argument("base")
 @click.option(
     "--mixer", callback=split, metavar="PART,...", help="In the place of attention; `base` is the model's own."
@@ -25,7 +29,9 @@ SLOT_OPTIONS = tuple(f"--{slot}" for slot in _SLOTS)
 @click.option("--matrix", callback=split, metavar="PART,...", help="In the places of all matrices.")
 @click.option("--norm", callback=split, metavar="PART,...", help="In the places of the norms.")
 @click.option("--block", callback=split, metavar="PART,...", help="Around every block.")
-@click.option("--task", required=True, help="What is learned: recall, copying, induction, listops, digits.")
+@click.option("--task", required=True, help="What is learned; see the list below.")
+@click.option("--data", help="Text to train on, of the task text.")
+@click.option("--eval", "eval_data", metavar="DATA", help="Held-out text of the same kind.")
 @click.option("--out", type=Place(), required=True, help="Run folder; a contest in it is continued.")
 @click.option("--parameters", type=int, help="Every model has so many within 1 %. Default: as the first one.")
 @click.option("--flops", type=int, help="Instead: every model takes so many operations for a sequence, within 1 %.")
@@ -37,6 +43,8 @@ SLOT_OPTIONS = tuple(f"--{slot}" for slot in _SLOTS)
 @click.option("--rates", default="0.0003,0.001,0.003", show_default=True, callback=shares,
               help="Learning rates that are tried; comma-separated.")  # fmt: skip
 @click.option("--seeds", type=int, default=3, show_default=True)
+@click.option("--lengths", default="256,1024,4096,16384", show_default=True, callback=_lengths,
+              help="Lengths at which speed and memory are measured; comma-separated, or none.")  # fmt: skip
 @click.option("--held-out", type=int, default=512, show_default=True, help="Examples that judge.")
 @click.option("--optimizer", default="adamw", show_default=True, help="How steps are taken.")
 @click.option("--workers", type=int, default=1, show_default=True, help="Processes that train.")
@@ -50,8 +58,9 @@ def race_parts(context: click.Context, base: str, out: Path, as_json: bool, **op
 
     Parameters of parts and of the task are options, such as --recall.keys 16.
     """
+    from ...contest.parts import PartsTrial
     from ...errors import TransectError
-    from ...report.parts_contest import parts_table
+    from ...report.parts_contest import parts_table, speeds_table
     from ...verbs import race_parts as race
 
     named = {slot: options[slot] for slot in _SLOTS if options[slot]}
@@ -65,11 +74,19 @@ def race_parts(context: click.Context, base: str, out: Path, as_json: bool, **op
         entrants *= len(set(parts))
     with progress_bar(as_json) as (bar, _):
         task = bar.add_task("trainings", total=entrants * (len(options["rates"]) + options["seeds"] - 1))
-        frame = race(base, out=out, settings=settings, on_trial=lambda trial: bar.advance(task), **options)
+        frame = race(
+            base,
+            out=out,
+            settings=settings,
+            on_trial=lambda trial: bar.advance(task, isinstance(trial, PartsTrial)),
+            **options,
+        )
     if as_json:
         click.echo(frame.to_json(orient="records"))
     else:
         print_whole(parts_table(frame, base))
+        if (speeds := speeds_table(frame)) is not None:
+            print_whole(speeds)
         print_whole(f"run folder: {out}   plot: {out / 'contest.png'}")
     if frame.attrs["lost"]:
         raise TransectError(f"not run: {', '.join(frame.attrs['lost'])}; the same command tries again")

@@ -47,12 +47,31 @@ class PartsTrial:
 
 
 @dataclass(frozen=True)
+class SpeedTrial:
+    """How fast an entrant's model is with sequences of that length, and what memory it takes."""
+
+    entrant: Combination
+    length: int
+
+    @property
+    def file(self) -> str:
+        """Where it lies in the run folder."""
+        parts = [text for pair in self.entrant.parts for text in pair]
+        words = (quote(part, safe="").replace("_", "%5F") for part in (*parts, str(self.length)))
+        return f"speeds/{'_'.join(words)}.json"
+
+    def __str__(self) -> str:
+        return f"{self.entrant}, speed at {self.length} positions"
+
+
+@dataclass(frozen=True)
 class PartsPlan(Kept):
     """The settings of a contest, as they stand in run.json.
 
     slots: slot -> the names of the parts that are tried in it (`base` for the model's own); every combination enters.
     settings: part -> its settings. sizes: of the base. equal, wanted: what agrees within 1 %, and its count.
-    task, options: what is learned. examples are drawn anew for every step: steps x batch of them. rates: the grid, the
+    task, options: what is learned. source: what its examples are made from, if the options do not say it all. lengths:
+    at which speed is measured. examples are drawn anew for every step: steps x batch of them. rates: the grid, the
     same for each entrant. seeds: how many; the first one chooses the rate.
     """
 
@@ -64,6 +83,7 @@ class PartsPlan(Kept):
     wanted: int
     task: str
     options: Mapping[str, Any]
+    source: str
     steps: int
     batch: int
     rates: tuple[float, ...]
@@ -73,6 +93,7 @@ class PartsPlan(Kept):
     optimizer: str
     optimizer_options: Mapping[str, Any]
     device: str
+    lengths: tuple[int, ...] = ()
 
     @property
     def entrants(self) -> list[Combination]:
@@ -99,15 +120,28 @@ class PartsPlan(Kept):
         """The same training with the other seeds."""
         return [PartsTrial(trial.entrant, trial.rate, self.seed + number) for number in range(1, self.seeds)]
 
+    def reference(self, entrant: Combination) -> Combination | None:
+        """What its speed is compared with: the same with the model's own attention; None for what is that itself."""
+        mixer = dict(entrant.parts).get("mixer")
+        if mixer in (None, "softmax"):
+            return None
+        return Combination(tuple(pair for pair in entrant.parts if pair[0] != "mixer"))
+
+    @property
+    def speeds(self) -> list[SpeedTrial]:
+        """All measurements of speed, those of what others are compared with included, the short ones first."""
+        entrants = [one for entrant in self.entrants for one in (self.reference(entrant), entrant) if one is not None]
+        return [SpeedTrial(one, length) for length in sorted(self.lengths) for one in dict.fromkeys(entrants)]
+
     @cached_property
     def fingerprint(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Hash (32 hexadecimal digits) of everything that decides a trial's numbers, but not which there are."""
-        no_part = ("slots", "settings", "rates", "seeds", "seed")
+        no_part = ("slots", "settings", "rates", "seeds", "seed", "lengths")
         decides = {key: value for key, value in asdict(self).items() if key not in no_part}
         described = json.dumps({**decides, "transect": __version__}, sort_keys=True, default=str)
         return hashlib.blake2b(described.encode(), digest_size=16).hexdigest()
 
-    def of(self, trial: PartsTrial) -> str:
+    def of(self, trial: PartsTrial | SpeedTrial) -> str:
         """What the trial's file belongs to."""
         settings = {name: dict(self.settings.get(name, {})) for _, name in trial.entrant.parts}
         return json.dumps([self.fingerprint, trial.file, settings], sort_keys=True, default=str)

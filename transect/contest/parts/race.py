@@ -13,8 +13,11 @@ from typing import TYPE_CHECKING, Any
 from ...comparison.compare import take_folder
 from ...pool import Engine
 from ...store import Folder
+from ...tasks import task_named
 from ..trials import UNFINISHED, run_trials
-from .plan import PartsPlan, PartsTrial
+from .judging import baselines_of
+from .plan import Combination, PartsPlan, PartsTrial, SpeedTrial
+from .speeds import crossover
 from .worker import PartsWorker, load_parts_worker
 
 if TYPE_CHECKING:
@@ -28,11 +31,12 @@ def race_parts(
     workers: int = 1,
     engine: Engine = "local",
     overwrite: bool = False,
-    on_trial: Callable[[PartsTrial], None] = lambda trial: None,
+    on_trial: Callable[[PartsTrial | SpeedTrial], None] = lambda trial: None,
 ) -> pd.DataFrame:
     """Run all trials of the plan into `folder` and return the table; see `transect.race_parts`.
 
-    First the grid of rates of every entrant with the first seed, then the other seeds at the best rate of each.
+    First the grid of rates of every entrant with the first seed, then the other seeds at the best rate of each, and in
+    the end their speeds, in this process and one after another.
     """
     take_folder(folder, plan, overwrite)
 
@@ -46,13 +50,23 @@ def race_parts(
     lost |= run([other for trial in chosen if trial is not None for other in plan.others(trial)])
     with suppress(OSError):  # it is empty, unless a training was lost
         (folder.path / UNFINISHED).rmdir()
+    here = partial(PartsWorker(folder.path, plan).run, on_trial=on_trial)
+    run_trials(plan, folder, plan.speeds, partial(load_parts_worker, folder.path, plan), here, 1, "local", on_trial)
     return table(plan, folder.path, lost)
 
 
 def table(plan: PartsPlan, folder: Path, lost: Mapping[PartsTrial, str]) -> pd.DataFrame:
-    """A row for each entrant, over its seeds; all but the first are compared with it, seed by seed."""
+    """A row for each entrant, over its seeds; all but the first are compared with it, seed by seed. Then the baselines.
+
+    In attrs: `curves`, the mean over seeds of [step, training loss, held-out loss, held-out accuracy] as the trainings
+    go; `by`, the mean scores by what the answers are also looked at by, whose name is `over`; `scores`, the columns of
+    further scores; `speeds`, a row for each measurement.
+    """
     import pandas as pd
 
+    curves: dict[str, list[list[float | None]]] = {}
+    by: dict[str, dict[str, float]] = {}
+    scores: list[str] = []
     rows: list[dict[str, Any]] = []
     reference: list[float] = []
     for number, entrant in enumerate(plan.entrants):
@@ -67,8 +81,17 @@ def table(plan: PartsPlan, folder: Path, lost: Mapping[PartsTrial, str]) -> pd.D
         losses = [result["loss"] for result in done]
         row |= {"rate": best.rate, "edge": best.rate in (min(plan.rates), max(plan.rates)) and len(plan.rates) > 1}
         row |= {"loss": statistics.fmean(losses), "loss_error": _error(losses)}
-        accuracies = [result["accuracy"] for result in done]
-        row |= {"accuracy": statistics.fmean(accuracies), "accuracy_error": _error(accuracies)}
+        if done[0]["accuracy"] is not None:
+            accuracies = [result["accuracy"] for result in done]
+            row |= {"accuracy": statistics.fmean(accuracies), "accuracy_error": _error(accuracies)}
+        scores = list(done[0]["scores"])
+        for name in scores:
+            row[name] = statistics.fmean(result["scores"][name] for result in done)
+        curves[str(entrant)] = [
+            [None if None in values else statistics.fmean(values) for values in zip(*points, strict=True)]
+            for points in zip(*(result["curve"] for result in done), strict=True)
+        ]
+        by[str(entrant)] = _mean_by([result["by"] for result in done])
         first = done[0]
         row |= {name: first[name] for name in ("parameters", "flops", "steps", "tokens")}
         row["seconds_a_step"] = statistics.fmean(result["seconds"] / max(1, result["steps"]) for result in done)
@@ -79,9 +102,62 @@ def table(plan: PartsPlan, folder: Path, lost: Mapping[PartsTrial, str]) -> pd.D
         elif len(losses) == len(reference):
             row |= paired(losses, reference)
         rows.append(row)
+    speeds = _speeds(plan, folder)
+    for row, entrant in zip(rows, plan.entrants, strict=True):
+        if (found := _crossover(plan, speeds, entrant)) is not None:
+            row["crossover"] = found
+    asked = task_named(plan.task)
+    if asked.baselines is not None:
+        drawn = asked.draw(plan.held_out, 3, plan.options)
+        for row in baselines_of(drawn, asked.baselines(drawn, **plan.options)):
+            by[row["entrant"]] = row.pop("by")
+            rows.append(row)
     frame = pd.DataFrame(rows)
-    frame.attrs |= {"lost": [str(trial) for trial in lost], "rates": sorted(plan.rates), "task": plan.task}
+    frame.attrs |= {
+        "lost": [str(trial) for trial in lost], "rates": sorted(plan.rates), "task": plan.task, "over": asked.over,
+        "scores": scores,
+        "curves": curves, "by": {name: values for name, values in by.items() if values}, "speeds": speeds,
+    }  # fmt: skip
     return frame
+
+
+def _mean_by(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {value: statistics.fmean(one[value] for one in found) for value in found[0]}
+
+
+def _speeds(plan: PartsPlan, folder: Path) -> list[dict[str, Any]]:
+    """A row for each measurement: entrant, length, and prefill, decode, memory and state, or a note (see `speed_at`).
+
+    The model's own attention, where only others are compared with it, is called `own attention`.
+    """
+    entrants, rows = plan.entrants, []
+    for trial in plan.speeds:
+        if (result := plan.finished(folder, trial)) is not None:
+            name = str(trial.entrant) if trial.entrant in entrants else _own(trial.entrant)
+            rows.append({"entrant": name, "length": trial.length, **result})
+    return rows
+
+
+def _own(entrant: Combination) -> str:
+    return " + ".join(["own attention", *(name for _, name in entrant.parts)])
+
+
+def _crossover(plan: PartsPlan, speeds: Sequence[Mapping[str, Any]], entrant: Combination) -> float | None:
+    """From which length on the entrant reads faster than with the model's own attention; None where that says nothing.
+
+    A length at which only one of both could be measured counts for that one.
+    """
+    other = plan.reference(entrant)
+    if other is None:
+        return None
+    reference = str(other) if other in plan.entrants else _own(other)
+    taken = {(row["entrant"], row["length"]): row["prefill"] for row in speeds if "prefill" in row}
+    pairs = []
+    for length in sorted(plan.lengths):
+        ours, theirs = taken.get((str(entrant), length)), taken.get((reference, length))
+        if ours is not None or theirs is not None:
+            pairs.append((length, ours or 1e9, theirs or 1e9))
+    return crossover(*zip(*pairs, strict=True)) if pairs else None
 
 
 def paired(losses: Sequence[float], reference: Sequence[float]) -> dict[str, float | None]:
