@@ -3,12 +3,14 @@
 import json
 import statistics
 
+import click
 import pytest
 import torch
 from click.testing import CliRunner
 
 import transect
 from transect.cli import main_group
+from transect.cli.commands.race_parts import race_parts as command
 from transect.contest.parts import flops_of_model, judging, sizes
 from transect.contest.parts.race import paired
 from transect.contest.parts.speeds import Tensors, crossover, speed_at
@@ -157,19 +159,28 @@ def test_accuracy_by_number_of_keys_and_facts_that_are_known(tmp_path):
     frame = transect.race_parts("llama", "recall", tmp_path / "recall", mixer=["base"], **options | recall)
     by = frame.attrs["by"]["base"]
     assert set(by) == {"1", "3"} and frame["accuracy"][0] == pytest.approx((by["1"] + 3 * by["3"]) / 4)
+    assert f"| base | {by['1']:.4f} | {by['3']:.4f} |" in (tmp_path / "recall" / "table.md").read_text()
+    assert (tmp_path / "recall" / "by.csv").read_text().startswith("entrant,1,3\nbase,")
     world = {"settings": {"world": {"entities": 2, "length": 32}}}
     frame = transect.race_parts("llama", "world", tmp_path / "world", mixer=["base"], **options | world)
     assert 0 <= frame["facts"][0] <= 0.1 and "facts" in (tmp_path / "world" / "table.md").read_text()
 
 
 def test_a_text_that_is_written_anew_is_another_contest(tmp_path):
+    """With every option of the command but --json, --overwrite and --flops, which goes without --parameters."""
     path, held_out = tmp_path / "text.txt", tmp_path / "held_out.txt"
     path.write_text("one two three four. " * 20)
     held_out.write_text("two one four three. " * 20)
-    words = ["race", "llama", "--mixer", "pooling", "--task", "text", "--text.length", "16", "--data", str(path),
-             "--eval", str(held_out), "--hidden", "32", "--blocks", "1", "--steps", "2", "--batch-size", "4",
-             "--rates", "0.001", "--seeds", "1", "--held-out", "8", "--lengths", "32", 
-             "--out", str(tmp_path / "run")]  # fmt: skip
+    options = {
+        "mixer": "pooling", "mlp": "base", "activation": "base", "matrix": "base", "norm": "base", "block": "base",
+        "task": "text", "data": path, "eval": held_out, "out": tmp_path / "run", "parameters": 20_000, "hidden": 32,
+        "blocks": 1, "heads": 2, "neurons": 40, "steps": 2, "rates": 0.001, "seeds": 1, "lengths": 32, "held-out": 8,
+        "optimizer": "adamw", "workers": 1, "engine": "local", "batch-size": 4, "device": "cpu", "seed": 1,
+    }  # fmt: skip
+    known = {option.opts[0].removeprefix("--") for option in command.params if isinstance(option, click.Option)}
+    assert known - set(options) == {"json", "overwrite", "flops"}
+    words = ["race", "llama", "--text.length", "16"]
+    words += [str(word) for name, value in options.items() for word in (f"--{name}", value)]
     result = CliRunner().invoke(main_group, words)
     assert result.exit_code == 0, result.output[-400:]
     assert "ms to" in result.output and "pooling" in result.output

@@ -15,6 +15,7 @@ from .table import grid, in_bytes, markdown
 
 if TYPE_CHECKING:
     import pandas as pd  # takes half a second, and most commands need none
+_MOST_COLUMNS = 8  # of scores by what answers depend on, as a table
 
 
 def parts_notes(frame: pd.DataFrame) -> list[str]:
@@ -34,12 +35,16 @@ def parts_notes(frame: pd.DataFrame) -> list[str]:
         )
     if "edge" in frame.columns and (edge := frame[frame["edge"] == True]["entrant"].tolist()):  # noqa: E712
         lines.append(f"at the edge of the grid of rates, so that another rate may be better still: {', '.join(edge)}")
-    if "baseline" in frame.columns:
-        told = frame[frame["baseline"] == True]["entrant"].tolist()  # noqa: E712
+    if told := _baselines(frame):
         lines.append(f"no models, but rules, on the examples that judge (±: over these): {', '.join(told)}")
     if "note" in frame.columns:
         lines += [f"{row['entrant']}: {row['note']}" for _, row in frame[frame["note"].notna()].iterrows()]
     return lines
+
+
+def _baselines(frame: pd.DataFrame) -> list[str]:
+    """The names of the rows that are no models."""
+    return frame[frame["baseline"] == True]["entrant"].tolist() if "baseline" in frame.columns else []  # noqa: E712
 
 
 def parts_cells(frame: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
@@ -61,7 +66,7 @@ def parts_cells(frame: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
         cells += [_written(row, "difference", "+.4f"), _written(row, "p", ".3f"), _written(row, "detectable", ".4f")]
         cells += [_written(row, "seconds_a_step", ".3f"), _written(row, "forward_seconds", ".4f")]
         if "crossover" in frame.columns:
-            cells.append("never" if row["crossover"] == math.inf else _written(row, "crossover", ",.0f"))
+            cells.append("never" if row.to_dict()["crossover"] == math.inf else _written(row, "crossover", ",.0f"))
         rows.append([*cells, _written(row, "seeds", ".0f")])
     return headings, rows
 
@@ -98,16 +103,36 @@ def _milliseconds(seconds: float) -> str:
     return f"{1000 * seconds:.3g}" if seconds < 1 else f"{1000 * seconds:,.0f}"
 
 
-def speeds_table(frame: pd.DataFrame) -> Table | None:
-    """For the terminal; None where no speeds were measured."""
-    headings, rows, notes = _speed_cells(frame)
-    return grid(headings, rows, "", notes, [False] * len(rows)) if rows else None
+def _by_cells(frame: pd.DataFrame) -> tuple[list[str], list[list[str]], list[str]]:
+    """Headings, cells and notes of the scores by what the answers depend on; none where that is nothing, or much."""
+    by = frame.attrs["by"]
+    values = list(next(iter(by.values()))) if by else []
+    if not 0 < len(values) <= _MOST_COLUMNS:
+        return [], [], []
+    headings = ["entrant", *(f"{value} {frame.attrs['over']}" for value in values)]
+    what = "accuracy" if "accuracy" in frame.columns else "squared error"
+    rows = [[name, *(f"{scores[value]:.4f}" for value in values)] for name, scores in by.items()]
+    return headings, rows, [f"{what} by {frame.attrs['over']}, the mean over seeds"]
 
 
-def speeds_markdown(frame: pd.DataFrame) -> str:
-    """For a README; empty where no speeds were measured."""
-    headings, rows, notes = _speed_cells(frame)
-    return "\n" + markdown(headings, rows, notes) if rows else ""
+def by_frame(frame: pd.DataFrame) -> pd.DataFrame:
+    """The scores by what the answers depend on: an entrant a row, a column for each value."""
+    import pandas as pd
+
+    return pd.DataFrame(frame.attrs["by"]).T.rename_axis("entrant")
+
+
+def speeds_frame(frame: pd.DataFrame) -> pd.DataFrame:
+    """The speeds: a row for each entrant and length."""
+    import pandas as pd
+
+    return pd.DataFrame(frame.attrs["speeds"])
+
+
+def further_tables(frame: pd.DataFrame) -> list[Table]:
+    """For the terminal: scores by what the answers depend on, and speeds by length, where there are any."""
+    tables = (_by_cells(frame), _speed_cells(frame))
+    return [grid(headings, rows, "", notes, [False] * len(rows)) for headings, rows, notes in tables if rows]
 
 
 def _pair(row: Any, column: str, form: str) -> str:
@@ -133,7 +158,8 @@ def parts_table(frame: pd.DataFrame, title: str = "") -> Table:
 
 def parts_markdown(frame: pd.DataFrame) -> str:
     """For a README."""
-    return markdown(*parts_cells(frame), parts_notes(frame))
+    tables = [(*parts_cells(frame), parts_notes(frame)), _by_cells(frame), _speed_cells(frame)]
+    return "\n".join(markdown(headings, rows, notes) for headings, rows, notes in tables if rows)
 
 
 def parts_plot(frame: pd.DataFrame, path: Path, title: str = "") -> Path:
@@ -148,10 +174,9 @@ def parts_plot(frame: pd.DataFrame, path: Path, title: str = "") -> Path:
     attrs = frame.attrs
     names = [*frame["entrant"], *(row["entrant"] for row in attrs["speeds"])]
     styles = {name: {"color": COLOURS[i % 7], "marker": MARKERS[i % 7]} for i, name in enumerate(dict.fromkeys(names))}
-    if "baseline" in frame.columns:
-        for name in frame[frame["baseline"] == True]["entrant"]:  # noqa: E712
-            styles[name] |= {"linestyle": "--", "marker": ""}
-    right = "accuracy" in frame.columns and frame["accuracy"].notna().any()
+    for name in _baselines(frame):
+        styles[name] |= {"linestyle": "--", "marker": ""}
+    right = "accuracy" in frame.columns and bool(frame["accuracy"].notna().any())
     panels = [lambda axes: _course(axes, attrs["curves"], styles, 2, "held-out loss")]
     if right:
         panels.append(lambda axes: _course(axes, attrs["curves"], styles, 3, "held-out accuracy"))
@@ -165,7 +190,7 @@ def parts_plot(frame: pd.DataFrame, path: Path, title: str = "") -> Path:
             panels.append(
                 lambda axes, column=column, told=told: _by_length(axes, attrs["speeds"], styles, column, told)
             )
-    across = min(3, len(panels))
+    across = 2 if len(panels) == 4 else min(3, len(panels))
     down = -(-len(panels) // across)
     figure = Figure(figsize=(5 * across, 3.8 * down), layout="constrained")
     every = figure.subplots(down, across, squeeze=False).flatten()
@@ -202,10 +227,17 @@ def _course(axes: Any, curves: Mapping[str, Any], styles: Mapping[str, Any], col
 def _ends(axes: Any, frame: pd.DataFrame, styles: Mapping[str, Any], column: str) -> None:
     """A point for each row with its standard error; the first row is at the top."""
     done = frame.dropna(subset=[column]) if column in frame.columns else frame.iloc[:0]
-    for _, row in done.iterrows():
+    for row in done.to_dict("records"):
         error = row[f"{column}_error"]
         style = {"color": styles[row["entrant"]]["color"], "marker": styles[row["entrant"]]["marker"] or "|"}
-        axes.errorbar(row[column], row["entrant"], xerr=0.0 if pd.isna(error) else error, ls="", capsize=2, **style)
+        axes.errorbar(
+            row[column],
+            row["entrant"],
+            xerr=0.0 if error is None or error != error else error,
+            ls="",
+            capsize=2,
+            **style,
+        )
     axes.invert_yaxis()
     axes.tick_params(axis="y", labelsize=8)
     axes.set_xlabel(f"{column} on held-out examples")
@@ -214,6 +246,8 @@ def _ends(axes: Any, frame: pd.DataFrame, styles: Mapping[str, Any], column: str
 def _by(axes: Any, by: Mapping[str, Mapping[str, float]], styles: Mapping[str, Any], over: str, told: str) -> None:
     for name, values in by.items():
         axes.plot([float(value) for value in values], list(values.values()), label=name, ms=3, **styles[name])
+    if told == "squared error":
+        axes.set_yscale("log")
     axes.set_xlabel(over)
     axes.set_ylabel(told)
 

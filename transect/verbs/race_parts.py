@@ -7,8 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import pandas as pd
-
 from ..arguments import Range, checked
 from ..contest import KIND
 from ..contest.parts import PartsPlan, PartsTrial, SpeedTrial, check_entrants, size_of_first
@@ -17,7 +15,7 @@ from ..errors import TransectError
 from ..parameters import Seed, listed
 from ..parts import part_named
 from ..pool import Engine
-from ..report.parts_contest import parts_markdown, parts_plot, speeds_markdown
+from ..report.parts_contest import by_frame, parts_markdown, parts_plot, speeds_frame
 from ..store import Folder, alone, write_text
 from ..tasks import task_named
 from ..training import optimizer_named
@@ -68,8 +66,8 @@ def race_parts(
 
     base: a kind of model that transformers has, such as `llama`, or `vit` for images. task: see `transect.tasks`.
     out: the run folder. Trials are written as they finish; a contest that was interrupted goes on where it stopped, and
-        parts, rates, seeds and lengths can be added to it. It ends with table.csv, speeds.csv, table.md and contest.png
-        in it.
+        parts, rates, seeds and lengths can be added to it. It ends with table.csv, by.csv, speeds.csv, table.md and
+        contest.png in it.
     mixer, mlp, activation, matrix, norm, block: parts to be tried in that slot; `base` is the model's own. The first
         of each is what the others are compared with.
     parameters: widths are chosen so that every model has so many within 1 %; flops: operations for a sequence instead.
@@ -131,11 +129,13 @@ def race_parts(
     folder = Folder(Path(out).expanduser(), KIND)
     folder.check_place()
     with alone(folder.path):
-        folder.check("table.csv", "speeds.csv", "table.md", "contest.png")
+        folder.check("table.csv", "by.csv", "speeds.csv", "table.md", "contest.png")
         frame = race_all(plan, folder, workers=workers, engine=engine, overwrite=overwrite, on_trial=on_trial)
         write_text(folder.file("table.csv"), frame.to_csv(index=False))
-        if speeds := frame.attrs["speeds"]:
-            write_text(folder.file("speeds.csv"), pd.DataFrame(speeds).to_csv(index=False))
-        write_text(folder.file("table.md"), parts_markdown(frame) + speeds_markdown(frame))
+        if frame.attrs["by"]:
+            write_text(folder.file("by.csv"), by_frame(frame).to_csv())
+        if frame.attrs["speeds"]:
+            write_text(folder.file("speeds.csv"), speeds_frame(frame).to_csv(index=False))
+        write_text(folder.file("table.md"), parts_markdown(frame))
         parts_plot(frame, folder.file("contest.png"), f"{base}, {task}")
         return frame

@@ -60,7 +60,7 @@ def race_parts(context: click.Context, base: str, out: Path, as_json: bool, **op
     """
     from ...contest.parts import PartsTrial
     from ...errors import TransectError
-    from ...report.parts_contest import parts_table, speeds_table
+    from ...report.parts_contest import further_tables, parts_table
     from ...verbs import race_parts as race
 
     named = {slot: options[slot] for slot in _SLOTS if options[slot]}
@@ -85,8 +85,8 @@ def race_parts(context: click.Context, base: str, out: Path, as_json: bool, **op
         click.echo(frame.to_json(orient="records"))
     else:
         print_whole(parts_table(frame, base))
-        if (speeds := speeds_table(frame)) is not None:
-            print_whole(speeds)
+        for more in further_tables(frame):
+            print_whole(more)
         print_whole(f"run folder: {out}   plot: {out / 'contest.png'}")
     if frame.attrs["lost"]:
         raise TransectError(f"not run: {', '.join(frame.attrs['lost'])}; the same command tries again")

@@ -32,7 +32,8 @@ def built(
     These are given as `inputs_embeds`, which the model takes in its own width: a linear map with a bias, `read_in`,
     leads there.
     """
-    model = build_model(base, parts=parts, settings=settings, seed=seed, **sizes)
+    given: dict[str, Any] = {**sizes}
+    model = build_model(base, parts=parts, settings=settings, seed=seed, **given)
     if not vectors:
         return model
     with torch.random.fork_rng():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import statistics
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -17,11 +18,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ...errors import TransectError
-from ...evaluation import measure_speed, parameters
+from ...evaluation import parameters
 from ...forward import at_rest
 
 NEW = 16  # tokens that are written behind a prompt
 PROBED = 2048  # positions, above which a quarter is tried first
+BUDGET = 1.0  # seconds for the passes that are timed, about, and for the tokens
 MOST_SECONDS, MOST_MEMORY = 120.0, 0.5  # of one pass, and of what is free: what promises to take more is left out
 
 
@@ -47,28 +49,51 @@ def speed_at(make: Callable[[int], Any], length: int, device: str) -> dict[str, 
                     f"{memory / 1e6:.0f} MB"
                 }
         model = make(length).to(device)
-        memory, state, _ = _pass(model, length)
-        speed = measure_speed(model, prompt_tokens=length - NEW, new_tokens=NEW)
+        memory, state, _ = _pass(model, length)  # which also warms up
+        prefill, decode = _timed(model, length)
     except (TransectError, RuntimeError) as reason:
         return {"note": f"at {length} positions: {str(reason).partition(chr(10))[0][:300]}"}
-    decode = speed.decode_tokens_per_second
-    return {
-        "prefill": (length - NEW) / speed.prefill_tokens_per_second, "decode": None if decode is None else 1 / decode,
-        "memory": memory, "state": state,
-    }  # fmt: skip
+    return {"prefill": prefill, "decode": decode, "memory": memory, "state": state}
+
+
+@torch.no_grad()
+def _timed(model: Any, length: int) -> tuple[float, float]:
+    """Median seconds for a prompt, of up to five, and for a token behind it, of up to 16."""
+    ids, few = _prompt(model, length)
+    reading: list[float] = []
+    writing: list[float] = []
+    with at_rest(model):
+        while len(reading) < 5 and sum(reading) < BUDGET:
+            started = time.perf_counter()
+            output = model(input_ids=ids, use_cache=True, **few)
+            token = output.logits[:, -1:].argmax(-1)
+            token.tolist()  # waits for a GPU
+            reading.append(time.perf_counter() - started)
+        while len(writing) < NEW and sum(writing) < BUDGET:
+            started = time.perf_counter()
+            output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+            token = output.logits[:, -1:].argmax(-1)
+            token.tolist()
+            writing.append(time.perf_counter() - started)
+    return statistics.median(reading), statistics.median(writing)
 
 
 @torch.no_grad()
 def _pass(model: Any, length: int) -> tuple[int, int, float]:
     """A prompt through the model, with its cache: bytes at once, bytes kept, seconds."""
-    rows = model.get_input_embeddings().weight.shape[0]
-    ids = torch.randint(rows, (1, length - NEW), generator=torch.Generator().manual_seed(0)).to(model.device)
-    few = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    ids, few = _prompt(model, length)
     started = time.perf_counter()
     with at_rest(model), Tensors(model) as tensors:
         output = model(input_ids=ids, use_cache=True, **few)
     float(output.logits.sum())  # waits for a GPU
     return tensors.most, _kept(output.past_key_values), time.perf_counter() - started
+
+
+def _prompt(model: Any, length: int) -> tuple[torch.Tensor, dict[str, int]]:
+    """Random ids (1 x length - 16), and what keeps the model from putting out logits that nobody needs."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    ids = torch.randint(rows, (1, length - NEW), generator=torch.Generator().manual_seed(0)).to(model.device)
+    return ids, {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
 def _kept(cache: Any) -> int:
