@@ -2,6 +2,7 @@
 
 import json
 import statistics
+import sys
 
 import click
 import pytest
@@ -21,6 +22,12 @@ FAST = dict(
     hidden=32, blocks=1, heads=2, steps=3, batch_size=4, rates=(1e-3, 1e-2), seeds=2, held_out=8, lengths=(),
     settings={"induction": {"length": 12, "vocabulary": 16}},
 )  # fmt: skip
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Without the plot, which takes a second; other tests look at it."""
+    monkeypatch.setattr(sys.modules["transect.verbs.race_parts"], "parts_plot", lambda *args: None)
 
 
 def test_models_are_equal_in_size_and_a_contest_goes_on_where_it_stopped(tmp_path):
@@ -44,6 +51,7 @@ def test_models_are_equal_in_size_and_a_contest_goes_on_where_it_stopped(tmp_pat
     assert fresh["loss"].tolist() == frame["loss"].tolist()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_training_goes_on_in_its_middle_with_what_was_seen_of_it(tmp_path, monkeypatch):
     options = {**FAST, "seeds": 1, "rates": (1e-2,)}
     whole = transect.race_parts("llama", "induction", tmp_path / "whole", mixer=["pooling"], **options)
@@ -64,6 +72,7 @@ def test_a_training_goes_on_in_its_middle_with_what_was_seen_of_it(tmp_path, mon
     assert again["loss"].tolist() == whole["loss"].tolist()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_equal_operations_are_equal_within_one_percent(tmp_path):
     wanted = 400_000
     frame = transect.race_parts(
@@ -153,6 +162,7 @@ def test_numbers_are_learned_too_and_rules_stand_beside_the_models(tmp_path):
     assert "no models, but rules" in (tmp_path / "run" / "table.md").read_text()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_accuracy_by_number_of_keys_and_facts_that_are_known(tmp_path):
     options = {**FAST, "seeds": 1, "rates": (1e-2,)}
     recall = {"settings": {"recall": {"keys": "1,3", "length": 12, "vocabulary": 16}}}
@@ -166,6 +176,7 @@ def test_accuracy_by_number_of_keys_and_facts_that_are_known(tmp_path):
     assert 0 <= frame["facts"][0] <= 0.1 and "facts" in (tmp_path / "world" / "table.md").read_text()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_text_that_is_written_anew_is_another_contest(tmp_path):
     """With every option of the command but --json, --overwrite and --flops, which goes without --parameters."""
     path, held_out = tmp_path / "text.txt", tmp_path / "held_out.txt"
@@ -189,6 +200,7 @@ def test_a_text_that_is_written_anew_is_another_contest(tmp_path):
     assert result.exit_code == 1 and "holds a run with another" in str(result.exception)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_what_no_width_makes_equal_has_a_note(tmp_path):
     frame = transect.race_parts(
         "llama", "induction", tmp_path / "run", mixer=["base"], parameters=50, **{**FAST, "seeds": 1, "rates": (1e-3,)}
