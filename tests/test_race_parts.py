@@ -17,6 +17,7 @@ from transect.contest.parts.race import paired
 from transect.contest.parts.speeds import Tensors, crossover, speed_at
 from transect.errors import TransectError
 from transect.parts import build_model
+from transect.report.parts_contest import parts_table
 
 FAST = dict(
     hidden=32, blocks=1, heads=2, steps=3, batch_size=4, rates=(1e-3, 1e-2), seeds=2, held_out=8, lengths=(),
@@ -158,6 +159,8 @@ def test_numbers_are_learned_too_and_rules_stand_beside_the_models(tmp_path):
     assert set(frame.attrs["by"]) == set(frame["entrant"])
     assert all(list(values) == ["1", "2", "3", "4", "5"] for values in frame.attrs["by"].values())
     losses = frame.set_index("entrant")["loss"]
+    styles = [row.style for row in parts_table(frame).rows]
+    assert styles.index("bold") == losses[:2].argmin() and styles.count("bold") == 1  # a rule is no winner
     assert losses["ridge"] == pytest.approx(sum(frame.attrs["by"]["ridge"].values()) / 5, rel=1e-5)
     assert "no models, but rules" in (tmp_path / "run" / "table.md").read_text()
 

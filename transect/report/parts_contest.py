@@ -148,12 +148,14 @@ def _written(row: Any, column: str, form: str) -> str:
 
 
 def parts_table(frame: pd.DataFrame, title: str = "") -> Table:
-    """For the terminal; the least loss is bold."""
-    losses = {
-        row: loss for row, loss in enumerate(frame["loss"] if "loss" in frame.columns else []) if loss == loss
-    }  # NaN is not
-    best = min(losses, key=lambda row: losses[row]) if losses else None
-    return grid(*parts_cells(frame), title, parts_notes(frame), [index == best for index in frame.index])
+    """For the terminal; the least loss of a model is bold."""
+    losses = [row.get("loss", math.nan) for row in frame.to_dict("records")]
+    models = [
+        loss == loss and name not in _baselines(frame) for loss, name in zip(losses, frame["entrant"], strict=True)
+    ]
+    least = min((loss for loss, model in zip(losses, models, strict=True) if model), default=None)
+    bold = [model and loss == least for loss, model in zip(losses, models, strict=True)]
+    return grid(*parts_cells(frame), title, parts_notes(frame), bold)
 
 
 def parts_markdown(frame: pd.DataFrame) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,8 @@ def race_parts(context: click.Context, base: str, out: Path, as_json: bool, **op
             **options,
         )
     if as_json:
+        if "crossover" in frame.columns:  # JSON has no infinity
+            frame["crossover"] = frame["crossover"].astype(object).replace(math.inf, "never")
         click.echo(frame.to_json(orient="records"))
     else:
         print_whole(parts_table(frame, base))
