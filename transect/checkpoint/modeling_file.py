@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib.util import resolve_name
 from typing import Any
@@ -40,7 +40,8 @@ def concrete_class(model: Any) -> type:
     return next((c for c in type(model).__mro__ if c.__module__.startswith("transformers.models.")), type(model))
 
 
-def auto_map(cls: type) -> dict[str, str]:
+@cache
+def auto_map(cls: type) -> Mapping[str, str]:
     """The `auto_map` of config.json: every auto class that gives `cls` -> the class in the modeling file."""
     found = {}
     for auto in vars(modeling_auto).values():
