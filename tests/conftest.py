@@ -2,6 +2,7 @@
 
 import gc
 import os
+import re
 
 import pytest
 import torch
@@ -12,6 +13,9 @@ from .processes import WITH_TRANSECT, WITHOUT_TRANSECT, Forks
 LONG = ("test_architectures", "test_compare", "test_every_claim", "test_every_method", "test_adaptation",
         "test_every_command", "test_experts", "test_streaming_kills", "test_one_line", "test_checkpoint",
         "test_compare_streamed", "test_benchmarks", "test_degenerate", "test_kills")  # fmt: skip
+
+# Transformers compiles the same hundreds of patterns for each model that it loads: Python remembers 512, and then none.
+re._MAXCACHE = 8192
 
 
 def pytest_collection_modifyitems(items):
