@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageClassification
 
 import transect
 from transect.anatomy import Anatomy
+from transect.checkpoint import open_model
 from transect.cli import main_group
 from transect.errors import TransectError
 from transect.parts import Around, build_model, insert, part_named, parts
@@ -174,6 +175,7 @@ def test_its_matrices_are_matrices_to_every_method(kind, tmp_path):
         transect.compress(model, "svd", keep=0.6)
     assert Anatomy(model).matrix_bytes() < 0.7 * before
     model.save_pretrained(tmp_path / "small")
+    assert type(open_model(tmp_path / "small").model) is type(model)  # the folder holds what its record says
     again = auto_of(kind).from_pretrained(tmp_path / "small")
     torch.testing.assert_close(again(**read_by(kind)).logits, model(**read_by(kind)).logits)
 

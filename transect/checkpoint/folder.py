@@ -159,11 +159,12 @@ def _check_record(folder: Path, record: Any, shapes: Shapes) -> None:
     if not isinstance(record, dict):
         raise BadCheckpoint(f"{folder / 'config.json'} has no structure record under quantization_config.record")
     tables = StructureRecord.from_dict(record)
-    expected: Shapes = {path: tuple(shape) for path, shape in tables.parameters.items()}
-    for path, description in tables.modules.items():
+    expected: Shapes = {}
+    for path, description in sorted(tables.modules.items(), key=lambda entry: entry[0].count(".")):  # outer ones first
+        expected = {name: shape for name, shape in expected.items() if not name.startswith(f"{path}.")}
         state = built(path, description, "meta").state_dict()
         expected.update({f"{path}.{name}": tuple(tensor.shape) for name, tensor in state.items()})
-    for name, shape in expected.items():
+    for name, shape in ({path: tuple(shape) for path, shape in tables.parameters.items()} | expected).items():
         if shapes.get(name) != shape:
             found = f"has shape {list(shapes[name])}" if name in shapes else "is not there"
             raise BadCheckpoint(
