@@ -220,8 +220,9 @@ COMMANDS = {
     "build": (
         ["model"],
         {"hidden": "32", "blocks": "2", "heads": "4", "key_value_heads": "2", "head_size": "8", "neurons": "48",
-         "vocabulary": "64", "length": "32", "mixer": "pooling", "mlp": "plain", "norm": "rms", "tokenizer": "model"},
-        ["activation", "matrix", "block"],  # an MLP brings its own; of the others there are none yet
+         "vocabulary": "64", "length": "32", "mixer": "pooling", "mlp": "plain", "norm": "rms",
+         "matrix": "memoryformer", "block": "ultramem-v2", "tokenizer": "model"},
+        ["activation"],  # an MLP brings its own
     ),
     "check-architecture": (["architecture.json"], {}, []),
     "claims": (["fwsvd/below-svd"], {}, []),
