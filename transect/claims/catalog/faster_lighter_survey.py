@@ -98,9 +98,9 @@ def _with_mixer(context: Context, name: str, settings: dict[str, Any]) -> Any:
     insert(model, "mixer", name, settings=settings)
     for slot in (module for module in model.modules() if isinstance(module, MixerSlot)):
         for role, path in slot.part.roles.items():
-            into, weight = slot.part.get_submodule(path).weight, kept[slot.layer_idx, role]
             into: Any = slot.part.get_submodule(path).weight
             weight = kept[slot.layer_idx, role]
+            groups = len(into) // len(weight)  # query heads that share a key and a value
             if groups > 1:
                 weight = weight.unflatten(0, (-1, size)).repeat_interleave(groups, dim=0).flatten(0, 1)
             into.copy_(weight)
