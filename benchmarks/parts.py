@@ -81,7 +81,7 @@ def mixers(width: int, lengths: list[int], times: int) -> list[list[Any]]:
         found = {}
         whole = entry.name == "softmax" or entry.function.cost != "N²"
         for length in lengths if whole else lengths[:-1]:  # others may hold as many numbers as there are pairs
-            mixer = made(entry, width, 4 * width, max(lengths)).eval()
+            mixer = made(entry, width, 4 * width, max(lengths) + 1).eval()  # and a token more
             found[length] = prefill_and_decode(mixer, torch.randn(1, length, width), times)
         reference = reference or found
         ratios = {length: found[length][0] / reference[length][0] for length in found}
