@@ -10,7 +10,7 @@ import torch
 from .processes import WITH_TRANSECT, WITHOUT_TRANSECT, Forks
 
 # Files that take half a minute or more. They go first, so that no process is left alone with one at the end.
-LONG = ("test_architectures", "test_compare", "test_every_claim", "test_every_method", "test_adaptation",
+LONG = ("test_architectures", "test_every_claim", "test_compare", "test_parts", "test_every_method", "test_adaptation",
         "test_every_command", "test_experts", "test_streaming_kills", "test_one_line", "test_checkpoint",
         "test_compare_streamed", "test_benchmarks", "test_degenerate", "test_kills")  # fmt: skip
 
