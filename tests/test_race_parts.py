@@ -16,6 +16,7 @@ from transect.contest.parts import flops_of_model, judging, sizes
 from transect.contest.parts.race import paired
 from transect.contest.parts.speeds import Tensors, crossover, speed_at
 from transect.errors import TransectError
+from transect.evaluation import parameters
 from transect.parts import build_model
 from transect.report.parts_contest import parts_table
 
@@ -81,6 +82,16 @@ def test_equal_operations_are_equal_within_one_percent(tmp_path):
         **{**FAST, "seeds": 1, "rates": (1e-3,)},
     )  # fmt: skip
     assert (frame["flops"] / wanted - 1).abs().max() <= 0.01 and frame["parameters"].nunique() > 1
+
+
+def test_sizes_go_in_steps_that_a_part_can_take():
+    """GR-KAN's groups of channels divide both widths."""
+    given = dict(hidden=64, blocks=2, heads=2, neurons=96, vocabulary=64, length=32)
+    for changed, size in (("neurons", 72), ("hidden", 32)):  # so narrow as no number of neurons makes it
+        with torch.device("meta"):
+            wanted = parameters(build_model("llama", parts={"mlp": "kat"}, **{**given, changed: size}))
+        found = sizes.fitted("llama", {"mlp": "kat"}, {"kat": {}}, given, "parameters", wanted, 32)
+        assert found == {**given, changed: size}
 
 
 def test_speeds_are_measured_once_and_lengths_can_be_added(tmp_path):

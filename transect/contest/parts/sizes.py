@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ...errors import OutOfReach
+from ...errors import OutOfReach, TransectError
 from ...evaluation import parameters
 from ...parts import Mixer, Part, build_model
 
@@ -62,7 +62,8 @@ def fitted(
 
     equal: which count: parameters, or floating point operations for a sequence of `length`. vectors: see `built`.
     The neurons of the MLP are changed first; if the count is out of their reach, or nothing in the model depends on
-    them, the stream's width, in steps of the heads and even for each. Raises OutOfReach if no width comes within 1 %.
+    them, the stream's width, in steps of the heads and even for each; both in steps that the parts can take. Raises
+    OutOfReach if no width comes within 1 %.
     """
     return {**sizes, **_fit(json.dumps([base, parts, settings, sizes, equal, wanted, length, vectors]))}
 
@@ -80,11 +81,12 @@ def _fit(described: str) -> dict[str, int]:
 
     hidden, heads = sizes.get("hidden") or 0, sizes.get("heads") or 1
     found: list[tuple[float, dict[str, int]]] = []
-    if count("neurons", 2) != count("neurons", 4):
-        neurons = _nearest(lambda size: count("neurons", size), wanted, 1, 64 * hidden)
-        found.append((abs(count("neurons", neurons) / wanted - 1), {"neurons": neurons}))
+    each = _grain(lambda size: count("neurons", size), 1)
+    if count("neurons", 2 * each) != count("neurons", 4 * each):
+        steps = _nearest(lambda size: count("neurons", size * each), wanted, 1, 64 * hidden // each)
+        found.append((abs(count("neurons", steps * each) / wanted - 1), {"neurons": steps * each}))
     if not found or found[0][0] > WITHIN:
-        step = 2 * heads
+        step = _grain(lambda size: count("hidden", size), 2 * heads)
         steps = _nearest(lambda size: count("hidden", size * step), wanted, 1, 64 * hidden // step)
         found.append((abs(count("hidden", steps * step) / wanted - 1), {"hidden": steps * step}))
     off, changed = min(found, key=lambda one: one[0])
@@ -94,6 +96,17 @@ def _fit(described: str) -> dict[str, int]:
             "another number, or another --hidden"
         )
     return changed
+
+
+def _grain(count: Callable[[int], int], least: int) -> int:
+    """The smallest of least, 2 least ... 64 least that sizes may go in steps of: a part's groups divide them."""
+    for grain in (least << doublings for doublings in range(6)):
+        try:
+            count(grain), count(3 * grain)
+            return grain
+        except TransectError:
+            continue
+    return least << 6
 
 
 def _nearest(count: Callable[[int], int], wanted: int, low: int, high: int) -> int:
