@@ -2,48 +2,87 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from .part import Around, Mixer
+from .precision import wide
 from .rotary import rotated
 
 UNSEEN = -1e30  # score of a key that is not seen: its weight is 0, and a row of nothing else has no NaN in it
 
 
 class Attention(Mixer):
-    """Four matrices without bias and the model's rotary positions; a subclass says what its queries read."""
+    """Four matrices and the model's rotary positions; a subclass says what its queries read.
+
+    key_value_heads: heads of keys and values, each for as many of the queries; default as many as there are. bias: of
+    the matrices.
+    """
 
     roles = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
 
-    def __init__(self, width: int, heads: int, head_size: int, causal: bool) -> None:
+    def __init__(
+        self, width: int, heads: int, head_size: int, causal: bool, *, key_value_heads: int | None = None,
+        bias: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__(causal)
-        self.heads, self.head_size = heads, head_size
-        inner = heads * head_size
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, inner, bias=False) for _ in range(3))
-        self.o_proj = nn.Linear(inner, width, bias=False)
+        self.heads, self.key_value_heads, self.head_size = heads, key_value_heads or heads, head_size
+        self.q_proj, self.k_proj, self.v_proj = (
+            nn.Linear(width, count * head_size, bias=bias) for count in (heads, *[self.key_value_heads] * 2)
+        )
+        self.o_proj = nn.Linear(heads * head_size, width, bias=bias)
+
+    def by_heads(self, y: Tensor) -> Tensor:
+        """What a matrix makes of the input (B x N x heads * size), by heads (B x heads x N x size)."""
+        return y.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
 
     def project(self, x: Tensor, around: Around) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v (B x heads x N x head size)."""
-        q, k, v = (
-            one(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for one in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        """q (B x heads x N x head size), k and v (of the heads that these have)."""
+        q, k, v = (self.by_heads(one(x)) for one in (self.q_proj, self.k_proj, self.v_proj))
         return rotated(q, around.rotary), rotated(k, around.rotary), v
+
+    def for_queries(self, *kept: Tensor) -> Iterator[Tensor]:
+        """Keys or values, each head's as often as there are heads of queries that read it."""
+        return (one.repeat_interleave(self.heads // self.key_value_heads, dim=1) for one in kept)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, around: Around) -> Tensor:
         """What the queries read of the values (B x heads x N x head size)."""
         raise NotImplementedError
 
     def mix(self, x: Tensor, around: Around) -> Tensor:
-        y = self.attend(*self.project(x, around), around)
+        return self.put_out(self.attend(*self.project(x, around), around), x)
+
+    def put_out(self, y: Tensor, x: Tensor) -> Tensor:
+        """The output (B x N x d, in the type of x) of what was read by heads."""
         return self.o_proj(y.transpose(1, 2).flatten(2).to(x.dtype))
 
 
-def wide(x: Tensor) -> Tensor:
-    """In float32, or wider where it is."""
-    return x if x.dtype == torch.float64 else x.float()
+def with_past(k: Tensor, v: Tensor, real: Tensor | None, state: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values so far, with which of them are real; they are kept with the positions in dimension 2."""
+    real = k.new_ones(k.shape[0], k.shape[2], dtype=torch.bool) if real is None else real
+    for name, tensor, dim in (("k", k, 2), ("v", v, 2), ("real", real, 1)):
+        state[name] = torch.cat([state[name], tensor], dim=dim) if name in state else tensor
+    return state["k"], state["v"], state["real"]
+
+
+def seen_by(queries: int, keys: int, causal: bool, real: Tensor | None, device: torch.device) -> Tensor | None:
+    """Which key each query may see (1 or B x 1 x queries x keys), the queries being the last positions.
+
+    None where that is every key, or, if causal and there are as many of both, every one up to its own. A query at
+    padding sees itself, so that nothing is divided by zero. real: (B x keys).
+    """
+    if (real is None or bool(real.all())) and (not causal or queries == keys or queries == 1):
+        return None
+    at = torch.arange(keys - queries, keys, device=device)
+    behind = torch.arange(keys, device=device)[None] <= at[:, None] if causal else torch.ones(
+        queries, keys, dtype=torch.bool, device=device
+    )  # fmt: skip
+    if real is None:
+        return behind[None, None]
+    own = torch.arange(keys, device=device)[None] == at[:, None]
+    return ((behind & real[:, None, :]) | own)[:, None]
 
 
 def read(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

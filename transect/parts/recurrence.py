@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .precision import wide
+
 CHUNK = 64  # positions that are computed as attention
 _SAFE = 60.0  # e^60 and its inverse are far from the ends of float32
 
@@ -85,7 +87,7 @@ def delta_recurrence(
 
 def _chunks(tensor: Tensor, chunk: int) -> Tensor:
     """B x h x N x d as (B h chunks) x chunk x d in float32 or wider, with zeros behind; shorter if all is in one."""
-    tensor = tensor if tensor.dtype == torch.float64 else tensor.float()
+    tensor = wide(tensor)
     count = tensor.shape[2]
     chunk = min(chunk, 1 << (count - 1).bit_length())
     if count % chunk:

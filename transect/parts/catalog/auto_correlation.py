@@ -6,14 +6,15 @@ import math
 from typing import Annotated, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...arguments import Range
-from ..attention import wide
-from ..part import Around, Mixer
+from ..attention import Attention
+from ..part import Around
+from ..precision import wide
 
 
-class AutoCorrelation(Mixer):
+class AutoCorrelation(Attention):
     """Σ_i w_i v[(t + τ_i) mod N] over the delays τ at which queries and keys correlate most, weighed by a softmax.
 
     R(τ) = Σ_t q[(t + τ) mod N] k[t], averaged over heads and channels; floor(factor log N) delays, at least one. In
@@ -33,17 +34,13 @@ class AutoCorrelation(Mixer):
     limit = "never softmax attention: with one delay it is a shift of the values"
     can_be = ("bidirectional",)
     cost = "N log N"
-    roles = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
 
     def __init__(
         self, width: int, heads: int, head_size: int, causal: bool, *,
         factor: Annotated[float, Range(0, 64, above=True)] = 1.0, direction: Literal["ahead", "behind"] = "ahead",
     ) -> None:  # fmt: skip
-        super().__init__(causal)
-        inner = heads * head_size
-        self.inner, self.factor, self.direction = inner, factor, direction
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, inner) for _ in range(3))
-        self.o_proj = nn.Linear(inner, width)
+        super().__init__(width, heads, head_size, causal, bias=True)
+        self.inner, self.factor, self.direction = heads * head_size, factor, direction
 
     def mix(self, x: Tensor, around: Around) -> Tensor:
         q, k, v = (wide(one(x)) for one in (self.q_proj, self.k_proj, self.v_proj))  # B x N x inner

@@ -17,8 +17,9 @@ from torch.nn import functional
 from ...arguments import Range
 from ...errors import TransectError
 from ...parameters import Seed
-from ..attention import UNSEEN, joined, wide
+from ..attention import UNSEEN, joined
 from ..part import Around, Mixer
+from ..precision import wide
 from ..rotary import rotated
 from .sparse_attention import in_blocks, positions_of, surrounding
 

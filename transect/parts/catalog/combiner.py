@@ -12,19 +12,20 @@ from collections.abc import Callable
 from typing import Annotated, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from ...arguments import Range
 from ...errors import TransectError
-from ..part import Around, Mixer
-from ..rotary import rotated
+from ..attention import Attention
+from ..part import Around
+from ..precision import wide
 
 # What a query may choose from: logits (B x h x N x n), -inf where it may not, and what is read with such weights.
 Choices = tuple[Tensor, Callable[[Tensor], Tensor]]
 
 
-class Combiner(Mixer):
+class Combiner(Attention):
     """Softmax attention in which regions of positions are each seen as one, with the matrices of softmax attention.
 
     pattern: `fixed`, the own span position by position and every other span as a region; `logsparse`, the position
@@ -38,35 +39,23 @@ class Combiner(Mixer):
     paper = "arXiv:2107.05768"
     limit = "fixed, with one span of all positions or spans of one, it is softmax attention"
     cost = "N√N with spans of √N; N log N for logsparse"
-    roles = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
 
     def __init__(
         self, width: int, heads: int, key_value_heads: int, head_size: int, length: int, causal: bool, *,
         pattern: Literal["fixed", "logsparse", "vertical", "horizontal", "mixture"] = "fixed",
         span: Annotated[int, Range(0, 2**20)] = 0,
     ) -> None:  # fmt: skip
-        super().__init__(causal)
+        super().__init__(width, heads, head_size, causal, key_value_heads=key_value_heads)
         if not causal and pattern != "fixed":
             raise TransectError(
                 f"combiner's pattern {pattern} is causal, and this model is not: take the pattern fixed"
             )
-        self.heads, self.head_size, self.pattern = heads, head_size, pattern
-        self.span = span or round(math.sqrt(length)) or 16
-        self.groups = heads // key_value_heads
-        self.q_proj = nn.Linear(width, heads * head_size, bias=False)
-        self.k_proj, self.v_proj = (nn.Linear(width, key_value_heads * head_size, bias=False) for _ in range(2))
-        self.o_proj = nn.Linear(heads * head_size, width, bias=False)
+        self.pattern, self.span = pattern, span or round(math.sqrt(length)) or 16
 
-    def mix(self, x: Tensor, around: Around) -> Tensor:
-        q, k, v = (
-            one(x).unflatten(-1, (-1, self.head_size)).transpose(1, 2)
-            for one in (self.q_proj, self.k_proj, self.v_proj)
-        )  # B x heads x N x size
-        q, k = rotated(q, around.rotary), rotated(k, around.rotary)
-        k, v = k.repeat_interleave(self.groups, dim=1), v.repeat_interleave(self.groups, dim=1)
-        real = x.new_ones(x.shape[:2], dtype=torch.bool) if around.real is None else around.real
-        y = combined(q, k, v, real, self.pattern, self.span, self.causal)
-        return self.o_proj(y.transpose(1, 2).flatten(2).to(x.dtype))
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, around: Around) -> Tensor:
+        k, v = self.for_queries(k, v)
+        real = q.new_ones(q.shape[0], q.shape[2], dtype=torch.bool) if around.real is None else around.real
+        return combined(q, k, v, real, self.pattern, self.span, self.causal)
 
     def mixing_flops(self, length: int) -> int:
         rows = -(-length // self.span)
@@ -138,7 +127,7 @@ def _largest_so_far(x: Tensor, real: Tensor, dim: int) -> Tensor:
 
 def _shares(logits: Tensor, seen: Tensor) -> Tensor:
     """A softmax over what is seen; 0 for a query that sees nothing."""
-    logits = logits if logits.dtype == torch.float64 else logits.float()
+    logits = wide(logits)
     nothing = ~seen.any(-1, keepdim=True)
     return _hidden(logits, seen | nothing).softmax(-1).masked_fill(nothing, 0.0)
 

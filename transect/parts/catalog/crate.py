@@ -16,9 +16,10 @@ from torch.nn import functional
 
 from ...arguments import Range
 from ...errors import TransectError
+from ..attention import seen_by
 from ..part import Around, BlockPart, Inside, Mixer, MLPPart
+from ..precision import wide
 from ..rotary import rotated
-from .softmax import seen_by
 
 
 class SubspaceAttention(Mixer):
@@ -134,7 +135,7 @@ def coding_rate(tokens: Tensor, precision: float) -> Tensor:
     precision: ε.
     """
     count, size = tokens.shape[-2:]
-    tokens = tokens if tokens.dtype == torch.float64 else tokens.float()
+    tokens = wide(tokens)
     gram = tokens.mT @ tokens if size < count else tokens @ tokens.mT
     eye = torch.eye(min(count, size), dtype=gram.dtype, device=gram.device)
     scale = size / (count * precision**2)

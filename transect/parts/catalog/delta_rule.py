@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ...arguments import Range
-from ..part import Around, Mixer
+from ..attention import Attention
+from ..part import Around
+from ..precision import wide
 from ..recurrence import CHUNK, delta_recurrence
 
 
-class DeltaRule(Mixer):
+class DeltaRule(Attention):
     """S_t = S_{t-1}(I - β_t k_t k_tᵀ) + β_t v_t k_tᵀ, y_t = S_t q_t: what the memory gives for k_t is moved to v_t.
 
     β_t = sigmoid(w_b x_t) of each head. Queries, keys and values pass a short causal convolution of each channel and
@@ -31,16 +33,13 @@ class DeltaRule(Mixer):
     can_be = ("causal",)
     cost = "N"
     recurrent = True
-    roles = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
 
     def __init__(
         self, width: int, heads: int, head_size: int, causal: bool, *, gated: bool = False,
         taps: Annotated[int, Range(1, 64)] = 4,
     ) -> None:  # fmt: skip
-        super().__init__(causal)
-        self.heads, self.head_size, self.taps = heads, head_size, taps
-        inner = heads * head_size
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, inner, bias=False) for _ in range(3))
+        super().__init__(width, heads, head_size, causal)
+        inner, self.taps = heads * head_size, taps
         self.beta = nn.Linear(width, heads, bias=False)
         if taps > 1:
             bound = taps**-0.5
@@ -53,19 +52,17 @@ class DeltaRule(Mixer):
             with torch.no_grad():
                 self.decay.bias.copy_(step + (-(-step).expm1()).log())  # softplus of it is the step
         self.norm = nn.RMSNorm(head_size, eps=1e-5)
-        self.o_proj = nn.Linear(inner, width, bias=False)
 
     def mix(self, x: Tensor, around: Around) -> Tensor:
         joined = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
         real = None if around.real is None else around.real[..., None]
         q, k, v = (
-            one.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for one in functional.silu(self._convolved(joined, real, around.state)).chunk(3, dim=-1)
+            self.by_heads(one) for one in functional.silu(self._convolved(joined, real, around.state)).chunk(3, dim=-1)
         )  # B x h x N x head size
-        q, k = (functional.normalize(_wide(one), dim=-1) for one in (q, k))
-        beta, log_decay = _wide(self.beta(x)).sigmoid(), None
+        q, k = (functional.normalize(wide(one), dim=-1) for one in (q, k))
+        beta, log_decay = wide(self.beta(x)).sigmoid(), None
         if self.decay is not None:
-            log_decay = -_wide(self.rate).exp() * functional.softplus(_wide(self.decay(x)))
+            log_decay = -wide(self.rate).exp() * functional.softplus(wide(self.decay(x)))
         if real is not None:  # what is at padding changes nothing in the memory
             beta, log_decay = beta * real, None if log_decay is None else log_decay * real
         memory = None if around.state is None else around.state.get("memory")
@@ -83,12 +80,12 @@ class DeltaRule(Mixer):
             return x
         x = x if real is None else x * real
         before = state["before"] if state else x.new_zeros(x.shape[0], self.taps - 1, x.shape[2])
-        wide = torch.cat([before, x], dim=1)
+        longer = torch.cat([before, x], dim=1)
         if state is not None:
-            state["before"] = wide[:, 1 - self.taps :]
+            state["before"] = longer[:, 1 - self.taps :]
         y, weights = torch.zeros_like(x), self.convolution.to(x.dtype)
         for tap, weight in enumerate(weights):
-            y = torch.addcmul(y, wide[:, tap : tap + x.shape[1]], weight)
+            y = torch.addcmul(y, longer[:, tap : tap + x.shape[1]], weight)
         return y
 
     @property
@@ -98,7 +95,3 @@ class DeltaRule(Mixer):
     def mixing_flops(self, length: int) -> int:
         chunk, size = min(length, CHUNK), self.head_size
         return length * self.heads * (8 * chunk * size + 8 * size**2 + 2 * size**3 // chunk)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()

@@ -15,8 +15,8 @@ from torch.nn import functional
 
 from ...arguments import Range
 from ...errors import TransectError
-from ..part import Around, Mixer
-from ..rotary import rotated
+from ..attention import Attention
+from ..part import Around
 
 
 class LatentReading(nn.Module):
@@ -39,7 +39,7 @@ class LatentReading(nn.Module):
         return self.o_proj(y.transpose(1, 2).flatten(2)).masked_fill(nothing, 0.0)
 
 
-class FIT(Mixer):
+class FIT(Attention):
     """Softmax attention within groups of positions, plus what a few latents of each group learn from one another.
 
     After it each group's latents read the whole group, then the latents of all groups (causal: up to their own) attend
@@ -53,20 +53,16 @@ class FIT(Mixer):
     paper = "arXiv:2305.12689"
     limit = "with one group and no latents it is softmax attention"
     cost = "N^(4/3)"
-    roles = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
 
     def __init__(
         self, width: int, heads: int, head_size: int, length: int, causal: bool, eps: float, *,
         group: Annotated[int, Range(0, 2**20)] = 0, latents: Annotated[int, Range(0, 2**12)] = 4,
     ) -> None:  # fmt: skip
-        super().__init__(causal)
+        super().__init__(width, heads, head_size, causal)
         if length < 1:
             raise TransectError("fit needs a fixed number of positions, which this model's config does not give")
-        self.heads, self.length, self.latents = heads, length, latents
+        self.length, self.latents = length, latents
         self.group = min(length, group or max(1, round((length * max(1, latents) ** 2) ** (1 / 3))))
-        inner = heads * head_size
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, inner, bias=False) for _ in range(3))
-        self.o_proj = nn.Linear(inner, width, bias=False)
         if latents:
             self.slots = nn.Parameter(torch.randn(-(-length // self.group), latents, width) * 0.02)  # as they begin
             self.read, self.between, self.write = (LatentReading(width, heads, head_size, eps) for _ in range(3))
@@ -76,9 +72,7 @@ class FIT(Mixer):
         if count > self.length:
             raise TransectError(f"fit has latents for {self.length} positions at most, and there are {count}")
         real = x.new_ones(x.shape[:2], dtype=torch.bool) if around.real is None else around.real
-        maps = (self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (one(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for one in maps)  # B x heads x N x size
-        q, k = rotated(q, around.rotary), rotated(k, around.rotary)
+        q, k, v = self.project(x, around)
         group = min(self.group, count)
         groups, behind = -(-count // group), -count % group
         x = functional.pad(x, (0, 0, 0, behind)).unflatten(1, (groups, group)).flatten(0, 1)  # B t x n x d
@@ -90,7 +84,7 @@ class FIT(Mixer):
         own = torch.eye(group, dtype=torch.bool, device=x.device)
         seen = real.flatten(0, 1)[:, None] & (own.new_ones(group, group).tril() if self.causal else True) | own
         y = functional.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None])
-        y = self.o_proj(y.transpose(1, 2).flatten(2))
+        y = self.put_out(y, x)
         if self.latents:
             y = y + self._of_latents(x + y, real)
         return y.unflatten(0, (-1, groups)).flatten(1, 2)[:, :count]

@@ -8,11 +8,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ...parameters import Range
-from ..part import Around, Mixer
+from ..attention import Attention
+from ..part import Around
 from ..recurrence import CHUNK, decayed_recurrence
 
 
-class GatedLinear(Mixer):
+class GatedLinear(Attention):
     """S_t = diag(a_t) S_{t-1} + k_t v_tᵀ, y_t = S_tᵀ q_t: each head's memory forgets channel by channel, as x says.
 
     a_t = sigmoid(W₂ W₁ x_t + b)^(1/temperature); the heads' outputs are normed and gated by silu(W_g x) before o
@@ -28,25 +29,20 @@ class GatedLinear(Mixer):
     can_be = ("causal",)
     cost = "N"
     recurrent = True
-    roles = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
 
     def __init__(
         self, width: int, heads: int, head_size: int, causal: bool, *, gate_rank: Annotated[int, Range(1, 4096)] = 16,
         temperature: Annotated[float, Range(0, above=True)] = 16.0,
     ) -> None:  # fmt: skip
-        super().__init__(causal)
-        self.heads, self.head_size, self.temperature = heads, head_size, temperature
-        inner = heads * head_size
-        self.q_proj, self.k_proj, self.v_proj, self.g_proj = (nn.Linear(width, inner, bias=False) for _ in range(4))
+        super().__init__(width, heads, head_size, causal)
+        inner, self.temperature = heads * head_size, temperature
+        self.g_proj = nn.Linear(width, inner, bias=False)
         self.decay = nn.Sequential(nn.Linear(width, gate_rank, bias=False), nn.Linear(gate_rank, inner))
         self.norm = nn.RMSNorm(head_size, eps=1e-5)
-        self.o_proj = nn.Linear(inner, width, bias=False)
 
     def mix(self, x: Tensor, around: Around) -> Tensor:
-        q, k, v, decay = (
-            one(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for one in (self.q_proj, self.k_proj, self.v_proj, self.decay)
-        )  # B x h x N x head size
+        maps = (self.q_proj, self.k_proj, self.v_proj, self.decay)
+        q, k, v, decay = (self.by_heads(one(x)) for one in maps)  # without positions: the decay tells them apart
         log_decay = functional.logsigmoid(decay) / self.temperature
         if around.real is not None:  # what is at padding is not remembered, and makes nothing forgotten
             real = around.real[:, None, :, None]

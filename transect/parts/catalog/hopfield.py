@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ...arguments import Range
-from ..part import Around, Mixer, MLPPart
+from ..attention import Attention, seen_by, with_past
+from ..part import Around, MLPPart
 from ..rotary import rotated
-from .softmax import seen_by
 
 Updates = Annotated[int, Range(0, 64)]
 Beta = Annotated[float, Range(0)]
@@ -41,7 +41,7 @@ def association(state: Tensor, patterns: Tensor, beta: Tensor | float, mask: Ten
     return (scores if mask is None else scores.masked_fill(~mask, float("-inf"))).softmax(-1)
 
 
-class Hopfield(Mixer):
+class Hopfield(Attention):
     """Queries are states, keys are patterns: after `updates` steps towards them, values are read by one more softmax.
 
     As in the authors' layer, a LayerNorm stands in front of q, k and v each, and weights begin as N(0, 0.02²). The
@@ -55,32 +55,30 @@ class Hopfield(Mixer):
     paper = "arXiv:2008.02217"
     limit = "without updates it is softmax attention behind a LayerNorm of its own"
     cost = "N²"
+    recurrent = True  # though its state grows: keys and values
     roles = {"o": "o_proj"}
 
     def __init__(
         self, width: int, heads: int, head_size: int, causal: bool, *, updates: Updates = 1, beta: Beta = 0.0
     ) -> None:
-        super().__init__(causal)
-        self.heads, self.head_size, self.updates = heads, head_size, updates
-        self.beta = beta or head_size**-0.5
+        super().__init__(width, heads, head_size, causal, bias=True)
+        self.updates, self.beta = updates, beta or head_size**-0.5
         self.q_norm, self.k_norm, self.v_norm = (nn.LayerNorm(width) for _ in range(3))
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, heads * head_size) for _ in range(3))
-        self.o_proj = nn.Linear(heads * head_size, width)
         for linear in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
             nn.init.normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
 
     def mix(self, x: Tensor, around: Around) -> Tensor:
         maps = ((self.q_norm, self.q_proj), (self.k_norm, self.k_proj), (self.v_norm, self.v_proj))
-        q, k, v = (linear(norm(x)).unflatten(-1, (self.heads, -1)).transpose(1, 2) for norm, linear in maps)
-        q, k = rotated(q, around.rotary), rotated(k, around.rotary)
-        count = x.shape[1]
-        mask = seen_by(count, count, self.causal, around.real, x.device)
+        q, k, v = (self.by_heads(linear(norm(x))) for norm, linear in maps)
+        q, k, real = rotated(q, around.rotary), rotated(k, around.rotary), around.real
+        if around.state is not None:
+            k, v, real = with_past(k, v, real, around.state)
+        mask = seen_by(q.shape[2], k.shape[2], self.causal, real, x.device)
+        causal = mask is None and self.causal and q.shape[2] == k.shape[2]
         for stored in (*[k] * self.updates, v):  # a step is attention whose values are the keys
-            q = functional.scaled_dot_product_attention(
-                q, k, stored, attn_mask=mask, is_causal=mask is None and self.causal, scale=self.beta
-            )
-        return self.o_proj(q.transpose(1, 2).flatten(2))
+            q = functional.scaled_dot_product_attention(q, k, stored, attn_mask=mask, is_causal=causal, scale=self.beta)
+        return self.put_out(q, x)
 
     def mixing_flops(self, length: int) -> int:
         return (1 + self.updates) * 4 * length * length * self.heads * self.head_size

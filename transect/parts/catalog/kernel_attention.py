@@ -9,31 +9,24 @@ from __future__ import annotations
 from typing import Annotated
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from ...arguments import Range
 from ...parameters import Seed
-from ..part import Around, Mixer
+from ..attention import Attention
+from ..part import Around
+from ..precision import wide
 from ..recurrence import decayed_recurrence
-from ..rotary import rotated
 
 _LEAST = 1e-6  # of the denominator
 
 
-class KernelAttention(Mixer):
+class KernelAttention(Attention):
     """What all of them share; a subclass gives `features`."""
 
     cost = "N"
     recurrent = True
-    roles = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
-
-    def __init__(self, width: int, heads: int, head_size: int, causal: bool) -> None:
-        super().__init__(causal)
-        self.heads, self.head_size = heads, head_size
-        inner = heads * head_size
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, inner, bias=False) for _ in range(3))
-        self.o_proj = nn.Linear(inner, width, bias=False)
 
     def features(self, x: Tensor, of_keys: bool) -> Tensor:
         """φ of queries or keys (B x heads x N x size), positive, in float32 or wider."""
@@ -44,15 +37,11 @@ class KernelAttention(Mixer):
         """How many numbers φ gives."""
         return self.head_size
 
-    def mix(self, x: Tensor, around: Around) -> Tensor:
-        q, k, v = (
-            one(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for one in (self.q_proj, self.k_proj, self.v_proj)
-        )  # B x heads x N x size
-        wide = [one if one.dtype == torch.float64 else one.float() for one in (q, k, v)]
-        q, k = (self.features(rotated(one, around.rotary), one is wide[1]) for one in wide[:2])
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, around: Around) -> Tensor:
+        q, k = self.features(wide(q), of_keys=False), self.features(wide(k), of_keys=True)
         if around.real is not None:
             k = k * around.real[:, None, :, None]
-        v = functional.pad(wide[2], (0, 1), value=1.0)  # the denominator is the sum of ones
+        v = functional.pad(wide(v), (0, 1), value=1.0)  # the denominator is the sum of ones
         if self.causal:
             before = None if around.state is None else around.state.get("memory")
             y, memory = decayed_recurrence(q, k, v, None, before)
@@ -60,8 +49,7 @@ class KernelAttention(Mixer):
                 around.state["memory"] = memory
         else:
             y = q @ (k.transpose(-1, -2) @ v)
-        y = y[..., :-1] / y[..., -1:].clamp_min(_LEAST)
-        return self.o_proj(y.transpose(1, 2).flatten(2).to(x.dtype))
+        return y[..., :-1] / y[..., -1:].clamp_min(_LEAST)
 
     def mixing_flops(self, length: int) -> int:
         return 4 * length * self.heads * self.features_of_a_head * (self.head_size + 1)

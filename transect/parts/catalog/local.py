@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Annotated
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from ...arguments import Range
-from ..part import Around, Mixer
-from ..rotary import rotated
+from ..attention import Attention
+from ..part import Around
 
 
-class Local(Mixer):
+class Local(Attention):
     """Softmax attention of each position to those less than `window` away, behind it or, if not causal, on both sides.
 
     Computed in blocks of the window, so that time and memory are O(N window). In generation the last window of keys
@@ -27,25 +27,17 @@ class Local(Mixer):
     limit = "with a window of all positions it is softmax attention"
     cost = "N"
     recurrent = True
-    roles = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
 
     def __init__(
         self, width: int, heads: int, head_size: int, causal: bool, *, window: Annotated[int, Range(1, 2**20)] = 64
     ) -> None:
-        super().__init__(causal)
-        self.heads, self.head_size, self.window = heads, head_size, window
-        inner = heads * head_size
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, inner, bias=False) for _ in range(3))
-        self.o_proj = nn.Linear(inner, width, bias=False)
+        super().__init__(width, heads, head_size, causal)
+        self.window = window
 
-    def mix(self, x: Tensor, around: Around) -> Tensor:
-        q, k, v = (
-            one(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for one in (self.q_proj, self.k_proj, self.v_proj)
-        )  # B x heads x N x size
-        q, k = rotated(q, around.rotary), rotated(k, around.rotary)
-        real = x.new_ones(x.shape[:2], dtype=torch.bool) if around.real is None else around.real
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, around: Around) -> Tensor:
+        real = q.new_ones(q.shape[0], q.shape[2], dtype=torch.bool) if around.real is None else around.real
         past = [tensor.new_zeros(*tensor.shape[:-2], self.window, tensor.shape[-1]) for tensor in (k, v)]
-        seen = real.new_zeros(x.shape[0], self.window)
+        seen = real.new_zeros(len(real), self.window)
         if around.state:
             past, seen = [around.state["k"], around.state["v"]], around.state["real"]
         k, v = (torch.cat([old, new], dim=2) for old, new in zip(past, (k, v), strict=True))
@@ -56,8 +48,7 @@ class Local(Mixer):
                 "v": v[:, :, -self.window :],
                 "real": real[:, -self.window :],
             }
-        y = windowed(q, k, v, real, self.window, self.causal)
-        return self.o_proj(y.transpose(1, 2).flatten(2))
+        return windowed(q, k, v, real, self.window, self.causal)
 
     def mixing_flops(self, length: int) -> int:
         return 4 * length * (2 if self.causal else 3) * min(self.window, length) * self.heads * self.head_size

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ...errors import TransectError
+from ..attention import seen_by
 from ..part import Around, Mixer, MLPPart
-from .softmax import seen_by
 
 
 class Minimal(Mixer):

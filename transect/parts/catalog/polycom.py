@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from ...arguments import Range
 from ..part import Activation, MLPPart
+from ..precision import wide
 
 Order = Annotated[int, Range(1, 16)]
 
@@ -31,10 +32,10 @@ class Polynomial(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x if x.dtype == torch.float64 else x.float()
-        a = self.coefficients.to(wide.dtype)
-        total = a[0].expand_as(wide)
-        for power, factor in zip(self.powers(wide), a[1:], strict=True):
+        given = wide(x)
+        a = self.coefficients.to(given.dtype)
+        total = a[0].expand_as(given)
+        for power, factor in zip(self.powers(given), a[1:], strict=True):
             total = total + factor * power
         return total.to(x.dtype)
 

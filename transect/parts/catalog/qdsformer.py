@@ -11,19 +11,20 @@ import math
 from typing import Annotated, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...arguments import Range
 from ...errors import TransectError
 from ...parameters import Seed
-from ..part import Around, Mixer
-from ..rotary import rotated
+from ..attention import Attention
+from ..part import Around
+from ..precision import wide
 
 _NOISE = 1e-7  # standard deviation of what is added to logits for a basis, which may depend on one another
 _QUBITS = 10  # at most, of a simulated circuit: its matrix has 4^qubits entries
 
 
-class QDSFormer(Mixer):
+class QDSFormer(Attention):
     """Attention by doubly stochastic matrices, from any of four operators; everything is simulated classically.
 
     operator: `sinkhorn`, rows and columns normed in turn; `qr`, squares of the orthonormal basis that Gram-Schmidt
@@ -42,7 +43,6 @@ class QDSFormer(Mixer):
     limit = "with sinkhorn and one step it is softmax attention"
     can_be = ("bidirectional",)
     cost = "N²; N³ for qr, and the square of N 2^auxiliary for each gate of the circuit"
-    roles = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
 
     def __init__(
         self, width: int, heads: int, head_size: int, causal: bool, *,
@@ -50,24 +50,16 @@ class QDSFormer(Mixer):
         steps: Annotated[int, Range(1, 10_001)] = 21, auxiliary: Annotated[int, Range(0, 8)] = 1,
         layers: Annotated[int, Range(0, 10_000)] = 0, seed: Seed = 0,
     ) -> None:  # fmt: skip
-        super().__init__(causal)
+        super().__init__(width, heads, head_size, causal)
         if operator == "sinkhorn" and steps % 2 == 0:
             raise TransectError(f"sinkhorn ends with the rows after an odd number of steps, not {steps}")
-        self.heads, self.head_size, self.operator, self.steps = heads, head_size, operator, steps
+        self.operator, self.steps = operator, steps
         self.auxiliary, self.layers, self.seed = auxiliary, layers, seed
-        inner = heads * head_size
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, inner, bias=False) for _ in range(3))
-        self.o_proj = nn.Linear(inner, width, bias=False)
 
-    def mix(self, x: Tensor, around: Around) -> Tensor:
-        maps = (self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (one(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for one in maps)  # B x heads x N x size
-        q, k = rotated(q, around.rotary), rotated(k, around.rotary)
-        logits = (q @ k.mT) * self.head_size**-0.5
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        real = x.new_ones(x.shape[:2], dtype=torch.bool) if around.real is None else around.real
-        y = self.matrix(logits, real).to(v) @ v
-        return self.o_proj(y.transpose(1, 2).flatten(2))
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, around: Around) -> Tensor:
+        logits = wide(q @ k.mT) * self.head_size**-0.5
+        real = q.new_ones(q.shape[0], q.shape[2], dtype=torch.bool) if around.real is None else around.real
+        return self.matrix(logits, real).to(v) @ v
 
     def matrix(self, logits: Tensor, real: Tensor) -> Tensor:
         """The attention matrix (B x h x N x N), doubly stochastic among the real positions, of B x N."""

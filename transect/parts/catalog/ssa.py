@@ -21,7 +21,6 @@ from ...arguments import Range
 from ...errors import TransectError
 from ...parameters import Seed
 from ..part import Around
-from ..rotary import rotated
 from .softmax import Softmax
 
 
@@ -62,16 +61,11 @@ class SSA(Softmax):
             return super().mix(x, around)
         if rate * count < 1:
             raise TransectError(f"a share of {rate} of {count} positions is none: raise ssa's rate, or train on more")
-        q, k, v = (
-            one(x).unflatten(-1, (-1, self.head_size)).transpose(1, 2)
-            for one in (self.q_proj, self.k_proj, self.v_proj)
-        )  # B x heads x N x head size
-        q, k = rotated(q, around.rotary), rotated(k, around.rotary)
+        q, k, v = self.project(x, around)
         real = x.new_ones(x.shape[:2], dtype=torch.bool) if around.real is None else around.real
         if around.state is not None:  # which transformers also gives in training; what comes next sees all of it
             around.state |= {"k": k, "v": v, "real": real}
-        groups = self.heads // self.key_value_heads
-        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        k, v = self.for_queries(k, v)
         if self.sampling == "unbiased":
             kept = some_positions(real, math.ceil(rate * count), self.first, generator)
             y = torch.cat(list(_of_sample(q, k, v, kept, real, self.causal)), dim=2)
@@ -79,7 +73,7 @@ class SSA(Softmax):
             window = math.ceil(rate * count / (1 + 2 * self.neighbours))
             kept = shuffled_windows(real, window, self.spread * window, self.neighbours, generator)
             y = of_kept(q, k, v, kept, real, self.causal)
-        return self.o_proj(y.transpose(1, 2).flatten(2))
+        return self.put_out(y, x)
 
 
 def _of_sample(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, real: Tensor, causal: bool) -> Iterator[Tensor]:

@@ -14,8 +14,8 @@ from torch.nn import functional
 
 from ...arguments import Range
 from ...errors import TransectError
+from ..attention import seen_by
 from ..part import Around, Mixer
-from .softmax import seen_by
 
 
 class Synthesizer(Mixer):

@@ -19,6 +19,7 @@ from ....arguments import Range
 from ....errors import TransectError
 from ....operators.base import Described
 from ...part import Activation, MLPPart
+from ...precision import wide
 
 ALL_FAMILIES = "spline,rbf,wavelet,chebyshev,fourier"
 BasisSize = Annotated[int, Range(4, 32)]
@@ -118,8 +119,8 @@ class Selectable(nn.Module):
 
     def selection(self) -> Tensor:
         """s = softmax(a / temperature): each family's share of each node (nodes x families)."""
-        wide = self.logits if self.logits.dtype == torch.float64 else self.logits.float()
-        return (wide / self.temperature.to(wide.dtype)).softmax(dim=-1)
+        logits = wide(self.logits)
+        return (logits / self.temperature.to(logits.dtype)).softmax(dim=-1)
 
     def bases(self, x: Tensor) -> dict[str, Tensor]:
         """By family, the basis functions of its nodes (... x nodes of it x size), times their share. In float32."""
@@ -212,10 +213,10 @@ class Functions(Selectable):
                 self.coefficients[name] = nn.Parameter(torch.zeros(count, size))
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x if x.dtype == torch.float64 else x.float()
-        y = self.base.to(wide.dtype) * functional.silu(wide)
+        given = wide(x)
+        y = self.base.to(given.dtype) * functional.silu(given)
         found = {
-            name: torch.einsum("...ik,ik->...i", basis, self.coefficients[name].to(wide.dtype))
+            name: torch.einsum("...ik,ik->...i", basis, self.coefficients[name].to(given.dtype))
             for name, basis in self.bases(x).items()
         }
         if self.counts is None:

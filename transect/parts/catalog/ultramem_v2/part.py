@@ -14,6 +14,7 @@ from torch.nn import functional
 from ....arguments import Range
 from ....errors import TransectError
 from ...part import BlockPart, Inside
+from ...precision import wide
 from .retrieval import best_slots, direction
 
 TUCKER_RANK = 2  # r of the Tucker cores
@@ -174,5 +175,5 @@ class UltraMem(BlockPart):
 
 def _normed(x: Tensor, gain: Tensor) -> Tensor:
     """x over its RMS in the last dimension, times the gain; in float32 or wider."""
-    wide = x if x.dtype == torch.float64 else x.float()
-    return functional.rms_norm(wide, wide.shape[-1:]) * gain.to(wide.dtype)
+    x = wide(x)
+    return functional.rms_norm(x, x.shape[-1:]) * gain.to(x.dtype)
