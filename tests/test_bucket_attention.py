@@ -6,7 +6,8 @@ from torch.nn import functional
 
 from transect.errors import TransectError
 from transect.parts import Around
-from transect.parts.catalog.bucket_attention import Reformer, Routing
+from transect.parts.catalog.reformer import Reformer
+from transect.parts.catalog.routing import Routing
 
 N = 21
 X = torch.randn(2, N, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

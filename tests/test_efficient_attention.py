@@ -5,8 +5,9 @@ import torch
 from torch.nn import functional
 
 from transect.parts import Around
-from transect.parts.catalog.kernel_attention import Linear, Performer, orthogonal_directions, positive_features
+from transect.parts.catalog.linear import Linear
 from transect.parts.catalog.local import Local
+from transect.parts.catalog.performer import Performer, orthogonal_directions, positive_features
 
 X = torch.randn(2, 21, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 REAL = torch.ones(2, 21, dtype=torch.bool)

@@ -7,16 +7,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from transect.errors import TransectError
 from transect.parts import Around
+from transect.parts.catalog.bigbird import BigBird
+from transect.parts.catalog.compressive import Compressive
+from transect.parts.catalog.longformer import Longformer, random_blocks
 from transect.parts.catalog.softmax import Softmax
-from transect.parts.catalog.sparse_attention import (
-    BigBird,
-    Compressive,
-    Fixed,
-    Longformer,
-    Segments,
-    Strided,
-    random_blocks,
-)
+from transect.parts.catalog.sparse_transformer import Fixed, Strided
+from transect.parts.catalog.transformer_xl import TransformerXL
 
 N = 21
 X = torch.randn(2, N, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -69,7 +65,7 @@ def rules():
         yield Longformer, settings, lambda i, j, w=window, g=few: abs(i - j) < w or i < g or j < g
     for segment, memory in ((4, 0), (4, 3), (5, 9)):
         yield (
-            Segments, dict(segment=segment, memory=memory),
+            TransformerXL, dict(segment=segment, memory=memory),
             lambda i, j, s=segment, m=memory: i // s * s - m <= j < (i // s + 1) * s,
         )  # fmt: skip
 
@@ -133,9 +129,9 @@ def test_where_a_pattern_covers_everything_it_is_softmax_attention(causal):
     for kind, settings in (
         (Strided, dict(stride=1)), (Strided, dict(stride=30)), (Fixed, dict(stride=4, summary=4)),
         (Fixed, dict(stride=21)), (Longformer, dict(window=21)), (Longformer, dict(window=2, global_tokens=21)),
-        (BigBird, dict(window=21)), (BigBird, dict(window=3, global_tokens=30)), (Segments, dict(segment=21)),
+        (BigBird, dict(window=21)), (BigBird, dict(window=3, global_tokens=30)), (TransformerXL, dict(segment=21)),
         (Compressive, dict(segment=24, memory=0)),
-        (Segments, dict(segment=7, memory=14) if causal else dict(segment=30)),
+        (TransformerXL, dict(segment=7, memory=14) if causal else dict(segment=30)),
     ):  # fmt: skip
         one, dense = made(kind, causal, **settings), Softmax(16, 4, 4, 4, causal).double()
         dense.load_state_dict(one.state_dict())
@@ -145,12 +141,12 @@ def test_where_a_pattern_covers_everything_it_is_softmax_attention(causal):
 
 
 def test_no_gradient_goes_through_the_memory_but_to_the_matrices():
-    one, x = made(Segments, True, segment=7, memory=7), X.clone().requires_grad_()
+    one, x = made(TransformerXL, True, segment=7, memory=7), X.clone().requires_grad_()
     one(x, Around())[:, 14:].square().sum().backward()
     assert float(x.grad[:, :14].abs().max()) == 0 and float(x.grad[:, 14:].abs().min()) > 0
     from_all = one.v_proj.weight.grad.clone()
     one.zero_grad()
-    q, k, v = Segments.__mro__[1].project(one, X, Around())
+    q, k, v = TransformerXL.__mro__[1].project(one, X, Around())
     mask = torch.arange(7)[:, None] + 7 >= torch.arange(14)
     y = functional.scaled_dot_product_attention(q[:, :, 14:], k[:, :, 7:], v[:, :, 7:], attn_mask=mask)
     one.o_proj(y.transpose(1, 2).flatten(2)).square().sum().backward()
@@ -162,7 +158,7 @@ def test_memory_is_linear_in_the_number_of_positions(causal):
     """The largest tensor that any step makes grows as fast as the input (strided and fixed: with their N² / stride)."""
     for kind, settings, growth in (
         (Longformer, dict(window=8, global_tokens=2), 2), (BigBird, dict(window=8, random=2), 2),
-        (Segments, dict(segment=8, memory=8), 2), (Compressive, dict(segment=8, memory=8, compressed=8), 2),
+        (TransformerXL, dict(segment=8, memory=8), 2), (Compressive, dict(segment=8, memory=8, compressed=8), 2),
         (Strided, dict(stride=32), 4), (Fixed, dict(stride=32), 4),
     ):  # fmt: skip
         sizes = []
@@ -178,7 +174,7 @@ def test_what_does_not_fit_is_refused_and_nothing_real_gives_finite_numbers():
         Fixed(16, 4, 4, True, stride=8, summary=9)
     with pytest.raises(TransectError, match="should be multiples of the rate, 4"):
         Compressive(16, 4, 4, True, segment=6)
-    for kind in (Strided, Fixed, Longformer, BigBird, Segments, Compressive):
+    for kind in (Strided, Fixed, Longformer, BigBird, TransformerXL, Compressive):
         one = made(kind, True)
         y = one(X, Around(torch.zeros(2, N, dtype=torch.bool)))
         y.sum().backward()
