@@ -160,7 +160,7 @@ def test_a_dropped_mlp_has_no_neurons():
     assert result["z"][:, :, 1].isnan().all() and (result["tokens"][:, :, 1] == -1).all()
     for block in one.anatomy.blocks:
         block.mlp and block.mlp.drop()
-    assert "has an MLP left" in inspected(one).refused[NAME]
+    assert "has an MLP of neurons left" in inspected(one).refused[NAME]
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "phi3"])
@@ -261,7 +261,7 @@ def test_a_dropped_mlp_has_nothing_to_keep_and_other_shapes_are_refused():
     for one in (base, tuned):
         for block in one.anatomy.blocks:
             block.mlp and block.mlp.drop()
-    with pytest.raises(NotApplicable, match="has an MLP left"):
+    with pytest.raises(NotApplicable, match="has an MLP of neurons left"):
         stability(base, tuned)
 
 

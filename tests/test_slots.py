@@ -10,8 +10,10 @@ from transformers import AutoModelForCausalLM
 import transect
 from transect.anatomy import Anatomy
 from transect.anatomy.surround import Surrounded
+from transect.data import Specimen, load
 from transect.errors import BadCheckpoint, TransectError
 from transect.parts import build_model, insert
+from transect.probes import probes, run_probes
 
 from .models import tiny
 
@@ -104,3 +106,53 @@ def test_what_does_not_fit_is_one_error(toys, tmp_path):
     record.modules["model.layers.1.mlp.around"] = {**record.modules[path], "part": {"kind": "mixer.identity"}}
     with pytest.raises(BadCheckpoint, match="cannot be built"):
         replay(tiny("llama"), record)
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {"mixer": "gated-linear", "mlp": "kat", "norm": "rms"},
+        {"mixer": "pooling", "mlp": "hopfield"},
+        {"activation": "s-kan", "block": "ultramem-v2"},
+        {"matrix": "memoryformer"},
+    ],
+    ids=lambda chosen: "+".join(chosen.values()),
+)
+def test_every_probe_says_something_of_parts_or_why_it_does_not(chosen):
+    model = build_model("llama", hidden=32, blocks=2, heads=4, vocabulary=64, length=32, parts=chosen)
+    for block in Anatomy(model).blocks:
+        assert block.adds_up == ("block" not in chosen)
+        assert block.has_part("mlp") == ("mlp" in chosen or "matrix" in chosen)
+    specimen = Specimen(Anatomy(model), data=load(TOKENS[:, :8], model))
+    found = run_probes(specimen, {probe.name: {} for probe in probes()})
+    assert found.results and not found.failed, found.failed
+    if chosen.keys() != {"activation", "block"}:  # heads and neurons are what it takes apart
+        assert "stands in the" in found.refused["cd-t"]
+    else:  # what the memory adds is of no sublayer
+        assert "part stands around block 0" in found.refused["cd-t"] == found.refused["depth-efficiency"]
+
+
+def test_every_method_runs_on_what_parts_leave_it_or_says_why_not():
+    """Their matrices are compressed; neurons are not taken from a function that knows each of them."""
+    raised = {}
+    for chosen in (
+        {"mixer": "crate", "mlp": "hopfield"},
+        {"matrix": "memoryformer"},
+        {"activation": "s-kan"},
+        {"block": "ultramem-v2"},
+    ):
+        for method in ("svd-llm", "gptq", "mixed", "amp", "modegpt", "llm-drop"):
+            model = build_model("llama", hidden=32, blocks=2, heads=4, vocabulary=64, length=32, parts=chosen)
+            before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+            settings = {"mixed": {"iterations": 1}} if method == "mixed" else {}
+            try:
+                transect.compress(model, method, 0.7, TOKENS.repeat(4, 1), settings=settings)
+            except TransectError as reason:
+                raised[(*chosen.values(), method)] = str(reason)
+                assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
+            model(TOKENS)
+    assert all("nothing to compress" in said for (part, *_), said in raised.items() if part == "memoryformer")
+    assert sum(part == "memoryformer" for part, *_ in raised) == 6
+    assert "each neuron" in raised["s-kan", "amp"] == raised["s-kan", "modegpt"] == raised["s-kan", "llm-drop"]
+    done = {("s-kan", "mixed"), ("s-kan", "svd-llm"), ("crate", "hopfield", "mixed"), ("crate", "hopfield", "gptq")}
+    assert not done & set(raised)

@@ -200,7 +200,7 @@ def test_post_norm_and_single_layers_are_refused():
     anatomy = Anatomy(tiny("llama"))
     anatomy.drop_block(0)
     anatomy.drop_block(0)
-    with pytest.raises(NotApplicable, match="only one"):
+    with pytest.raises(NotApplicable, match="fewer than two blocks"):
         from transect.probes.catalog.talking_heads.talking_heads import talking_heads
 
         talking_heads(Specimen(anatomy))

@@ -35,6 +35,9 @@ class Home(Protocol):
     @property
     def attention(self) -> Any: ...
 
+    @property
+    def mlp(self) -> Any: ...
+
     def find(self, role: str) -> Matrix: ...
 
 

@@ -260,14 +260,18 @@ class Block:
         standing: Any = None if path is None else self.model.get_submodule(path)
         return getattr(standing, "part", standing) if hasattr(standing, "slot") else None
 
+    def has_part(self, unit: str) -> bool:
+        """Whether a part stands in the place of `attention` or `mlp`, or of a matrix in it."""
+        if self.part(unit) is not None:
+            return True
+        if self._is_dropped(unit) or (unit == "mlp" and self.has_experts):
+            return False
+        roles = MATRIX_ROLES[:4] if unit == "attention" else ("up", "down")
+        return any(hasattr(self.find(role).host, "slot") for role in roles)
+
     def _has(self, unit: str) -> bool:
         """Whether the unit stands as the architecture has it, with matrices only where it has matrices."""
-        if self.part(unit) is not None or self._is_dropped(unit):
-            return False
-        if self.has_experts and unit == "mlp":
-            return True
-        roles = MATRIX_ROLES[:4] if unit == "attention" else ("up", "down")
-        return not any(hasattr(self.find(role).host, "slot") for role in roles)
+        return not self.has_part(unit) and not self._is_dropped(unit)
 
     def _is_dropped(self, unit: str) -> bool:
         """Whether `attention` or `mlp` was dropped."""
@@ -360,6 +364,11 @@ class Block:
         return self.anatomy.architecture.rotation.get("pairs") == "neighbours"
 
     @property
+    def adds_up(self) -> bool:
+        """Whether the block adds what its sublayers add, and nothing else: no part that does more leads it."""
+        return not isinstance(self.module, Surrounded) or self.module.leading.places_norms
+
+    @property
     def post_norm(self) -> bool:
         """Whether norms stand after the residual sum, so that a single sublayer cannot be dropped."""
         post_norm = self.anatomy.architecture.post_norm
@@ -393,6 +402,8 @@ class Block:
                 f"a part stands around block {self.index} and decides what its sublayers read, so a single one cannot "
                 "be dropped; drop the whole block"
             )
+        if isinstance(self.mlp, MLP):
+            self.mlp.refuse_narrowing()
 
 
 class Attention:
@@ -545,8 +556,22 @@ class MLP:
         path = self.block.anatomy.architecture.activation
         return None if path is None else self.block.module.get_submodule(path)
 
+    @property
+    def can_narrow(self) -> bool:
+        """Whether neurons can be taken away: the activation holds no numbers of each (see `parts.Activation`)."""
+        return not getattr(self.activation, "of_neurons", False)
+
+    def refuse_narrowing(self) -> None:
+        """Raise an error where no neuron can be taken away, or put in another's place."""
+        if not self.can_narrow:
+            raise TransectError(
+                f"the activation of block {self.block.index}, {type(self.activation).__name__}, is a function for "
+                "each neuron by itself, so that none can be taken away; take a method that replaces matrices"
+            )
+
     def keep(self, neurons: Iterable[int]) -> None:
         """Keep these neurons, in this order (so a permutation is a special case)."""
+        self.refuse_narrowing()
         kept = torch.as_tensor(list(neurons) if not isinstance(neurons, Tensor) else neurons, dtype=torch.long)
         if kept.numel() == 0:
             raise TransectError("at least one neuron must be kept; to remove the sublayer use mlp.drop()")

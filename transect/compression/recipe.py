@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from ..anatomy import Anatomy, Matrix
+from ..anatomy import MLP, Anatomy, Matrix
 from ..errors import OutOfReach, TransectError
 from ..statistics import Statistic
 from .allocation import allocation_named, check_keep, is_ranking, needs_measure
@@ -52,6 +52,15 @@ class Recipe:
         settings = chosen.settings(self.settings)
         allocation_settings = allocation_named(self.allocation).settings(self.allocation_settings)
         check_keep(self.keep)
+        if not matrices:
+            raise TransectError(
+                "there is nothing to compress: no block has such matrices. They were dropped, parts stand in their "
+                "places (`transect inspect` shows what is there), or the model has none of these roles"
+            )
+        if family == "slicing":
+            for block in anatomy.blocks:
+                if isinstance(block.mlp, MLP):
+                    block.mlp.refuse_narrowing()
         if not goes_with(chosen, self.allocation):
             raise TransectError(
                 f"{self.allocation} allocation ranks singular components, and {self.method} has none; use a sharing"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..anatomy import Anatomy
+from ..anatomy import Anatomy, Matrix
 from ..errors import BadData, NotApplicable, TransectError
 from ..forward.lens import Lens
 from ..forward.objective import task_of
@@ -76,6 +76,13 @@ class Specimen:
         """The logit lens; NotApplicable where the model predicts no next token."""
         return Lens(self.anatomy)
 
+    def matrices(self, roles: Iterable[str] | None = None) -> list[Matrix]:
+        """The blocks' matrices of these roles; NotApplicable where there is none."""
+        found = self.anatomy.matrices(roles)
+        if not found:
+            raise NotApplicable("the blocks have no such matrices: they were dropped, or parts stand in their places")
+        return found
+
     def require_causal(self) -> None:
         """NotApplicable unless the model predicts the next token."""
         if task_of(self.model) != "causal":
@@ -84,12 +91,26 @@ class Specimen:
             )
 
     def require_contributions(self) -> None:
-        """NotApplicable where norms stand after the residual sum."""
+        """NotApplicable where what sublayers add is not all that a block adds: norms behind the sum, a part around."""
+        led = next((block for block in self.anatomy.blocks if not block.adds_up), None)
+        if led is not None:
+            raise NotApplicable(
+                f"a part stands around block {led.index}: what its attention and MLP add is not all that it adds"
+            )
         if any(block.post_norm for block in self.anatomy.blocks):
             raise NotApplicable(
                 f"{type(self.model).__name__} normalises after the residual sum, so its sublayers do not add up "
                 "in one stream"
             )
+
+    def require_own_sublayers(self) -> None:
+        """NotApplicable where a part stands in the place of attention or MLP, or of a matrix in them."""
+        for block in self.anatomy.blocks:
+            for unit in ("attention", "mlp"):
+                if block.has_part(unit):
+                    raise NotApplicable(
+                        f"it goes into heads and neurons, and a part stands in the {unit} of block {block.index}"
+                    )
 
     def shown(self, items: Iterable[Any], label: str) -> Iterable[Any]:
         """The items, with a progress bar if there is one."""

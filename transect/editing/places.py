@@ -45,7 +45,9 @@ def down_of(specimen: Specimen, layer: int) -> Matrix:
         raise TransectError(f"layer {layer} does not exist: the model has layers 0 to {specimen.layers - 1}")
     mlp = specimen.anatomy.blocks[layer].mlp
     if mlp is None:
-        raise NotApplicable(f"the MLP of layer {layer} was dropped: there is nothing to edit; choose another layer")
+        raise NotApplicable(
+            f"the MLP of layer {layer} was dropped, or is a part: there is nothing to edit; choose another layer"
+        )
     if not is_dense(mlp.down.module):
         kind = type(mlp.down.module).__name__
         raise NotApplicable(f"{mlp.down.name} is stored as {kind}, not as a matrix that could be written into")

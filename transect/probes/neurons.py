@@ -30,6 +30,8 @@ def vectors(block: Block, which: Vector, lens: Lens | None = None) -> Tensor | N
     through, columns of down by the gains of the MLP's output norm and of the final norm, where there are such. A
     LayerNorm also subtracts the mean over the d coordinates. Without, the weights are as they are stored.
     """
+    if block.mlp is None:  # dropped, or a part, which may have a matrix of that name, but no such neurons
+        return None
     try:
         weight = block.matrix(which).weight
     except KeyError:
@@ -54,8 +56,8 @@ def vectors(block: Block, which: Vector, lens: Lens | None = None) -> Tensor | N
 
 
 def kinds_of(blocks: Sequence[Block]) -> list[Vector]:
-    """Which of up, gate and down the blocks have; none where every MLP was dropped."""
-    roles = {matrix.role for block in blocks for matrix in block.matrices()}
+    """Which of up, gate and down the blocks' MLPs have; none where every MLP was dropped, or is a part."""
+    roles = {matrix.role for block in blocks if block.mlp is not None for matrix in block.matrices()}
     return [kind for kind in KINDS if kind in roles]
 
 

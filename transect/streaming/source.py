@@ -52,7 +52,10 @@ class StreamedModel:
         self.device = torch.device(device or "cpu")
         config = read_config(folder)
         if getattr(config, "quantization_config", None) is not None:
-            raise TransectError(f"{folder} is compressed or quantized already; --stream takes an ordinary checkpoint")
+            raise TransectError(
+                f"{folder} is compressed or quantized already, or has parts in its slots; --stream takes an ordinary "
+                "checkpoint: go without it, in memory"
+            )
         cls = model_class(config, str(folder))
         check_fit(str(folder), cls, config, stored)
         self._files = sorted({tensor.file for tensor in stored.values()})

@@ -102,7 +102,8 @@ def _grain(count: Callable[[int], int], least: int) -> int:
     """The smallest of least, 2 least ... 64 least that sizes may go in steps of: a part's groups divide them."""
     for grain in (least << doublings for doublings in range(6)):
         try:
-            count(grain), count(3 * grain)
+            for size in (grain, 3 * grain):
+                count(size)
             return grain
         except TransectError:
             continue

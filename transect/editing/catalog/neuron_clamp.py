@@ -39,7 +39,7 @@ def check(specimen: Specimen, *, neurons: str) -> None:
         block = specimen.anatomy.blocks[layer]
         mlp = block.mlp
         if mlp is None:
-            raise TransectError(f"{layer}:{neuron}: the MLP of block {layer} was dropped")
+            raise TransectError(f"{layer}:{neuron}: the MLP of block {layer} was dropped, or is a part")
         if not 0 <= neuron < mlp.neurons:
             raise TransectError(f"{layer}:{neuron}: block {layer} has the neurons 0 to {mlp.neurons - 1}")
         if not is_dense(mlp.up.module):

@@ -84,7 +84,7 @@ def kfac_spectrum(specimen: Specimen, *, part: Literal["mlp", "attention", "all"
 
     part: which matrices: those of the MLPs, those of attention, or all.
     """
-    matrices = specimen.anatomy.matrices(_ROLES[part])
+    matrices = specimen.matrices(_ROLES[part])
     first, second = _halves(list(specimen.text))
     passages = _passages(specimen)
     found = curvature(specimen, matrices, first if passages and second else specimen.text)

@@ -124,7 +124,7 @@ def spectra(
     windows: windows along each side of a matrix, overlapping where they must. The paper takes 10 or 15; 4 costs less.
     """
     specimen.anatomy.check_finite()
-    matrices = specimen.anatomy.matrices()
+    matrices = specimen.matrices()
     rows = window or min(_LARGEST_WINDOW, *(min(matrix.shape) for matrix in matrices))
     measured = side_by_side(
         lambda matrix: _measured(matrix.weight, rows, windows),

@@ -16,7 +16,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 from torch import Tensor
 
-from ....anatomy import Attention, Block, Experts, Matrix
+from ....anatomy import MLP, Attention, Block, Experts, Matrix
 from ....errors import OutOfReach
 from ....operators import LowRank
 from ....operators.dictionary import SparseDictionary
@@ -148,7 +148,8 @@ def narrow_mlp_options(
     error: on its inputs the kept neurons are exact. metric_of: gives its metric again when the option is taken.
     """
     by_role = {metric.matrix.role: metric for metric in metrics if metric.matrix.role in MLP_ROLES}
-    if not by_role:
+    mlp = metrics[0].matrix.block.mlp  # None where a part has a matrix of that name
+    if not by_role or not isinstance(mlp, MLP) or not mlp.can_narrow:
         return
     metrics, down = list(by_role.values()), by_role["down"]
     weight = down.matrix.weight.double()  # d x d_ff

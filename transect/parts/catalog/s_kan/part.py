@@ -296,6 +296,7 @@ class SelectableActivation(SKANPart, Activation):
     """
 
     kind = "activation.s-kan"
+    of_neurons = True
     paper = "arXiv:2408.08338"
     limit = "it begins as silu"
     layers = ("functions",)

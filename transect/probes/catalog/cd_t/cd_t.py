@@ -77,6 +77,9 @@ def cd_t(
     """
     specimen.require_causal()
     specimen.require_contributions()
+    specimen.require_own_sublayers()
+    if not any(block.attention is not None for block in specimen.anatomy.blocks):
+        raise NotApplicable("no block of this model has attention left, whose heads could be found")
     ids, answers = prompts_of(specimen, prompts, length)
     means = mean_heads(specimen, ids) if len(ids) > 1 else None
     made = [Decomposition(specimen, row, pattern) for row in ids]

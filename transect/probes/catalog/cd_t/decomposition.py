@@ -63,6 +63,7 @@ class Decomposition:
     def __init__(self, specimen: Specimen, ids: Tensor, pattern: Pattern = "recomputed") -> None:
         specimen.require_causal()
         specimen.require_contributions()
+        specimen.require_own_sublayers()
         self.specimen, self.anatomy, self.ids = specimen, specimen.anatomy, ids
         self.lens = specimen.lens
         self.calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}

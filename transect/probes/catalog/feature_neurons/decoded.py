@@ -50,7 +50,7 @@ def decode(
 ) -> Decoded:
     """Decode every neuron's vectors through W_U (V x d). forms: token ids whose mean score is kept, too."""
     lens, blocks = specimen.lens if fold else None, specimen.anatomy.blocks
-    shape = (len(kinds), 2, len(blocks), max(block.find("up").shape[0] for block in blocks))
+    shape = (len(kinds), 2, len(blocks), max(block.find("up").shape[0] for block in blocks if block.mlp is not None))
     z, searched = torch.full(shape, torch.nan), torch.full((shape[0], *shape[2:]), torch.nan)
     tokens = torch.full((*shape, top), -1, dtype=torch.long)
     for layer, block in enumerate(specimen.shown(blocks, "neurons")):

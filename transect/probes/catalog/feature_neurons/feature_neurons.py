@@ -86,7 +86,7 @@ def feature_neurons(
     """
     lens, kinds = specimen.lens, kinds_of(specimen.anatomy.blocks)
     if not kinds:
-        raise NotApplicable("no block of this model has an MLP left")
+        raise NotApplicable("no block of this model has an MLP of neurons left: they were dropped, or are parts")
     head, forms = unembedding(lens, normalise), surface_forms(specimen, search)
     decoded = decode(specimen, head, kinds, min(top, len(head)), fold, forms)
     result = _named(specimen, decoded, random_z(head, specimen.seed), best, len(head))

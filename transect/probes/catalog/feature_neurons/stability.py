@@ -41,7 +41,7 @@ def stability(base: Specimen, tuned: Specimen, *, fold: bool = True) -> Stabilit
     """
     kinds = kinds_of(base.anatomy.blocks)
     if not kinds:
-        raise NotApplicable("no block of this model has an MLP left")
+        raise NotApplicable("no block of this model has an MLP of neurons left")
     shapes = [_shape(specimen) for specimen in (base, tuned)]
     if shapes[0] != shapes[1]:
         raise TransectError(

@@ -16,11 +16,13 @@ PLACES = ["0", "1", *(f"{2**i}-{2 ** (i + 1) - 1}" for i in range(1, BUCKETS - 2
 
 def rectifies(block: Block) -> bool:
     """Whether the MLP's activation function makes negative numbers exactly zero, as a ReLU does."""
-    activation = None if block.mlp is None else block.mlp.activation
-    if activation is None:
+    if block.mlp is None or block.mlp.activation is None:
         return False
+    below = -torch.logspace(-2, 0, 9)[:, None].expand(
+        -1, block.mlp.neurons
+    )  # a trained function has one of each neuron
     with torch.no_grad():
-        return not bool(activation(-torch.logspace(-2, 0, 9)).any())
+        return not bool(block.mlp.activation(below).any())
 
 
 def shaped(seen: Seen, layer: int) -> Tensor:

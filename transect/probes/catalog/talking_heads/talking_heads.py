@@ -67,7 +67,7 @@ def talking_heads(
     specimen.require_contributions()
     layers = [heads_of(specimen.anatomy, block) for block in specimen.anatomy.blocks]
     if sum(made is not None for made in layers) < 2:
-        raise NotApplicable("channels lead to a later block's heads, and there is only one block with attention")
+        raise NotApplicable("channels lead to a later block's heads, and fewer than two blocks have attention")
     whole, best = _composed(specimen, layers, channels)
     quantities = {
         "heads": Quantity(whole, ("read", "head", "head"), "", "composition scores of whole heads"),
