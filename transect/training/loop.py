@@ -178,9 +178,10 @@ def train(problem: Problem, run: Run, note: Mapping[str, Any]) -> Course:
                 best.put(problem.now())
                 course.best, course.best_step = held_out, course.steps
             course.seconds, course.optimizer_bytes = time.perf_counter() - started, stepper.state_bytes
-            tensors = stepper.state() | {f"{_BEST}{name}": tensor for name, tensor in best.items()}
-            tensors |= {f"{_HELD}{name}": tensor for name, tensor in problem.held().items()}
-            run.state.write("state", tensors, {"note": note, "course": asdict(course)})
+            if run.state.keeps:
+                tensors = stepper.state() | {f"{_BEST}{name}": tensor for name, tensor in best.items()}
+                tensors |= {f"{_HELD}{name}": tensor for name, tensor in problem.held().items()}
+                run.state.write("state", tensors, {"note": note, "course": asdict(course)})
             run.on_check(Check(problem.name, course.steps, total, since[0] / since[1], held_out))
             since = [0.0, 0]
     finally:

@@ -35,9 +35,14 @@ class State:
         if self.folder is not None and self.writes:
             self.folder.take()
 
+    @property
+    def keeps(self) -> bool:
+        """Whether this process writes anything."""
+        return self.folder is not None and self.writes
+
     def write(self, name: str, tensors: Mapping[str, Tensor], note: Mapping[str, Any]) -> None:
         """Write `name`.safetensors, with a note as JSON in its header."""
-        if self.folder is not None and self.writes:
+        if self.folder is not None and self.keeps:
             keep(self.folder.file(f"{name}.safetensors"), tensors, self._of, note)
 
     @property
