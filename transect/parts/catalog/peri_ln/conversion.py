@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..anatomy import Anatomy
-from ..errors import TransectError
-from ..forward import Batch, at_rest, real_positions, run_body, to_device, watch
-from .insert import insert, sizes_of
+from ....anatomy import Anatomy
+from ....errors import TransectError
+from ....forward import Batch, at_rest, real_positions, run_body, to_device, watch
+from ...insert import insert, sizes_of
 
 _UNITS = ("attention", "mlp")
 

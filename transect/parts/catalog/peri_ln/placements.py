@@ -12,8 +12,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from ..part import BlockPart, Inside
-from .standard_norms import RMS, Layer
+from ...part import BlockPart, Inside
+from ..standard_norms import RMS, Layer
 
 
 class PreLN(BlockPart):
