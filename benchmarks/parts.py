@@ -95,6 +95,36 @@ def mixers(width: int, lengths: list[int], times: int) -> list[list[Any]]:
     return rows
 
 
+def steps(width: int, positions: int, times: int) -> list[list[Any]]:
+    """A row for each causal mixer: parameters, forward, a training step, and operations, each over softmax's."""
+    entries = [entry for entry in parts("mixer") if "causal" in entry.function.can_be]
+    entries.sort(key=lambda entry: entry.name != "softmax")
+    rows: list[list[Any]] = []
+    reference: list[float] = []
+    for entry in entries:
+        mixer, x = made(entry, width, 4 * width, positions), torch.randn(1, positions, width)
+        with torch.no_grad():
+            forward = seconds(lambda mixer=mixer, x=x: mixer(x, Around()), times)
+        numbers = list(mixer.parameters())
+        step = forward
+        if numbers:
+            optimizer = torch.optim.AdamW(numbers, lr=1e-4)
+
+            def train(mixer: Mixer = mixer, x: torch.Tensor = x, optimizer: Any = optimizer) -> None:
+                optimizer.zero_grad()
+                mixer(x, Around()).square().mean().backward()
+                optimizer.step()
+
+            step = seconds(train, times)
+        found = [
+            sum(number.numel() for number in numbers), forward, step,
+            positions * mixer.flops + mixer.mixing_flops(positions),
+        ]  # fmt: skip
+        reference = reference or [float(one) for one in found]
+        rows.append([entry.name, *(one / whole for one, whole in zip(found, reference, strict=True))])
+    return rows
+
+
 def mlps(width: int, positions: int, times: int) -> list[list[Any]]:
     """A row for each MLP: neurons, forward, forward and backward, and operations, each over those of the gated MLP."""
     entries = sorted(parts("mlp"), key=lambda entry: entry.name != "gated")
@@ -140,6 +170,11 @@ def main(arguments: list[str] | None = None) -> list[list[Any]]:
     ]
     show(f"Mixers of width {width}: time over that of softmax attention", headings, rows)
     for size in (width,) if given.quick else (256, 1024):
+        show(
+            f"Mixers of width {size} over softmax attention, {64 if given.quick else 1024} positions",
+            ["mixer", "parameters", "forward", "training step", "operations"],
+            steps(size, 64 if given.quick else 1024, times),
+        )  # fmt: skip
         found = mlps(size, 64 if given.quick else 1024, times)
         show(
             f"MLPs of width {size}: over the gated MLP at equal parameters",
