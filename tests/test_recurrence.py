@@ -40,6 +40,23 @@ def test_gradients_are_finite_where_everything_is_forgotten():
     torch.testing.assert_close(y, (q * k).sum(-1, keepdim=True) * v)  # only the position itself is left
 
 
+@pytest.mark.parametrize("strength", [0.5, 1.4, 3.0])
+def test_gradients_are_the_loop_s_in_float32_too(strength):
+    """At 1.4 a chunk decays by e^-50 and more, whose square leaves float32."""
+    draw = torch.Generator().manual_seed(0)
+    given = [torch.randn(1, 2, 70, 4, dtype=torch.float64, generator=draw) for _ in range(3)]
+    given.append(-strength * (0.6 + 0.4 * torch.rand(1, 2, 70, 4, dtype=torch.float64, generator=draw)))
+    found = []
+    for one in (looped, decayed_recurrence):
+        dtype = torch.float64 if one is looped else torch.float32
+        leaves = [tensor.detach().to(dtype, copy=True).requires_grad_() for tensor in given]
+        more = (torch.zeros(1, 2, 4, 4, dtype=dtype),) if one is looped else ()
+        one(*leaves, *more)[0].square().sum().backward()
+        found.append([leaf.grad.double() for leaf in leaves])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3 * float(theirs.abs().max()))
+
+
 def test_a_weak_decay_between_strong_ones_keeps_its_digits():
     draw = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 2, 64, 4, dtype=torch.float64, generator=draw) for _ in range(3))

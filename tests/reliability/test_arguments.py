@@ -35,6 +35,7 @@ RIGHT: dict[str, dict[str, Any]] = {
     "check_claims": {"names": ["fwsvd/below-svd"], "data": DATA, "eval_data": DATA},
     "compare": {"methods": ["svd"], "keep": [0.7], "data": DATA, "eval_data": DATA, "out": "out"},
     "compress": {"method": "svd", "keep": 0.7, "data": DATA},
+    "convert": {"method": "liger", "data": DATA},
     "edit": {"method": "neuron-clamp", "data": DATA},
     "evaluate": {"data": DATA},
     "inspect": {"probes": ["spectra"], "data": DATA},

@@ -25,6 +25,7 @@ from transect.anatomy import architecture_of
 from transect.cli import main, main_group
 from transect.compression import allocations, methods
 from transect.compression.recipe import goes_with
+from transect.conversion import conversions
 from transect.editing import edits
 from transect.errors import TransectError
 from transect.probes import probes
@@ -211,6 +212,25 @@ def test_edits(entry, complete, command, tmp_path):
         assert history(tmp_path / "out")["edit"] == entry.name
 
 
+@pytest.mark.parametrize("complete", [False, True], ids=["plain", "options"])
+@pytest.mark.parametrize("entry", conversions(), ids=ids(conversions()))
+def test_conversions(entry, complete, command, tmp_path):
+    """It is written, trained by its stages where it has any, or refused in a line for a reason of its own."""
+    values, words = given(entry, complete)
+    line = ["convert", "model", "--method", entry.name, "--data", "text.txt", "--out", tmp_path / "out", "--json"]
+    steps = ["--steps", "2"] if entry.training(entry.settings(values)) else []
+    said = command(*line, "--sequences", 4, "--sequence-length", 16, "--batch-size", "2", *steps, *words)
+    if said.startswith("error: "):
+        assert entry.name in CONVERTED_FROM_OTHERS and not (tmp_path / "out").exists(), said
+    else:
+        outcome = json.loads(said)
+        noted = history(tmp_path / "out")["convert"]
+        assert outcome["method"] == noted["method"] == entry.name and values.items() <= noted["settings"].items()
+
+
+# Conversions of other models than the one that these commands are tried on.
+CONVERTED_FROM_OTHERS: set[str] = set()
+
 # A command: its arguments, what it needs beside `VALUES`, and flags that do not go with the others.
 COMMANDS = {
     "adapt": (
@@ -232,6 +252,7 @@ COMMANDS = {
         ["stream", "dry_run"],
     ),
     "compress": (["model"], {"method": "svd-llm"}, ["stream"]),
+    "convert": (["model"], {"method": "liger", "train": "lora", "lowers": "own", "lengths": "8,16"}, []),
     "edit": (["model"], {"method": "kfac-edit"}, ["undo"]),
     "eval": (["model"], {}, []),
     "inspect": (["model"], {}, []),

@@ -189,6 +189,12 @@ class Anatomy:
         return self.config_value("head_size") or self.config_value("hidden") // self.config_value("heads")
 
     @property
+    def post_norm(self) -> bool:
+        """Whether the architecture's own norms stand after the residual sum."""
+        post_norm = self.architecture.post_norm
+        return not getattr(self.config, post_norm) if isinstance(post_norm, str) else post_norm
+
+    @property
     def residual_multiplier(self) -> float:
         """What a sublayer's output is multiplied by where it enters the residual stream."""
         key = self.architecture.residual_multiplier
@@ -310,7 +316,9 @@ class Block:
         unit = "attention" if role in ("q", "k", "v", "o") else "mlp"
         if (part := self.part(unit)) is not None:
             path = next(path for path, module in self.module.named_modules() if module is part)
-            return Matrix(self, role, f"{self.path}.{path}.{part.roles[role]}")
+            inner = getattr(part.get_submodule(part.roles[role]), "matrix", None)  # a matrix with more around it
+            within = part.roles[role] if inner is None else f"{part.roles[role]}.{inner}"
+            return Matrix(self, role, f"{self.path}.{path}.{within}")
         if self._is_dropped(unit):
             raise KeyError(role)
         found = self.find(role)
@@ -371,10 +379,7 @@ class Block:
     @property
     def post_norm(self) -> bool:
         """Whether norms stand after the residual sum, so that a single sublayer cannot be dropped."""
-        post_norm = self.anatomy.architecture.post_norm
-        if isinstance(self.module, Surrounded) and self.module.leading.post_norm:
-            return True
-        return not getattr(self.anatomy.config, post_norm) if isinstance(post_norm, str) else post_norm
+        return self.anatomy.post_norm or (isinstance(self.module, Surrounded) and self.module.leading.post_norm)
 
     def branch_output(self, unit: str) -> nn.Module | None:
         """The module whose output `attention` or `mlp` adds to the residual stream; None if it was dropped.

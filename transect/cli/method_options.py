@@ -90,6 +90,16 @@ class AdapterCommand(MethodCommand):
         )
 
 
+class ConversionCommand(MethodCommand):
+    """The same for conversions."""
+
+    def sections(self) -> Sequence[tuple[str, Sequence[Any]]]:
+        from ..conversion import conversions
+
+        groups = dict.fromkeys(one.group for one in conversions())
+        return tuple((f"For {group}", [one for one in conversions() if one.group == group]) for group in groups)
+
+
 class PartCommand(MethodCommand):
     """The same for parts."""
 

@@ -76,7 +76,8 @@ def _standing(anatomy: Anatomy, entry: PartEntry, settings: Mapping[str, Any], s
     asked = {name: getattr(sizes, name) for name in entry.sizes}
     part: Part = entry.function(**asked, **settings)
     if entry.family == "mixer":
-        return MixerSlot(part, sizes.layer, anatomy.architecture.attention_returns)  # type: ignore[arg-type]
+        neighbours = anatomy.architecture.rotation.get("pairs") == "neighbours"
+        return MixerSlot(part, sizes.layer, anatomy.architecture.attention_returns, neighbours)  # type: ignore[arg-type]
     if entry.family == "block":
         return _around(anatomy, part, sizes.layer)
     return part
@@ -171,7 +172,7 @@ def places(anatomy: Anatomy, slot: str, number: int, roles: Iterable[str] | None
             raise TransectError(f"block {number} has no matrix of the roles {', '.join(sorted(chosen))}")
         return paths
     if slot == "mixer":
-        if architecture.post_norm or architecture.attention_adds is not None:
+        if anatomy.post_norm or architecture.attention_adds is not None:
             raise TransectError(
                 f"the attention module of {architecture.name} adds the stream or norms it by itself, so that no mixer "
                 "can stand for it: take a base whose blocks norm first, such as llama or gpt2 (or vit)"

@@ -44,7 +44,7 @@ def decayed_recurrence(
                 near = _within(q, k, v, log_decay, safe)
                 added = (k * _until_end(log_decay).exp()).mT @ v  # of each chunk to the state
             else:
-                write = k / grown
+                write = k * (-since).exp()  # k / grown has 1 / grown² in its gradient, which overflows
         if near is None:
             near, added = (read @ write.mT).tril() @ v, keeps * (write.mT @ v)
         before, state = _carried(added, keeps, state, batch, torch.addcmul)
@@ -135,8 +135,8 @@ def _until_end(log_decay: Tensor) -> Tensor:
 def _within(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, safe: int) -> Tensor:
     """What the positions of each chunk (n x chunk x d) are given by those of the same chunk, halved down to `safe`."""
     if q.shape[1] <= max(safe, 1):
-        grown = functional.pad(log_decay[:, 1:], (0, 0, 1, 0)).cumsum(dim=1).exp()  # its own decay reaches no position
-        return ((q * grown) @ (k / grown).mT).tril() @ v
+        since = functional.pad(log_decay[:, 1:], (0, 0, 1, 0)).cumsum(dim=1)  # its own decay reaches no position
+        return ((q * since.exp()) @ (k * (-since).exp()).mT).tril() @ v
     halves = [tensor.unflatten(1, (2, -1)) for tensor in (q, k, v, log_decay)]
     own = _within(*(half.flatten(0, 1) for half in halves), safe=safe).unflatten(0, (-1, 2))
     q, k, v, log_decay = halves

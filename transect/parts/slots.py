@@ -22,22 +22,28 @@ class MixerSlot(Described):
     """Stands for an attention module and hands its input to a mixer.
 
     part: the mixer. layer: number of the block, under which the cache keeps its state. returns: how many values the
-    attention's forward returned (`Architecture.attention_returns`).
+    attention's forward returned (`Architecture.attention_returns`). neighbours: whether the model's rotary angles are
+    given for channels 2i and 2i + 1, instead of for i and i + width / 2 as mixers have them.
     """
 
     kind = "mixer"
     slot = "mixer"
 
-    def __init__(self, part: Mixer, layer: int, returns: int) -> None:
+    def __init__(self, part: Mixer, layer: int, returns: int, neighbours: bool = False) -> None:
         super().__init__()
         self.part = part
         self.layer_idx = layer
         self.returns = returns
+        self.neighbours = neighbours
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
-        around = Around(real_positions_in(kwargs.get("attention_mask"), x.shape[1]), kwargs.get("position_embeddings"))
+        rotary = kwargs.get("position_embeddings")
+        if rotary is not None and self.neighbours:
+            cos, sin = (torch.cat([angles[..., ::2]] * 2, dim=-1) for angles in rotary)
+            rotary = cos, sin
+        around = Around(real_positions_in(kwargs.get("attention_mask"), x.shape[1]), rotary)
         layer = None if cache is None else state_layer(cache, self.layer_idx)
         if layer is not None:
             around.state, around.past = layer.state, layer.seen
@@ -47,14 +53,15 @@ class MixerSlot(Described):
         return (y, *[None] * (self.returns - 1)) if self.returns else y
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": self.kind, "layer_idx": self.layer_idx, "returns": self.returns, "part": self.part.describe()}
+        described = {"kind": self.kind, "layer_idx": self.layer_idx, "returns": self.returns}
+        return described | ({"neighbours": 1} if self.neighbours else {}) | {"part": self.part.describe()}
 
     @classmethod
     def from_description(cls, description: dict[str, Any]) -> MixerSlot:
         part = build(description["part"], inside=True)
         if not isinstance(part, Mixer):
             raise ValueError(f"a {type(part).__name__} is no mixer")
-        return cls(part, description["layer_idx"], description["returns"])
+        return cls(part, description["layer_idx"], description["returns"], bool(description.get("neighbours")))
 
 
 class BlockSlot(Described):

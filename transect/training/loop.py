@@ -86,6 +86,7 @@ class Problem:
     renew: gives new ones in their place, before the first step and every `renew_every` steps (0: every epoch).
     held: further tensors that go with the parameters as they are now, such as which entries of a matrix they stand for.
     put_back: takes what `held` once gave.
+    at: how many steps are done, which the loop keeps.
     """
 
     name: str
@@ -102,6 +103,7 @@ class Problem:
     renew_every: int = 0
     held: Callable[[], Mapping[str, Tensor]] = dict
     put_back: Callable[[Mapping[str, Tensor]], None] = lambda tensors: None
+    at: int = 0
 
     def now(self) -> dict[str, Tensor]:
         """Everything that the training changes, itself and no copy."""
@@ -151,6 +153,7 @@ def train(problem: Problem, run: Run, note: Mapping[str, Any]) -> Course:
             if problem.renew is not None and step % (problem.renew_every or per_epoch) == 0:
                 stepper.set_rates(problem.renew())
             group = _batches_of(step, per_epoch, len(problem.batches), schedule)
+            problem.at = step
             with _noise_of(step, schedule.seed, run.machine):
                 gradients, loss = _gradients(problem, group, run.machine)
             held_out, finite = math.nan, math.isfinite(loss)

@@ -36,6 +36,7 @@ PURPOSES = {
     "norm": "Stand in the places of the norms (build --norm)",
     "block": "Stand around whole blocks (build --block)",
     "search": "Choose its sizes inside it, and cut the smaller model out (search --method)",
+    "conversion": "Turn it into another architecture that keeps its weights (convert)",
     "edit": "Change what it knows or does (edit)",
 }
 
@@ -62,10 +63,11 @@ def _print_by_purpose(entries: Sequence[Any]) -> None:
 @click.argument("name", required=False)
 @shared_options("json")
 def methods(name: str | None, as_json: bool) -> None:
-    """List the methods, allocations, probes, edits, parts, ways to adapt or search; or the parameters of one."""
+    """List the methods, allocations, probes, conversions, edits, parts, ways to adapt or search; or one of them."""
     from ...adaptation import adapters
     from ...compression import allocations, method
     from ...compression import methods as all_methods
+    from ...conversion import conversions
     from ...editing import edits
     from ...goals import objectives
     from ...parts import parts
@@ -74,7 +76,7 @@ def methods(name: str | None, as_json: bool) -> None:
     from ...training import layer_rates, optimizers, parametrizations, penalties
 
     ways = (*adapters(), *parametrizations(), *objectives(), *optimizers(), *layer_rates(), *penalties(), *searchers())
-    entries = [*all_methods(), *allocations(), *probes(), *edits(), *ways, *parts()]
+    entries = [*all_methods(), *allocations(), *probes(), *conversions(), *edits(), *ways, *parts()]
     if name is not None:  # `method` says which names there are
         entries = [entry for entry in entries if entry.name == name] or [method(name)]
     if as_json:
@@ -113,6 +115,8 @@ def _print_one(entry: Any) -> None:
         print_whole(f"note: {note}")
     print_whole("")
     print_whole(inspect.getdoc(entry.function) or "")
+    if exact := getattr(entry, "exact", ""):  # of a conversion
+        print_whole(f"\nbefore any training: {exact}")
     if limit := getattr(entry.function, "limit", ""):  # of a part
         print_whole(f"\nwhen it is the standard part: {limit}")
     grid = Table("parameter", "type", "default", "accepts")

@@ -35,23 +35,28 @@ class Local(Attention):
         self.window = window
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, around: Around) -> Tensor:
-        real = q.new_ones(q.shape[0], q.shape[2], dtype=torch.bool) if around.real is None else around.real
-        past = [tensor.new_zeros(*tensor.shape[:-2], self.window, tensor.shape[-1]) for tensor in (k, v)]
-        seen = real.new_zeros(len(real), self.window)
-        if around.state:
-            past, seen = [around.state["k"], around.state["v"]], around.state["real"]
-        k, v = (torch.cat([old, new], dim=2) for old, new in zip(past, (k, v), strict=True))
-        real = torch.cat([seen, real], dim=1)
-        if around.state is not None:
-            around.state |= {
-                "k": k[:, :, -self.window :],
-                "v": v[:, :, -self.window :],
-                "real": real[:, -self.window :],
-            }
-        return windowed(q, k, v, real, self.window, self.causal)
+        return windowed(q, *with_window_before(k, v, around, self.window), self.causal)
 
     def mixing_flops(self, length: int) -> int:
         return 4 * length * (2 if self.causal else 3) * min(self.window, length) * self.heads * self.head_size
+
+
+def with_window_before(k: Tensor, v: Tensor, around: Around, window: int) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Keys and values with the window before them in front, which of them are real, and how long the window then is.
+
+    It is no longer than there are positions. In generation the last window is kept.
+    """
+    real = k.new_ones(k.shape[0], k.shape[2], dtype=torch.bool) if around.real is None else around.real
+    count, state = k.shape[2], around.state
+    if state is not None:
+        if "k" in state:
+            k, v = (torch.cat([old, new], dim=2) for old, new in ((state["k"], k), (state["v"], v)))
+            real = torch.cat([state["real"], real], dim=1)
+        state |= {"k": k[:, :, -window:], "v": v[:, :, -window:], "real": real[:, -window:]}
+    window = min(window, k.shape[2])
+    front = window + count - k.shape[2]  # zeros for what is not there
+    k, v = (functional.pad(one, (0, 0, front, 0)) for one in (k, v))  # cuts where it is below 0
+    return k, v, functional.pad(real, (front, 0)), window
 
 
 def windowed(q: Tensor, k: Tensor, v: Tensor, real: Tensor, window: int, causal: bool) -> Tensor:
@@ -61,6 +66,9 @@ def windowed(q: Tensor, k: Tensor, v: Tensor, real: Tensor, window: int, causal:
     A query that may see nothing sees itself.
     """
     count, blocks = q.shape[2], -(-q.shape[2] // window)
+    if count == 1:  # in generation: the first of what is in front of it is a whole window away
+        mask = real[:, None, None, 1:] | (torch.arange(1, window + 1, device=q.device) == window)
+        return functional.scaled_dot_product_attention(q, k[:, :, 1:], v[:, :, 1:], attn_mask=mask)
     behind = blocks * window - count  # to whole blocks
     ahead = 0 if causal else window
     wide = (2 if causal else 3) * window

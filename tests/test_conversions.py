@@ -1,0 +1,195 @@
+"""What every conversion owes its user, on every causal architecture: exact where it says so, whole, and generating."""
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import transect
+from transect.anatomy import Anatomy
+from transect.conversion import Plan, conversions, convert_anatomy
+from transect.data import load
+from transect.errors import TransectError
+from transect.evaluation import evaluate_loss
+
+from .models import CAUSAL, VOCABULARY, assert_alike, assert_same_tensors, inputs, logits, tiny
+
+DATA = torch.randint(3, VOCABULARY, (8, 16), generator=torch.Generator().manual_seed(5))
+# Settings with which a conversion leaves the tiny models what they were; those without an entry are not exact at any.
+EXACT = {"liger": {"alpha": 0.0, "beta": 1.0}, "mixer": {"mixer": "softmax"}}
+# What makes a conversion fit models of three blocks and 48 neurons, where its defaults do not.
+SMALL = {"liger": {"window": 4}}
+# Architectures that a conversion refuses, with a word of the reason; all others it takes.
+REFUSED = {
+    "liger": {"gemma2": "softmax", "gemma3": "softmax", "gptj": "softmax", "bloom": "softmax"},
+    "mixer": {"bloom": "adds the stream"},
+}
+# Architectures whose attention is more than the softmax that a conversion is exact with.
+MORE = {"mixer": {"gemma2", "gemma3", "gptj"}}
+FOR_CAUSAL = [entry for entry in conversions() if entry.causal]
+
+
+def converted(entry, name, settings=None, **options):
+    """A tiny model, converted; or None if it is refused as expected, and then it is as it was."""
+    model = tiny(name)
+    plan = Plan(entry.name, settings or SMALL.get(entry.name, {}), steps=0, **options)
+    data = load(DATA, model, batch_size=4)
+    reason = REFUSED.get(entry.name, {}).get(name)
+    if reason is None:
+        return convert_anatomy(Anatomy(model), plan, data)
+    with pytest.raises(TransectError, match=reason):
+        convert_anatomy(Anatomy(model), plan, data)
+    assert_same_tensors(model, tiny(name))
+    return None
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("entry", FOR_CAUSAL, ids=lambda entry: entry.name)
+def test_it_comes_back_from_a_folder_and_generates(entry, name, tmp_path):
+    found = converted(entry, name)
+    if found is None:
+        return
+    model, outcome = found
+    assert outcome["generates"] and outcome["exact"] == entry.exact
+    batch = {"input_ids": DATA[:2, :12]}
+    model.save_pretrained(tmp_path / "model")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert_same_tensors(again, model)
+    assert_alike(logits(again, batch), logits(model, batch))
+    assert Anatomy(again).record.history[-1]["convert"]["method"] == entry.name
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("entry", [one for one in FOR_CAUSAL if one.name in EXACT], ids=lambda entry: entry.name)
+def test_it_is_the_model_as_it_was_where_it_says_so(entry, name):
+    found = converted(entry, name, EXACT[entry.name])
+    if found is not None and name not in MORE.get(entry.name, ()):
+        batch = inputs(name)
+        expected = logits(tiny(name), batch)
+        torch.testing.assert_close(
+            logits(found[0], batch), expected, atol=2e-5 * float(expected.abs().max()), rtol=1e-4
+        )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("entry", FOR_CAUSAL, ids=lambda entry: entry.name)
+def test_padding_changes_nothing_and_nothing_peeks(entry, name):
+    found = converted(entry, name)
+    if found is None:
+        return
+    model = found[0]
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[0, :4] = 0
+    asked = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
+    batched = model.generate(DATA[:2, :12], attention_mask=mask, **asked)[0, 12:]
+    alone = model.generate(DATA[:1, 4:12], attention_mask=mask[:1, 4:], **asked)[0, 8:]
+    assert torch.equal(batched, alone)
+    other = DATA[:2, :12].clone()
+    other[:, 8:] = 5
+    torch.testing.assert_close(model(other).logits[:, :8], model(DATA[:2, :12]).logits[:, :8], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("entry", [one for one in conversions() if one.stages], ids=lambda entry: entry.name)
+def test_its_training_goes_on_after_an_interruption(entry, tmp_path):
+    """The same tensors bit for bit, whichever stage was interrupted."""
+    name = "llama" if entry.causal else "vit"
+    if REFUSED.get(entry.name, {}).get(name):
+        pytest.skip("refused")
+    given = dict(SMALL.get(entry.name, {}))
+    options = dict(steps=4, epochs=2, every=1, batch_size=2, held_out=0.25, settings={entry.name: given})
+    data = DATA if entry.causal else inputs("vit", batch=8)
+    whole = transect.convert(tiny(name), entry.name, data, **options).model
+    for stop in (1, 3):
+        seen = []
+
+        def interrupt(check, stop=stop, seen=seen):
+            seen.append(check)
+            if len(seen) == stop:
+                raise KeyboardInterrupt
+
+        folder = tmp_path / f"unfinished-{stop}"
+        with pytest.raises(KeyboardInterrupt):
+            transect.convert(tiny(name), entry.name, data, checkpoint=folder, on_check=interrupt, **options)
+        resumed = transect.convert(tiny(name), entry.name, data, checkpoint=folder, **options).model
+        assert_same_tensors(resumed, whole)
+        assert not folder.exists()
+
+
+def test_a_converted_model_is_not_converted_again_by_the_same_way():
+    model = tiny("llama")
+    transect.convert(model, "liger")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(TransectError, match="a part stands there"):
+        transect.convert(model, "mixer")
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "ligre"}, "unknown conversion 'ligre'; known:.*liger"), ({"steps": 3}, "training needs data"),
+        ({"alpha": 0.5, "beta": 0.2}, "alpha \\+ beta should be 1"), ({"layers": "1-9"}, "blocks 0 to 2"),
+        ({"layers": "a"}, "written like 0-5,7"), ({"keep_every": 1}, "no block is converted"),
+        ({"method": "mixer", "mixer": "pooling"}, "has no k, o, q, v"), ({"window": 0}, "window=0 must be"),
+        ({"lr": -1.0}, "lr should be a number above 0"), ({"steps": -1}, "steps should be a whole number"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_done_is_said_before_any_change(options, message):
+    model = tiny("llama")
+    with pytest.raises(TransectError, match=message):
+        transect.convert(model, **{"method": "liger", **options})
+    assert_same_tensors(model, tiny("llama"))
+
+
+def test_a_compressed_matrix_is_refused_and_encoders_are():
+    small = transect.compress(tiny("llama"), "svd", keep=0.7)
+    with pytest.raises(TransectError, match="convert first, and compress what comes out"):
+        transect.convert(small, "liger")
+    with pytest.raises(TransectError, match="predict the next token"):
+        transect.convert(tiny("bert"), "liger")
+
+
+def test_what_comes_out_is_compressed_and_inspected_as_any_other(tmp_path):
+    for name in ("llama", "qwen3", "gpt2"):  # qwen3 norms its keys: the matrix is within the projection
+        model = transect.convert(tiny(name), "liger").model
+        roles = {matrix.role for matrix in Anatomy(model).matrices()}
+        assert {"q", "k", "v", "o"} < roles
+        transect.compress(model, "svd", keep=0.7)
+        model.save_pretrained(tmp_path / name)
+        assert_alike(
+            logits(AutoModelForCausalLM.from_pretrained(tmp_path / name), {"input_ids": DATA}),
+            logits(model, {"input_ids": DATA}),
+        )
+
+
+def test_training_mends_and_the_table_says_what_it_costs():
+    model = tiny("llama")
+    dense = evaluate_loss(model, load(DATA, model)).loss
+    found = transect.convert(
+        model, "liger", DATA, eval_data=DATA, epochs=10, lr=1e-2, lengths=[8, 32], batch_size=4, window=8
+    )
+    losses = found.outcome["texts"]["eval"]["loss"]
+    assert losses[0] == pytest.approx(dense) and losses[2] < losses[1]
+    before, after = found.outcome["quality"]
+    assert before[1]["cache_bytes"] == 4 * before[0]["cache_bytes"]
+    assert after[1]["cache_bytes"] == after[0]["cache_bytes"]  # a window of 8 and a matrix a head
+    assert found.outcome["parameters"][0] == found.outcome["parameters"][1]
+
+
+def test_without_transect_it_is_the_same_model(tmp_path):
+    model = transect.convert(tiny("cohere"), "liger").model
+    model.save_pretrained(tmp_path / "model")
+    code = (
+        "import sys, torch\nfrom transformers import AutoModelForCausalLM\n"
+        "m = AutoModelForCausalLM.from_pretrained('model', trust_remote_code=True).eval()\n"
+        "torch.save(m(torch.load('ids.pt')).logits.detach(), 'out.pt')\nassert 'transect' not in sys.modules\n"
+    )
+    torch.save(DATA[:2], tmp_path / "ids.pt")
+    (tmp_path / "run.py").write_text(code)
+    import subprocess
+    import sys
+
+    subprocess.run([sys.executable, "run.py"], cwd=tmp_path, check=True, capture_output=True)
+    assert_alike(torch.load(tmp_path / "out.pt"), logits(model, {"input_ids": DATA[:2]}))

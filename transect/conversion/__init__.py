@@ -1,0 +1,18 @@
+"""Turning a trained model into another architecture that keeps its weights: a file for each method in `catalog`.
+
+A conversion is where a part's numbers come from: exactly where algebra allows it, repaired by the one training loop
+where it does not.
+"""
+
+from .catalog import load as _load
+from .convert import KIND, Plan, convert_anatomy
+from .quality import Quality, quality_of
+from .registry import Calibration, Conversion, conversion, conversion_named, conversions
+from .stage import Stage
+
+_load()
+
+__all__ = [
+    "KIND", "Calibration", "Conversion", "Plan", "Quality", "Stage", "conversion", "conversion_named", "conversions",
+    "convert_anatomy", "quality_of",
+]  # fmt: skip
