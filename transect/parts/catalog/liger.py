@@ -26,7 +26,8 @@ class Liger(Attention):
 
     gate: how the memory decays.
     window: how far softmax attention sees, the position itself included.
-    alpha: weight of the memory. beta: weight of the window.
+    alpha: weight of the memory.
+    beta: weight of the window.
     """
 
     kind = "mixer.liger"
