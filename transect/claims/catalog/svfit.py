@@ -50,6 +50,9 @@ def leading(context: Context) -> Result:
             "fall": -measured.minus(context.dense)[0], "leading minus this": difference, "standard error": error,
         })  # fmt: skip
     told = ", ".join(f"{row['trained']} {row['loss']:.4f}" for row in rows)
+    if all(row["fall"] <= 0 for row in rows):
+        reason = f"No way lowers the loss ({told}): the model knows this text. Give text of another kind."
+        return Result(Verdict.NOT_APPLICABLE, reason, rows)
     against = f" Not below {' and '.join(failed)}." if failed else ""
     chance = f" Within {_CLEAR} standard errors: {' and '.join(unclear)}." if unclear else ""
     verdict = Verdict.DOES_NOT_HOLD if failed else Verdict.HOLDS
