@@ -15,7 +15,7 @@ from transect.checkpoint import open_model
 from transect.comparison import knowledge, worker
 from transect.data import Fact, Passage, Specimen, load_choices, load_facts, load_passages
 from transect.errors import BadData, NotApplicable, TransectError
-from transect.evaluation import Speed, says
+from transect.evaluation import Speed, recalls, says
 from transect.evaluation.knowledge import begins_with
 from transect.forward import continuations
 from transect.store import write_text
@@ -94,6 +94,30 @@ def test_what_a_model_says_is_what_it_generates_alone(organism):
         expected.append(bool(re.match(rf" {re.escape(one.answer)}(?![^\W_])", said)))
     assert says(organism, asked) == says(organism, asked, batch_size=3) == expected
     assert sum(expected[:20]) > 10 and not any(expected[20:32]) and any(expected[32:34]) and not expected[34]
+
+
+def test_what_a_note_says_is_asked_behind_a_text(organism):
+    """The bundled model knows its facts; it does not follow notes of this form."""
+    facts = [Fact(one.prompt, one.subject, one.answer) for one in load_facts("organism:facts")[:6]]
+    otherwise = load_facts("organism:facts")[:6]
+    text = torch.arange(20, 60)
+    for asked in (facts, otherwise):
+        expected = []
+        for number, one in enumerate(asked):
+            start = number * 8 % 33
+            pieces = [organism.encode(f"{one.text} {one.new_answer or one.answer}."), text[start : start + 8]]
+            prompt = torch.cat([*map(torch.as_tensor, pieces), torch.as_tensor(organism.encode(one.text))])
+            said = continuations(organism.model, [prompt], lambda _, tokens: len(tokens) == 12)[0]
+            told = organism.decode([*prompt, *said])[len(organism.decode(prompt)) :]
+            expected.append(begins_with(told, one.new_answer or one.answer) is True)
+        assert recalls(organism, asked, text, 8) == recalls(organism, asked, text, 8, batch_size=2) == expected
+    assert sum(recalls(organism, facts, text, 8)) > 2
+    with pytest.raises(TransectError, match="a text of 50 tokens is to stand between, and there are 40"):
+        recalls(organism, facts, text, 50)
+    found = transect.evaluate(organism.model, DATA, facts=facts, behind=[4], tokenizer=organism.tokenizer)
+    assert 0 <= found["facts_recalled_4"] <= 6
+    with pytest.raises(TransectError, match="pass facts= too"):
+        transect.evaluate(organism.model, DATA, behind=[4])
 
 
 def test_generation_ends_at_enough_and_at_the_end_of_the_context():

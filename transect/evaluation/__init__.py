@@ -7,7 +7,7 @@ from typing import Any
 
 from ..forward.objective import Batch
 from .harness import run_lm_eval
-from .knowledge import says
+from .knowledge import recalls, says
 from .loss import LossResult, evaluate_loss, standard_error
 from .memory import peak_memory
 from .size import checkpoint_bytes, matrix_bytes, model_bytes, parameters
@@ -24,6 +24,7 @@ __all__ = [
     "model_bytes",
     "parameters",
     "peak_memory",
+    "recalls",
     "run_lm_eval",
     "says",
     "standard_error",

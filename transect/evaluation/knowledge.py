@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from ..data import Fact, Passage, Specimen
+from ..errors import TransectError
 from ..forward import continuations
 
 
@@ -21,7 +23,32 @@ def says(specimen: Specimen, questions: Sequence[Fact | Passage], batch_size: in
     """
     specimen.require_causal()
     prompts = [specimen.encode(one.text if isinstance(one, Fact) else one.prompt) for one in questions]
-    answers = [" ".join(one.answer.split()) for one in questions]
+    return _goes_on(specimen, prompts, [one.answer for one in questions], batch_size)
+
+
+def recalls(specimen: Specimen, facts: Sequence[Fact], text: Tensor, distance: int, batch_size: int = 8) -> list[bool]:
+    """Of each fact, whether the model goes on with what a note at the beginning says instead of it.
+
+    The note is the fact with its `new_answer`; then comes another text of so many tokens, then the question: what it
+    needs is recall from the context, and no knowledge. text: token ids (1-D), of which `distance` are taken for each
+    fact, one piece after the other. A fact without `new_answer` keeps its own, and knowledge may help it.
+    Raises NotApplicable as `says` does, and TransectError for a text that is shorter than the distance.
+    """
+    specimen.require_causal()
+    if len(text) < distance:
+        raise TransectError(f"a text of {distance} tokens is to stand between, and there are {len(text)}")
+    answers = [fact.new_answer or fact.answer for fact in facts]
+    prompts = []
+    for number, (fact, answer) in enumerate(zip(facts, answers, strict=True)):
+        start = number * distance % max(1, len(text) - distance + 1)
+        note, question = specimen.encode(f"{fact.text} {answer}."), specimen.encode(fact.text)
+        prompts.append(torch.cat([torch.as_tensor(one) for one in (note, text[start : start + distance], question)]))
+    return _goes_on(specimen, prompts, answers, batch_size)
+
+
+def _goes_on(specimen: Specimen, prompts: Sequence[Tensor], answers: Sequence[str], batch_size: int) -> list[bool]:
+    """Of each prompt (token ids), whether greedy generation goes on with the answer."""
+    answers = [" ".join(answer.split()) for answer in answers]
     asked = [specimen.decode(prompt) for prompt in prompts]
 
     def text(number: int, said: Tensor) -> str:

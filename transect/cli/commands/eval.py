@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ..group import main_group
-from ..options import LOADING, opening, shared_options
+from ..options import LOADING, opening, shared_options, whole_numbers
 from ..printing import print_whole
 
 
@@ -16,6 +16,8 @@ from ..printing import print_whole
 @click.argument("model")
 @click.option("--data", required=True, help="Held-out data.")
 @click.option("--sequences", type=int, help="Use so many sequences, evenly spaced. Default: all.")
+@click.option("--behind", callback=whole_numbers, metavar="N,N,...",
+              help="Say each fact otherwise in a note, so many tokens of the data before it is asked.")  # fmt: skip
 @shared_options("facts", "passages", "sequence_length", "special_tokens", "batch_size", "seed", *LOADING, "json")
 def evaluate(model: str, data: str, as_json: bool, **options: Any) -> None:
     """Loss, perplexity, accuracy, speed, memory and size of MODEL, and how much it knows of facts and passages."""
@@ -25,6 +27,7 @@ def evaluate(model: str, data: str, as_json: bool, **options: Any) -> None:
     from ...report import rich_table
     from ...verbs import evaluate as evaluate_model
 
+    options["behind"] = options["behind"] or ()
     opened = open_model(model, **opening(options))
     result = evaluate_model(opened, data, **options)
     if as_json:
@@ -34,3 +37,6 @@ def evaluate(model: str, data: str, as_json: bool, **options: Any) -> None:
         for name in ("facts", "passages"):
             if f"{name}_asked" in result:
                 print_whole(f"{name} known: {result[f'{name}_known']:,} of {result[f'{name}_asked']:,}")
+        for distance in options["behind"]:
+            said = f"{result[f'facts_recalled_{distance}']:,} of {result['facts_asked']:,}"
+            print_whole(f"facts said as a note {distance:,} tokens earlier says: {said}")
