@@ -30,6 +30,33 @@ WRITERS = {
     "convert": ["convert", "model", "--method", "liger", *DATA, "--batch-size", "2"],
     "compare": ["compare", "model", "--methods", "svd", "--keep", "0.7", *DATA, "--eval", "text.txt"],
     "inspect": ["inspect", "model", "--probes", "spectra", *DATA],
+    "memorize": ["memorize", "model", *DATA, "--neighbours", "2", "--blocks", "1"],
+    "search": ["search", "model", "--keep", "0.7", *DATA, "--batch-size", "2", "--neurons", "24,48"],
+    "prefer": ["prefer", "model", "--data", "preferences.json"],
+    "build": ["build", "llama", "--hidden", "32", "--blocks", "2", "--heads", "4", "--vocabulary", "64"],
+    "race": ["race", "model", "--adapt", "lora", *DATA, "--eval", "text.txt", "--rates", "1e-3", "--seeds", "1"],
+    "contest": [
+        "race",
+        "llama",
+        "--mixer",
+        "pooling",
+        "--task",
+        "induction",
+        "--hidden",
+        "16",
+        "--blocks",
+        "1",
+        "--heads",
+        "2",
+        "--steps",
+        "2",
+        "--rates",
+        "1e-3",
+        "--seeds",
+        "1",
+        "--lengths",
+        "none",
+    ],
 }
 CACHED = ["compress", "model", "--method", "svd-llm", "--keep", "0.7", *DATA]
 EVAL = ["eval", "model", "--data", "text.txt"]
@@ -168,7 +195,8 @@ def test_nothing_half_written_is_left(ended, place):
     left = [str(path.relative_to(place)) for path in place.rglob("*") if re.search(r"\.(partial|previous)-", path.name)]
     assert not left
     resumed = {"room-inspect", ".room-stream.streaming", ".room-recover.recovery", ".room-adapt.adaptation",
-               ".room-convert.conversion", "room-compare"}  # by the next run  # fmt: skip
+               ".room-convert.conversion", ".room-memorize.memory", ".room-search.search", ".room-prefer.preference",
+               "room-compare", "room-race", "room-contest"}  # by the next run  # fmt: skip
     assert ended[1] <= resumed
 
 

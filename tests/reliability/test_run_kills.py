@@ -38,6 +38,24 @@ def recover(root, how):
     return transect.recover(tiny("llama"), DATA, how, out=root / "run", **options)
 
 
+TRAIN = dict(epochs=2, steps=2, every=1, batch_size=4, held_out=0.34, device="cpu", overwrite=True)
+PAIRS = [{"prompt": f"w{number} w7", "better": "w5 w6", "worse": "w8", "category": "one"} for number in range(6)]
+# Every other command that trains: what it is called with, and the folder of its unfinished work.
+TRAINED = {
+    "adapt": (lambda out: transect.adapt(tiny("llama"), "lora", DATA, out=out, lr=1e-2, rank=2, **TRAIN), "adaptation"),
+    "convert": (lambda out: transect.convert(tiny("llama"), "liger", DATA, out=out, window=4, **TRAIN), "conversion"),
+    "memorize": (
+        lambda out: transect.memorize(
+            tiny("llama"), DATA, out=out, blocks=1, neighbours=2, epochs=2, batch=8, held_out=0.34, overwrite=True
+        ),
+        "memory",
+    ),
+    "search": (
+        lambda out: transect.search(tiny("llama"), DATA, out=out, keep=0.7, neurons=(24, 48), lr=1e-3, **TRAIN), "search"
+    ),
+}  # fmt: skip
+
+
 def files(root):
     """Names of everything that is there, relative to `root`."""
     return sorted(str(path.relative_to(root)) for path in Path(root).rglob("*"))
@@ -129,3 +147,28 @@ def test_a_repair(tmp_path, how):
         found = load_file(model)
         assert found.keys() == new.keys() and all(torch.equal(found[name], new[name]) for name in new)
         assert files(state) == names
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_training(tmp_path, name):
+    """Resumed wherever it was killed, it ends with the same tensors, and leaves nothing beside them."""
+    command, unfinished = TRAINED[name]
+    root = tmp_path / "root"
+    root.mkdir()
+    seen = states(lambda place: command(place / "run"), root, tmp_path / "states")
+    new, names = tensors_of(root / "run"), files(root)
+    assert any((state / f".run.{unfinished}").is_dir() for state in seen)
+    for state in seen:
+        found = tensors_of(state / "run")
+        assert not found or same_tensors(found, new)
+        command(state / "run")
+        assert same_tensors(tensors_of(state / "run"), new) and files(state) == names
+
+
+def tensors_of(folder):
+    found = sorted(Path(folder).glob("*.safetensors"))
+    return {f"{path.name} {name}": tensor for path in found for name, tensor in load_file(path).items()}
+
+
+def same_tensors(found, expected):
+    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..anatomy import Anatomy
+from ..compression.fingerprint import computation_fingerprint
 from ..data import Batches
 from ..data.split import split
 from ..statistics import Progress
@@ -18,6 +20,8 @@ from ..version import __version__
 from .datastore import Datastore, Targets, neighbours_of, states_of
 from .mixture import Memory, attach, check, mixed_loss
 from .settings import Settings
+
+KIND = "an unfinished memory"  # what the folder of one is
 
 
 def memory_loss(logits: Tensor, values: Tensor, targets: Targets, rows: Tensor, imitation: float) -> Tensor:
@@ -32,10 +36,12 @@ def memory_loss(logits: Tensor, values: Tensor, targets: Targets, rows: Tensor, 
 
 
 def memorize_anatomy(
-    anatomy: Anatomy, settings: Settings, data: Batches, *, progress: Progress | None = None,
-    on_check: OnCheck = lambda check: None,
+    anatomy: Anatomy, settings: Settings, data: Batches, *, state: State | None = None,
+    progress: Progress | None = None, on_check: OnCheck = lambda check: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Give the model a memory of the data, in place; returns what came of it, which is also noted in its history.
+
+    state: where neighbours and unfinished training are kept; the same call goes on from there. Who made it removes it.
 
     The model's own numbers stay. Returns `loss_before` and `loss_after` (of the model alone and of the mixture on the
     held-out sequences, in nats), `share` (of the memory in the mixture, where that loss is least), `temperature`,
@@ -44,8 +50,14 @@ def memorize_anatomy(
     check(anatomy)
     model: Any = anatomy.model
     training, held_out = split(data, settings.held_out, 8, settings.seed)
+    state = state or State(None)
+    noted = {
+        "transect": __version__, "memorize": asdict(settings), "data": data.fingerprint,
+        "model": computation_fingerprint(model),
+    }  # fmt: skip
+    state.begin(json.dumps(noted, sort_keys=True))
     store, other = states_of(anatomy, training), states_of(anatomy, held_out)
-    targets = neighbours_of(store, settings.neighbours, settings.temperature)
+    targets = _neighbours(store, settings, state)
     device, head = model.device, anatomy.unembedding
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
@@ -71,7 +83,7 @@ def memorize_anatomy(
         lambda: mixed_loss(other.own, scores(other), 1)[0], both.train,  # share 0 would not tell states apart
     )  # fmt: skip
     schedule = Schedule(lr=settings.lr, epochs=settings.epochs, shape="linear", seed=settings.seed)
-    course = train(problem, Run(schedule, Machine(device), State(None), progress, on_check), {})
+    course = train(problem, Run(schedule, Machine(device), state, progress, on_check), {})
     after, share = mixed_loss(other.own, scores(other))
     attach(anatomy, memory, own.weight, share)
     outcome = {
@@ -82,3 +94,14 @@ def memorize_anatomy(
     }  # fmt: skip
     anatomy.record.history.append({"transect": __version__, "memorize": asdict(settings), **outcome})
     return outcome
+
+
+def _neighbours(store: Datastore, settings: Settings, state: State) -> Targets:
+    """The targets, which take most of the time, from the state if they were found before."""
+    found = state.read("neighbours")
+    if found is not None:
+        return Targets(*(found[0][name] for name in ("tokens", "weights", "entropy")), found[1]["temperature"])
+    targets = neighbours_of(store, settings.neighbours, settings.temperature)
+    tensors = {"tokens": targets.tokens, "weights": targets.weights, "entropy": targets.entropy}
+    state.write("neighbours", tensors, {"temperature": targets.temperature})
+    return targets

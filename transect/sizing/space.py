@@ -138,12 +138,16 @@ class Space:
         """The smallest network."""
         return dict.fromkeys(self.axes, 0)
 
+    def within(self, size: int, keep: float | None) -> bool:
+        """Whether so many numbers are at most `keep` of the model's, which rounding must not decide."""
+        return keep is None or size <= keep * self.whole * (1 + 1e-12)
+
     def check_reach(self, keep: float | None) -> None:
         """Raise OutOfReach where even the smallest network is larger than `keep` of the model's numbers."""
-        share = self.size(self.smallest) / self.whole
-        if keep is not None and share > keep:
+        size = self.size(self.smallest)
+        if not self.within(size, keep):
             raise OutOfReach(
-                f"the smallest network of this space has {share:.3f} of the matrices' numbers, more than "
+                f"the smallest network of this space has {size / self.whole:.3f} of the matrices' numbers, more than "
                 f"keep={keep:g}: name smaller sizes, or more axes"
             )
 
@@ -154,7 +158,7 @@ class Space:
         it saves.
         """
         now = dict(picked)
-        while keep is not None and (size := self.size(now)) > keep * self.whole:
+        while not self.within(size := self.size(now), keep):
             options = []
             for name, index in now.items():
                 for lower in range(index):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,11 @@ from ..anatomy import Anatomy
 from ..arguments import checked
 from ..checkpoint import Opened, check_output, save
 from ..data import SpecialTokens
-from ..memory import Settings, memorize_anatomy
+from ..memory import KIND, Settings, memorize_anatomy
 from ..parameters import Seed
 from ..statistics import Progress
 from ..store import alone
-from ..training import Check
+from ..training import Check, State
 from .arguments import Count, FolderName, Length
 from .common import calibration_of, opened_of
 
@@ -51,7 +52,7 @@ def memorize(
     model: a Hugging Face model, or the name of one. data: the corpus, see `transect.data.load`; the last `held_out`
         share of it chooses the best state and the share. All distances between its positions are computed: some 10⁵ of
         them take minutes. Never give the text that the result is to be evaluated on.
-    out: a folder to write the model to. tokenizer: default: found beside the model.
+    out: a folder to write the model to; unfinished work lies beside it, and the same call goes on. tokenizer: default: found beside the model.
     blocks ... held_out, seed: see `transect.memory.Settings`. sequences: use so many of the data's; default all.
     on_check: called with every measurement of the held-out loss.
     Raises TransectError before any change if something cannot be done.
@@ -61,10 +62,13 @@ def memorize(
         lr=lr, held_out=held_out, seed=seed,
     ).checked()  # fmt: skip
     target = None if out is None else check_output(out, overwrite)
+    state = State(None if target is None else target.parent / f".{target.name}.memory", kind=KIND)
+    state.check_place()
     opened = opened_of(model, tokenizer)
     batches = calibration_of(data, opened, sequence_length, sequences, 8, seed, special_tokens)
-    memorize_anatomy(Anatomy(opened.model), settings, batches, progress=progress, on_check=on_check)
-    if target is not None:
-        with alone(target):
+    with nullcontext() if target is None else alone(target):
+        memorize_anatomy(Anatomy(opened.model), settings, batches, state=state, progress=progress, on_check=on_check)
+        if target is not None:
             save(opened.model, target, opened.tokenizer or opened.processor, overwrite=overwrite)
+        state.remove()
     return opened.model if isinstance(model, (str, Path, Opened)) else model

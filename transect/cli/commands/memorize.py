@@ -33,16 +33,18 @@ from ..printing import print_whole, progress_bar, stderr
 def memorize(model: str, data: str, out: Path, as_json: bool, **options: Any) -> None:
     """Give MODEL a memory of a corpus, whose prediction is mixed into its own, and write it as a checkpoint.
 
-    The model itself stays as it is. The checkpoint loads, generates and is evaluated like any other.
+    The model itself stays as it is. The checkpoint loads, generates and is evaluated like any other. The same command
+    goes on from what an interrupted one has left.
     """
     from ...anatomy import record_of
     from ...checkpoint import check_output, open_model
+    from ...store import alone
     from ...training import Check
     from ...verbs import memorize as memorize_model
 
     check_output(out, options["overwrite"])
     loading = {name: options.pop(name) for name in ("revision", "dtype", "architecture")}
-    with progress_bar(as_json) as (_, show):
+    with alone(out), progress_bar(as_json) as (_, show):
 
         def say(check: Check) -> None:
             if not as_json:

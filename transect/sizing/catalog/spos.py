@@ -39,7 +39,7 @@ class Judge:
     def fitting(self, picked: dict[str, int]) -> dict[str, int]:
         """The same, or made smaller at random, a choice at a time, until it fits."""
         space, keep, now = self.task.space, self.task.settings.keep, dict(picked)
-        while keep is not None and space.size(now) > keep * space.whole:
+        while not space.within(space.size(now), keep):
             now[self.random.choice([name for name, index in now.items() if index > 0])] -= 1
         return now
 
