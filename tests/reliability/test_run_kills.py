@@ -51,7 +51,8 @@ TRAINED = {
         "memory",
     ),
     "search": (
-        lambda out: transect.search(tiny("llama"), DATA, out=out, keep=0.7, neurons=(24, 48), lr=1e-3, **TRAIN), "search"
+        lambda out: transect.search(tiny("llama"), DATA, out=out, keep=0.7, neurons=(24, 48), lr=1e-3, **TRAIN),
+        "search",
     ),
 }  # fmt: skip
 

@@ -100,7 +100,8 @@ def _neighbours(store: Datastore, settings: Settings, state: State) -> Targets:
     """The targets, which take most of the time, from the state if they were found before."""
     found = state.read("neighbours")
     if found is not None:
-        return Targets(*(found[0][name] for name in ("tokens", "weights", "entropy")), found[1]["temperature"])
+        tensors, note = found
+        return Targets(tensors["tokens"], tensors["weights"], tensors["entropy"], note["temperature"])
     targets = neighbours_of(store, settings.neighbours, settings.temperature)
     tensors = {"tokens": targets.tokens, "weights": targets.weights, "entropy": targets.entropy}
     state.write("neighbours", tensors, {"temperature": targets.temperature})

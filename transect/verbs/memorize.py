@@ -52,7 +52,8 @@ def memorize(
     model: a Hugging Face model, or the name of one. data: the corpus, see `transect.data.load`; the last `held_out`
         share of it chooses the best state and the share. All distances between its positions are computed: some 10⁵ of
         them take minutes. Never give the text that the result is to be evaluated on.
-    out: a folder to write the model to; unfinished work lies beside it, and the same call goes on. tokenizer: default: found beside the model.
+    out: a folder to write the model to; unfinished work lies beside it, and the same call goes on from there.
+    tokenizer: default: found beside the model.
     blocks ... held_out, seed: see `transect.memory.Settings`. sequences: use so many of the data's; default all.
     on_check: called with every measurement of the held-out loss.
     Raises TransectError before any change if something cannot be done.
