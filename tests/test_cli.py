@@ -206,7 +206,7 @@ def test_help_shows_every_method_with_its_paper_parameters_and_defaults(command)
 def test_help_and_version():
     assert set(main_group.commands) == {
         "adapt", "build", "compress", "compare", "eval", "race", "methods", "claims", "recover", "inspect", "edit",
-        "check-architecture", "search", "prefer", "memorize", "convert",
+        "check-architecture", "search", "prefer", "memorize", "convert", "diff",
     }  # fmt: skip
     for command in main_group.commands:
         assert command in run("--help").stdout and "Usage:" in run(f"{command} -h").stdout

@@ -36,6 +36,7 @@ RIGHT: dict[str, dict[str, Any]] = {
     "compare": {"methods": ["svd"], "keep": [0.7], "data": DATA, "eval_data": DATA, "out": "out"},
     "compress": {"method": "svd", "keep": 0.7, "data": DATA},
     "convert": {"method": "liger", "data": DATA},
+    "diff": {"other": None, "data": DATA},
     "edit": {"method": "neuron-clamp", "data": DATA},
     "evaluate": {"data": DATA},
     "inspect": {"probes": ["spectra"], "data": DATA},
@@ -47,7 +48,7 @@ RIGHT: dict[str, dict[str, Any]] = {
     "search": {"data": DATA},
 }  # fmt: skip
 UNCHECKED = {"model", "data", "eval_data", "facts", "choices", "passages", "tokenizer", "teacher", "architecture",
-             "forgets"}  # fmt: skip
+             "other", "forgets"}  # fmt: skip
 NEVER = [object(), b"bytes", 1j, float("nan"), float("-inf"), -(2**70), {1: object()}, torch.zeros(2, 2), lambda: None,
          "no such thing \0", "", [], [[]], True, 10**5000, -1, 1.5, "8", torch.int8, None, Ellipsis]  # fmt: skip
 

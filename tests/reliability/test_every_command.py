@@ -253,6 +253,7 @@ COMMANDS = {
     ),
     "compress": (["model"], {"method": "svd-llm"}, ["stream"]),
     "convert": (["model"], {"method": "liger", "train": "lora", "lowers": "own", "lengths": "8,16"}, []),
+    "diff": (["model", "model"], {"what": "weights,text"}, []),
     "edit": (["model"], {"method": "kfac-edit"}, ["undo"]),
     "eval": (["model"], {}, []),
     "inspect": (["model"], {}, []),

@@ -100,7 +100,7 @@ def probes() -> list[Probe]:
     return [_probes[name] for name in sorted(_probes)]
 
 
-def drawings(result: Result) -> list[Drawing]:
-    """How its probe draws a result."""
-    draw = probe(result.probe).draw
+def drawings(result: Result, of: Probe | None = None) -> list[Drawing]:
+    """How its probe draws a result. of: the probe, where it is none of the registered ones."""
+    draw = (of or probe(result.probe)).draw
     return [] if draw is None else draw(result)

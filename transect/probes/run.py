@@ -61,17 +61,18 @@ def run_probes(
     folder: Folder | None = None,
     key: str = "",
     on_result: Callable[[str], None] = lambda name: None,
+    named: Callable[[str], Probe] = probe,
 ) -> Inspection:
     """Run probes. The model is as before afterwards, also after an error: its weights, mode and hooks.
 
     wanted: settings by probe name. folder: one of ours, where each result is written as soon as it is there; one
     that is there already, under the same key and settings, is read instead of computed. key: names model, data and
     questions.
-    on_result: called with each probe's name when its result is there.
+    on_result: called with each probe's name when its result is there. named: gives the probe of a name.
     A probe that fails is among `failed`, and the others go on; if all fail, the first error is raised.
     Raises TransectError for an unknown probe or setting, before any work.
     """
-    chosen = {name: (probe(name), probe(name).settings(settings)) for name, settings in wanted.items()}
+    chosen = {name: (named(name), named(name).settings(settings)) for name, settings in wanted.items()}
     keys = {name: _key(key, settings) for name, (_, settings) in chosen.items()}
     inspection = Inspection({})
     errors: list[Exception] = []

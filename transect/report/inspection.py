@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +11,27 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 from markupsafe import Markup
 
 from ..data import Specimen
-from ..probes import Drawing, Failure, Inspection, Plot, Result, drawings, probe
+from ..probes import Drawing, Failure, Inspection, Plot, Probe, Result, drawings, probe
 from ..store import Folder, write_text
 
 INDEX = "index.html"
 
 
-def write_report(folder: Folder, found: Inspection, specimen: Specimen) -> Path:
-    """Write index.html into the folder whose `data` holds the results; returns its path."""
+LEAD = "What its weight matrices, MLP layers, heads and depth are doing, as measured by Transect."
+
+
+def write_report(
+    folder: Folder, found: Inspection, specimen: Specimen, named: Callable[[str], Probe] = probe, lead: str = LEAD
+) -> Path:
+    """Write index.html into the folder whose `data` holds the results; returns its path.
+
+    named: gives the probe of a name. lead: what the page is about, a sentence under its heading.
+    """
     environment = Environment(loader=PackageLoader("transect.report"), autoescape=select_autoescape())
-    sections = [_section(name, result, found.failed) for name, result in found.items()]
+    sections = [_section(named(name), result, found.failed) for name, result in found.items()]
     plots = any("figure" in drawing for section in sections for drawing in section["drawings"])
     page = environment.get_template("inspection.html").render(
-        model=_model(specimen), sections=sections, plots=plots,
+        model=_model(specimen) | {"lead": lead}, sections=sections, plots=plots,
         refused=list(found.refused.items()), failed=list(found.failed.items()),
         plotly=_plotly() if plots else "",
     )  # fmt: skip
@@ -62,16 +70,15 @@ def _model(specimen: Specimen) -> dict[str, Any]:
     named = specimen.name or getattr(model, "name_or_path", "") or type(model).__name__
     return {
         "name": Path(named).name,
-        "lead": "What its weight matrices, MLP layers, heads and depth are doing, as measured by Transect.",
         "facts": [(name, value) for name, value in facts if value is not None],
     }
 
 
-def _section(name: str, result: Result, failed: dict[str, Failure]) -> dict[str, Any]:
+def _section(one: Probe, result: Result, failed: dict[str, Failure]) -> dict[str, Any]:
     """One probe's part of the page. Plots that cannot be drawn are a failure of the probe; the rest stands."""
-    one, drawn = probe(name), []
+    name, drawn = one.name, []
     try:
-        drawn = drawings(result)
+        drawn = drawings(result, one)
     except Exception as error:
         failed[name] = Failure.of(error)
     return {

@@ -6,6 +6,7 @@ from .claims import check_claims
 from .compare import compare
 from .compress import compress
 from .convert import convert
+from .diff import diff
 from .edit import edit
 from .evaluate import evaluate
 from .inspect import inspect
@@ -17,6 +18,6 @@ from .recover import recover
 from .search import search
 
 __all__ = [
-    "adapt", "build", "check_claims", "compare", "compress", "convert", "edit", "evaluate", "inspect", "memorize",
-    "prefer", "race", "race_parts", "recover", "search",
+    "adapt", "build", "check_claims", "compare", "compress", "convert", "diff", "edit", "evaluate", "inspect",
+    "memorize", "prefer", "race", "race_parts", "recover", "search",
 ]  # fmt: skip
