@@ -280,3 +280,30 @@ def test_the_command_refuses_what_it_does_not_know(folder):
     assert isinstance(unknown.exception, TransectError) and "fwsvd/below-svd" in str(unknown.exception)
     without_data = CliRunner().invoke(main_group, ["claims", "--model", str(folder / "model")])
     assert isinstance(without_data.exception, TransectError) and "--data" in str(without_data.exception)
+
+
+def test_verdicts_are_recorded_and_not_measured_again(tmp_path, monkeypatch):
+    import transect
+    from transect.claims.records import records_in
+
+    runs, one = [], claims(["fwsvd/below-svd"])[0]
+
+    def function(context):
+        runs.append(context)
+        return registry.Result(Verdict.HOLDS, "It does.", [{"loss": 1.5, "keep": 0.5}])
+
+    monkeypatch.setitem(registry._claims, one.name, dataclasses.replace(one, function=function))
+    options = dict(model=tiny("llama"), data=ids(8, 24, 0), eval_data=ids(5, 24, 1), record=tmp_path / "recorded")
+    first = transect.check_claims([one.name], **options)
+    (record,) = records_in(tmp_path / "recorded")
+    assert record.result == first[0].result == transect.check_claims([one.name], **options)[0].result
+    assert len(runs) == 1 and record.model == "LlamaForCausalLM" and record.version == transect.__version__
+    assert record.statement == one.statement and record.settings["seed"] == 0 and record.date and record.machine
+    assert transect.check_claims([one.name], **{**options, "seed": 1})[0].result == first[0].result
+    assert len(runs) == 2  # with other settings it is measured again
+    file = tmp_path / "recorded" / record.file
+    file.write_text("{}")
+    with pytest.raises(BadData, match="is no recorded claim"):
+        records_in(tmp_path / "recorded")
+    transect.check_claims([one.name], **options)  # damaged: measured again
+    assert len(runs) == 3 and records_in(tmp_path / "recorded")[0].verdict == "holds"

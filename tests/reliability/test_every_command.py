@@ -46,7 +46,7 @@ VALUES = {
     "device": "cpu", "roles": "q,k,v,o,gate,up,down", "allocation": "uniform",
     "allocations": "uniform", "keep": "0.8", "methods": "svd", "probes": "spectra", "method": None, "out": "out",
     "cache": "statistics.safetensors", "architecture": "architecture.json", "teacher": "model", "train": "full",
-    "behind": "4,8", "lr": "1e-4", "steps": "2", "every": "1", "model": "model",
+    "behind": "4,8", "record": "recorded", "lr": "1e-4", "steps": "2", "every": "1", "model": "model",
 }  # fmt: skip
 
 

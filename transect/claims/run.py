@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -38,20 +38,28 @@ def run_claims(
     names: Sequence[str] = (),
     progress: Progress | None = None,
     specimen: Specimen | None = None,
+    known: Callable[[Claim], Result | None] = lambda claim: None,
+    on_outcome: Callable[[Outcome], None] = lambda outcome: None,
 ) -> list[Outcome]:
     """Check claims on a model, which is as before afterwards.
 
     calibration, evaluation: see `transect.data.load`; claims that need calibration data are not applicable without it.
     names: of claims, or of methods, probes or edits for all of their claims. Default: every claim.
     specimen: the model with its tokenizer and questions, for claims about probes and edits.
+    known: the result of a claim that was measured before, or None. on_outcome: called with each new outcome.
     """
     chosen = claims(names)
-    uses = dict.fromkeys(method for one in chosen for method in one.uses)
+    before = {one.name: result for one in chosen if (result := known(one)) is not None}
+    uses = dict.fromkeys(method for one in chosen if one.name not in before for method in one.uses)
     context = Context(model, calibration, evaluation, uses, progress, specimen)
     outcomes = []
     for one in progress(chosen, "claims") if progress else chosen:
+        if one.name in before:
+            outcomes.append(Outcome(one, before[one.name]))
+            continue
         with at_rest(model):
             outcomes.append(Outcome(one, _check(one, context)))
+        on_outcome(outcomes[-1])
     return outcomes
 
 

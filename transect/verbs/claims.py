@@ -8,12 +8,15 @@ from typing import Any
 
 from ..arguments import checked
 from ..checkpoint import open_model
-from ..claims import Outcome, claims, run_claims
+from ..claims import Claim, Outcome, Result, claims, run_claims
+from ..claims.records import KIND, finished, record_of, write_record
+from ..compression.fingerprint import computation_fingerprint
 from ..data import SpecialTokens
 from ..errors import TransectError
 from ..parameters import Seed
 from ..statistics import Progress
-from .arguments import Count, Device, Length, WeightType
+from ..store import Folder, alone
+from .arguments import Count, Device, FolderName, Length, WeightType
 from .common import CALIBRATION_SEQUENCES, calibration_of, held_out_of, opened_of, specimen_of
 
 
@@ -38,6 +41,7 @@ def check_claims(
     dtype: WeightType = "float32",
     device: Device | None = None,
     seed: Seed = 0,
+    record: FolderName | None = None,
     progress: Progress | None = None,
 ) -> list[Outcome]:
     """Check what papers claim of their methods on a model, which is as before afterwards.
@@ -48,11 +52,14 @@ def check_claims(
     facts, choices, passages: questions for claims about probes and edits, as for `inspect`.
     revision: of a model that is given by its hub name. dtype: in which one that is given by its name is opened;
     differences of thousandths drown in bfloat16.
+    record: a folder into which each verdict is written as it is there, with what it was measured by; the same call goes
+    on where it stopped. See `transect.claims.records`.
 
     Returns an outcome each: the claim, its verdict, the reason and the numbers.
     """
     claims(names)  # an unknown name is an error before anything is loaded
     bundled = isinstance(model, str) and model == "organism"
+    called = str(model) if isinstance(model, (str, Path)) else type(model).__name__
     if bundled:
         data, eval_data = data or "organism:calibration", eval_data or "organism:heldout"
     elif data is None or eval_data is None:
@@ -66,4 +73,24 @@ def check_claims(
         opened, calibration, facts=facts, choices=choices, passages=passages, seed=seed, progress=progress,
         bundled=bundled,
     )  # fmt: skip
-    return run_claims(opened.model, calibration, held_out, names, progress, specimen)
+    if record is None:
+        return run_claims(opened.model, calibration, held_out, names, progress, specimen)
+    folder = Folder(Path(record).expanduser(), KIND)
+    folder.check_place(among_others=True)
+    settings = {
+        "data": str(data), "eval": str(eval_data), "sequences": sequences, "eval_sequences": eval_sequences,
+        "sequence_length": sequence_length, "batch_size": batch_size, "seed": seed,
+        "model": computation_fingerprint(opened.model), "text": f"{calibration.fingerprint} {held_out.fingerprint}",
+    }  # fmt: skip
+    name = called if bundled or not Path(called).exists() else Path(called).name
+
+    def known(claim: Claim) -> Result | None:
+        found = finished(folder, claim.name, name, settings)
+        return None if found is None else found.result
+
+    def write(outcome: Outcome) -> None:
+        write_record(folder, record_of(outcome, name, settings))
+
+    with alone(folder.path):
+        folder.take(among_others=True)
+        return run_claims(opened.model, calibration, held_out, names, progress, specimen, known, write)

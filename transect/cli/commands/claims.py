@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ..group import main_group
-from ..options import LOADING, shared_options
+from ..options import LOADING, Place, shared_options
 from ..printing import progress_bar, stdout
 
 
@@ -19,6 +19,7 @@ from ..printing import progress_bar, stdout
 @click.option("--eval", "eval_data", help="Held-out data. Default with the bundled model: organism:heldout.")
 @click.option("--eval-sequences", type=int, default=128, show_default=True,
               help="Held-out sequences, spread evenly over the data.")  # fmt: skip
+@click.option("--record", type=Place(), help="Folder to write each verdict to; the claims in it are not run again.")
 @shared_options("facts", "choices", "passages", "sequence_length", "special_tokens", "sequences", "batch_size", "seed",
                 *LOADING, "json")  # fmt: skip
 def check_claims(
