@@ -21,10 +21,10 @@ from transect import cli
 from transect.anatomy import Anatomy, architecture
 from transect.checkpoint import check_folder, open_model
 from transect.cli import main_group
-from transect.cli.commands.methods import PURPOSES
 from transect.compression import allocations, methods
 from transect.editing import edits
 from transect.errors import BadData, TransectError, UnknownArchitecture
+from transect.pages import PURPOSES
 from transect.parts import parts
 from transect.probes import probes
 from transect.report.table import cells, markdown_table, rich_table
@@ -206,7 +206,7 @@ def test_help_shows_every_method_with_its_paper_parameters_and_defaults(command)
 def test_help_and_version():
     assert set(main_group.commands) == {
         "adapt", "build", "compress", "compare", "eval", "race", "methods", "claims", "recover", "inspect", "edit",
-        "check-architecture", "search", "prefer", "memorize", "convert", "diff",
+        "check-architecture", "search", "prefer", "memorize", "convert", "diff", "catalogue",
     }  # fmt: skip
     for command in main_group.commands:
         assert command in run("--help").stdout and "Usage:" in run(f"{command} -h").stdout

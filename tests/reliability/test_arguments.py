@@ -32,6 +32,7 @@ PAIRS = [{"prompt": f"w{number} ", "better": "w5 w6", "worse": "w7"} for number 
 RIGHT: dict[str, dict[str, Any]] = {
     "adapt": {"method": "lora", "data": DATA},
     "build": {"base": "llama"},
+    "catalogue": {"out": "out"},
     "check_claims": {"names": ["fwsvd/below-svd"], "data": DATA, "eval_data": DATA},
     "compare": {"methods": ["svd"], "keep": [0.7], "data": DATA, "eval_data": DATA, "out": "out"},
     "compress": {"method": "svd", "keep": 0.7, "data": DATA},

@@ -244,6 +244,7 @@ COMMANDS = {
          "matrix": "memoryformer", "block": "ultramem-v2", "tokenizer": "model"},
         ["activation"],  # an MLP brings its own
     ),
+    "catalogue": ([], {"records": "site"}, []),
     "check-architecture": (["architecture.json"], {}, []),
     "claims": (["fwsvd/below-svd"], {}, []),
     "compare": (

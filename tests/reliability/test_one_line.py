@@ -30,6 +30,7 @@ WRITERS = {
     "convert": ["convert", "model", "--method", "liger", *DATA, "--batch-size", "2"],
     "compare": ["compare", "model", "--methods", "svd", "--keep", "0.7", *DATA, "--eval", "text.txt"],
     "inspect": ["inspect", "model", "--probes", "spectra", *DATA],
+    "catalogue": ["catalogue"],
     "diff": ["diff", "model", "model", "--what", "weights", *DATA],
     "memorize": ["memorize", "model", *DATA, "--neighbours", "2", "--blocks", "1"],
     "search": ["search", "model", "--keep", "0.7", *DATA, "--batch-size", "2", "--neurons", "24,48"],
@@ -195,7 +196,7 @@ def test_nobody_who_listens_is_no_error(ended):
 def test_nothing_half_written_is_left(ended, place):
     left = [str(path.relative_to(place)) for path in place.rglob("*") if re.search(r"\.(partial|previous)-", path.name)]
     assert not left
-    resumed = {"room-inspect", "room-diff", ".room-stream.streaming", ".room-recover.recovery",
+    resumed = {"room-inspect", "room-diff", "room-catalogue", ".room-stream.streaming", ".room-recover.recovery",
                ".room-adapt.adaptation", ".room-convert.conversion",
                ".room-memorize.memory", ".room-search.search", ".room-prefer.preference",
                "room-compare", "room-race", "room-contest"}  # by the next run  # fmt: skip

@@ -2,6 +2,7 @@
 
 from .adapt import adapt
 from .build import build
+from .catalogue import catalogue
 from .claims import check_claims
 from .compare import compare
 from .compress import compress
@@ -18,6 +19,6 @@ from .recover import recover
 from .search import search
 
 __all__ = [
-    "adapt", "build", "check_claims", "compare", "compress", "convert", "diff", "edit", "evaluate", "inspect",
-    "memorize", "prefer", "race", "race_parts", "recover", "search",
+    "adapt", "build", "catalogue", "check_claims", "compare", "compress", "convert", "diff", "edit", "evaluate",
+    "inspect", "memorize", "prefer", "race", "race_parts", "recover", "search",
 ]  # fmt: skip

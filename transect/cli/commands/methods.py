@@ -14,35 +14,11 @@ from ..group import main_group
 from ..options import shared_options
 from ..printing import print_whole, stdout
 
-# What a user wants to do, by the family that does it; a family that is not here stands under its own name.
-PURPOSES = {
-    "factorization": "Make it smaller: low rank, matrix by matrix (compress, compare)",
-    "replacement": "Make it smaller: another structure, matrix by matrix (compress, compare)",
-    "slicing": "Make it smaller: narrower blocks (compress, compare)",
-    "restructuring": "Make it smaller: the model as a whole (compress, compare)",
-    "sharing": "Share out the bytes that are kept, before the method runs (--allocation)",
-    "ranking": "Choose the ranks of low-rank methods by the loss that they cost (--allocation)",
-    "probe": "Look inside (inspect)",
-    "adapter": "Fine-tune it: what is trained (adapt --method)",
-    "parametrization": "Fine-tune it in other numbers, and put it together afterwards (adapt --method)",
-    "objective": "Fine-tune it: what is lowered (adapt --objective)",
-    "optimizer": "Fine-tune it: how steps are taken (adapt --optimizer)",
-    "rates": "Fine-tune it: by what each layer's learning rate is multiplied (adapt --layer-rates)",
-    "penalty": "Fine-tune it: what is added to the loss (adapt --penalties)",
-    "mixer": "Stand in the place of attention (build --mixer)",
-    "mlp": "Stand in the place of the MLP (build --mlp)",
-    "activation": "Stand in the place of the MLP's activation (build --activation)",
-    "matrix": "Stand in the places of matrices, and are none (build --matrix)",
-    "norm": "Stand in the places of the norms (build --norm)",
-    "block": "Stand around whole blocks (build --block)",
-    "search": "Choose its sizes inside it, and cut the smaller model out (search --method)",
-    "conversion": "Turn it into another architecture that keeps its weights (convert)",
-    "edit": "Change what it knows or does (edit)",
-}
-
 
 def _print_by_purpose(entries: Sequence[Any]) -> None:
     """A line an entry, whole where the output is not a terminal; a narrow terminal gets more lines, indented."""
+    from ...pages import PURPOSES
+
     groups: dict[str, list[Any]] = {purpose: [] for purpose in PURPOSES.values()}
     for entry in entries:
         groups.setdefault(PURPOSES.get(entry.family) or entry.family, []).append(entry)
@@ -64,19 +40,10 @@ def _print_by_purpose(entries: Sequence[Any]) -> None:
 @shared_options("json")
 def methods(name: str | None, as_json: bool) -> None:
     """List the methods, allocations, probes, conversions, edits, parts, ways to adapt or search; or one of them."""
-    from ...adaptation import adapters
-    from ...compression import allocations, method
-    from ...compression import methods as all_methods
-    from ...conversion import conversions
-    from ...editing import edits
-    from ...goals import objectives
-    from ...parts import parts
-    from ...probes import probes
-    from ...sizing import searchers
-    from ...training import layer_rates, optimizers, parametrizations, penalties
+    from ...compression import method
+    from ...pages import entries as all_entries
 
-    ways = (*adapters(), *parametrizations(), *objectives(), *optimizers(), *layer_rates(), *penalties(), *searchers())
-    entries = [*all_methods(), *allocations(), *probes(), *conversions(), *edits(), *ways, *parts()]
+    entries = all_entries()
     if name is not None:  # `method` says which names there are
         entries = [entry for entry in entries if entry.name == name] or [method(name)]
     if as_json:

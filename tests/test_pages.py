@@ -1,0 +1,103 @@
+"""The catalogue: a page for everything that is registered, whose links lead somewhere, and which says what is so."""
+
+import html.parser
+import json
+import re
+from dataclasses import replace
+
+import pytest
+
+import transect
+from transect.claims import claims
+from transect.claims.records import Record, write_record
+from transect.errors import TransectError
+from transect.pages import COMMANDS, PURPOSES, entries
+from transect.store import Folder
+
+
+class Page(html.parser.HTMLParser):
+    """Links, the text, and whether every element is closed in its turn."""
+
+    VOID = {"meta", "link", "input", "br"}
+
+    def __init__(self, text):
+        super().__init__()
+        self.links, self.open, self.said = [], [], []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.links += [value for name, value in attrs if name == "href"]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.said.append(data)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The site with two records of one claim, of different dates."""
+    folder = tmp_path_factory.mktemp("site")
+    one = claims(["fwsvd/below-svd"])[0]
+    old = Record(one.name, one.method, one.paper, one.statement, "organism", "holds", "It was so.", [{"loss": 1.23456}],
+                 {}, "0.1", "2026-01-01T00:00:00+00:00", "a machine")  # fmt: skip
+    new = replace(old, verdict="does not hold", explanation="It is <not> so.", date="2026-02-01T00:00:00+00:00")
+    recorded = Folder(folder / "records", "recorded claims")
+    recorded.take()
+    for number, record in enumerate((old, new)):
+        write_record(recorded, replace(record, claim=record.claim))
+        (folder / "records" / record.file).rename(folder / "records" / f"{number}.json")
+    transect.catalogue(folder / "site", records=folder / "records")
+    return folder / "site"
+
+
+def test_every_entry_has_a_page_and_every_link_a_target(site):
+    found = {path.name: Page(path.read_text()) for path in site.glob("*.html")}
+    wanted = {f"{entry.family}-{entry.name}.html" for entry in entries()} | {"index.html"}
+    assert set(found) == wanted
+    for name, page in found.items():
+        for link in page.links:
+            assert link in found or link.startswith(("https://arxiv.org/abs/", "data:")), (name, link)
+    assert {entry.family for entry in entries()} <= set(PURPOSES) & set(COMMANDS)
+    index = set(found["index.html"].links)
+    assert wanted - {"index.html"} <= index
+
+
+def test_a_page_says_what_is_registered(site):
+    for entry in entries():
+        page = Page((site / f"{entry.family}-{entry.name}.html").read_text())
+        said = " ".join(" ".join(page.said).split())
+        assert entry.summary in said and entry.paper in said
+        for parameter in entry.parameters:
+            assert parameter.name in said and str(parameter.default) in said
+        for one in claims():
+            assert one.method != entry.name or " ".join(one.statement.split()) in said
+        assert "NAME" not in COMMANDS[entry.family].replace("NAME", entry.name) and entry.name in said
+
+
+def test_the_newest_verdict_is_shown_and_nothing_else_is_markup(site):
+    page = (site / "factorization-fwsvd.html").read_text()
+    assert "organism: does not hold" in page and "It is &lt;not&gt; so." in page and "It was so." not in page
+    assert "1.235" in page and "2026-02-01" in page
+    assert "http" not in re.sub(r"https://arxiv\.org/abs/", "", page)  # nothing is fetched
+
+
+def test_the_search_knows_every_page(site):
+    index = (site / "index.html").read_text()
+    searched = json.loads(re.search(r'id="searched">(.*?)</script>', index, re.S)[1])
+    assert len(searched) == len(entries()) and all((site / one["file"]).exists() for one in searched)
+    assert any("2207.00112" in one["words"] and "fwsvd" in one["words"] for one in searched)
+
+
+def test_a_folder_of_somebody_else_s_and_damaged_records_are_refused(tmp_path):
+    (tmp_path / "index.html").write_text("mine")
+    with pytest.raises(TransectError, match=r"index\.html"):
+        transect.catalogue(tmp_path)
+    (tmp_path / "records").mkdir()
+    (tmp_path / "records" / "one.json").write_text('{"claim": 1}')
+    with pytest.raises(TransectError, match="is no recorded claim"):
+        transect.catalogue(tmp_path / "site", records=tmp_path / "records")
