@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, select_autoescape
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from ..claims import claims
 from ..claims.records import Record
@@ -25,6 +25,7 @@ INDEX = "index.html"
 def write_site(folder: Folder, records: Sequence[Record]) -> list[str]:
     """Write the pages into the folder; returns their names. records: measured verdicts, the newest of each is shown."""
     environment = Environment(loader=PackageLoader("transect.pages"), autoescape=select_autoescape())
+    environment.filters["marked"] = _marked
     pages = [_page(one, records) for one in entries()]
     by_purpose = {purpose: [page for page in pages if page["purpose"] == purpose] for purpose in PURPOSES.values()}
     groups = {purpose: members for purpose, members in by_purpose.items() if members}
@@ -41,6 +42,11 @@ def write_site(folder: Folder, records: Sequence[Record]) -> list[str]:
     )
     write_text(folder.file(INDEX), index)
     return [INDEX, *written]
+
+
+def _marked(text: str) -> Markup:
+    """The text with what stands between backticks as code."""
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def _source(name: str) -> str:
