@@ -70,7 +70,7 @@ def test_every_entry_has_a_page_and_every_link_a_target(site):
 def test_a_page_says_what_is_registered(site):
     for entry in entries():
         page = Page((site / f"{entry.family}-{entry.name}.html").read_text())
-        said = " ".join(" ".join(page.said).split())
+        said = " ".join("".join(page.said).split())
         assert entry.summary.replace("`", "") in said and entry.paper in said
         for parameter in entry.parameters:
             assert parameter.name in said and str(parameter.default) in said
