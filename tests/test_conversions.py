@@ -17,17 +17,23 @@ from .models import CAUSAL, VOCABULARY, assert_alike, assert_same_tensors, input
 
 DATA = torch.randint(3, VOCABULARY, (8, 16), generator=torch.Generator().manual_seed(5))
 # Settings with which a conversion leaves the tiny models what they were; those without an entry are not exact at any.
-EXACT = {"liger": {"alpha": 0.0, "beta": 1.0}, "mixer": {"mixer": "softmax"}}
+EXACT = {
+    "dense2moe": {"active": 12, "gates": "one"}, "liger": {"alpha": 0.0, "beta": 1.0}, "mixer": {"mixer": "softmax"},
+    "uoe": {"active": 4, "gates": "rank"},
+}  # fmt: skip
 # What makes a conversion fit models of three blocks and 48 neurons, where its defaults do not.
 SMALL = {"liger": {"window": 4}}
 # Architectures that a conversion refuses, with a word of the reason; all others it takes.
 REFUSED = {
+    "dense2moe": {"opt": "no MLP in one module", "bloom": "takes more than its input"},
     "liger": {"gemma2": "softmax", "gemma3": "softmax", "gptj": "softmax", "bloom": "softmax"},
     "mixer": {"bloom": "adds the stream"},
+    "uoe": {"opt": "no MLP in one module", "bloom": "takes more than its input"},
 }
 # Architectures whose attention is more than the softmax that a conversion is exact with.
 MORE = {"mixer": {"gemma2", "gemma3", "gptj"}}
-FOR_CAUSAL = [entry for entry in conversions() if entry.causal]
+ANY = {"dense2moe", "uoe"}  # for models that predict the next token, and for others
+FOR_CAUSAL = [entry for entry in conversions() if entry.causal or entry.name in ANY]
 
 
 def converted(entry, name, settings=None, **options):

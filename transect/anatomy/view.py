@@ -257,7 +257,10 @@ class Block:
         """The path of what `attention` or `mlp` consists of, if it is one module; None for an MLP that is not."""
         if unit == "attention":
             return f"{self.path}.{self.anatomy.architecture.attention}"
-        owners = {self.anatomy.architecture.matrices.get(role, "").rpartition(".")[0] for role in ("up", "down")}
+        architecture = self.anatomy.architecture
+        stored = {role: path for path, fused in architecture.fused.items() for role in fused.parts}
+        paths = {**stored, **architecture.matrices}
+        owners = {paths.get(role, "").rpartition(".")[0] for role in ("up", "down")}
         return f"{self.path}.{owners.pop()}" if len(owners) == 1 and "" not in owners else None
 
     def part(self, unit: str) -> Any:

@@ -48,23 +48,34 @@ def repair(
     courses = []
     for number, stage in enumerate(stages):
         schedule = _schedule_of(stage, run.schedule, len(training))
-        if stage.begin is not None:
-            stage.begin(anatomy)
         finished = run.state.read(f"stage-{number:02d}")
         trained = dict(anatomy.model.named_parameters())
-        if finished is not None:
-            with torch.no_grad():
-                for name, tensor in finished[0].items():
-                    trained[name].copy_(tensor)
-            courses.append(Course(**finished[1]))
-            continue
-        with trainable(anatomy, stage, schedule.seed) as (parameters, changed):
-            problem = _problem(anatomy, teacher, stage, parameters, ours, judging, machine, schedule, tokens)
-            courses.append(train(problem, replace(run, schedule=schedule), {"stage": number}))
+        with _during(anatomy, stage):
+            if finished is not None:
+                with torch.no_grad():
+                    for name, tensor in finished[0].items():
+                        trained[name].copy_(tensor)
+                courses.append(Course(**finished[1]))
+                continue
+            with trainable(anatomy, stage, schedule.seed) as (parameters, changed):
+                problem = _problem(anatomy, teacher, stage, parameters, ours, judging, machine, schedule, tokens)
+                courses.append(train(problem, replace(run, schedule=schedule), {"stage": number}))
         if run.state.keeps and number + 1 < len(stages):
             trained = dict(anatomy.model.named_parameters())
             run.state.write(f"stage-{number:02d}", {name: trained[name] for name in changed}, asdict(courses[-1]))
     return courses
+
+
+@contextmanager
+def _during(anatomy: Anatomy, stage: Stage) -> Iterator[None]:
+    """What the stage does before it and after it."""
+    try:
+        if stage.begin is not None:
+            stage.begin(anatomy)
+        yield
+    finally:
+        if stage.end is not None:
+            stage.end(anatomy)
 
 
 def _schedule_of(stage: Stage, schedule: Schedule, batches: int) -> Schedule:

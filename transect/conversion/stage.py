@@ -30,7 +30,7 @@ class Stage:
     as it was; it is None otherwise.
     auxiliary: by what the losses are multiplied that parts leave in `auxiliary` when they are run (see `losses_of`).
     share: of the steps.
-    begin: called with the model's anatomy before the stage. step: called with it, the number of steps done and of all,
+    begin, end: called with the model's anatomy before the stage, and after it, also after an error. step: called with it, the number of steps done and of all,
     before each batch that is trained on; torch's random numbers are then those of the step, also after an interruption.
     measured: called with it before the held-out loss is taken.
     """
@@ -50,6 +50,7 @@ class Stage:
     auxiliary: float = 1.0
     share: float = 1.0
     begin: Callable[[Anatomy], None] | None = None
+    end: Callable[[Anatomy], None] | None = None
     step: Callable[[Anatomy, int, int], None] | None = None
     measured: Callable[[Anatomy], None] | None = None
 

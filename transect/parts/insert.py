@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -182,6 +183,11 @@ def places(anatomy: Anatomy, slot: str, number: int, roles: Iterable[str] | None
         path = block.slot_path("mlp")
         if path is None or block.has_experts:
             raise TransectError(f"{architecture.name} has no MLP in one module: no part can be put in its place")
+        if _arguments_needed(block.model.get_submodule(path)) > 1:
+            raise TransectError(
+                f"the MLP of {architecture.name} takes more than its input (it adds the stream by itself), so that no "
+                "part can stand for it: take a base such as llama or gpt2"
+            )
         return [path]
     if slot == "activation":
         if architecture.activation is None or block.has_experts:
@@ -192,3 +198,9 @@ def places(anatomy: Anatomy, slot: str, number: int, roles: Iterable[str] | None
     return [
         name for name, module in block.model.named_modules() if any(module is norm for norm in block.norms.values())
     ]
+
+
+def _arguments_needed(module: Any) -> int:
+    """How many arguments its forward asks for."""
+    asked = inspect.signature(module.forward).parameters.values()
+    return sum(one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD for one in asked)

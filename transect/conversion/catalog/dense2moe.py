@@ -1,0 +1,170 @@
+"""Dense2MoE (Zheng et al., ICCV 2025, arXiv:2510.09094): each MLP becomes a shared expert and many small ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any, Literal
+
+import torch
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from ...anatomy import MLP, Anatomy, Matrix
+from ...errors import TransectError
+from ...forward import Batch, real_positions, watch
+from ...parts.experts import ExpertsPart, neurons_by_groups
+from ...training import distance_from, own_loss
+from ..experts import put_experts, trained_mlp
+from ..layers import layers_of
+from ..registry import Calibration, Range, conversion
+from ..stage import Stage
+
+
+def neuron_importance(anatomy: Anatomy, layers: Sequence[int], batches: Iterable[Batch]) -> dict[int, Tensor]:
+    """Σ |g w| over the weights of each neuron, its rows of up and gate and its column of down (neurons), by block.
+
+    g: the gradient of the loss of all batches together with respect to the weight, so that what one batch asks for may
+    be undone by another (the paper leaves open whether absolute values come before; ours). The gradients of all these
+    MLPs are in memory at once.
+    """
+    model = anatomy.model
+    mlps: dict[int, MLP] = {number: anatomy.blocks[number].mlp for number in layers}  # type: ignore[misc]
+    matrices = {
+        number: [matrix for matrix in (mlp.up, mlp.gate, mlp.down) if matrix is not None]
+        for number, mlp in mlps.items()
+    }
+    asked = {id(m.module.weight) for found in matrices.values() for m in found}
+    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    try:
+        for parameter, _, _ in before:
+            parameter.requires_grad_(id(parameter) in asked)
+            parameter.grad = None
+        for batch in batches:
+            with torch.enable_grad():
+                own_loss(model, batch)[0].backward()
+        return {number: _of_neurons(found) for number, found in matrices.items()}
+    finally:
+        for parameter, flag, gradient in before:
+            parameter.requires_grad_(flag)
+            parameter.grad = gradient
+
+
+def _of_neurons(matrices: Sequence[Matrix]) -> Tensor:
+    """The sums of one MLP's neurons."""
+    sums = []
+    for matrix in matrices:
+        gradient, rows = matrix.module.weight.grad, matrix.rows()
+        gradient = gradient.T if isinstance(matrix.module, Conv1D) else gradient
+        product = ((gradient if rows is None else gradient[rows]) * matrix.weight).float().abs()
+        sums.append(product.sum(0 if matrix.role == "down" else 1))
+    return torch.stack(sums).sum(0)
+
+
+def _shared_neurons(neurons: int, share: float) -> int:
+    return max(1, round(share * neurons))
+
+
+def _check(anatomy: Anatomy, experts: int, active: int, shared: float, layers: str, **_: object) -> None:
+    for number in layers_of(anatomy, layers):
+        neurons = trained_mlp(anatomy.blocks[number]).neurons
+        kept = _shared_neurons(neurons, shared)
+        if kept >= neurons:
+            raise TransectError(f"shared={shared:g} of {neurons} neurons leaves none to the experts: choose less")
+        neurons_by_groups(neurons - kept, 0, experts, active, f"of {neurons} neurons, less {kept} shared,")
+
+
+def _run(count: int | None) -> Any:
+    """What lets each position run so many experts from now on; None: as many as it is described by."""
+
+    def let(anatomy: Anatomy) -> None:
+        for module in anatomy.model.modules():
+            if isinstance(module, ExpertsPart):
+                module.active = module.made_with["active"] if count is None else count
+
+    return let
+
+
+def _follow(model: Any, teacher: Any, batch: Batch) -> tuple[Tensor, int]:
+    """Distance of the predictions, plus Σ_l ||f_T - f_S||² / mean ||f_T||² of the stream behind each block.
+
+    The paper's outputs are vectors, whose squared distance it takes; ours are predictions, of which it is the KL
+    divergence. The weight of a block evens out how long its vectors are (ours).
+    """
+    real = real_positions(batch)
+    with (
+        watch(Anatomy(teacher), ["residual"]) as theirs,
+        watch(Anatomy(model), ["residual"], keep_graph=True) as ours,
+    ):
+        distance, count = distance_from(teacher, model, batch, 1.0)
+    apart = torch.zeros((), device=distance.device)
+    for layer in range(1, len(theirs.residual)):
+        target, found = theirs.residual[layer].float(), ours.residual[layer].float()
+        if real is not None:
+            target, found = (one[real.to(one.device)] for one in (target, found))
+        apart = apart + (target - found).square().sum() / target.square().sum().clamp_min(1e-30)
+    return distance + count * apart, count
+
+
+_STAGES = (
+    Stage(
+        "shared", train="new", new=r"\.shared\.(up|gate|down)", lr=1e-4, loss=_follow, teacher=True, share=0.5,
+        begin=_run(0), end=_run(None),
+    ),
+    Stage(
+        "experts", train="new", new=r"\.(split\.(up|gate|down)|router\.weight)", lr=1e-4, loss=_follow, teacher=True,
+        auxiliary=1e-2, share=0.5,
+    ),
+)  # fmt: skip
+
+
+@conversion(
+    "dense2moe",
+    paper="arXiv:2510.09094",
+    group="experts",
+    exact="with all experts active and gates of one it is the model as it was",
+    check=_check,
+    stages=_STAGES,
+    causal=False,
+)
+def dense2moe(
+    anatomy: Anatomy,
+    calibration: Calibration,
+    *,
+    experts: Annotated[int, Range(1, 2**16)] = 12,
+    active: Annotated[int, Range(0, 2**16)] = 2,
+    shared: Annotated[float, Range(0, 1, above=True)] = 0.25,
+    importance: Literal["taylor", "random"] = "taylor",
+    gates: Literal["scaled", "softmax", "one"] = "scaled",
+    layers: str = "",
+) -> None:
+    """The neurons that matter most run for every position; the others are shared out among experts, of which few do.
+
+    Trained in two stages, each half of the steps: the shared expert alone follows the model as it was; then it stays as
+    it is, and the other experts and their gate learn what is missing, with a balance of the experts. Both lower the
+    distance of the predictions and of the stream behind each block. The defaults run 37.5 % of the neurons, as the
+    paper's for FLUX.1 do. How many run can be changed afterwards, see `transect.parts.experts.set_active`.
+
+    experts: n, without the shared one; they get equally many neurons, dealt out from the most to the least important.
+    active: k, how many of them each position runs; 0 runs the shared one alone.
+    shared: part of the neurons that runs for every position.
+    importance: by which neurons are shared: taylor is |gradient times weight| of the model's own loss on the text;
+        random is for comparison.
+    gates: by what an expert is multiplied: softmax is its share in the softmax over all n; scaled is n times that, so
+        that the experts begin at about their own size (ours); one is 1.
+    layers: only these blocks, such as 0-5,7; default all.
+    """
+    chosen = layers_of(anatomy, layers)
+    scores = neuron_importance(anatomy, chosen, calibration.batches) if importance == "taylor" else {}
+    for number in chosen:
+        mlp = trained_mlp(anatomy.blocks[number])
+        draws = torch.Generator().manual_seed(calibration.seed + number)
+        kept = _shared_neurons(mlp.neurons, shared)
+        order = (
+            scores[number].argsort(descending=True, stable=True)
+            if importance == "taylor"
+            else torch.randperm(mlp.neurons, generator=draws).to(mlp.up.device)
+        )
+        settings = {"experts": experts, "active": active, "shared": kept, "gates": gates}
+        part = put_experts(anatomy, number, "dense2moe", mlp, settings, calibration.seed + number)
+        mlp.put(part.shared, order[:kept])
+        mlp.put(part.split, order[kept:].view(-1, experts).T.flatten())  # dealt out, expert after expert
