@@ -225,7 +225,9 @@ def lengths_added(split: SplitMLP, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def put_experts(anatomy: Anatomy, number: int, name: str, mlp: TrainedMLP, settings: Mapping[str, Any], seed: int) -> Any:
+def put_experts(
+    anatomy: Anatomy, number: int, name: str, mlp: TrainedMLP, settings: Mapping[str, Any], seed: int
+) -> Any:
     """A part of experts in the place of a block's MLP, still without its neurons; the part."""
     insert(anatomy.model, "mlp", name, layers=[number], settings={**settings, **mlp.settings}, seed=seed)
     part = anatomy.blocks[number].part("mlp")

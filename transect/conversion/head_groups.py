@@ -24,8 +24,8 @@ def check_can_group(anatomy: Anatomy, layers: Sequence[int], groups: int, active
         check_head_groups(trained.key_value_heads, groups, active)
         if any(isinstance(one, Projection) and one.norm == "all" for one in trained.shared.values()):
             raise TransectError(
-                f"attention in block {number} norms the queries of all heads at once, so that no group of heads can run "
-                "without the others: leave attention as it is (groups=0)"
+                f"attention in block {number} norms the queries of all heads at once, so that no group of heads can "
+                "run without the others: leave attention as it is (groups=0)"
             )
     check_is_softmax(anatomy, layers)
 

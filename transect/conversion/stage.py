@@ -30,8 +30,9 @@ class Stage:
     as it was; it is None otherwise.
     auxiliary: by what the losses are multiplied that parts leave in `auxiliary` when they are run (see `losses_of`).
     share: of the steps.
-    begin, end: called with the model's anatomy before the stage, and after it, also after an error. step: called with it, the number of steps done and of all,
-    before each batch that is trained on; torch's random numbers are then those of the step, also after an interruption.
+    begin, end: called with the model's anatomy before the stage, and after it, also after an error. step: called with
+    it, the number of steps done and of all, before each batch that is trained on; torch's random numbers are then those
+    of the step, also after an interruption.
     measured: called with it before the held-out loss is taken.
     """
 

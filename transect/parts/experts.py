@@ -1,8 +1,8 @@
 """What methods share that cut a dense MLP into experts: groups of its neurons, of which each position runs a few.
 
 An MLP is a sum over its neurons, so that every partition of them gives experts whose sum is the MLP:
-y = b + Σ_e W_down[:, I_e] act(W_up[I_e] x + b_up[I_e]), with the rows I_e of a gate beside those of up. Neurons that are
-not chosen are not computed: positions are gathered by expert, and what comes out is added where it came from.
+y = b + Σ_e W_down[:, I_e] act(W_up[I_e] x + b_up[I_e]), with the rows I_e of a gate beside those of up. Neurons that
+are not chosen are not computed: positions are gathered by expert, and what comes out is added where it came from.
 """
 
 from __future__ import annotations
@@ -120,9 +120,7 @@ class SplitMLP(nn.Module):
         if 0 < most * self.groups <= _PADDED * len(sent.positions):
             y = self._batched(x, sent, most)
         else:
-            pieces = [
-                self.one(number, x[at]) for number, at in enumerate(sent.positions.split(sent.sizes)) if len(at)
-            ]
+            pieces = [self.one(number, x[at]) for number, at in enumerate(sent.positions.split(sent.sizes)) if len(at)]
             y = torch.cat(pieces) if pieces else x[:0]
         if sent.weights is not None:
             y = y * sent.weights[:, None].to(y.dtype)

@@ -1,4 +1,4 @@
-"""Union of experts (Yang et al. 2025, arXiv:2503.02495): the MLPs, and attention, of a trained model cut into experts."""
+"""Union of experts (Yang et al. 2025, arXiv:2503.02495): trained MLPs, and attention, cut into experts."""
 
 from __future__ import annotations
 
@@ -18,13 +18,19 @@ from ..stage import Stage
 
 
 def _check(
-    anatomy: Anatomy, experts: int, active: int, selection: str, groups: int, active_groups: int, layers: str,
+    anatomy: Anatomy,
+    experts: int,
+    active: int,
+    selection: str,
+    groups: int,
+    active_groups: int,
+    layers: str,
     **_: object,
 ) -> None:
     if selection != "token" and anatomy.model.main_input_name != "pixel_values":
         raise TransectError(
-            f"uoe: selection={selection!r} chooses by all positions of a sequence, padding and what is behind included: "
-            "it is for models of images; take selection='token'"
+            f"uoe: selection={selection!r} chooses by all positions of a sequence, with padding and what is behind: it "
+            "is for models of images; take selection='token'"
         )
     chosen = layers_of(anatomy, layers)
     for number in chosen:

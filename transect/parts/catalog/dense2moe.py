@@ -22,8 +22,8 @@ class SharedAndRouted(ExpertsPart):
     experts: n.
     active: k, how many each position runs besides the shared one; 0 runs that alone.
     shared: neurons of the shared expert; 0 is a quarter of all.
-    gates: scaled: g times n, so that even gates leave the plain sum (ours; near 1 / n each, the experts would begin with
-        almost nothing to say). softmax: g. one: 1 for each that is chosen.
+    gates: scaled: g times n, so that even gates leave the plain sum (ours; near 1 / n each, the experts would begin
+        with almost nothing to say). softmax: g. one: 1 for each that is chosen.
     hidden: neurons; 0 is the number that the model's config gives.
     function: between up, or gate, and down.
     gated: whether there is a gate beside up.
@@ -46,7 +46,9 @@ class SharedAndRouted(ExpertsPart):
         neurons = hidden or neurons
         shared = shared or max(1, neurons // 4)
         if shared >= neurons:
-            raise TransectError(f"dense2moe: of {neurons} neurons, {shared} cannot be shared: leave some to the experts")
+            raise TransectError(
+                f"dense2moe: of {neurons} neurons, {shared} cannot be shared: leave some to the experts"
+            )
         size = neurons_by_groups(neurons - shared, 0, experts, active, f"of {neurons} neurons, less {shared} shared,")
         self.experts, self.active, self.gates = experts, active, gates
         self.shared = SplitMLP(width, 1, shared, function, gated, bias)

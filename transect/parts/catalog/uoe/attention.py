@@ -1,4 +1,4 @@
-"""The attention of a union of experts (Yang et al. 2025, arXiv:2503.02495): groups of heads, each over its positions."""
+"""Attention of a union of experts (Yang et al. 2025, arXiv:2503.02495): groups of heads, each over its positions."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ class HeadGroup(nn.Module):
     def forward(self, x: Tensor, around: Around, causal: bool) -> Tensor:
         """What these heads add (B x n x d) to positions that see one another, and those before them in the state."""
         q, k, v = (
-            one(x).unflatten(-1, (-1, self.head_size)).transpose(1, 2) for one in (self.q_proj, self.k_proj, self.v_proj)
+            one(x).unflatten(-1, (-1, self.head_size)).transpose(1, 2)
+            for one in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k, real = rotated(q, around.rotary), rotated(k, around.rotary), around.real
         if around.state is not None:

@@ -64,10 +64,8 @@ class UnionMLP(ExpertsPart):
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.flatten(0, -2)
-        if self.active == self.experts and not self.scaled:
-            y = self.split.all(flat)
-        else:
-            y = self.split(flat, self.sent(x))
+        whole = self.active == self.experts and not self.scaled
+        y = self.split.all(flat) if whole else self.split(flat, self.sent(x))
         if self.compensate:
             y = y * (self.experts / self.active)
         if self.out_bias is not None:
