@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -84,7 +85,7 @@ def _run(count: int | None) -> Any:
     return let
 
 
-def _follow(model: Any, teacher: Any, batch: Batch) -> tuple[Tensor, int]:
+def follow(model: Any, teacher: Any, batch: Batch) -> tuple[Tensor, int]:
     """Distance of the predictions, plus Σ_l ||f_T - f_S||² / mean ||f_T||² of the stream behind each block.
 
     The paper's outputs are vectors, whose squared distance it takes; ours are predictions, of which it is the KL
@@ -105,16 +106,14 @@ def _follow(model: Any, teacher: Any, batch: Batch) -> tuple[Tensor, int]:
     return distance + count * apart, count
 
 
-_STAGES = (
-    Stage(
-        "shared", train="new", new=r"\.shared\.(up|gate|down)", lr=1e-4, loss=_follow, teacher=True, share=0.5,
-        begin=_run(0), end=_run(None),
-    ),
-    Stage(
-        "experts", train="new", new=r"\.(split\.(up|gate|down)|router\.weight)", lr=1e-4, loss=_follow, teacher=True,
-        auxiliary=1e-2, share=0.5,
-    ),
-)  # fmt: skip
+def _stages(active: int, **_: object) -> list[Stage]:
+    """The shared expert alone, and then, if they run at all, the others."""
+    learning: dict[str, Any] = {"train": "new", "lr": 1e-4, "loss": follow, "teacher": True}
+    shared = Stage("shared", new=r"\.shared\.(up|gate|down)", begin=_run(0), end=_run(None), **learning)
+    if not active:
+        return [shared]
+    others = r"\.(split\.(up|gate|down)|router\.weight)"
+    return [replace(shared, share=0.5), Stage("experts", new=others, auxiliary=1e-2, share=0.5, **learning)]
 
 
 @conversion(
@@ -123,7 +122,7 @@ _STAGES = (
     group="experts",
     exact="with all experts active and gates of one it is the model as it was",
     check=_check,
-    stages=_STAGES,
+    stages=_stages,
     causal=False,
 )
 def dense2moe(

@@ -1,0 +1,101 @@
+"""Claims of Dense2MoE (Zheng et al., ICCV 2025, arXiv:2510.09094)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ...conversion import conversion_named
+from ..context import Context
+from ..controls import mean_of
+from ..cut_mlps import before_and_after, cut, distilled, of_mlps, pruned
+from ..ordering import beside_dense, comparison, judge
+from ..registry import Result, claim
+
+PAPER = "arXiv:2510.09094"
+EXPERTS, STEPS, DRAWS = 12, 60, 3
+ACTIVE = (8, 4, 2, 0)  # of 12 experts of 1/16 of the neurons, beside a quarter that is shared: 75, 50, 37.5, 25 %
+CHOSEN = conversion_named("dense2moe")
+
+
+def _share(active: int) -> float:
+    return 0.25 + 0.75 * active / EXPERTS
+
+
+@claim(
+    "dense2moe/against-pruning",
+    method="dense2moe",
+    paper=PAPER,
+    statement="At as many neurons for a token, and after as many steps of distillation, a shared expert with routed ones "
+    "loses less than MLPs pruned to so many neurons.",
+)
+def against_pruning(context: Context) -> Result:
+    """The paper's pair is 37.5 %; at 25 % only the shared expert runs. Both by the same Taylor scores and loss; what is
+    pruned trains the numbers of its MLPs in one stage. Untrained losses stand beside."""
+    context.require_language_model()
+    found = []
+    for active in ACTIVE:
+        ours, theirs = cut(context, "dense2moe", active=active), pruned(context, _share(active))
+        stages = CHOSEN.training({"active": active})
+        found += before_and_after(
+            context, _share(active), ("shared and routed", ours, stages),
+            ("pruned", theirs, distilled(stages[0], of_mlps(theirs))), STEPS,
+        )  # fmt: skip
+    trained = judge([one for one in found if one.better.endswith("trained")])
+    return beside_dense(context, replace(trained, numbers=judge(found).numbers))
+
+
+@claim(
+    "dense2moe/half-as-wide",
+    method="dense2moe",
+    paper=PAPER,
+    statement="After as many steps, 37.5 % of the neurons in a shared expert and two routed ones lose less than MLPs "
+    "pruned to 50 %.",
+)
+def half_as_wide(context: Context) -> Result:
+    """The paper's widths 1.5 and 2 of 4."""
+    context.require_language_model()
+    ours, theirs = cut(context, "dense2moe"), pruned(context, 0.5)
+    stages = CHOSEN.training({"active": 2})
+    other = distilled(stages[0], of_mlps(theirs))
+    named = ("37.5 % in experts", ours, stages), ("50 % pruned", theirs, other)
+    return beside_dense(context, judge(before_and_after(context, 0.375, *named, STEPS, untrained=False)))
+
+
+@claim(
+    "dense2moe/taylor",
+    method="dense2moe",
+    paper=PAPER,
+    statement="A shared expert of the neurons with the largest Taylor scores loses less than one of random neurons, "
+    "alone and with two routed experts, untrained.",
+)
+def taylor(context: Context) -> Result:
+    """The random ones are the mean of three draws."""
+    context.require_language_model()
+    found = []
+    for active in (0, 2):
+        ours = context.evaluate(cut(context, "dense2moe", active=active).model, _share(active))
+        draws = [
+            context.evaluate(
+                cut(context, "dense2moe", seed=draw, active=active, importance="random").model, _share(active)
+            )
+            for draw in range(DRAWS)
+        ]
+        found.append(comparison(_share(active), ("taylor", ours), ("random", mean_of(draws))))
+    return beside_dense(context, judge(found))
+
+
+@claim(
+    "dense2moe/two-stages",
+    method="dense2moe",
+    paper=PAPER,
+    statement="Training the shared expert first and the others behind it loses less than training all of them together "
+    "for as many steps.",
+)
+def two_stages(context: Context) -> Result:
+    """At the default 37.5 %, with the same losses and balance."""
+    context.require_language_model()
+    stages = CHOSEN.training({"active": 2})
+    together = distilled(stages[1], r"\.(shared|split|router)\.")
+    ours, theirs = cut(context, "dense2moe"), cut(context, "dense2moe")
+    named = ("one after the other", ours, stages), ("together", theirs, together)
+    return beside_dense(context, judge(before_and_after(context, 0.375, *named, STEPS, untrained=False)))
