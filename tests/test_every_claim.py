@@ -55,7 +55,8 @@ SHORT = {
     "catalog.layer_norm.SEEDS": (0,), "catalog.peri_ln.STEPS": 2, "catalog.peri_ln.SEEDS": (0,),
     "catalog.peri_ln.BLOCKS": 2, "catalog.uat_single_layer.WIDTHS": (4, 8), "catalog.uat_single_layer.SAMPLES": 50,
     "catalog.maestro.STEPS": 2, "catalog.maestro.RATES": (1e-3,), "catalog.pst.STEPS": 2, "catalog.pst.RATES": (1e-3,),
-    "catalog.crate.STEPS": 2,
+    "catalog.crate.STEPS": 2, "catalog.uoe.STEPS": 2, "catalog.uoe.ACTIVE": (2,), "catalog.dense2moe.STEPS": 2,
+    "catalog.dense2moe.ACTIVE": (2, 0),
 }  # fmt: skip
 QUICK = {
     "armor": {"rounds": 2}, "cospadi": {"iterations": 1}, "cospadi-shared": {"iterations": 1},

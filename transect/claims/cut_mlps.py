@@ -21,7 +21,7 @@ from .context import Context, Measured
 from .ordering import Comparison, comparison
 from .registry import NotApplicable
 
-BATCH, HELD_OUT, RATE = 8, 0.1, 1e-3
+BATCH, HELD_OUT, RATE = 4, 0.1, 1e-3
 
 
 def cut(context: Context, method: str, seed: int = 0, **settings: Any) -> Anatomy:
@@ -56,7 +56,7 @@ def repaired(context: Context, anatomy: Anatomy, stages: Sequence[Stage], steps:
     """The model after that many steps in all, shared out among the stages, at one rate for all of them."""
     training, held_out = _parts(context)
     teacher = copy.deepcopy(context.model).float().requires_grad_(False)
-    schedule = Schedule(lr=RATE, steps=steps, epochs=steps, every=max(1, steps // 4), seed=seed)
+    schedule = Schedule(lr=RATE, steps=steps, epochs=steps, every=max(1, steps // 2), seed=seed)
     run = Run(schedule, Machine(context.model.device), State(None), context.progress)
     with at_rest(anatomy.model, teacher, frozen=True):
         repair(anatomy, teacher, stages, run, training, held_out)

@@ -12,7 +12,7 @@ from ..ordering import beside_dense, comparison, judge
 from ..registry import Result, claim
 
 PAPER = "arXiv:2510.09094"
-EXPERTS, STEPS, DRAWS = 12, 60, 3
+EXPERTS, STEPS, DRAWS = 12, 40, 3
 ACTIVE = (8, 4, 2, 0)  # of 12 experts of 1/16 of the neurons, beside a quarter that is shared: 75, 50, 37.5, 25 %
 CHOSEN = conversion_named("dense2moe")
 

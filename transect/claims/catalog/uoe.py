@@ -11,7 +11,7 @@ from ..cut_mlps import before_and_after, cut, distilled, of_mlps, pruned
 from ..ordering import beside_dense, comparison, judge
 from ..registry import Result, Verdict, claim
 
-EXPERTS, ACTIVE, STEPS, DRAWS = 4, (3, 2, 1), 60, 3
+EXPERTS, ACTIVE, STEPS, DRAWS = 4, (3, 2, 1), 40, 3
 
 
 @claim(
@@ -81,9 +81,7 @@ def co_activation(context: Context) -> Result:
     found = []
     for active in ACTIVE:
         ours = cut(context, "uoe", experts=EXPERTS, active=active)
-        draws = [
-            context.evaluate(_random(context, active, draw), active / EXPERTS) for draw in range(DRAWS)
-        ]
+        draws = [context.evaluate(_random(context, active, draw), active / EXPERTS) for draw in range(DRAWS)]
         named = "co-activation", context.evaluate(ours.model, active / EXPERTS)
         found.append(comparison(active / EXPERTS, named, ("random", mean_of(draws))))
     return beside_dense(context, judge(found))
