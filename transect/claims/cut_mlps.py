@@ -42,7 +42,7 @@ def pruned(context: Context, share: float) -> Anatomy:
     scores = neuron_importance(anatomy, layers, _parts(context)[0])
     for number in layers:
         mlp: MLP = anatomy.blocks[number].mlp  # type: ignore[assignment]
-        mlp.keep(scores[number].topk(max(1, round(share * mlp.neurons))).indices.sort().values)
+        mlp.keep(scores[number].topk(max(1, round(share * mlp.neurons))).indices.sort().values.tolist())
     return anatomy
 
 

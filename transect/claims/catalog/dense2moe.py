@@ -25,7 +25,7 @@ def _share(active: int) -> float:
     "dense2moe/against-pruning",
     method="dense2moe",
     paper=PAPER,
-    statement="At as many neurons for a token, and after as many steps of distillation, a shared expert with routed ones "
+    statement="At as many neurons for a token, and after as many steps of distillation, a shared expert and routed ones "
     "loses less than MLPs pruned to so many neurons.",
 )
 def against_pruning(context: Context) -> Result:

@@ -95,7 +95,7 @@ def _random(context: Context, active: int, seed: int) -> object:
     "uoe/gates-that-learn",
     method="uoe",
     paper="Transect's own",
-    statement="After the same training, gates whose values are used lose less than the published ones, which only rank.",
+    statement="After the same training, gates whose values are used lose less than the published, which only rank.",
 )
 def gates_that_learn(context: Context) -> Result:
     """At three and at two of four experts: with one, both have no gradient."""
