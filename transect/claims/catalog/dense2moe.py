@@ -25,8 +25,8 @@ def _share(active: int) -> float:
     "dense2moe/against-pruning",
     method="dense2moe",
     paper=PAPER,
-    statement="At as many neurons for a token, and after as many steps of distillation, a shared expert and routed ones "
-    "loses less than MLPs pruned to so many neurons.",
+    statement="At as many neurons for a token, and after as many steps of distillation, shared and routed experts "
+    "lose less than MLPs pruned to so many neurons.",
 )
 def against_pruning(context: Context) -> Result:
     """The paper's pair is 37.5 %; at 25 % only the shared expert runs. Both by the same Taylor scores and loss; what is
