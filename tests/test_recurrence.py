@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from transect.parts.recurrence import decayed_recurrence, delta_recurrence
+from transect.parts.recurrence import decayed_recurrence, delta_recurrence, value_decayed_recurrence
 
 
 def looped(q, k, v, log_decay, state):
@@ -118,3 +118,43 @@ def test_the_delta_rule_has_finite_gradients_where_everything_is_forgotten():
     y.square().sum().backward()
     assert all(tensor.grad.isfinite().all() for tensor in (q, k, v, log_decay))
     torch.testing.assert_close(y, (q * k).sum(-1, keepdim=True) * v)
+
+
+def value_looped(q, k, v, log_decay, state):
+    outputs = []
+    for t in range(q.shape[2]):
+        state = state * log_decay[:, :, t, None].exp() + k[:, :, t, :, None] * v[:, :, t, None, :]
+        outputs.append((state * q[:, :, t, :, None]).sum(-2))
+    return torch.stack(outputs, dim=2), state
+
+
+@pytest.mark.parametrize("strength", [0.05, 3.0, 200.0])
+@pytest.mark.parametrize("count", [1, 37, 130])
+def test_decay_of_the_values_is_its_loop_in_every_length_of_chunks(strength, count):
+    q, k, v, _, _, state = delta_problem(count, 0.0)
+    draw = torch.Generator().manual_seed(1)
+    log_decay = -strength * torch.rand(v.shape, dtype=torch.float64, generator=draw)
+    problem = q, k, v, log_decay, state
+    expected, last = value_looped(*problem)
+    for chunk in (1, 16, 64, 256):
+        y, after = value_decayed_recurrence(*problem, chunk=chunk)
+        torch.testing.assert_close(y, expected, atol=1e-12, rtol=1e-12)
+        torch.testing.assert_close(after, last, atol=1e-12, rtol=1e-12)
+        y, _ = value_decayed_recurrence(*(tensor.float() for tensor in problem), chunk=chunk)
+        torch.testing.assert_close(y, expected.float(), atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("strength", [0.5, 1.4, 3.0, 1e4])
+def test_decay_of_the_values_has_the_loop_s_gradients_in_float32_too(strength):
+    draw = torch.Generator().manual_seed(0)
+    given = [torch.randn(1, 2, 70, 4, dtype=torch.float64, generator=draw) for _ in range(3)]
+    given.append(-strength * (0.6 + 0.4 * torch.rand(1, 2, 70, 4, dtype=torch.float64, generator=draw)))
+    found = []
+    for one in (value_looped, value_decayed_recurrence):
+        dtype = torch.float64 if one is value_looped else torch.float32
+        leaves = [tensor.detach().to(dtype, copy=True).requires_grad_() for tensor in given]
+        more = (torch.zeros(1, 2, 4, 4, dtype=dtype),) if one is value_looped else ()
+        one(*leaves, *more)[0].square().sum().backward()
+        found.append([leaf.grad.double() for leaf in leaves])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3 * float(theirs.abs().max()))

@@ -162,10 +162,11 @@ def put_mixer(
         path = f"{anatomy.blocks[number].slot_path('attention')}.part"
         modules = trained[number].shared if shares else trained[number].repeated
         for role, module in modules.items():
-            _put(anatomy, f"{path}.{part.roles[role]}", module)
+            put_projection(anatomy, f"{path}.{part.roles[role]}", module)
 
 
-def _put(anatomy: Anatomy, path: str, module: nn.Module) -> None:
+def put_projection(anatomy: Anatomy, path: str, module: nn.Module) -> None:
+    """Put a trained projection in the place of a mixer's own, recorded where it is more than that."""
     old = anatomy.model.get_submodule(path)
     if shape_of_outputs(module) != old.weight.shape[0]:  # type: ignore[union-attr, index]
         raise TransectError(

@@ -14,7 +14,7 @@ from ..errors import TransectError
 from ..parts import insert
 from ..parts.catalog.uoe.attention import check_head_groups
 from ..parts.projection import Projection
-from .attention import _put, check_is_softmax, shape_of_outputs, trained_projections
+from .attention import check_is_softmax, put_projection, shape_of_outputs, trained_projections
 
 
 def check_can_group(anatomy: Anatomy, layers: Sequence[int], groups: int, active: int) -> None:
@@ -46,7 +46,7 @@ def put_head_groups(
         path = f"{anatomy.blocks[number].slot_path('attention')}.part"
         for role, module in trained.shared.items():
             for group, piece in enumerate(_pieces(role, module, groups)):
-                _put(anatomy, f"{path}.experts.{group}.{role}_proj", piece)
+                put_projection(anatomy, f"{path}.experts.{group}.{role}_proj", piece)
 
 
 def _pieces(role: str, module: Any, groups: int) -> list[nn.Module]:

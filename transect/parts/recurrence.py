@@ -51,6 +51,24 @@ def decayed_recurrence(
         return _positions(torch.baddbmm(near, read, before), batch, count), state
 
 
+def value_decayed_recurrence(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None = None, chunk: int = CHUNK
+) -> tuple[Tensor, Tensor]:
+    """S_t = S_{t-1} diag(a_t) + k_t v_tᵀ: what is forgotten is a channel of the values, whatever key it came with.
+
+    Shapes, results and chunks as for `decayed_recurrence`, but log_decay is B x h x N x d_v (log a_t <= 0).
+    """
+    with torch.autocast(q.device.type, enabled=False):
+        batch, count = q.shape[:2], q.shape[2]
+        q, k, v, log_decay = (_chunks(tensor, chunk) for tensor in (q, k, v, log_decay))
+        since = log_decay.cumsum(dim=1)
+        grown, safe = since.exp(), _safe_length(log_decay, since)
+        near = _within_values(q, k, v, log_decay, safe)
+        added = k.mT @ (v * _until_end(log_decay).exp())
+        before, state = _carried(added, grown[:, -1:], state, batch, torch.addcmul)
+        return _positions(near + grown * (q @ before), batch, count), state
+
+
 def delta_recurrence(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None = None, state: Tensor | None = None,
     chunk: int = CHUNK,
@@ -143,3 +161,16 @@ def _within(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, safe: int) -> Te
     read = q[:, 1] * log_decay[:, 1].cumsum(dim=1).exp()
     write = k[:, 0] * _until_end(log_decay[:, 0]).exp()
     return torch.cat([own[:, 0], torch.baddbmm(own[:, 1], read @ write.mT, v[:, 0])], dim=1)
+
+
+def _within_values(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, safe: int) -> Tensor:
+    """`_within` where the channels of the values decay."""
+    if q.shape[1] <= max(safe, 1):
+        since = functional.pad(log_decay[:, 1:], (0, 0, 1, 0)).cumsum(dim=1)
+        return since.exp() * ((q @ k.mT).tril() @ (v * (-since).exp()))
+    halves = [tensor.unflatten(1, (2, -1)) for tensor in (q, k, v, log_decay)]
+    own = _within_values(*(half.flatten(0, 1) for half in halves), safe=safe).unflatten(0, (-1, 2))
+    q, k, v, log_decay = halves
+    written = v[:, 0] * _until_end(log_decay[:, 0]).exp()
+    read = log_decay[:, 1].cumsum(dim=1).exp() * ((q[:, 1] @ k[:, 0].mT) @ written)
+    return torch.cat([own[:, 0], own[:, 1] + read], dim=1)

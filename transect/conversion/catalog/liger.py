@@ -17,12 +17,14 @@ def _chosen(anatomy: Anatomy, layers: str, keep_every: int) -> list[int]:
     return [n for n in layers_of(anatomy, layers) if not keep_every or (n + 1) % keep_every]
 
 
-def _check(anatomy: Anatomy, layers: str, keep_every: int, alpha: float, beta: float, **_: Any) -> None:
+def _check(anatomy: Anatomy, layers: str, keep_every: int, alpha: float, beta: float, gates: int, **_: Any) -> None:
     if abs(alpha + beta - 1) > 1e-6:
         raise TransectError(f"liger: alpha + beta should be 1, not {alpha:g} + {beta:g}")
     chosen = _chosen(anatomy, layers, keep_every)
     if not chosen:
         raise TransectError(f"liger: with layers={layers!r} and keep_every={keep_every} no block is converted")
+    if gates > anatomy.head_size:
+        raise TransectError(f"liger: gates={gates} are means of the {anatomy.head_size} channels of a head: choose fewer")
     check_is_softmax(anatomy, chosen)
 
 
@@ -38,7 +40,8 @@ def liger(
     anatomy: Anatomy,
     calibration: Calibration,
     *,
-    gate: Literal["gla", "hgrn2"] = "gla",
+    gate: Literal["gla", "hgrn2", "gsa"] = "gla",
+    gates: Annotated[int, Range(0, 2**16)] = 0,
     window: Annotated[int, Range(1, 2**20)] = 64,
     alpha: Annotated[float, Range(0, 1)] = 0.5,
     beta: Annotated[float, Range(0, 1)] = 0.5,
@@ -51,7 +54,8 @@ def liger(
     model is much worse; low-rank updates of q, k and v on the data mend most of it (Section 3.3: rank 8, next tokens
     only, rate 1e-3).
 
-    gate: how the memory decays, see the mixer.
+    gate: how the memory decays, and what it keeps: see the mixer.
+    gates: numbers of a head's gate, means over runs of the key's channels; 0 is every channel, and half of them for gsa.
     window: how far softmax attention sees, the position itself included.
     alpha: weight of the memory.
     beta: weight of the window, 1 - alpha.
@@ -60,5 +64,5 @@ def liger(
     """
     put_mixer(
         anatomy, "liger", _chosen(anatomy, layers, keep_every),
-        {"gate": gate, "window": window, "alpha": alpha, "beta": beta}, calibration.seed,
+        {"gate": gate, "gates": gates, "window": window, "alpha": alpha, "beta": beta}, calibration.seed,
     )  # fmt: skip

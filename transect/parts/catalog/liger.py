@@ -9,9 +9,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from ...arguments import Range
+from ...errors import TransectError
 from ..attention import Attention
 from ..part import Around
-from ..recurrence import CHUNK, decayed_recurrence
+from ..precision import wide
+from ..recurrence import CHUNK, decayed_recurrence, value_decayed_recurrence
 from ..rotary import rotated
 from .local import windowed, with_window_before
 
@@ -19,12 +21,17 @@ from .local import windowed, with_window_before
 class Liger(Attention):
     """alpha * memory + beta * softmax within a window (eq. 9), both from the same queries, keys and values.
 
-    The memory's gate is the key itself, before it is turned by its position (Section 3.2; in the authors' code pooling
-    is the identity for these two forms). Where the model norms its keys, the gate reads the normed ones (ours). With
-    "gla" S_t = diag(sigmoid(k_t)^(1/16)) S_{t-1} + softmax(k_t) v_tᵀ, read by softmax(q_t) and not divided by anything;
-    with "hgrn2" the decay is f_t = sigmoid(k_t) and what is written is 1 - f_t.
+    The memory's gate is the key itself, before it is turned by its position (Section 3.2), or means over runs of its
+    channels. In the authors' code these are runs of one channel for "gla" and "hgrn2", and so they are here unless
+    `gates` says otherwise. Where the model norms its keys, the gate reads the normed ones (ours).
+    gla: S_t = diag(sigmoid(k_t)^(1/16)) S_{t-1} + softmax(k_t) v_tᵀ, read by softmax(q_t), and not divided by anything.
+    hgrn2: the decay is f_t = sigmoid(k_t), and what is written is 1 - f_t.
+    gsa: m slots with a key and a value each. With a_t = sigmoid(g_t)^(1/16) of the m means g_t, both memories go on as
+    diag(a_t) S_{t-1} + (1 - a_t) x_tᵀ, with x the keys and the values; a query reads softmax(K_t q_t) of the latter.
 
     gate: how the memory decays.
+    gates: numbers of a head's gate, each the mean over a run of the key's channels; 0 is every channel by itself, and
+        with gsa, whose slots they are, half as many.
     window: how far softmax attention sees, the position itself included.
     alpha: weight of the memory.
     beta: weight of the window.
@@ -39,17 +46,21 @@ class Liger(Attention):
 
     def __init__(
         self, width: int, heads: int, key_value_heads: int, head_size: int, causal: bool, *,
-        gate: Literal["gla", "hgrn2"] = "gla", window: Annotated[int, Range(1, 2**20)] = 64,
-        alpha: Annotated[float, Range(0, 1)] = 0.5, beta: Annotated[float, Range(0, 1)] = 0.5,
+        gate: Literal["gla", "hgrn2", "gsa"] = "gla", gates: Annotated[int, Range(0, 2**16)] = 0,
+        window: Annotated[int, Range(1, 2**20)] = 64, alpha: Annotated[float, Range(0, 1)] = 0.5,
+        beta: Annotated[float, Range(0, 1)] = 0.5,
     ) -> None:  # fmt: skip
         super().__init__(width, heads, head_size, causal, key_value_heads=key_value_heads)
+        if gates > head_size:
+            raise TransectError(f"liger: gates={gates} are means of the {head_size} channels of a head: choose fewer")
         self.gate, self.window, self.alpha, self.beta = gate, window, alpha, beta
+        self.gates = gates or (max(1, head_size // 2) if gate == "gsa" else head_size)
 
     def mix(self, x: Tensor, around: Around) -> Tensor:
         q, k, v = (self.by_heads(one(x)) for one in (self.q_proj, self.k_proj, self.v_proj))
         y = torch.zeros_like(q)
         if self.alpha:
-            y = self.alpha * self._memory(q, k, v, around)
+            y = self.alpha * self._memory(x, q, k, v, around)
         if self.beta:
             q, k = rotated(q, around.rotary), rotated(k, around.rotary)
             k, v, real, window = with_window_before(k, v, around, self.window)
@@ -58,23 +69,36 @@ class Liger(Attention):
             y = y + self.beta * near
         return self.put_out(y, x)
 
-    def _memory(self, q: Tensor, k: Tensor, v: Tensor, around: Around) -> Tensor:
+    def decay_of(self, x: Tensor, k: Tensor) -> Tensor:
+        """The log decay (B x key heads x N x gates), of the part's input x and its keys."""
+        source = wide(k)
+        if self.gates < self.head_size:
+            source = functional.adaptive_avg_pool1d(source.flatten(0, 2)[:, None], self.gates).view(
+                *source.shape[:-1], self.gates
+            )
+        return functional.logsigmoid(source) / (1 if self.gate == "hgrn2" else 16)
+
+    def _memory(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, around: Around) -> Tensor:
         """What the decaying memory gives each query (B x heads x N x head size)."""
-        gate = k.float() if k.element_size() < 4 else k
-        if self.gate == "gla":
-            log_decay, written = functional.logsigmoid(gate) / 16, gate.softmax(-1)
-        else:
-            log_decay, written = functional.logsigmoid(gate), (-gate).sigmoid()
+        log_decay = self.decay_of(x, k)
+        if self.gate != "gsa" and self.gates < self.head_size:  # each number for the run that it is the mean of
+            run = torch.arange(self.head_size, device=k.device) * self.gates // self.head_size
+            log_decay = log_decay[..., run]
+        written = wide(k).softmax(-1) if self.gate == "gla" else -torch.expm1(log_decay)
         if around.real is not None:  # what is at padding is not remembered, and makes nothing forgotten
             real = around.real[:, None, :, None]
             written, log_decay = written * real, log_decay * real
-        written, log_decay, v = self.for_queries(written, log_decay, v)
-        before = None if around.state is None else around.state.get("memory")
-        y, memory = decayed_recurrence(q.softmax(-1), written, v, log_decay, before)
-        if around.state is not None:
-            around.state["memory"] = memory
+        written, log_decay, k, v = self.for_queries(written, log_decay, k, v)
+        state = {} if around.state is None else around.state
+        if self.gate == "gsa":
+            scores, state["slots"] = value_decayed_recurrence(q, k, written, log_decay, state.get("slots"))
+            q = scores  # of the slots
+        y, state["memory"] = decayed_recurrence(q.softmax(-1), written, v, log_decay, state.get("memory"))
         return y
 
     def mixing_flops(self, length: int) -> int:
-        near, far = 2 * min(self.window, length), self.head_size + min(length, CHUNK)
+        near, chunk = 2 * min(self.window, length), min(length, CHUNK)
+        far = self.head_size + chunk
+        if self.gate == "gsa":  # two memories of as many rows as slots
+            far = 2 * self.gates + chunk + chunk * self.gates // self.head_size
         return 4 * length * self.heads * self.head_size * (near * (self.beta > 0) + far * (self.alpha > 0))
