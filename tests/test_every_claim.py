@@ -57,6 +57,7 @@ SHORT = {
     "catalog.maestro.STEPS": 2, "catalog.maestro.RATES": (1e-3,), "catalog.pst.STEPS": 2, "catalog.pst.RATES": (1e-3,),
     "catalog.crate.STEPS": 2, "catalog.uoe.STEPS": 2, "catalog.uoe.ACTIVE": (2,), "catalog.dense2moe.STEPS": 2,
     "catalog.dense2moe.ACTIVE": (2, 0),
+    "catalog.liger.STEPS": 2,
 }  # fmt: skip
 QUICK = {
     "armor": {"rounds": 2}, "cospadi": {"iterations": 1}, "cospadi-shared": {"iterations": 1},

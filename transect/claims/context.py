@@ -85,6 +85,7 @@ class Context:
     least two sequences. specimen: the model with its tokenizer, the calibration text and the questions about what it
     knows, for claims about probes and edits. uses: methods whose statistics are collected, in one pass, when the
     first of them is asked for.
+    shared: what the claims of a method compute together, by its name.
     Factorizations stay in memory: about the size of the model's matrices for every method.
     """
 
@@ -109,6 +110,7 @@ class Context:
         self._by_method: dict[str, Factorized] = {}
         self._scores = Scores(self.matrices)
         self._measured: dict[tuple[Variant, float], Measured] = {}
+        self.shared: dict[str, Any] = {}
 
     @property
     def calibration(self) -> Batches:
