@@ -19,20 +19,27 @@ DATA = torch.randint(3, VOCABULARY, (8, 16), generator=torch.Generator().manual_
 # Settings with which a conversion leaves the tiny models what they were; those without an entry are not exact at any.
 EXACT = {
     "dense2moe": {"active": 12, "gates": "one"}, "liger": {"alpha": 0.0, "beta": 1.0}, "mixer": {"mixer": "softmax"},
+    "spikingbrain": {"windows": 1}, "spikingbrain-experts": {"experts": 4, "spread": 0.0, "scaled": "down"},
     "uoe": {"active": 4, "gates": "rank"},
 }  # fmt: skip
 # What makes a conversion fit models of three blocks and 48 neurons, where its defaults do not.
-SMALL = {"liger": {"window": 4}}
+SMALL = {
+    "ecoformer": {"anchors": 9, "bits": 8, "similar": 3, "hash_steps": 3}, "liger": {"window": 4},
+    "spikingbrain": {"window": 4}, "spikingbrain-experts": {"experts": 4},
+}  # fmt: skip
 # Architectures that a conversion refuses, with a word of the reason; all others it takes.
 REFUSED = {
     "dense2moe": {"opt": "no MLP in one module", "bloom": "takes more than its input"},
+    "ecoformer": {"gemma2": "softmax", "gemma3": "softmax", "gptj": "softmax", "bloom": "softmax"},
     "liger": {"gemma2": "softmax", "gemma3": "softmax", "gptj": "softmax", "bloom": "softmax"},
     "mixer": {"bloom": "adds the stream"},
+    "spikingbrain": {"gemma2": "softmax", "gemma3": "softmax", "gptj": "softmax", "bloom": "softmax"},
+    "spikingbrain-experts": {"opt": "no MLP in one module", "bloom": "takes more than its input"},
     "uoe": {"opt": "no MLP in one module", "bloom": "takes more than its input"},
 }
 # Architectures whose attention is more than the softmax that a conversion is exact with.
 MORE = {"mixer": {"gemma2", "gemma3", "gptj"}}
-ANY = {"dense2moe", "uoe"}  # for models that predict the next token, and for others
+ANY = {"dense2moe", "spikingbrain-spikes", "uoe"}  # for models that predict the next token, and for others
 FOR_CAUSAL = [entry for entry in conversions() if entry.causal or entry.name in ANY]
 
 

@@ -50,7 +50,7 @@ def repair(
         schedule = _schedule_of(stage, run.schedule, len(training))
         finished = run.state.read(f"stage-{number:02d}")
         trained = dict(anatomy.model.named_parameters())
-        with _during(anatomy, stage):
+        with _during(anatomy, stage, training):
             if finished is not None:
                 with torch.no_grad():
                     for name, tensor in finished[0].items():
@@ -67,11 +67,13 @@ def repair(
 
 
 @contextmanager
-def _during(anatomy: Anatomy, stage: Stage) -> Iterator[None]:
+def _during(anatomy: Anatomy, stage: Stage, training: Batches) -> Iterator[None]:
     """What the stage does before it and after it."""
     try:
         if stage.begin is not None:
             stage.begin(anatomy)
+        if stage.learn is not None:
+            stage.learn(anatomy, training)
         yield
     finally:
         if stage.end is not None:

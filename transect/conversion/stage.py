@@ -10,6 +10,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from ..anatomy import Anatomy
+from ..data import Batches
 
 Train = Literal["full", "lora", "new"]
 Lowered = Literal["own", "distill"]
@@ -32,8 +33,9 @@ class Stage:
     share: of the steps.
     begin, end: called with the model's anatomy before the stage, and after it, also after an error. step: called with
     it, the number of steps done and of all, before each batch that is trained on; torch's random numbers are then those
-    of the step, also after an interruption.
-    measured: called with it before the held-out loss is taken.
+    of the step, also after an interruption. measured: called with it before the held-out loss is taken.
+    learn: called with it and the training data after `begin`, also where the stage is taken from an earlier run: for
+    what is no parameter, and is found out on text.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Stage:
     auxiliary: float = 1.0
     share: float = 1.0
     begin: Callable[[Anatomy], None] | None = None
+    learn: Callable[[Anatomy, Batches], None] | None = None
     end: Callable[[Anatomy], None] | None = None
     step: Callable[[Anatomy, int, int], None] | None = None
     measured: Callable[[Anatomy], None] | None = None

@@ -19,7 +19,7 @@ from ..converted import Converted, converted
 from ..registry import Result, Verdict, claim
 
 PAPER = "arXiv:2503.01496"
-STEPS = 150
+STEPS = 40
 _CLEAR = 2  # standard errors
 
 
@@ -88,7 +88,7 @@ def _told(rows: list[dict[str, Any]]) -> str:
     "is a new matrix.",
 )
 def window_and_gate(context: Context) -> Result:
-    """A window of a sixteenth of the sequences, rank 8 for q, k and v, 150 steps; the new gate is trained as a whole.
+    """A window of a sixteenth of the sequences, rank 8 for q, k and v, 40 steps; the new gate is trained as a whole.
     Nothing forgotten is reported too, and not judged: it should be close, and not better (Table 5)."""
     ways = ("whole", "no window", "separate gate", "no gate")
     whole = _way(context, "whole").after

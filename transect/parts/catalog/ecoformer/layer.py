@@ -10,7 +10,9 @@ from torch.nn import functional
 
 from ....arguments import Range
 from ....parameters import Seed
+from ...attention import seen_by
 from ...part import Around, Mixer
+from ...precision import wide
 from ...recurrence import decayed_recurrence
 from ...rotary import rotated
 from .hashing import Hash, codes_of, learned_hash, random_hash
@@ -49,6 +51,7 @@ class EcoFormer(Mixer):
     ) -> None:  # fmt: skip
         super().__init__(causal)
         self.heads, self.head_size, self.constant = heads, head_size, bits + offset
+        self.soft = False
         inner = heads * head_size
         self.qk_proj, self.v_proj = (nn.Linear(width, inner, bias=False) for _ in range(2))
         self.o_proj = nn.Linear(inner, width, bias=False)
@@ -72,10 +75,19 @@ class EcoFormer(Mixer):
             z = self._units(x, around or Around())
         self.take(learned_hash(z, *self.projection.shape[:0:-1], **settings))
 
+    def _shared(self, x: Tensor, around: Around) -> Tensor:
+        """What is query and key (B x heads x N x head size)."""
+        return rotated(self.qk_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2), around.rotary)
+
     def _units(self, x: Tensor, around: Around) -> Tensor:
         """z (B x heads x N x head size), in float32 or wider."""
-        z = rotated(self.qk_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2), around.rotary)
-        return functional.normalize(z if z.dtype == torch.float64 else z.float(), dim=-1)
+        return functional.normalize(wide(self._shared(x, around)), dim=-1)
+
+    def _softmax(self, x: Tensor, around: Around) -> Tensor:
+        z, v = self._shared(x, around), self.v_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        mask = seen_by(x.shape[1], x.shape[1], self.causal, around.real, x.device)
+        y = functional.scaled_dot_product_attention(z, z, v, mask, is_causal=self.causal and mask is None)
+        return self.o_proj(y.transpose(1, 2).flatten(2))
 
     def codes(self, x: Tensor, around: Around) -> Tensor:
         """H (B x heads x N x bits) of ±1."""
@@ -85,6 +97,8 @@ class EcoFormer(Mixer):
             return codes_of(z, Hash(*(one.to(z.dtype) for one in stored)))
 
     def mix(self, x: Tensor, around: Around) -> Tensor:
+        if self.soft:
+            return self._softmax(x, around)
         codes, v = self.codes(x, around), self.v_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         real = x.new_ones(1, x.shape[1]) if around.real is None else around.real
         q = functional.pad(codes, (0, 1), value=1.0)
