@@ -6,6 +6,10 @@ import pytest
 import torch
 from torch.nn import functional
 
+import transect
+from transect.anatomy import Anatomy
+from transect.conversion.attention import trained_projections
+from transect.conversion.catalog.ecoformer import nearest, shared_projection
 from transect.errors import TransectError
 from transect.parts import Around
 from transect.parts.catalog.ecoformer import (
@@ -22,6 +26,11 @@ from transect.parts.catalog.ecoformer import (
     similarity_labels,
     softmax_work,
 )
+
+from .models import VOCABULARY, inputs, logits, tiny
+
+DATA = torch.randint(3, VOCABULARY, (8, 16), generator=torch.Generator().manual_seed(5))
+SMALL = {"anchors": 9, "bits": 8, "similar": 3, "hash_steps": 3}
 
 
 def drawn(*shape, seed=0):
@@ -136,3 +145,93 @@ def test_too_few_tokens_to_learn_from_are_refused():
     ):
         with pytest.raises(TransectError, match=said):
             call()
+
+
+@pytest.mark.parametrize("complex_", [False, True])
+def test_the_merge_is_the_nearest_product_of_a_projection_with_itself(complex_):
+    q, k = (torch.complex(drawn(3, 7, seed=i), drawn(3, 7, seed=i + 9)) if complex_ else drawn(3, 7, seed=i) for i in
+            (0, 1))  # fmt: skip
+    z = nearest(q, k)
+    values, vectors = torch.linalg.eigh((q.mH @ k + k.mH @ q) / 2)
+    best = vectors[:, -3:] * values[-3:].clamp(min=0) @ vectors[:, -3:].mH
+    torch.testing.assert_close(z.mH @ z, best)
+    torch.testing.assert_close(nearest(q, q).mH @ nearest(q, q), q.mH @ q)  # nothing is lost of what is shared already
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "gptj"])
+@torch.no_grad()
+def test_a_model_with_shared_queries_and_keys_is_merged_without_loss(name):
+    """Positions turn pairs of channels, wherever the architecture has them; a bias is one of the columns."""
+    model = tiny(name)
+    block = Anatomy(model).blocks[1]
+    attention = block.attention
+    groups = attention.heads // attention.key_value_heads
+    keys = attention.k.weight.view(attention.key_value_heads, 1, block.head_size, -1)
+    bias = attention.k.bias
+    attention.q.write(
+        keys.expand(-1, groups, -1, -1).reshape(attention.q.shape), None if bias is None else bias.repeat(groups)
+    )
+    weight, shift = shared_projection(block, trained_projections(block))
+    x = torch.randn(5, weight.shape[1])
+    trained = trained_projections(block).repeated
+    size, width = block.head_size, block.rotary_width
+
+    def scores(q, k, angle):
+        q, k = (one.view(5, -1, size).transpose(0, 1) for one in (q, k))
+        turn = torch.polar(torch.ones(width // 2), angle * torch.arange(1.0, width // 2 + 1))
+        q_pairs, k_pairs = (torch.complex(one[..., : width // 2], one[..., width // 2 : width]) for one in (q, k))
+        return (q_pairs.conj() @ (k_pairs * turn).mT).real + q[..., width:] @ k[..., width:].mT
+
+    z = functional.linear(x, weight, shift)
+    for angle in (0.0, 0.7):
+        expected = scores(trained["q"](x), trained["k"](x), angle)
+        torch.testing.assert_close(scores(z, z, angle), expected, atol=1e-4 * float(expected.abs().max()), rtol=1e-3)
+
+
+def test_training_has_two_stages_the_first_of_which_is_softmax_and_codes_are_learned_anew():
+    model, seen = tiny("llama"), []
+
+    def watch(check):
+        seen.append({module.soft for module in model.modules() if isinstance(module, EcoFormer)})
+
+    found = transect.convert(
+        model, "ecoformer", DATA, settings={"ecoformer": SMALL}, epochs=4, batch_size=2, lr=1e-2, every=1, on_check=watch
+    )
+    stages = found.outcome["stages"]
+    assert [stage["name"] for stage in stages] == ["shared", "codes"]
+    assert stages[0]["steps"] > 2 * stages[1]["steps"] > 0
+    assert seen == sorted(seen, key=lambda soft: soft == {False}) and {True} in seen and {False} in seen
+    parts = [module for module in found.model.modules() if isinstance(module, EcoFormer)]
+    assert len(parts) == 3 and not any(part.soft for part in parts)
+    untrained = transect.convert(tiny("llama"), "ecoformer", DATA, steps=0, settings={"ecoformer": SMALL}).model
+    before = [module for module in untrained.modules() if isinstance(module, EcoFormer)]
+    assert all(not torch.equal(new.anchors, old.anchors) for new, old in zip(parts, before, strict=True))
+
+
+@torch.no_grad()
+def test_anchors_are_tokens_of_the_text_and_a_soft_part_is_softmax_attention():
+    model = transect.convert(tiny("gpt2"), "ecoformer", DATA, steps=0, settings={"ecoformer": SMALL}).model
+    part, x = Anatomy(model).blocks[0].part("attention"), torch.randn(2, 9, 32)
+    real = torch.ones(2, 9, dtype=torch.bool)
+    real[0, :2] = False
+    part.soft = True
+    z, v = (one(x).unflatten(-1, (4, -1)).transpose(1, 2) for one in (part.qk_proj, part.v_proj))
+    mask = real[:, None, None] & torch.ones(9, 9, dtype=torch.bool).tril()
+    weights = (z @ z.mT / 8**0.5).masked_fill(~mask, -1e30).softmax(-1)
+    expected = part.o_proj((weights @ v).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(part(x, Around(real))[real], expected[real], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(part.anchors.norm(dim=-1), torch.ones(4, 9))
+    assert logits(model, inputs("gpt2")).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [({"similar": 8}, "more than 16 tokens"), ({"similar": 3, "anchors": 999}, "from 999 tokens in all")],
+)
+def test_text_that_is_too_short_for_codes_is_refused_before_any_change(settings, said):
+    model = tiny("llama")
+    with pytest.raises(TransectError, match=said):
+        transect.convert(model, "ecoformer", DATA, steps=0, settings={"ecoformer": settings})
+    assert not any(isinstance(module, EcoFormer) for module in model.modules())
+    with pytest.raises(TransectError, match="pass data="):
+        transect.convert(model, "ecoformer")
