@@ -195,7 +195,15 @@ def test_training_has_two_stages_the_first_of_which_is_softmax_and_codes_are_lea
         seen.append({module.soft for module in model.modules() if isinstance(module, EcoFormer)})
 
     found = transect.convert(
-        model, "ecoformer", DATA, settings={"ecoformer": SMALL}, epochs=4, batch_size=2, lr=1e-2, every=1, on_check=watch
+        model,
+        "ecoformer",
+        DATA,
+        settings={"ecoformer": SMALL},
+        epochs=4,
+        batch_size=2,
+        lr=1e-2,
+        every=1,
+        on_check=watch,
     )
     stages = found.outcome["stages"]
     assert [stage["name"] for stage in stages] == ["shared", "codes"]

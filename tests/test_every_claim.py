@@ -58,6 +58,8 @@ SHORT = {
     "catalog.crate.STEPS": 2, "catalog.uoe.STEPS": 2, "catalog.uoe.ACTIVE": (2,), "catalog.dense2moe.STEPS": 2,
     "catalog.dense2moe.ACTIVE": (2, 0),
     "catalog.liger.STEPS": 2,
+    "catalog.spikingbrain.STEPS": 2,
+    "catalog.spikingbrain.THRESHOLDS": (2.0, 4.0), "catalog.ecoformer.STEPS": 2,
 }  # fmt: skip
 QUICK = {
     "armor": {"rounds": 2}, "cospadi": {"iterations": 1}, "cospadi-shared": {"iterations": 1},

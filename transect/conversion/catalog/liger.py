@@ -24,7 +24,9 @@ def _check(anatomy: Anatomy, layers: str, keep_every: int, alpha: float, beta: f
     if not chosen:
         raise TransectError(f"liger: with layers={layers!r} and keep_every={keep_every} no block is converted")
     if gates > anatomy.head_size:
-        raise TransectError(f"liger: gates={gates} are means of the {anatomy.head_size} channels of a head: choose fewer")
+        raise TransectError(
+            f"liger: gates={gates} are means of the {anatomy.head_size} channels of a head: choose fewer"
+        )
     check_is_softmax(anatomy, chosen)
 
 

@@ -72,14 +72,14 @@ class EcoFormer(Mixer):
     def learn(self, x: Tensor, around: Around | None = None, **settings: Any) -> None:
         """Learn the hash from inputs of the part (B x N x d), all real; settings: of `learned_hash`."""
         with torch.no_grad():
-            z = self._units(x, around or Around())
+            z = self.units(x, around or Around())
         self.take(learned_hash(z, *self.projection.shape[:0:-1], **settings))
 
     def _shared(self, x: Tensor, around: Around) -> Tensor:
         """What is query and key (B x heads x N x head size)."""
         return rotated(self.qk_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2), around.rotary)
 
-    def _units(self, x: Tensor, around: Around) -> Tensor:
+    def units(self, x: Tensor, around: Around) -> Tensor:
         """z (B x heads x N x head size), in float32 or wider."""
         return functional.normalize(wide(self._shared(x, around)), dim=-1)
 
@@ -91,7 +91,7 @@ class EcoFormer(Mixer):
 
     def codes(self, x: Tensor, around: Around) -> Tensor:
         """H (B x heads x N x bits) of ±1."""
-        z = self._units(x, around)
+        z = self.units(x, around)
         with torch.autocast(x.device.type, enabled=False):  # in half precision near signs would be others
             stored = (self.anchors, self.spread, self.mean, self.projection)
             return codes_of(z, Hash(*(one.to(z.dtype) for one in stored)))
