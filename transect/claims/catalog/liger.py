@@ -101,8 +101,8 @@ def window_and_gate(context: Context) -> Result:
     "liger/recovers",
     method="liger",
     paper=PAPER,
-    statement="Converted and not yet tuned the model is worse than it was, and a short tuning of q, k and v closes most "
-    "of the gap.",
+    statement="Converted and not yet tuned the model is worse than it was, and a short tuning of q, k and v closes "
+    "most of the gap.",
 )
 def recovers(context: Context) -> Result:
     """Most is more than half of the difference between the losses of the model as it was and converted."""

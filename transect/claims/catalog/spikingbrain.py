@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
 
 from ...conversion import Calibration, conversion_named
-from ...operators.spiking import Spiking, spike_counts
-from ...parts.catalog.spikingbrain import Counted
+from ...operators.spiking import Spiking
+from ...parts.catalog.spikingbrain import Counted, counting
 from ..context import Context, Measured
 from ..converted import Converted, converted
 from ..registry import NotApplicable, Result, Verdict, claim
@@ -32,23 +33,16 @@ def _way(context: Context, name: str) -> Converted:
 
 def _spiking(context: Context, k: float) -> tuple[Measured, Counted]:
     """The loss with spikes alone, and how many of them there are in the held-out text."""
-    anatomy = context.fresh().anatomy
     context.require_language_model()
+    anatomy = context.fresh().anatomy
     spikes = conversion_named("spikingbrain-spikes")
     spikes.function(anatomy, Calibration(), **spikes.settings({"k": k}))
-    return context.evaluate(anatomy.model, 1.0), _counted(context, anatomy.model)
-
-
-@torch.no_grad()
-def _counted(context: Context, model: Any) -> Counted:
-    counted = Counted()
-    found = [module for module in model.modules() if isinstance(module, Spiking)]
+    found = [module for module in anatomy.model.modules() if isinstance(module, Spiking)]
     if not found:
         raise NotApplicable("the model has no matrix whose input could be coded")
-    for one in found:
-        one.register_forward_pre_hook(lambda module, given: counted.add(spike_counts(given[0], module.k)[0]))
-    model(input_ids=next(iter(context.evaluation.texts()))[None].to(model.device))
-    return counted
+    with torch.no_grad(), counting(found) as counted:
+        anatomy.model(input_ids=next(iter(context.evaluation.texts()))[None].to(anatomy.model.device))
+    return context.evaluate(anatomy.model, 1.0), counted
 
 
 @claim(
@@ -101,7 +95,7 @@ def finer_spikes(context: Context) -> Result:
     for k in THRESHOLDS:
         measured, counted = _spiking(context, k)
         rows.append({"k": k, "loss": measured.loss, **counted.told()})
-    pairs = list(zip(rows, rows[1:], strict=False))
+    pairs = list(itertools.pairwise(rows))
     sparse = "sparsity of three planes"
     held = all(fine["loss"] < coarse["loss"] and fine[sparse] < coarse[sparse] for coarse, fine in pairs)
     told = ", ".join(f"k {row['k']:g}: loss {row['loss']:.4f}, sparsity {row[sparse]:.3f}" for row in rows)

@@ -162,8 +162,8 @@ def _first_batch(data: Batches, anchors: int, similar: int) -> Any:
     chosen = [text for text in texts if len(text) == length][:4]
     if length <= 2 * similar or len(chosen) * length < anchors:
         raise TransectError(
-            f"ecoformer learns codes from sequences of more than {2 * similar} tokens, and from {anchors} tokens in all;"
-            f" the data has {len(chosen)} of {length}: pass longer text, or lower similar and anchors"
+            f"ecoformer learns codes from sequences of more than {2 * similar} tokens, and from {anchors} tokens in "
+            f"all; the data has {len(chosen)} of {length}: pass longer text, or lower similar and anchors"
         )
     return {"input_ids": torch.stack(chosen)}
 

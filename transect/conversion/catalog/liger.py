@@ -57,7 +57,7 @@ def liger(
     only, rate 1e-3).
 
     gate: how the memory decays, and what it keeps: see the mixer.
-    gates: numbers of a head's gate, means over runs of the key's channels; 0 is every channel, and half of them for gsa.
+    gates: numbers of a head's gate, means over runs of the key's channels; 0 is every channel, for gsa half as many.
     window: how far softmax attention sees, the position itself included.
     alpha: weight of the memory.
     beta: weight of the window, 1 - alpha.

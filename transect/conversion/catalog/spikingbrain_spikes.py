@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from ...anatomy import Anatomy
 from ...anatomy.storage import dense, is_dense
 from ...errors import TransectError
-from ...forward import run_body
+from ...forward import run_body, to_device
 from ...operators.grouped_integer import GroupedInteger
-from ...operators.spiking import Spiking, spike_counts
-from ...parts.catalog.spikingbrain import Counted
+from ...operators.spiking import Spiking
+from ...parts.catalog.spikingbrain import counting
 from ..layers import layers_of
 from ..registry import Calibration, Range, conversion
 
@@ -31,8 +31,8 @@ def _check(anatomy: Anatomy, layers: str, **_: Any) -> None:
     for matrix in found:
         if not is_dense(matrix.module):
             raise TransectError(
-                f"{matrix.name} is stored as {type(matrix.module).__name__}: code spikes first, or of the model that it "
-                "came from"
+                f"{matrix.name} is stored as {type(matrix.module).__name__}: code spikes first, or of the model that "
+                "it came from"
             )
 
 
@@ -76,7 +76,10 @@ def spikingbrain_spikes(
         matrix.replace(spiking)
         found.append(matrix.module)
     if calibration.data is not None:
-        calibration.told.update(_counted(anatomy, found, list(calibration.data)[:_BATCHES]).told())
+        with counting(found) as counted:
+            for batch in list(calibration.data)[:_BATCHES]:
+                run_body(anatomy.model, to_device(batch, anatomy.model.device))
+        calibration.told.update(counted.told())
 
 
 def rounded(weight: Tensor, group: int) -> GroupedInteger:
@@ -85,19 +88,3 @@ def rounded(weight: Tensor, group: int) -> GroupedInteger:
     scale = (padded.abs().amax(-1) / 127).clamp_min(torch.finfo(weight.dtype).tiny)
     codes = (padded / scale[..., None]).round().clamp(-127, 127) + 128
     return GroupedInteger.from_codes(codes.flatten(1)[:, : weight.shape[1]], scale, None, 8, group)
-
-
-def _counted(anatomy: Anatomy, found: list[Spiking], batches: list[Any]) -> Counted:
-    """The spikes of everything that these read of the batches, padding included."""
-    counted = Counted()
-    handles = [
-        one.register_forward_pre_hook(lambda module, given: counted.add(spike_counts(given[0], module.k)[0]))
-        for one in found
-    ]
-    try:
-        for batch in batches:
-            run_body(anatomy.model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return counted

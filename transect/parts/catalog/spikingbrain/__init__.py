@@ -6,6 +6,7 @@ from .codes import (
     binary_spikes,
     bitwise_planes,
     complement_planes,
+    counting,
     from_complement,
     from_planes,
     planes_needed,
@@ -14,6 +15,6 @@ from .codes import (
 from .experts import Upcycled
 
 __all__ = [
-    "Counted", "SpikingBrain", "Upcycled", "binary_spikes", "bitwise_planes", "complement_planes", "from_complement",
+    "Counted", "SpikingBrain", "Upcycled", "binary_spikes", "bitwise_planes", "complement_planes", "counting", "from_complement",
     "from_planes", "planes_needed", "ternary_spikes",
 ]  # fmt: skip

@@ -5,12 +5,16 @@ Steps come first: planes (T x the shape of s), all of the same dtype as s.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ....errors import TransectError
+from ....operators.spiking import Spiking, spike_counts
 
 _SPIKE, _FLOAT16, _INT8 = 0.03, 1.5, 0.23  # picojoules of an addition for a spike, and of multiply-adds (Section 4.4)
 _WINDOW = 3  # planes of the window in which sparsity is counted: counts up to 7
@@ -98,3 +102,19 @@ class Counted:
             "idealized share of float16's energy": energy / _FLOAT16,
             "idealized share of int8's energy": energy / _INT8,
         }
+
+
+@contextmanager
+def counting(spiking: Iterable[Spiking]) -> Iterator[Counted]:
+    """Inside the `with`, everything that these read is counted, padding included."""
+    counted = Counted()
+
+    def hook(module: Any, given: tuple[Tensor, ...]) -> None:
+        counted.add(spike_counts(given[0], module.k)[0])
+
+    handles = [one.register_forward_pre_hook(hook) for one in spiking]
+    try:
+        yield counted
+    finally:
+        for handle in handles:
+            handle.remove()
