@@ -7,6 +7,7 @@ hold and do, not by their names, so that the next library is refused as well.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import TransectError
 from .architecture import Architecture
 from .body import ADAPTED
+from .record import record_of
 from .storage import is_dense, read_weight, shape_of
 
 _NUMBERS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -60,7 +62,7 @@ def refuse_other_than_plain_weights(model: nn.Module, blocks: nn.Module, archite
             module = _found(block, path)
             if module is not None:
                 _check_matrix(paths[id(module)], module)
-    _check_untied(blocks)
+    _check_untied(blocks, paths, record_of(model).tied)
 
 
 def _check_dense(path: str, module: Any) -> None:
@@ -100,16 +102,19 @@ def _check_matrix(path: str, module: Any) -> None:
         raise _error(path, module, f"it is no matrix that can be read: {_QUANTIZED}")
 
 
-def _check_untied(blocks: nn.Module) -> None:
-    users: dict[int, str] = {}
+def _check_untied(blocks: nn.Module, paths: Mapping[int, str], tied: Mapping[str, str]) -> None:
+    """Of weights that places share, those that the structure record has as tied are as they should be."""
+    users: dict[int, tuple[str, str | None]] = {}
     modules: Any = blocks.named_modules(remove_duplicate=False)
     for name, module in modules:
         if is_dense(module) and module.weight.numel():
-            first = users.setdefault(id(module.weight), name)
-            if first != name:
+            group = tied.get(f"{paths[id(module)]}.weight")
+            first, known = users.setdefault(id(module.weight), (name, group))
+            if first != name and (group is None or group != known):
                 raise TransectError(
                     f"the blocks' {first} and {name} share one weight, so that one cannot be changed without the "
-                    "other. Give each its own: module.weight = torch.nn.Parameter(module.weight.detach().clone()) "
+                    "other. Share them by Anatomy's tie or arrange, "
+                    "or give each its own: module.weight = torch.nn.Parameter(module.weight.detach().clone()) "
                     "(copy.deepcopy(block) where whole blocks are shared)"
                 )
 

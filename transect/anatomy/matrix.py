@@ -14,6 +14,7 @@ from .banks import hand_over_banks
 from .body import submodule
 from .record import record_of
 from .storage import Stacked, dense, describe, is_dense, laid_out, read_weight, shape_of
+from .ties import refuse_shared
 
 # Which point of a block feeds each role: matrices with one source see the same input.
 SOURCE = {
@@ -123,11 +124,12 @@ class Matrix:
 
     @torch.no_grad()
     def write(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        """Overwrite W, and b if given, in place; the shapes must be the present ones."""
+        """Overwrite W, and b if given, in place; the shapes must be the present ones, and no other place share them."""
         if not is_dense(self.module):
             raise TransectError(f"{self.name} is stored as {type(self.module).__name__}: replace it instead of writing")
         if tuple(weight.shape) != self.shape:
             raise TransectError(f"{self.name} has shape {self.shape}, but the new weight has {tuple(weight.shape)}")
+        refuse_shared(self.block.model, [self])
         rows = self.rows()
         target = slice(None) if rows is None else rows
         read_weight(self.module)[target] = weight.to(self.module.weight)

@@ -6,7 +6,8 @@ It describes the state, not the steps, so that replaying it twice does nothing m
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, MutableMapping
+from collections import Counter
+from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -17,7 +18,7 @@ from ..errors import BadCheckpoint
 from .body import body_of, path_of, unwrapped
 
 FORMAT = 1
-TABLES = ("modules", "attributes", "parameters")
+TABLES = ("modules", "attributes", "parameters", "tied")
 _AROUND = ("_orig_mod", "base_layer", "original_module")
 _KEPT = "_structure_record"  # under which a body keeps its record, whose paths begin at the body
 
@@ -29,39 +30,57 @@ class StructureRecord:
     modules: module path -> description of the module that stands there now (see `operators.build`).
     attributes: module path -> attribute -> value; `config.<name>` is an attribute of the module's private config.
     parameters: parameter path -> its shape, where only a parameter's size has changed.
+    tied: parameter path -> name of a group; all parameters of one group are one tensor, which is stored once.
     history: what was done, newest last: method, settings, version. Informative; nothing is rebuilt from it.
     """
 
     modules: MutableMapping[str, dict[str, Any]] = field(default_factory=dict)
     attributes: MutableMapping[str, dict[str, Any]] = field(default_factory=dict)
     parameters: MutableMapping[str, list[int]] = field(default_factory=dict)
+    tied: MutableMapping[str, str] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
 
     def __bool__(self) -> bool:
         """True when the config alone no longer describes the model."""
-        return bool(self.modules or self.attributes or self.parameters)
+        return bool(self.modules or self.attributes or self.parameters or self.tied)
 
     def set_module(self, path: str, description: dict[str, Any]) -> None:
         """The module at `path` is now the one described; what was recorded below it is gone."""
         self.modules = {key: value for key, value in self.modules.items() if not (key + ".").startswith(path + ".")}
         self.modules[path] = description
+        self.keep_ties({key: group for key, group in self.tied.items() if not key.startswith(path + ".")})
 
-    def remove_block(self, blocks: str, index: int) -> None:
-        """Forget block `index` of the module list at path `blocks`, and renumber the later ones."""
+    def keep_ties(self, tied: MutableMapping[str, str]) -> None:
+        """These are the ties now; a group of one parameter is none."""
+        sizes = Counter(tied.values())
+        self.tied = {path: group for path, group in tied.items() if sizes[group] > 1}
 
-        def renumber(table: MutableMapping[str, Any]) -> dict[str, Any]:
-            """The table without that block, and with the numbers of the later ones one lower."""
-            kept = {}
+    def ties(self) -> dict[str, list[str]]:
+        """Group -> paths of its parameters."""
+        found: dict[str, list[str]] = {}
+        for path, group in self.tied.items():
+            found.setdefault(group, []).append(path)
+        return found
+
+    def arrange_blocks(self, blocks: str, order: Sequence[int]) -> None:
+        """The module list at path `blocks` now holds what were its blocks of these numbers; a repeated one is tied."""
+
+        def arranged(table: MutableMapping[str, Any]) -> dict[str, Any]:
+            """The table with the entries of each place's block under the place's number."""
+            kept, of_blocks = {}, {}
             for path, value in table.items():
                 if path.startswith(blocks + "."):
                     number, _, rest = path[len(blocks) + 1 :].partition(".")
-                    if int(number) == index:
-                        continue
-                    path = f"{blocks}.{int(number) - (int(number) > index)}.{rest}"
-                kept[path] = value
+                    of_blocks.setdefault(int(number), {})[rest] = value
+                else:
+                    kept[path] = value
+            for place, number in enumerate(order):
+                for rest, value in of_blocks.get(number, {}).items():
+                    kept[f"{blocks}.{place}.{rest}"] = copy.deepcopy(value)
             return kept
 
-        self.modules, self.attributes, self.parameters = map(renumber, (self.modules, self.attributes, self.parameters))
+        self.modules, self.attributes, self.parameters = map(arranged, (self.modules, self.attributes, self.parameters))
+        self.keep_ties(arranged(self.tied))
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON, with the number of the format."""
@@ -75,10 +94,12 @@ class StructureRecord:
             found = data.get("format") if isinstance(data, dict) else type(data).__name__
             raise BadCheckpoint(f"structure record of format {found!r}; this version reads {FORMAT}")
         for name in TABLES:
-            kind = list if name == "parameters" else dict
+            kind = {"parameters": list, "tied": str}.get(name, dict)
             table = data.get(name, {})
             if not isinstance(table, dict) or not all(isinstance(entry, kind) for entry in table.values()):
-                raise BadCheckpoint(f"the structure record is damaged: its {name} should hold objects by path")
+                raise BadCheckpoint(
+                    f"the structure record is damaged: its {name} should hold a {kind.__name__} for each path"
+                )
         for path, shape in data.get("parameters", {}).items():
             if not all(type(size) is int and 0 <= size < 2**40 for size in shape) or len(shape) > 8:
                 raise BadCheckpoint(f"the structure record is damaged: {path!r} has no shape")
@@ -168,6 +189,7 @@ def set_record(model: nn.Module, record: StructureRecord) -> None:
         for path, entry in getattr(record, name).items():
             prefix = next(prefix for prefix in bodies if path.startswith(prefix))
             kept = bodies[prefix].__dict__.setdefault(_KEPT, StructureRecord())
+            entry = entry.removeprefix(prefix) if name == "tied" else entry
             getattr(kept, name)[path.removeprefix(prefix)] = entry
     record_of(model).history = record.history
 
@@ -182,7 +204,8 @@ def gathered_record(model: nn.Module) -> StructureRecord:
         prefix = plain_path(path + "." if path else "")
         copied = StructureRecord.from_dict(record.to_dict())
         for name in TABLES:
-            getattr(found, name).update({prefix + inner: entry for inner, entry in getattr(copied, name).items()})
+            for inner, entry in getattr(copied, name).items():  # groups of two bodies are not one
+                getattr(found, name)[prefix + inner] = prefix + entry if name == "tied" else entry
         found.history += copied.history
     return found
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,18 @@ from torch import Tensor, nn
 from ..errors import NotApplicable, TransectError
 from ..parameters import listed
 from .architecture import MATRIX_ROLES, Architecture, architecture_of, verify
+from .arrangement import arrange, tie_blocks
 from .banks import hand_over_banks
 from .body import body_of, model_in, path_of, submodule, text_config_of
 from .experts import SkipExperts
 from .guard import refuse_other_than_plain_weights
 from .matrix import Matrix
-from .mixture import Experts, has_module, one_mlp_needed, renumber_blocks
+from .mixture import Experts, has_module, one_mlp_needed
 from .record import StructureRecord, record_of
-from .storage import describe, weight_tensors
+from .storage import weight_tensors
 from .surgery import KEPT_HEADS, SkipAttention, keep_rows_and_columns, set_attribute
 from .surround import Surrounded
+from .ties import untie
 
 
 class Anatomy:
@@ -160,23 +162,29 @@ class Anatomy:
         if not 0 <= index < len(self.block_list):
             raise TransectError(f"block {index} does not exist: the model has blocks 0 to {len(self.block_list) - 1}")
         self.refuse_dropping_blocks()
-        hand_over_banks(self.model, self.block_list[index])
-        del self.block_list[index]
-        for position, block in enumerate(self.block_list):
-            for module in block.modules():
-                if isinstance(getattr(module, "layer_idx", None), int):
-                    module.layer_idx = position
-        setattr(self.config, self.architecture.config["blocks"], len(self.block_list))
-        for name in self.architecture.per_block:
-            values = getattr(self.config, name, None)
-            if values is not None:
-                setattr(self.config, name, [value for position, value in enumerate(values) if position != index])
-        renumber_blocks(self)
-        record = record_of(self.model)
-        record.remove_block(self._prefix + self.architecture.blocks, index)
-        for path, description in record.modules.items():
-            if "layer_idx" in description:  # a dropped attention that has moved up
-                record.modules[path] = describe(self.model.get_submodule(path))
+        arrange(self, [number for number in range(len(self.block_list)) if number != index])
+
+    def arrange(self, order: Iterable[int], *, tied: bool = True) -> None:
+        """Let the model consist of its blocks of these numbers, repeats included: [0, 1, 2, 1, 2, 3].
+
+        A block that is left out is dropped. One that is repeated is at each of its places a block of its own, with its
+        own place in the cache, and the config follows.
+        tied: whether a repeated block's parameters are those of its first place, stored once; else they are copies.
+        Raises TransectError, before any change, where a block's place enters what it computes.
+        """
+        arrange(self, order, tied)
+
+    def tie(self, numbers: Sequence[int], chosen: Callable[[str], bool] = lambda name: True) -> None:
+        """Let the blocks of these numbers hold the parameters of the first of them: one tensor each, stored once.
+
+        chosen: of a parameter's name within its block, whether it is shared.
+        Raises TransectError, before any change, where another block has parameters of other names or shapes.
+        """
+        tie_blocks(self, numbers, chosen)
+
+    def untie(self) -> None:
+        """Give every place its own copy of what it shares with others, so that each can be changed by itself."""
+        untie(self.model)
 
     def config_value(self, name: str) -> Any:
         """A config entry under our name (`heads`, `neurons` ...), or None where the config does not have it."""

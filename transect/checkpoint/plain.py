@@ -46,7 +46,9 @@ def store_as_conv1d(record: StructureRecord, plain: Any, state: dict[str, Tensor
 
 
 def fits(plain: Any, record: StructureRecord, state: dict[str, Tensor]) -> bool:
-    """Whether the plain skeleton is the recorded model: the same modules, attributes and shapes."""
+    """Whether the plain skeleton is the recorded model: the same modules, attributes and shapes, and nothing tied."""
+    if record.tied:
+        return False
     kinds = {"linear": nn.Linear, "conv1d": Conv1D}
     for path, entry in record.modules.items():
         if entry["kind"] not in kinds or not isinstance(module_at(plain, path), kinds[entry["kind"]]):

@@ -48,10 +48,12 @@ class TransectQuantizer(HfQuantizer):
         if not isinstance(record, dict):
             raise BadCheckpoint("config.json holds no structure record under quantization_config.record")
         self.record = replay(model, StructureRecord.from_dict(record))
+        # Where weights are tied, transformers cuts or pads biases to a weight's first side, which Conv1D's is not.
+        model._adjust_bias = _leave_bias
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         # From here on it is an ordinary model: these marks would forbid `.float()`, the Trainer and more.
-        for mark in ("hf_quantizer", "is_quantized", "quantization_method"):
+        for mark in ("hf_quantizer", "is_quantized", "quantization_method", "_adjust_bias"):
             model.__dict__.pop(mark, None)
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
@@ -74,6 +76,10 @@ class TransectQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """Always: operators are ordinary modules."""
         return True
+
+
+def _leave_bias(*_: Any) -> None:
+    """A bias is as long as the record has it."""
 
 
 def register(quantizer: type[HfQuantizer]) -> None:

@@ -11,6 +11,7 @@ from ..anatomy.banks import link_banks
 from ..anatomy.record import StructureRecord
 from ..anatomy.surgery import assign
 from ..anatomy.surround import AROUND, surround
+from ..anatomy.ties import hold
 from ..errors import BadCheckpoint
 from ..operators.build import build
 
@@ -39,6 +40,7 @@ def replay(model: Any, record: StructureRecord) -> StructureRecord:
         modules={located(model, path): entry for path, entry in record.modules.items()},
         attributes={located(model, path): entry for path, entry in record.attributes.items()},
         parameters={located(model, path, "_parameters"): entry for path, entry in record.parameters.items()},
+        tied={located(model, path, "_parameters"): group for path, group in record.tied.items()},
         history=list(record.history),
     )
     link_banks(model)
@@ -55,7 +57,29 @@ def replay(model: Any, record: StructureRecord) -> StructureRecord:
             raise BadCheckpoint(f"the structure record gives {path!r} the shape {shape}, and it had {list(old.shape)}")
         new = nn.Parameter(old.new_empty(shape), requires_grad=old.requires_grad)
         setattr(model.get_submodule(owner), name, new)
+    for paths in record.ties().values():
+        _tie(model, paths)
     return record
+
+
+def _tie(model: Any, paths: list[str]) -> None:
+    """Let these parameters be one, now and, through transformers' table of such, when the weights have come."""
+    source, *others = in_order(model, paths)
+    for path in others:
+        shape = model.get_parameter(path).shape
+        if shape != model.get_parameter(source).shape:
+            raise BadCheckpoint(
+                f"the structure record ties {path!r} to {source!r}, and their shapes are {list(shape)} and "
+                f"{list(model.get_parameter(source).shape)}"
+            )
+        hold(model, path, model.get_parameter(source))
+        model.all_tied_weights_keys[path] = source
+
+
+def in_order(model: Any, paths: list[str]) -> list[str]:
+    """Paths of parameters in the model's own order: of those that are one tensor, the first names it in a file."""
+    places = {path: place for place, (path, _) in enumerate(model.named_parameters(remove_duplicate=False))}
+    return sorted(paths, key=lambda path: places.get(path, len(places)))
 
 
 def built(path: str, description: Any, device: Any) -> nn.Module:

@@ -29,7 +29,7 @@ from .place import placed
 from .plain import STRUCTURE_KEYS, fits, sizes_in_config, skeleton, stops, store_as_conv1d
 from .processors import copy_processor_files, load_processors
 from .quantizer import METHOD, STOP
-from .replay import replay
+from .replay import in_order, replay
 
 logger = logging.getLogger(__name__)
 hugging_face_save = PreTrainedModel.save_pretrained  # before `attach` puts Transect's in its place
@@ -132,6 +132,9 @@ def _write(model: Any, folder: Path, **kwargs: Any) -> None:
     structure = Structure.of(model, state, whole=not given, pack=not offloaded)
     if structure.packed is not None:
         kwargs["state_dict"] = packed_tensors(structure.record, state)
+    for paths in structure.record.ties().values():  # stored once
+        for path in in_order(model, paths)[1:]:
+            kwargs["state_dict"].pop(path, None)
     # A record names the modules as they are now; only plain folders follow the names of older transformers versions.
     kwargs.setdefault("save_original_format", structure.ordinary)
     hugging_face_save(model, folder, **kwargs)

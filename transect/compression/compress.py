@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..anatomy import Anatomy, Matrix
+from ..anatomy.ties import refuse_shared
 from ..errors import TransectError
 from ..forward import at_rest
 from ..statistics import Fisher, Progress, Statistics
@@ -47,9 +48,12 @@ def compress_anatomy(
     statistics, scores: of the dense model, where they have been collected already, or are shared with other calls.
     prepared: what the method's `prepare` has made of the dense model with these settings, likewise.
     The model is untouched if anything is refused or fails; until the end, what it was stays in memory.
+    Matrices that several places share are refused: what is made of one would not fit the other's inputs, or be stored
+    as often as it is used, against the budget.
     """
     matrices = anatomy.matrices() if matrices is None else list(matrices)
     recipe = recipe.resolved(anatomy, matrices)
+    refuse_shared(anatomy.model, matrices)
     if recipe.needs_data and batches is None:
         raise TransectError(f"{recipe.method} with {recipe.allocation} allocation needs calibration data: pass data=")
     if cache is not None:
