@@ -25,6 +25,13 @@ def tie_blocks(anatomy: Any, numbers: Sequence[int], chosen: Callable[[str], boo
 
     chosen: of a parameter's name within the block. TransectError, before any change, where a block has others.
     """
+    names = alike(anatomy, numbers, chosen)
+    for name in names if len(numbers) > 1 else ():
+        tie(anatomy.model, [f"{anatomy.blocks[number].path}.{name}" for number in numbers])
+
+
+def alike(anatomy: Any, numbers: Sequence[int], chosen: Callable[[str], bool] = lambda name: True) -> list[str]:
+    """Names within the block of these blocks' parameters; TransectError if one block has others, or of other shapes."""
     blocks = [anatomy.blocks[number] for number in numbers]
     shapes = [
         {name: p.shape for name, p in block.module.named_parameters(remove_duplicate=False) if chosen(name)}
@@ -37,8 +44,7 @@ def tie_blocks(anatomy: Any, numbers: Sequence[int], chosen: Callable[[str], boo
                 f"blocks {blocks[0].index} and {block.index} cannot share their parameters: {differing[0]} is not the "
                 "same in both, by name and shape"
             )
-    for name in shapes[0] if len(blocks) > 1 else ():
-        tie(anatomy.model, [f"{block.path}.{name}" for block in blocks])
+    return list(shapes[0])
 
 
 def arrange(anatomy: Any, order: Iterable[int], tied: bool = True) -> None:

@@ -31,20 +31,12 @@ class Stage:
     as it was; it is None otherwise.
     auxiliary: by what the losses are multiplied that parts leave in `auxiliary` when they are run (see `losses_of`).
     share: of the steps.
-<<<<<<< HEAD
-    begin, end: called with the model's anatomy before the stage, and after it, also after an error. step: called with
-    it, the number of steps done and of all, before each batch that is trained on; torch's random numbers are then those
-    of the step, also after an interruption. measured: called with it before the held-out loss is taken.
-    learn: called with it and the training data after `begin`, also where the stage is taken from an earlier run: for
-    what is no parameter, and is found out on text.
-=======
     begin, end: called with the model's anatomy before the stage, and after it, also after an error.
     learn: called with it and the training data after `begin`, also where the stage is taken from an earlier run: for
     what is no parameter, and is found out on text.
     step: called with it, the number of steps done and of all, before each batch that is trained on; torch's random
     numbers are then those of the step, also after an interruption.
     measured: called with it before the held-out loss is taken.
->>>>>>> 49134d2 (Spikes are counted in one place)
     """
 
     name: str
