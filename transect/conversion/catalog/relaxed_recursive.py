@@ -124,6 +124,7 @@ def relaxed_recursive(
     if loops == 1:
         return
     before = [_held(anatomy, number) for number in range(count)]  # nothing below is written in place
+    draw = calibration.generator
     for first, numbers in enumerate(groups(count, loops)):
         chosen = None if init == "average" else source(first, count, loops, init)
         among = numbers if chosen is None else [chosen]
@@ -145,9 +146,7 @@ def relaxed_recursive(
             for role, matrix in of_block.items():
                 bias = value("biases", role) if norms == "shared" and matrix.bias is not None else matrix.bias
                 own = before[number]["weights"][role]
-                factors = correction(
-                    own.double() - value("weights", role).double(), rank, start, calibration.generator
-                )  # fmt: skip
+                factors = correction(own.double() - value("weights", role).double(), rank, start, draw)
                 _relax(matrix, value("weights", role), bias, factors)
 
         def shared(name: str, stored: set[str] = stored) -> bool:

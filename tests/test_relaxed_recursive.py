@@ -1,0 +1,217 @@
+"""Relaxed Recursive Transformers: what is shared, what corrections give back, and how it is stored."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import transect
+from transect.anatomy import Anatomy, record_of
+from transect.conversion import Calibration, conversion_named
+from transect.conversion.catalog.relaxed_recursive import correction, groups, source
+from transect.errors import TransectError
+from transect.evaluation import parameters
+from transect.operators import build, stored_bytes
+from transect.operators.relaxed import Relaxed
+
+from .models import assert_alike, assert_same_tensors, inputs, logits, saved_and_loaded, tiny
+
+TOKENS = inputs("llama")["input_ids"]
+OF_BLOCKS = ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj", "mlp.down_proj")
+
+
+def model_of(blocks=3, name="llama", seed=0):
+    """A tiny model of so many different blocks."""
+    model = tiny(name, seed)
+    Anatomy(model).arrange([n % 3 for n in range(blocks)], tied=False)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in Anatomy(model).block_list.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def converted(blocks=6, name="llama", **settings):
+    chosen, anatomy = conversion_named("relaxed-recursive"), Anatomy(model_of(blocks, name))
+    chosen.function(anatomy, Calibration(), **settings)
+    return anatomy.model
+
+
+def weights(model, path):
+    """The dense form of a matrix at every depth, in float64."""
+    modules = [block.module.get_submodule(path) for block in Anatomy(model).blocks]
+    return [(m.to_dense() if isinstance(m, Relaxed) else m.weight).detach().double() for m in modules]
+
+
+def test_which_blocks_are_one_and_what_they_begin_as():
+    assert groups(6, 2) == [[0, 3], [1, 4], [2, 5]] and groups(6, 3) == [[0, 2, 4], [1, 3, 5]]
+    assert [source(i, 6, 2, "stepwise") for i in range(3)] == [0, 2, 5]  # the paper's layers 1, 3, 6
+    assert [source(i, 6, 2, "lower") for i in range(3)] == [0, 1, 2]
+    assert source(0, 6, 6, "stepwise") == 0
+
+
+@pytest.mark.parametrize("init", ["stepwise", "average", "lower"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "gpt_neox"])
+def test_at_full_rank_it_is_the_model_as_it_was(name, init):
+    expected = logits(model_of(6, name), inputs(name))
+    model = converted(name=name, init=init, rank=64, norms="own")
+    torch.testing.assert_close(logits(model, inputs(name)), expected, atol=1e-4 * float(expected.abs().max()), rtol=0)
+
+
+def test_shared_norms_keep_that_only_where_they_were_equal():
+    equal = model_of(6)
+    for block in equal.model.layers[3:]:
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            index = block.self_attn.layer_idx - 3
+            block.get_submodule(norm).weight.data = equal.model.layers[index].get_submodule(norm).weight.data.clone()
+    expected = logits(equal, inputs("llama"))
+    transect.convert(equal, "relaxed-recursive", rank=64)
+    torch.testing.assert_close(logits(equal, inputs("llama")), expected, atol=1e-4, rtol=1e-4)
+    other = logits(converted(rank=64), inputs("llama"))
+    assert not torch.allclose(other, logits(model_of(6), inputs("llama")), atol=1e-2)
+
+
+def test_rank_zero_is_the_model_in_loops():
+    """As many parameters as a model of the shared blocks, which it is, gone through twice."""
+    model = converted(rank=0, init="lower")
+    small = model_of(6)
+    Anatomy(small).arrange([0, 1, 2])
+    assert parameters(model) == parameters(small)
+    Anatomy(small).arrange([0, 1, 2, 0, 1, 2])
+    assert_alike(logits(model, inputs("llama")), logits(small, inputs("llama")))
+    assert len({id(p) for p in model.model.layers.parameters()}) == len(list(small.model.layers.parameters()))
+
+
+@pytest.mark.parametrize("init", ["stepwise", "average", "lower"])
+def test_what_is_lost_is_what_the_singular_values_say(init):
+    dense = model_of(6)
+    shared = converted(rank=0, init=init)
+    for path in OF_BLOCKS:
+        before, base = weights(dense, path), weights(shared, path)
+        residuals = [one - other for one, other in zip(before, base, strict=True)]
+        if init == "average":
+            for first in range(3):
+                torch.testing.assert_close(residuals[first], -residuals[first + 3], atol=1e-6, rtol=1e-5)
+        else:
+            kept = [source(first, 6, 2, init) for first in range(3)]
+            assert all(not residuals[number].any() for number in kept if number % 3 == kept.index(number))
+        lost = []
+        for rank in (1, 4, 8):
+            after = weights(converted(rank=rank, init=init), path)
+            for one, other, residual in zip(before, after, residuals, strict=True):
+                values = torch.linalg.svdvals(residual)[rank:]
+                torch.testing.assert_close((one - other).square().sum(), values.square().sum(), atol=1e-5, rtol=1e-4)
+            lost.append(sum(float((one - other).square().sum()) for one, other in zip(before, after, strict=True)))
+        assert lost[0] > lost[1] > lost[2]
+
+
+def test_no_shared_matrix_is_nearer_than_the_mean():
+    dense = model_of(6)
+    for path in OF_BLOCKS:
+        before = weights(dense, path)
+        far = {
+            init: sum(
+                float((a - b).square().sum())
+                for a, b in zip(before, weights(converted(rank=0, init=init), path), strict=True)
+            )
+            for init in ("average", "stepwise", "lower")
+        }
+        assert far["average"] < min(far["stepwise"], far["lower"])
+
+
+def test_a_correction_of_nothing_begins_as_lora_does():
+    draw = torch.Generator().manual_seed(0)
+    for start, residual in (("svd", torch.zeros(5, 7)), ("zero", torch.randn(5, 7))):
+        left, right = correction(residual, 3, start, draw)
+        assert left.shape == (5, 3) and right.shape == (3, 7) and not left.any() and right.all()
+    left, right = correction(torch.randn(5, 7), 99, "svd", draw)
+    assert left.shape == (5, 5)  # no more than its smaller side
+
+
+def test_the_cost_is_what_the_paper_says():
+    width, neurons, rank = 32, 48, 2
+    model, small = converted(rank=rank), model_of(3)
+    sides = [(width, width), (16, width), (16, width), (width, width), *[(width, neurons)] * 3]
+    assert parameters(model) - parameters(small) == sum(6 * rank * (a + b) for a, b in sides)
+    # Every matrix counts once, and each depth's correction.
+    assert Anatomy(model).matrix_bytes() == 4 * sum(3 * a * b + 6 * rank * (a + b) for a, b in sides)
+    operator = Anatomy(model).blocks[0].matrix("q").module
+    assert operator.flops == 2 * (width * width + 2 * width * rank)
+    assert stored_bytes(operator) == 4 * (width * width + 2 * width * rank)
+
+
+def test_one_loop_changes_nothing():
+    model = transect.convert(tiny("llama"), "relaxed-recursive", loops=1).model
+    assert_same_tensors(model, tiny("llama"))
+    assert not record_of(model)
+
+
+def test_the_optimizer_sees_one_tensor_and_its_gradient_is_the_sum():
+    model, copies = converted(rank=2), converted(rank=2)
+    Anatomy(copies).untie()
+    for one in (model, copies):
+        one(TOKENS, labels=TOKENS).loss.backward()
+    for path in ("self_attn.q_proj.matrix", "mlp.up_proj.matrix"):
+        grads = [copies.model.layers[depth].get_submodule(path).weight.grad for depth in (1, 4)]
+        torch.testing.assert_close(model.model.layers[1].get_submodule(path).weight.grad, sum(grads))
+    assert len(list(model.parameters())) == len({id(p) for p in model.parameters()})
+
+
+@pytest.mark.parametrize("norms", ["shared", "own"])
+def test_it_comes_back_with_a_cache_for_every_depth(norms, tmp_path):
+    model = converted(rank=3, norms=norms)
+    again = saved_and_loaded(model, "llama", tmp_path)
+    assert len({id(p) for p in again.parameters()}) == len({id(p) for p in model.parameters()})
+    assert len(again(TOKENS, use_cache=True).past_key_values.layers) == 6
+    assert [norms == "own"] == list({"layernorm" not in "".join(record_of(again).tied)})
+
+
+def test_training_goes_towards_the_model_as_it_was():
+    found = transect.convert(
+        model_of(6), "relaxed-recursive", inputs("llama", batch=8)["input_ids"], rank=4, steps=20, lr=3e-3,
+        held_out=0.25, batch_size=2,
+    )  # fmt: skip
+    assert found.outcome["loss_after"] < found.outcome["loss_converted"]
+    one, other = (Anatomy(found.model).blocks[depth].matrix("q").module for depth in (0, 3))
+    assert one.matrix.weight is other.matrix.weight and one.correction.left.weight is not other.correction.left.weight
+
+
+def test_the_operator_is_rebuilt_and_cut():
+    operator = Anatomy(converted(rank=3)).blocks[0].matrix("up").module
+    twin = build(operator.describe())
+    twin.load_state_dict(operator.state_dict())
+    x = torch.randn(3, 32)
+    assert_alike(twin(x), operator(x))
+    assert_alike(operator(x), x @ operator.to_dense().T)
+    rows, columns = torch.tensor([4, 0, 7]), torch.tensor([1, 6])
+    assert_alike(operator.select(rows, columns).to_dense(), operator.to_dense()[rows][:, columns])
+
+
+def test_an_encoder_too():
+    model = transect.convert(tiny("vit"), "relaxed-recursive", loops=3, rank=64, norms="own").model
+    assert_alike(logits(model, inputs("vit")), logits(tiny("vit"), inputs("vit")))
+
+
+@pytest.mark.parametrize(
+    ("made", "options", "message"),
+    [
+        (lambda: tiny("llama"), {"loops": 2}, "3 blocks are not 2 equal loops; loops can be 1, 3"),
+        (lambda: tiny("mixtral"), {"loops": 3}, "mixture of experts"),
+        (lambda: transect.compress(tiny("llama"), "svd", keep=0.7), {"loops": 3}, "convert first"),
+        (lambda: converted(rank=0), {"loops": 2}, "share parameters already"),
+        (lambda: converted(rank=2), {"init": "mean"}, "average"),
+    ],
+)
+def test_what_cannot_be_done_is_said_before_any_change(made, options, message):
+    model = made()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(TransectError, match=message):
+        transect.convert(model, "relaxed-recursive", **options)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_shared_weights_are_not_compressed(tmp_path):
+    with pytest.raises(TransectError, match="holds the same tensor as"):
+        transect.compress(converted(rank=2), "svd", keep=0.5)
+    model = converted(rank=2)
+    model.save_pretrained(tmp_path)
+    assert_alike(logits(AutoModelForCausalLM.from_pretrained(tmp_path), inputs("llama")), logits(model, inputs("llama")))
