@@ -60,6 +60,8 @@ SHORT = {
     "catalog.liger.STEPS": 2,
     "catalog.spikingbrain.STEPS": 2,
     "catalog.spikingbrain.THRESHOLDS": (2.0, 4.0), "catalog.ecoformer.STEPS": 2,
+    "catalog.relaxed_recursive.STEPS": 2, "catalog.relaxed_recursive.RANKS": (0, 4),
+    "catalog.algoformer.STEPS": 2, "catalog.algoformer.SEEDS": (0,),
 }  # fmt: skip
 QUICK = {
     "armor": {"rounds": 2}, "cospadi": {"iterations": 1}, "cospadi-shared": {"iterations": 1},

@@ -214,4 +214,6 @@ def test_shared_weights_are_not_compressed(tmp_path):
         transect.compress(converted(rank=2), "svd", keep=0.5)
     model = converted(rank=2)
     model.save_pretrained(tmp_path)
-    assert_alike(logits(AutoModelForCausalLM.from_pretrained(tmp_path), inputs("llama")), logits(model, inputs("llama")))
+    assert_alike(
+        logits(AutoModelForCausalLM.from_pretrained(tmp_path), inputs("llama")), logits(model, inputs("llama"))
+    )

@@ -95,11 +95,9 @@ class StructureRecord:
             raise BadCheckpoint(f"structure record of format {found!r}; this version reads {FORMAT}")
         for name in TABLES:
             kind = {"parameters": list, "tied": str}.get(name, dict)
-            table = data.get(name, {})
+            what, table = "names" if name == "tied" else "objects", data.get(name, {})
             if not isinstance(table, dict) or not all(isinstance(entry, kind) for entry in table.values()):
-                raise BadCheckpoint(
-                    f"the structure record is damaged: its {name} should hold a {kind.__name__} for each path"
-                )
+                raise BadCheckpoint(f"the structure record is damaged: its {name} should hold {what} by path")
         for path, shape in data.get("parameters", {}).items():
             if not all(type(size) is int and 0 <= size < 2**40 for size in shape) or len(shape) > 8:
                 raise BadCheckpoint(f"the structure record is damaged: {path!r} has no shape")

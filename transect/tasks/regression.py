@@ -14,9 +14,33 @@ from ..parameters import Range
 from .registry import Drawn, task
 
 
-def _baselines(drawn: Drawn, *, dimensions: int, points: int, noise: float) -> Mapping[str, Tensor]:
+def representation(x: Tensor, features: int) -> Tensor:
+    """Φ(x) (... x features), a leaky ReLU network of two layers that is the same for all examples; x itself for 0.
+
+    Its weights are drawn once from a fixed seed, and scaled so that over x ~ N(0, I) each feature has mean square 1 on
+    average (Gao et al., 2024, arXiv:2402.13572, have such a task; sizes and scale are ours).
+    """
+    if not features:
+        return x
+    draw = torch.Generator().manual_seed(0)
+    width = x.shape[-1]
+    first, second = (
+        torch.randn(rows, columns, generator=draw) / columns**0.5
+        for rows, columns in ((features, width), (features, features))
+    )  # features x width, features x features
+
+    def made(x: Tensor) -> Tensor:
+        hidden = functional.leaky_relu(x @ first.to(x).T, 0.2)
+        return functional.leaky_relu(hidden @ second.to(x).T, 0.2)
+
+    size = made(torch.randn(4096, width, generator=draw)).square().mean().sqrt()
+    return made(x) / size.to(x)
+
+
+def _baselines(drawn: Drawn, *, dimensions: int, points: int, noise: float, features: int = 0) -> Mapping[str, Tensor]:
     """The squared error of each at every example (count x 2 points), each from the examples before it."""
-    x, y = drawn.inputs[:, ::2].double(), drawn.inputs[:, 1::2, 0].double()
+    x, y = representation(drawn.inputs[:, ::2].double(), features), drawn.inputs[:, 1::2, 0].double()
+    dimensions = x.shape[-1]
     said = {name: torch.zeros_like(y) for name in ("nothing", "averaging", "least squares", "ridge")}
     for i in range(1, points):
         before, labels, asked = x[:, :i], y[:, :i, None], x[:, i]
@@ -34,6 +58,7 @@ def _baselines(drawn: Drawn, *, dimensions: int, points: int, noise: float) -> M
 def icl_regression(
     count: int, generator: torch.Generator, *, dimensions: Annotated[int, Range(1, 512)] = 8,
     points: Annotated[int, Range(2, 4096)] = 24, noise: Annotated[float, Range(0, 100)] = 0.25,
+    features: Annotated[int, Range(0, 512)] = 0,
 ) -> Drawn:  # fmt: skip
     """Inputs with what a linear map makes of them, drawn anew for every sequence: the next number is asked.
 
@@ -44,10 +69,13 @@ def icl_regression(
 
     dimensions: of an input, n. points: examples in a sequence.
     noise: standard deviation of what is added to a label; 0 is the paper's plain form, in which ridge is least squares.
+    features: y_i is linear in so many features of x_i instead, a fixed network's that is the same for all sequences,
+        and the baselines know it; 0 for x_i itself.
     """
     x = torch.randn(count, points, dimensions, generator=generator)
-    w = torch.randn(count, dimensions, 1, generator=generator) / dimensions**0.5
-    y = (x @ w)[..., 0] + noise * torch.randn(count, points, generator=generator)
+    seen = representation(x, features)
+    w = torch.randn(count, seen.shape[-1], 1, generator=generator) / seen.shape[-1] ** 0.5
+    y = (seen @ w)[..., 0] + noise * torch.randn(count, points, generator=generator)
     inputs = torch.stack([x, functional.pad(y[:, :, None], (0, dimensions - 1))], dim=2).flatten(1, 2)
     answers = torch.full((count, 2 * points), torch.nan)
     answers[:, 1::2] = y
