@@ -1,5 +1,7 @@
 """AlgoFormer: a trained model with a loop in it, and a loop written down that descends a gradient."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -64,7 +66,7 @@ def test_it_comes_to_least_squares_below_the_fastest_rate_and_runs_away_above():
     slow, fast = (gradient_descent(SIZE, factor * fastest(x), 1) for factor in (0.9, 1.5))
     # The examples' own squared errors, which descent lowers in every step.
     losses = [float((slow(prompt, t)[:, :-1] - prompt[:, :-1, -1]).square().mean()) for t in (0, 1, 2, 5, 20, 100)]
-    assert all(one > other for one, other in zip(losses, losses[1:], strict=False))
+    assert all(one > other for one, other in pairwise(losses))
     assert (slow(prompt, 600)[:, -1] - wanted).abs().max() < 1e-4  # noise-free, more examples than dimensions
     apart = [float((fast(prompt, times)[:, -1] - wanted).abs().max()) for times in (20, 40, 80)]
     assert apart[0] < apart[1] < apart[2] and apart[2] > 1e3

@@ -62,6 +62,7 @@ SHORT = {
     "catalog.spikingbrain.THRESHOLDS": (2.0, 4.0), "catalog.ecoformer.STEPS": 2,
     "catalog.relaxed_recursive.STEPS": 2, "catalog.relaxed_recursive.RANKS": (0, 4),
     "catalog.algoformer.STEPS": 2, "catalog.algoformer.SEEDS": (0,),
+    "catalog.sret.STEPS": 2, "catalog.sret.SEEDS": (0,),
 }  # fmt: skip
 QUICK = {
     "armor": {"rounds": 2}, "cospadi": {"iterations": 1}, "cospadi-shared": {"iterations": 1},

@@ -87,8 +87,8 @@ def _standing(anatomy: Anatomy, entry: PartEntry, settings: Mapping[str, Any], s
 def _around(anatomy: Anatomy, part: Any, number: int) -> BlockSlot:
     """The part around the block of that number, told what the block has and where."""
     block, architecture = anatomy.blocks[number], anatomy.architecture
-    if part.places_norms:
-        _check_places(block)
+    if part.places_norms or part.runs_sublayers:
+        check_places(block)
     mlp, names = block.slot_path("mlp"), {module: name for name, module in block.module.named_modules()}
     return BlockSlot(
         part, architecture.block_returns, architecture.attention if architecture.attention_adds is None else None,
@@ -97,7 +97,7 @@ def _around(anatomy: Anatomy, part: Any, number: int) -> BlockSlot:
     )  # fmt: skip
 
 
-def _check_places(block: Block) -> None:
+def check_places(block: Block) -> None:
     """TransectError where norms cannot be placed anew, because the block is more than attention and MLP with a norm."""
     architecture = block.anatomy.architecture
     reasons = {

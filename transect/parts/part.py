@@ -195,6 +195,8 @@ class BlockPart(Part):
     # Whether it runs attention and MLP in the block's place, with norms where it wants them, and does nothing else. It
     # fits blocks that norm once in front of each of both and add what they give; and may be named as a norm is.
     places_norms: ClassVar[bool] = False
+    # Whether it calls attention and MLP behind the block's norms by itself, and does more; it fits the same blocks.
+    runs_sublayers: ClassVar[bool] = False
     post_norm: ClassVar[bool] = False  # whether its norms stand behind the residual sum, so that the stream is normed
 
     def placed(self, norms: dict[str, nn.Module]) -> dict[str, nn.Module]:

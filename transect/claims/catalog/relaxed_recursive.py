@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -111,7 +112,7 @@ def rank(context: Context) -> Result:
         rows.append({
             "rank": chosen, "parameters": parameters(model), "distance": off, "loss": context.evaluate(model, 1.0).loss,
         })  # fmt: skip
-    falls = [all(one[key] > other[key] for one, other in zip(rows, rows[1:])) for key in ("distance", "loss")]
+    falls = [all(one[key] > other[key] for one, other in pairwise(rows)) for key in ("distance", "loss")]
     told = ", ".join(f"{row['distance']:.3f} (loss {row['loss']:.4f}) at rank {row['rank']}" for row in rows)
     return Result(
         Verdict.HOLDS if all(falls) else Verdict.DOES_NOT_HOLD,

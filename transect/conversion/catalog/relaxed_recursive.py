@@ -1,4 +1,4 @@
-"""Relaxed Recursive Transformers (Bae et al., ICLR 2025, arXiv:2410.20672): a trained model as a few blocks in loops."""
+"""Relaxed Recursive Transformers (Bae et al., ICLR 2025, arXiv:2410.20672): a few blocks in loops."""
 
 from __future__ import annotations
 
