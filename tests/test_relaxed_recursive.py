@@ -10,6 +10,7 @@ from transect.conversion import Calibration, conversion_named
 from transect.conversion.catalog.relaxed_recursive import correction, groups, source
 from transect.errors import TransectError
 from transect.evaluation import parameters
+from transect.forward.early import early_predictions
 from transect.operators import build, stored_bytes
 from transect.operators.relaxed import Relaxed
 
@@ -217,3 +218,31 @@ def test_shared_weights_are_not_compressed(tmp_path):
     assert_alike(
         logits(AutoModelForCausalLM.from_pretrained(tmp_path), inputs("llama")), logits(model, inputs("llama"))
     )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gptj"])
+def test_what_a_loop_says_already_is_read_by_the_same_head(name):
+    model, batch = converted(name=name, rank=2), inputs(name)
+    (early,), final, labels = early_predictions(Anatomy(model), batch, [2])
+    assert_alike(final, logits(model, batch)[:, :-1].flatten(0, 1))
+    half = converted(name=name, rank=2)
+    Anatomy(half).arrange([0, 1, 2])
+    assert_alike(early, logits(half, batch)[:, :-1].flatten(0, 1))
+    assert torch.equal(labels, batch["input_ids"][:, 1:].flatten())
+
+
+def test_loops_learn_to_say_what_the_last_one_says():
+    data = inputs("llama", batch=8)["input_ids"]
+    apart = []
+    for weight in (0.0, 0.1):
+        model = transect.convert(
+            model_of(6), "relaxed-recursive", data, rank=4, steps=24, lr=2e-3, held_out=0.25, batch_size=2,
+            settings={"relaxed-recursive": {"early_exit": weight}},
+        ).model  # fmt: skip
+        with torch.no_grad():
+            (early,), final, _ = early_predictions(Anatomy(model), {"input_ids": data}, [2])
+        apart.append(float((final.softmax(-1) * (final.log_softmax(-1) - early.log_softmax(-1))).sum(-1).mean()))
+    assert apart[1] < apart[0]
+    with pytest.raises(TransectError, match="next token"):
+        transect.convert(tiny("vit"), "relaxed-recursive", loops=3, early_exit=0.1)

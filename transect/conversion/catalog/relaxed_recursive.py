@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ...anatomy import Anatomy, Matrix
 from ...anatomy.arrangement import alike
 from ...anatomy.storage import dense, is_dense
 from ...anatomy.ties import hold
 from ...errors import TransectError
+from ...forward.early import early_predictions
+from ...forward.lens import Lens
+from ...forward.objective import summed_loss
 from ...operators import LowRank
 from ...operators.relaxed import Relaxed
 from ..registry import Calibration, Range, conversion
-from ..stage import Stage
+from ..stage import Loss, Stage
 
 Init = Literal["stepwise", "average", "lower"]
 
@@ -57,8 +62,30 @@ def correction(residual: Tensor, rank: int, start: str, generator: torch.Generat
     return u[:, :rank] * s[:rank], v[:rank]
 
 
-def _check(anatomy: Anatomy, loops: int, **_: Any) -> None:
+def _exit_loss(loops: int, weight: float) -> Loss:
+    """The model's own loss, and `weight` times how far each loop but the last is from what the last one says.
+
+    The sum of KL(p_last || p_loop) with p_last detached, every loop read by the final norm and the head (Section 3.5).
+    """
+
+    def loss(model: Any, teacher: Any, batch: Any) -> tuple[Tensor, float]:
+        anatomy = Anatomy(model, weights=False)
+        count = len(anatomy.block_list)
+        ends = [count // loops * loop - 1 for loop in range(1, loops)]
+        early, final, labels = early_predictions(anatomy, batch, ends)
+        target = final.detach().float().log_softmax(-1)
+        behind = [
+            functional.kl_div(one.float().log_softmax(-1), target, reduction="sum", log_target=True) for one in early
+        ]
+        return summed_loss(final, labels) + weight * torch.stack(behind).sum(), labels.numel()
+
+    return loss
+
+
+def _check(anatomy: Anatomy, loops: int, early_exit: float, **_: Any) -> None:
     count = len(anatomy.blocks)
+    if early_exit:
+        Lens(anatomy)  # which says what is missing
     if count % loops:
         divisors = [str(number) for number in range(1, count + 1) if count % number == 0]
         raise TransectError(
@@ -85,7 +112,11 @@ def _check(anatomy: Anatomy, loops: int, **_: Any) -> None:
 
 
 def _stages(**settings: Any) -> list[Stage]:
-    return [Stage("uptraining", train="full", lr=2e-4, lowers="distill")] if settings["loops"] > 1 else []
+    loops, weight = settings["loops"], settings["early_exit"]
+    if loops == 1:
+        return []
+    stage = Stage("uptraining", train="full", lr=2e-4, lowers="distill", share=0.5 if weight else 1.0)
+    return [stage, replace(stage, name="early-exit", loss=_exit_loss(loops, weight))] if weight else [stage]
 
 
 @conversion(
@@ -107,6 +138,7 @@ def relaxed_recursive(
     rank: Annotated[int, Range(0, 2**16)] = 64,
     norms: Literal["shared", "own"] = "shared",
     start: Literal["svd", "zero"] = "svd",
+    early_exit: Annotated[float, Range(0, 100)] = 0.0,
 ) -> None:
     """The blocks become a few that are gone through in loops, with a low-rank correction for each depth.
 
@@ -118,6 +150,8 @@ def relaxed_recursive(
         `stepwise`, the block at an even step through the model (its best without), or `lower`, the first ones.
     rank: of each depth's correction of each matrix; no more than its smaller side. 0 shares everything, purely.
     norms: whether norms and biases are shared, too, as in the paper, or stay each depth's own (ours), which is little.
+    early_exit: weight of what the end of each loop says already (see `forward.early`), in a second half of the training
+        that lowers the model's own loss besides; the paper's is 0.1. 0 leaves that out.
     start: corrections begin as the `svd` of what each depth has lost, or from `zero`, as LoRA does.
     """
     count = len(anatomy.blocks)
