@@ -36,7 +36,7 @@ class Relaxed(Operator):
         return self.matrix.bias
 
     def set_bias(self, bias: Tensor | None) -> None:
-        self.matrix.bias = None if bias is None else parameter_of(bias)
+        self.matrix.register_parameter("bias", None if bias is None else parameter_of(bias))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.matrix(x) + self.correction(x)

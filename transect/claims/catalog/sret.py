@@ -20,7 +20,8 @@ WIDTH, NEURONS = 32, 96
 SIZES: dict[str, Any] = {
     "hidden": WIDTH, "blocks": 2, "heads": 2, "image": 8, "patch": 1, "channels": 1, "classes": 10
 }  # fmt: skip
-# The networks between two turns have 4 width² + 16 width + 4 numbers, and so have 2 width + 8 more neurons.
+# What stands around a block's two turns has 4 width² + 8 width + 12 numbers, and a neuron 2 width + 1.
+MORE = round((4 * WIDTH**2 + 8 * WIDTH + 12) / (2 * WIDTH + 1))
 WAYS: dict[str, dict[str, Any] | None] = {
     "plain": None,
     "recursive": {"ratio": 1.0, "groups": 1, "groups_later": 1},
@@ -68,7 +69,7 @@ def _trained(way: str, seed: int) -> dict[str, Any]:
     asked = task_named("digits").draw(TESTED, 2 * seed + 1)
     settings = WAYS[way]
     has_networks = settings is not None and settings["ratio"] > 0
-    neurons = NEURONS if has_networks else NEURONS + 2 * WIDTH + 6
+    neurons = NEURONS if has_networks else NEURONS + MORE
     model = build_model("vit", seed=seed, neurons=neurons, **SIZES)
     if settings is not None:
         recursive(Anatomy(model), 2, shuffle="fixed", seed=seed, **settings)
