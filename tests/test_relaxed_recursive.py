@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 import transect
 from transect.anatomy import Anatomy, record_of
 from transect.conversion import Calibration, conversion_named
-from transect.conversion.catalog.relaxed_recursive import correction, groups, source
+from transect.conversion.catalog.relaxed_recursive import correction, exit_loss, groups, source
 from transect.errors import TransectError
 from transect.evaluation import parameters
 from transect.forward.early import early_predictions
@@ -232,17 +232,35 @@ def test_what_a_loop_says_already_is_read_by_the_same_head(name):
     assert torch.equal(labels, batch["input_ids"][:, 1:].flatten())
 
 
+def apart(model, data):
+    """KL(p_last || p_first) of a model of two loops, summed over the positions."""
+    (early,), final, _ = early_predictions(Anatomy(model), {"input_ids": data}, [2])
+    return (final.softmax(-1) * (final.log_softmax(-1) - early.log_softmax(-1))).sum()
+
+
 def test_loops_learn_to_say_what_the_last_one_says():
-    data = inputs("llama", batch=8)["input_ids"]
-    apart = []
-    for weight in (0.0, 0.1):
-        model = transect.convert(
-            model_of(6), "relaxed-recursive", data, rank=4, steps=24, lr=2e-3, held_out=0.25, batch_size=2,
-            settings={"relaxed-recursive": {"early_exit": weight}},
-        ).model  # fmt: skip
-        with torch.no_grad():
-            (early,), final, _ = early_predictions(Anatomy(model), {"input_ids": data}, [2])
-        apart.append(float((final.softmax(-1) * (final.log_softmax(-1) - early.log_softmax(-1))).sum(-1).mean()))
-    assert apart[1] < apart[0]
+    """By the loss of the second stage: with a weight they come nearer than without, the target itself stands still."""
+    data, found = inputs("llama", batch=4)["input_ids"], {}
+    for weight in (0.0, 1.0):
+        model = converted(rank=4)
+        lowered = exit_loss(2, weight)
+        value, count = lowered(model, None, {"input_ids": data})
+        own = model(data, labels=data).loss * count
+        torch.testing.assert_close(value, own + weight * apart(model, data), atol=1e-3, rtol=1e-4)
+        optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+        for _ in range(20):
+            optimizer.zero_grad()
+            (lowered(model, None, {"input_ids": data})[0] / count).backward()
+            optimizer.step()
+        found[weight] = float(apart(model, data))
+    assert found[1.0] < 0.5 * found[0.0]
+
+
+def test_exits_are_trained_in_a_second_stage_of_models_with_a_head():
+    found = transect.convert(
+        model_of(6), "relaxed-recursive", inputs("llama", batch=8)["input_ids"], rank=4, steps=4, held_out=0.25,
+        batch_size=2, early_exit=0.1,
+    )  # fmt: skip
+    assert [(one["name"], one["steps"]) for one in found.outcome["stages"]] == [("uptraining", 2), ("early-exit", 2)]
     with pytest.raises(TransectError, match="next token"):
         transect.convert(tiny("vit"), "relaxed-recursive", loops=3, early_exit=0.1)

@@ -62,7 +62,7 @@ def correction(residual: Tensor, rank: int, start: str, generator: torch.Generat
     return u[:, :rank] * s[:rank], v[:rank]
 
 
-def _exit_loss(loops: int, weight: float) -> Loss:
+def exit_loss(loops: int, weight: float) -> Loss:
     """The model's own loss, and `weight` times how far each loop but the last is from what the last one says.
 
     The sum of KL(p_last || p_loop) with p_last detached, every loop read by the final norm and the head (Section 3.5).
@@ -116,7 +116,7 @@ def _stages(**settings: Any) -> list[Stage]:
     if loops == 1:
         return []
     stage = Stage("uptraining", train="full", lr=2e-4, lowers="distill", share=0.5 if weight else 1.0)
-    return [stage, replace(stage, name="early-exit", loss=_exit_loss(loops, weight))] if weight else [stage]
+    return [stage, replace(stage, name="early-exit", loss=exit_loss(loops, weight))] if weight else [stage]
 
 
 @conversion(
