@@ -18,7 +18,7 @@ from ..errors import TransectError
 from ..forward.objective import task_of
 from .part import Part, Sizes
 from .registry import PartEntry, part_named
-from .slots import BlockSlot, MixerSlot
+from .slots import BlockSlot, MixerSlot, arguments_of
 
 
 def insert(
@@ -89,12 +89,35 @@ def _around(anatomy: Anatomy, part: Any, number: int) -> BlockSlot:
     block, architecture = anatomy.blocks[number], anatomy.architecture
     if part.places_norms or part.runs_sublayers:
         check_places(block)
+    if part.routes:
+        check_routes(block)
     mlp, names = block.slot_path("mlp"), {module: name for name, module in block.module.named_modules()}
+    adds = block.branch_output("mlp") if part.routes and not block.has_experts else None
     return BlockSlot(
         part, architecture.block_returns, architecture.attention if architecture.attention_adds is None else None,
         None if mlp is None or block.has_experts else mlp.removeprefix(f"{block.path}."),
-        [names[norm] for norm in block.norms.values()],
+        [names[norm] for norm in block.norms.values()], None if adds is None else names[adds],
     )  # fmt: skip
+
+
+def check_routes(block: Block) -> None:
+    """TransectError where a block cannot be run on some positions of each sequence only."""
+    anatomy, architecture = block.anatomy, block.anatomy.architecture
+    biased = bool({"alibi", "position_bias"} & set(arguments_of(block.module)))
+    reasons = {
+        "is none that predicts the next token": task_of(anatomy.model) != "causal",
+        "norms behind the residual sum": block.post_norm,
+        "adds the stream in its attention": architecture.attention_adds is not None,
+        "tells positions by a bias of its attention": biased and getattr(anatomy.config, "alibi", True),
+        "has no attention any more, or a part in its place": block.attention is None,
+        "shares keys and values between blocks": bool(getattr(anatomy.config, "num_kv_shared_layers", 0)),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise TransectError(
+                f"positions are routed around blocks of causal models with attention of their own, and {architecture.name} "
+                f"(block {block.index}) {reason}: take a model such as llama, gpt2 or qwen3"
+            )
 
 
 def check_places(block: Block) -> None:

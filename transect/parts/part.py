@@ -175,6 +175,11 @@ class Inside:
     block: the stream (B x N x d) -> the stream behind the block. attention, mlp: what these modules make of an input,
     without norms and sums; None where the block has no such module. norms: the block's, in order. real: (B x N), false
     at padding, or None where there is none, when called.
+
+    For a part that `routes` also: on: the stream, which positions of each sequence the block is run on (B x N), and
+    perhaps by what is multiplied what its MLP adds at each position (B x N) -> the stream, elsewhere as it came; padding
+    is never run. Called once at most in a call. state: what the part keeps from call to call in generation, as a mixer's
+    (see `Around`). past: positions before these. forget: drops what the block has cached of some sequences (B).
     """
 
     block: Callable[[Tensor], Tensor]
@@ -182,6 +187,10 @@ class Inside:
     mlp: Callable[[Tensor], Tensor] | None
     norms: list[nn.Module]
     real: Callable[[], Tensor | None]
+    on: Callable[..., Tensor] | None = None
+    state: dict[str, Tensor] | None = None
+    past: int = 0
+    forget: Callable[[Tensor], None] | None = None
 
 
 class BlockPart(Part):
@@ -198,6 +207,8 @@ class BlockPart(Part):
     # Whether it calls attention and MLP behind the block's norms by itself, and does more; it fits the same blocks.
     runs_sublayers: ClassVar[bool] = False
     post_norm: ClassVar[bool] = False  # whether its norms stand behind the residual sum, so that the stream is normed
+    # Whether it runs the block on some positions only (`Inside.on`) or keeps a state; it does not call `Inside.block`.
+    routes: ClassVar[bool] = False
 
     def placed(self, norms: dict[str, nn.Module]) -> dict[str, nn.Module]:
         """The norms by their places (see `Block.norms`) with this part around, from the block's own."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..errors import TransectError
 from ..operators.base import Described
 from ..operators.build import build
+from .kept import KeptLayer, kept_layer, run_kept
 from .part import Around, BlockPart, Inside, Mixer
 from .state import state_layer
 
@@ -68,25 +69,29 @@ class BlockSlot(Described):
     """Leads a block (see `anatomy.surround`) by a part that stands around it.
 
     returns: how many values the block's forward returned (`Architecture.block_returns`). attention, mlp, norms: paths
-    of these within the block; None where the block has no such module.
+    of these within the block; None where the block has no such module. adds: path of the module whose output the block
+    adds as its MLP's, of a part that routes.
     """
 
     kind = "block"
     slot = "block"
 
-    def __init__(self, part: BlockPart, returns: int, attention: str | None, mlp: str | None, norms: list[str]) -> None:
+    def __init__(
+        self, part: BlockPart, returns: int, attention: str | None, mlp: str | None, norms: list[str],
+        adds: str | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.part = part
-        self.returns, self.attention, self.mlp, self.norms = returns, attention, mlp, norms
+        self.returns, self.attention, self.mlp, self.norms, self.adds = returns, attention, mlp, norms, adds
 
     def forward(self, block: nn.Module, own: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = {**dict(zip(_names(own.__func__), args, strict=False)), **kwargs}
         x = given.pop("hidden_states")
         others: tuple[Any, ...] = (None,) * (self.returns - 1)
 
-        def whole(x: Tensor) -> Tensor:
+        def whole(x: Tensor, **changed: Any) -> Tensor:
             nonlocal others
-            result = own(hidden_states=x, **given)
+            result = own(hidden_states=x, **{**given, **changed})
             if self.returns:
                 result, *rest = result
                 others = tuple(rest)
@@ -99,13 +104,36 @@ class BlockSlot(Described):
             [block.get_submodule(path) for path in self.norms],
             lambda: real_positions_in(given.get("attention_mask"), x.shape[1]),
         )
+        layer = self._routed(block, whole, given, inside, x) if self.part.routes else None
         y = self.part(x, inside)
+        if layer is not None:
+            layer.seen += x.shape[1]
         return (y, *others) if self.returns else y
+
+    def _routed(
+        self, block: nn.Module, whole: Callable[..., Tensor], given: dict[str, Any], inside: Inside, x: Tensor
+    ) -> KeptLayer | None:
+        """Tell a part that routes what it may do; the layer of the cache, where there is one."""
+        cache = given.get("past_key_values", given.get("layer_past"))
+        attention: Any = block.get_submodule(str(self.attention))
+        layer = None if cache is None else kept_layer(cache, attention.layer_idx)
+        if layer is not None:
+            inside.state, inside.past = layer.state, layer.seen
+            inside.forget = layer.forget
+
+        adds = None if self.adds is None else block.get_submodule(self.adds)
+
+        def on(x: Tensor, kept: Tensor, gain: Tensor | None = None) -> Tensor:
+            real = inside.real()
+            return run_kept(whole, given, x, kept if real is None else kept & real, layer, gain, adds)
+
+        inside.on = on
+        return layer
 
     def describe(self) -> dict[str, Any]:
         return {
             "kind": self.kind, "returns": self.returns, "attention": self.attention, "mlp": self.mlp,
-            "norms": self.norms, "part": self.part.describe(),
+            "norms": self.norms, **({} if self.adds is None else {"adds": self.adds}), "part": self.part.describe(),
         }  # fmt: skip
 
     @classmethod
@@ -113,7 +141,8 @@ class BlockSlot(Described):
         part = build(description["part"], inside=True)
         if not isinstance(part, BlockPart):
             raise ValueError(f"a {type(part).__name__} stands around no block")
-        return cls(part, *(description[name] for name in ("returns", "attention", "mlp", "norms")))
+        given = (description[name] for name in ("returns", "attention", "mlp", "norms"))
+        return cls(part, *given, description.get("adds"))
 
 
 def _calling(attention: nn.Module, given: Mapping[str, Any]) -> Callable[[Tensor], Tensor]:
@@ -126,6 +155,11 @@ def _calling(attention: nn.Module, given: Mapping[str, Any]) -> Callable[[Tensor
         return result[0] if isinstance(result, tuple) else result
 
     return call
+
+
+def arguments_of(module: nn.Module) -> tuple[str, ...]:
+    """The names of what a module is called with."""
+    return _names(type(module).forward)
 
 
 @cache
