@@ -168,7 +168,9 @@ def run_kept(
     real, index = first[:, :most].bool(), index[:, :most]  # R x M
     past, whole = (0, True) if layer is None else (layer.seen, layer.whole(batch))
     places = (index + past).masked_fill(~real, -1) if layer is None else layer.expect(rows, index, real, batch)
-    if whole and bool(kept.all()):
+    mask = given.get("attention_mask")
+    full = mask is None or mask.shape[-1] == past + count  # that of a window may be shorter than what is kept
+    if whole and full and bool(kept.all()):
         with _multiplied(adds, gain):
             return block(x, **given)
     at = rows[:, None], index
@@ -177,7 +179,7 @@ def run_kept(
         if chosen.get(name) is not None:
             chosen[name] = _at_positions(chosen[name], at, batch)
     chosen["attention_mask"] = mask_among(
-        given.get("attention_mask"), rows, index, real, places, past, (batch, count)
+        mask, rows, index, real, places, past, (batch, count)
     )
     with _multiplied(adds, None if gain is None else gain[at]):
         y = block(x[at], **chosen)

@@ -1,0 +1,25 @@
+"""Numbers of a sequence's real positions, from its first, whichever call they come in."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .part import Inside
+
+
+def numbered(x: Tensor, inside: Inside) -> tuple[Tensor, Tensor]:
+    """Which positions of this call are real (B x N), and the number of each in its sequence, from 0, without padding.
+
+    x: the stream (B x N x d). How many a sequence had before is kept in the state, where there is one.
+    """
+    real = inside.real()
+    if real is None:
+        real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+    number = real.long().cumsum(1) - 1
+    if inside.state is not None:
+        before = inside.state.get("count")
+        if before is not None:
+            number = number + before[:, None]
+        inside.state["count"] = real.sum(1) if before is None else before + real.sum(1)
+    return real, number
