@@ -23,3 +23,23 @@ def numbered(x: Tensor, inside: Inside) -> tuple[Tensor, Tensor]:
             number = number + before[:, None]
         inside.state["count"] = real.sum(1) if before is None else before + real.sum(1)
     return real, number
+
+
+def targets_in(x: Tensor, inside: Inside, targets: int) -> tuple[Tensor, Tensor]:
+    """Real positions (B x N), and which of them are among the first `targets` of a sequence that has these in full.
+
+    They are chosen among together, so all have to come in the first call; a sequence that begins shorter has none.
+    """
+    real, number = numbered(x, inside)
+    if inside.past:
+        return real, torch.zeros_like(real)
+    return real, real & (number < targets) & (number[:, -1:] >= targets)
+
+
+def largest(scores: Tensor, among: Tensor, count: int) -> Tensor:
+    """Which `count` positions of each sequence have the largest scores, of equal ones the first (B x N).
+
+    scores: (B x N). among: (B x N), the only ones that count.
+    """
+    order = scores.masked_fill(~among, -torch.inf).argsort(dim=1, descending=True, stable=True)[:, :count]
+    return torch.zeros_like(among).scatter(1, order, True) & among
