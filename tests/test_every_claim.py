@@ -63,6 +63,8 @@ SHORT = {
     "catalog.relaxed_recursive.STEPS": 2, "catalog.relaxed_recursive.RANKS": (0, 4),
     "catalog.algoformer.STEPS": 2, "catalog.algoformer.SEEDS": (0,),
     "catalog.sret.STEPS": 2, "catalog.sret.SEEDS": (0,),
+    "catalog.first.STEPS": 2, "catalog.first.DRAWS": 1, "catalog.first.SEEDS": (0,),
+    "catalog.first.PENALTIES": (0.0, 1.0), "catalog.p_mod.STEPS": 2,
 }  # fmt: skip
 QUICK = {
     "armor": {"rounds": 2}, "cospadi": {"iterations": 1}, "cospadi-shared": {"iterations": 1},

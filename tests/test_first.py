@@ -120,7 +120,9 @@ def test_routers_are_trained_then_low_rank_updates_and_a_share_is_skipped():
     assert list(parts) == [1]
     name = "model.layers.1.around.part.weight"
     assert torch.equal(before["model.layers.1.mlp.up_proj.weight"], at["routers"]["model.layers.1.mlp.up_proj.weight"])
-    assert not torch.equal(model.state_dict()["model.layers.1.mlp.up_proj.weight"], before["model.layers.1.mlp.up_proj.weight"])
+    assert not torch.equal(
+        model.state_dict()["model.layers.1.mlp.up_proj.weight"], before["model.layers.1.mlp.up_proj.weight"]
+    )
     assert model.state_dict()[name].norm() > 0
     assert parts[1].threshold != 0.5
     for untouched in ("model.embed_tokens.weight", "lm_head.weight", "model.layers.0.input_layernorm.weight"):

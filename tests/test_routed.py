@@ -135,9 +135,7 @@ def test_each_sequence_comes_out_as_alone_padded_in_front_and_generates(name, pa
         alone = model.generate(TOKENS[row : row + 1, start:], attention_mask=mask[row : row + 1, start:], **asked)
         assert torch.equal(together[row, start:], alone[0])
     beams = dict(asked, num_beams=3, num_return_sequences=2)
-    assert torch.equal(
-        *(model.generate(TOKENS, attention_mask=mask, use_cache=use, **beams) for use in (True, False))
-    )
+    assert torch.equal(*(model.generate(TOKENS, attention_mask=mask, use_cache=use, **beams) for use in (True, False)))
 
 
 @torch.no_grad()

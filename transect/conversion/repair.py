@@ -178,5 +178,8 @@ def _problem(
             if hasattr(module, "slot"):
                 module.train()
 
-    problem = Problem(stage.name, parameters, training, loss, measure, set_mode, tokens, penalty=penalty)
+    problem = Problem(
+        stage.name, parameters, training, loss, measure, set_mode, tokens, penalty=penalty,
+        keeps_last=stage.keeps == "last",
+    )  # fmt: skip
     return problem

@@ -30,7 +30,8 @@ class Stage:
     `loss(model, teacher, batch)`, the summed loss and how many terms it has. teacher: whether `loss` reads the model
     as it was; it is None otherwise.
     auxiliary: by what the losses are multiplied that parts leave in `auxiliary` when they are run (see `losses_of`).
-    share: of the steps.
+    share: of the steps. keeps: the state with the best held-out loss, or the last one, where that loss does not know of
+    all that the stage lowers.
     begin, end: called with the model's anatomy before the stage, and after it, also after an error.
     learn: called with it and the training data after `begin`, also where the stage is taken from an earlier run: for
     what is no parameter, and is found out on text.
@@ -53,6 +54,7 @@ class Stage:
     teacher: bool = False
     auxiliary: float = 1.0
     share: float = 1.0
+    keeps: Literal["best", "last"] = "best"
     begin: Callable[[Anatomy], None] | None = None
     learn: Callable[[Anatomy, Batches], None] | None = None
     end: Callable[[Anatomy], None] | None = None

@@ -82,7 +82,11 @@ class KeptLayer(DynamicLayer):
         """Whether every sequence has kept all positions so far. count: of the batch."""
         if self.seen == 0:
             return True
-        return self.places is not None and len(self.places) == count and bool((self.places >= 0).sum() == count * self.seen)
+        return (
+            self.places is not None
+            and len(self.places) == count
+            and bool((self.places >= 0).sum() == count * self.seen)
+        )
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.seen + query_length, 0
@@ -140,7 +144,9 @@ def kept_layer(cache: Cache, index: int) -> KeptLayer:
     layer = cache.layers[index]
     if not isinstance(layer, KeptLayer):
         if layer.get_seq_length():
-            raise TransectError("this cache was filled before parts were put around the blocks: begin with an empty one")
+            raise TransectError(
+                "this cache was filled before parts were put around the blocks: begin with an empty one"
+            )
         cache.layers[index] = layer = KeptLayer()
     return layer
 
@@ -178,9 +184,7 @@ def run_kept(
     for name in ("position_ids", "position_embeddings"):
         if chosen.get(name) is not None:
             chosen[name] = _at_positions(chosen[name], at, batch)
-    chosen["attention_mask"] = mask_among(
-        mask, rows, index, real, places, past, (batch, count)
-    )
+    chosen["attention_mask"] = mask_among(mask, rows, index, real, places, past, (batch, count))
     with _multiplied(adds, None if gain is None else gain[at]):
         y = block(x[at], **chosen)
     row, here = real.nonzero(as_tuple=True)

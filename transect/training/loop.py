@@ -86,6 +86,7 @@ class Problem:
     renew: gives new ones in their place, before the first step and every `renew_every` steps (0: every epoch).
     held: further tensors that go with the parameters as they are now, such as which entries of a matrix they stand for.
     put_back: takes what `held` once gave.
+    keeps_last: whether the parameters end as the last step leaves them, whatever the held-out loss says.
     at: how many steps are done, which the loop keeps.
     """
 
@@ -103,6 +104,7 @@ class Problem:
     renew_every: int = 0
     held: Callable[[], Mapping[str, Tensor]] = dict
     put_back: Callable[[Mapping[str, Tensor]], None] = lambda tensors: None
+    keeps_last: bool = False
     at: int = 0
 
     def now(self) -> dict[str, Tensor]:
@@ -177,7 +179,7 @@ def train(problem: Problem, run: Run, note: Mapping[str, Any]) -> Course:
                     f"{schedule.lr:g}{told}. Lower the rate"
                 )
             course.checks.append([course.steps, since[0] / since[1], held_out])
-            if problem.measure is None or held_out < course.best:
+            if problem.measure is None or problem.keeps_last or held_out < course.best:
                 best.put(problem.now())
                 course.best, course.best_step = held_out, course.steps
             course.seconds, course.optimizer_bytes = time.perf_counter() - started, stepper.state_bytes

@@ -84,11 +84,11 @@ def _stages(penalty: float, skip: float, thresholds: str, rank: int, **_: Any) -
     return [
         Stage(
             "routers", train="new", new=r"\.around\.part\.(weight|bias)$", lr=1e-2, auxiliary=penalty, share=0.5,
-            begin=partial(_harden, hard=False),
+            keeps="last", begin=partial(_harden, hard=False),
         ),
         Stage(
             "low-rank", train="lora", rank=rank, alpha=2.0 * rank, lr=1e-3, auxiliary=0.0, share=0.5,
-            begin=partial(_harden, hard=True), ready=partial(set_thresholds, skip=skip, each=thresholds == "each"),
+            begin=partial(_harden, hard=True), learn=partial(set_thresholds, skip=skip, each=thresholds == "each"),
         ),
     ]  # fmt: skip
 

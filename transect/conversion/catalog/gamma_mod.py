@@ -32,7 +32,7 @@ def _check(anatomy: Anatomy, layers: str, lowest: int, **_: Any) -> None:
 
 
 def _stages(routable: int, weight: float, **_: Any) -> list[Stage]:
-    return [Stage("gamma-mod", train="full", lr=2e-5, auxiliary=weight, loss=loss_behind(routable))]
+    return [Stage("gamma-mod", train="full", lr=2e-5, auxiliary=weight, loss=loss_behind(routable), keeps="last")]
 
 
 @conversion(

@@ -27,7 +27,7 @@ class PMoD(BlockPart):
 
     targets: how many first positions may be left out.
     keep: share of them that is processed, rounded down.
-    gate: tanh as above; sigmoid and softmax (times the number of targets) are what it is compared with.
+    gate: tanh as above; sigmoid of r and softmax of r over the targets are what it is compared with.
     symmetric: whether targets that are left out are multiplied too.
     alpha: α, how far from 1 g may be.
     """
@@ -69,7 +69,7 @@ class PMoD(BlockPart):
         if self.gate == "sigmoid":
             return torch.sigmoid(r)
         lowest = torch.finfo(r.dtype).min  # not -inf: a sequence may have no target
-        return self.targets * torch.softmax(r.masked_fill(~target, lowest), dim=1)
+        return torch.softmax(r.masked_fill(~target, lowest), dim=1)
 
     @property
     def flops(self) -> int:

@@ -1,0 +1,183 @@
+"""Gamma-MoD: the rank of attention maps, which tokens are processed, and the one router of all blocks."""
+
+import pytest
+import torch
+from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
+
+import transect
+from transect.anatomy import Anatomy
+from transect.conversion.routed import loss_behind, parts_around
+from transect.data import Batches, Specimen
+from transect.errors import TransectError
+from transect.forward.attention_rank import attention_rank, attention_ranks, effective_rank
+from transect.parts import insert
+from transect.parts.catalog.gamma_mod import GammaMoD
+from transect.probes import drawings, run_probes
+
+from .models import inputs, tiny
+
+TOKENS = torch.randint(3, 64, (3, 15), generator=torch.Generator().manual_seed(3))
+
+
+def routed(name="llama", layers=(0, 1), **settings):
+    model = tiny(name)
+    given = {"routable": 10, "start": 0.0, **settings}
+    insert(model, "block", "gamma-mod", layers=list(layers), settings=given)
+    return model, parts_around(Anatomy(model), GammaMoD)
+
+
+def trained(parts):
+    for part in parts.values():
+        part.train()
+
+
+def test_ranks_of_known_maps():
+    causal = torch.ones(6, 6).tril() / torch.arange(1, 7)[:, None]
+    first = torch.zeros(6, 6)
+    first[:, 0] = 1
+    maps = torch.stack([causal, first, torch.eye(6)])
+    assert [attention_rank(one[None, None]).item() for one in maps] == [5, 1, 0]
+    assert attention_rank(maps[None]).item() == pytest.approx(2) == attention_rank(maps[[2, 0, 1]][None]).item()
+    assert effective_rank(first[None, None]).item() == pytest.approx(1)
+    assert effective_rank(torch.eye(6)[None, None]).item() == 0
+    padded = torch.zeros(9, 9)
+    padded[3:, 3:] = causal
+    padded[:3, :3] = torch.rand(3, 3)  # what padding looks at does not count
+    real = torch.arange(9) >= 3
+    assert attention_rank(padded[None, None], real[None]).item() == 5
+
+
+def test_the_probe_and_the_conversion_see_the_same_ranks():
+    model, batch = tiny("llama"), inputs("llama")
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        maps = model(**batch, output_attentions=True).attentions
+    expected = [torch.linalg.matrix_rank(one.float().tril(-1)).float().mean().item() for one in maps]
+    one = Specimen(Anatomy(tiny("llama")), data=Batches([batch]))
+    result = run_probes(one, {"arank": {}})["arank"]
+    assert result["rank"].tolist() == pytest.approx(expected)
+    assert (result["effective"] > 0).all() and (result["effective"] <= result["rank"] + 1e-4).all()
+    assert result.findings and result.caveats and len(drawings(result)) == 1
+    rows = [{"input_ids": row[None]} for row in batch["input_ids"]]
+    assert attention_ranks(one.anatomy, rows).tolist() == pytest.approx(expected)
+    found = transect.convert(
+        tiny("llama"), "gamma-mod", batch["input_ids"].repeat(4, 1), steps=0, routable=6, lowest=1, layers="0-2"
+    )
+    assert list(parts_around(Anatomy(found.model), GammaMoD)) == [int(torch.tensor(expected).argmin())]
+
+
+@torch.no_grad()
+def test_with_nothing_left_out_the_mlp_is_multiplied_by_p():
+    model, parts = routed(skip=0.0)
+    dense = tiny("llama")
+    router = parts[0].bank
+    for number in (0, 1):
+        block, held = dense.model.layers[number], {}
+        block.register_forward_pre_hook(lambda _, given, held=held, block=block: held.update(
+            p=torch.softmax(router(block.input_layernorm(given[0])), -1)[..., 1:]))  # fmt: skip
+        block.mlp.register_forward_hook(lambda _, __, out, held=held: out * held["p"])
+    expected = dense(TOKENS).logits
+    torch.testing.assert_close(model(TOKENS).logits, expected, atol=1e-4, rtol=1e-4)
+    trained(parts)
+    torch.testing.assert_close(model(TOKENS).logits, expected, atol=1e-4, rtol=1e-4)
+    sure, parts = routed(skip=0.0, start=100.0)
+    trained(parts)
+    torch.testing.assert_close(sure(TOKENS).logits, tiny("llama")(TOKENS).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("routable", "skip", "kept"), [(10, 0.5, 5), (10, 0.3, 7), (7, 0.5, 4), (10, 0.1, 9), (10, 1.0, 0)]
+)
+@torch.no_grad()
+def test_whole_numbers_are_kept_the_others_stay_and_protected_ones_always_go(routable, skip, kept):
+    model, parts = routed(routable=routable, skip=skip)
+    for seed in range(3):
+        parts[0].bank.weight.copy_(torch.randn(2, 32, generator=torch.Generator().manual_seed(seed)) * 3)
+        trained(parts)
+        states = model(TOKENS, output_hidden_states=True).hidden_states
+        for number in (0, 1):
+            same = (states[number] == states[number + 1]).all(-1)
+            assert (~same[:, :routable]).sum(1).tolist() == [kept] * 3 and not same[:, routable:].any()
+
+
+def test_one_router_gathers_the_gradients_of_all_blocks_and_of_both_losses(tmp_path):
+    model, parts = routed()
+    router = parts[0].bank
+    assert parts[1].bank is router and sum(p.numel() for part in parts.values() for p in part.parameters()) == 2 * 33
+    trained(parts)
+    summed, count = loss_behind(10)(model, None, {"input_ids": TOKENS})
+    assert count == 12
+    own = torch.autograd.grad(summed, router.weight, retain_graph=True)[0]
+    assert own.norm() > 0
+    each = [
+        torch.autograd.grad(part.__dict__["auxiliary"], router.weight, retain_graph=True)[0] for part in parts.values()
+    ]
+    both = torch.autograd.grad(sum(part.__dict__["auxiliary"] for part in parts.values()), router.weight)[0]
+    torch.testing.assert_close(both, each[0] + each[1])
+    model.eval()
+    model.save_pretrained(tmp_path / "model")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    found = parts_around(Anatomy(again), GammaMoD)
+    assert found[0].bank is found[1].bank and torch.equal(found[1].bank.weight, router.weight)
+    Anatomy(again).drop_block(0)
+    left = parts_around(Anatomy(again), GammaMoD)
+    assert list(left) == [0] and left[0].owns_bank and torch.equal(left[0].bank.weight, router.weight)
+
+
+def test_the_router_s_loss_is_none_where_it_tells_them_apart():
+    kept = torch.tensor([1, 0, 1])
+    apart = torch.stack([torch.where(kept == 1, -30.0, 30.0), torch.where(kept == 1, 30.0, -30.0)], dim=1)
+    assert functional.cross_entropy(apart, kept).item() < 1e-6
+    model, parts = routed(layers=(1,), skip=0.0)
+    trained(parts)
+    with torch.no_grad():
+        parts[1].bank.bias.copy_(torch.tensor([-50.0, 50.0]))  # everything is kept, and it is sure of that
+    model(TOKENS)
+    assert parts[1].__dict__["auxiliary"].item() < 1e-6
+
+
+@torch.no_grad()
+def test_linear_operations_go_with_the_tokens_kept_exactly():
+    def linear(model):
+        with FlopCounterMode(display=False, depth=None) as counted:
+            model(TOKENS)
+        return sum(
+            sum(found.values()) for name, found in counted.get_flop_counts().items()
+            if name.endswith((".layers.1.mlp", ".layers.1.self_attn.q_proj", ".layers.1.self_attn.o_proj"))
+        )  # fmt: skip
+
+    model, parts = routed(layers=(1,))
+    trained(parts)
+    assert linear(model) * 15 == linear(tiny("llama")) * (15 - 5)
+
+
+@pytest.mark.parametrize("choose", ["threshold", "top"])
+@torch.no_grad()
+def test_after_training_tokens_go_by_threshold_or_by_rank_also_token_by_token(choose):
+    model, parts = routed(choose=choose, threshold=0.5)
+    parts[0].bank.weight.copy_(torch.randn(2, 32, generator=torch.Generator().manual_seed(1)) * 3)
+    states = model(TOKENS, output_hidden_states=True).hidden_states
+    left = (states[0] == states[1]).all(-1)
+    assert left.any() and not left[:, 10:].any()
+    if choose == "top":
+        assert left.sum(1).tolist() == [5, 5, 5]
+    whole = model(TOKENS, use_cache=False).logits
+    first = model(TOKENS[:, :11])
+    later = model(TOKENS[:, 11:], past_key_values=first.past_key_values).logits
+    torch.testing.assert_close(torch.cat([first.logits, later], dim=1), whole, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "no block is converted"), ({"layers": "1", "lowest": 2, "routable": 6}, "lowest=2 of 1 blocks"),
+        ({"layers": "1", "routable": 15}, "longest sequence has 15"), ({"layers": "1", "skip": 1.5}, "skip=1.5 must be"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_said_before_any_change(settings, message):
+    model = tiny("llama")
+    with pytest.raises(TransectError, match=message):
+        transect.convert(model, "gamma-mod", TOKENS, steps=0, **settings)
+    assert model.state_dict().keys() == tiny("llama").state_dict().keys()

@@ -1,0 +1,126 @@
+"""Claims of FiRST (Jain et al., Findings of EMNLP 2025, arXiv:2410.12513)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from ...anatomy import Anatomy
+from ...conversion.catalog.first import decisions, set_thresholds
+from ...conversion.routed import loss_behind, parts_around
+from ...parts.catalog.first import First
+from ..context import Context
+from ..controls import mean_of
+from ..ordering import comparison, judge
+from ..registry import NotApplicable, Result, Verdict, claim
+from ..routed import beginning, converted, loss_of, require_trainable
+
+STEPS = 60  # half for the routers, half for low-rank updates
+DRAWS = 5
+SHARE = 0.25  # of the blocks
+PENALTIES = (0.0, 0.1, 1.0, 10.0)
+SEEDS = (0, 1, 2)
+
+
+def _routers(context: Context) -> int:
+    """How many blocks get one; not applicable to fewer than two."""
+    require_trainable(context)
+    count = len(context.anatomy.blocks) - 2
+    if count < 2:
+        raise NotApplicable("the first and the last block are never skipped, and fewer than two are between them")
+    return count
+
+
+@claim(
+    "first/below-fixed-masks",
+    method="first",
+    paper="arXiv:2410.12513",
+    statement="At an equal number of skipped blocks, routers that read a text's beginning lose less than a fixed random "
+    "choice of blocks and than blocks at even distances; the best fixed choice is the third control.",
+)
+def below_fixed_masks(context: Context) -> Result:
+    """A quarter of the blocks, with no other number trained than the routers'; losses are of what is behind the
+    beginning. The best fixed choice is of the blocks without which, one at a time, the calibration text loses least.
+    """
+    routers, prompt = _routers(context), beginning(context)
+    blocks = len(context.anatomy.blocks)
+    count = min(max(1, round(SHARE * blocks)), routers)
+    settings = {"prompt": prompt, "penalty": 0.01}
+    model = _trained(context, settings)
+    set_thresholds(Anatomy(model), context.calibration, count / blocks, False)
+    skipped = _skipped(model, context)
+    found = loss_of(context, model, prompt)
+    fixed = converted(context, "first", {"prompt": prompt, "start": 100.0})
+    numbers = list(range(1, blocks - 1))
+
+    def without(chosen: Iterable[int]) -> Any:
+        for number, part in parts_around(Anatomy(fixed), First).items():
+            with torch.no_grad():
+                part.bias.fill_(-100.0 if number in set(chosen) else 100.0)
+        return loss_of(context, fixed, prompt)
+
+    drawn = [
+        without(numbers[i] for i in torch.randperm(routers, generator=torch.Generator().manual_seed(draw))[:count])
+        for draw in range(DRAWS)
+    ]
+    even = without(numbers[(2 * i + 1) * routers // (2 * count)] for i in range(count))
+    alone = {number: _calibration_loss(context, fixed, number, prompt) for number in numbers}
+    best = without(sorted(alone, key=lambda number: alone[number])[:count])
+    pairs = [("a random choice", mean_of(drawn)), ("even distances", even), ("the best fixed choice", best)]
+    judged = judge([comparison(1.0, ("routers", found), pair) for pair in pairs])
+    told = (
+        f"{judged.explanation}. Routers skip {skipped:.2f} of {blocks} blocks on the held-out text, the masks {count}; "
+        f"loss {found.loss:.4f}, without skipping {loss_of(context, context.fresh().model, prompt).loss:.4f}."
+    )
+    required = judge([comparison(1.0, ("routers", found), pair) for pair in pairs[:2]])
+    return Result(required.verdict, told, judged.numbers)
+
+
+def _trained(context: Context, settings: dict[str, Any], seed: int = 0) -> Any:
+    """Routers trained, and no other number: what low-rank updates changed is put back."""
+    model = converted(context, "first", settings, STEPS, seed=seed)
+    plain = converted(context, "first", settings)
+    found = {name: tensor for name, tensor in model.state_dict().items() if ".around." in name}
+    plain.load_state_dict(found, strict=False)
+    return plain
+
+
+def _skipped(model: Any, context: Context) -> float:
+    """Blocks that a held-out sequence skips on average."""
+    parts = parts_around(Anatomy(model), First).values()
+    found = zip(decisions(Anatomy(model), context.evaluation), parts, strict=True)
+    return sum(float((rho <= part.threshold).float().mean()) for rho, part in found)
+
+
+@torch.no_grad()
+def _calibration_loss(context: Context, model: Any, number: int, prompt: int) -> float:
+    """The loss on the calibration text without one block."""
+    for other, part in parts_around(Anatomy(model), First).items():
+        part.bias.fill_(-100.0 if other == number else 100.0)
+    summed = [loss_behind(prompt)(model, None, batch) for batch in context.calibration]
+    return float(sum(one for one, _ in summed)) / sum(count for _, count in summed)
+
+
+@claim(
+    "first/penalty",
+    method="first",
+    paper="arXiv:2410.12513",
+    statement="The larger the penalty on not skipping, the fewer blocks are expected to run.",
+)
+def penalty(context: Context) -> Result:
+    """Four penalties, the mean of three orders of the batches: the sum of the routers' probabilities on held-out text."""
+    routers, prompt = _routers(context), beginning(context)
+    rows = []
+    for weight in PENALTIES:
+        found = []
+        for seed in SEEDS:
+            model = _trained(context, {"prompt": prompt, "penalty": weight}, seed)
+            found.append(sum(float(rho.mean()) for rho in decisions(Anatomy(model), context.evaluation)))
+        rows.append({"penalty": weight, "expected to run": sum(found) / len(found), "least": min(found),
+                     "most": max(found)})  # fmt: skip
+    values = [row["expected to run"] for row in rows]
+    holds = all(later < earlier for earlier, later in zip(values, values[1:], strict=False))
+    told = f"Of {routers} routed blocks, expected to run: {', '.join(f'{value:.3f}' for value in values)}"
+    return Result(Verdict.HOLDS if holds else Verdict.DOES_NOT_HOLD, told, rows)
