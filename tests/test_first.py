@@ -65,10 +65,9 @@ def test_the_first_positions_decide_alone_and_each_sequence_for_itself():
         torch.testing.assert_close(model(TOKENS[row : row + 1]).logits[0], together[row], atol=1e-4, rtol=1e-4)
     padded = torch.cat([torch.zeros(8, 3, dtype=torch.long), TOKENS], dim=1)
     mask = (torch.arange(19) >= 3).long().expand(8, -1)
-    torch.testing.assert_close(
-        model(padded, attention_mask=mask, position_ids=(torch.arange(19) - 3).clamp_min(0).expand(8, -1)).logits[:, 3:],
-        together, atol=1e-4, rtol=1e-4,
-    )  # fmt: skip
+    positions = (torch.arange(19) - 3).clamp_min(0).expand(8, -1)
+    found = model(padded, attention_mask=mask, position_ids=positions).logits[:, 3:]
+    torch.testing.assert_close(found, together, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("first", [2, 5, 9])

@@ -173,7 +173,8 @@ def test_after_training_tokens_go_by_threshold_or_by_rank_also_token_by_token(ch
     ("settings", "message"),
     [
         ({}, "no block is converted"), ({"layers": "1", "lowest": 2, "routable": 6}, "lowest=2 of 1 blocks"),
-        ({"layers": "1", "routable": 15}, "longest sequence has 15"), ({"layers": "1", "skip": 1.5}, "skip=1.5 must be"),
+        ({"layers": "1", "routable": 15}, "longest sequence has 15"),
+        ({"layers": "1", "skip": 1.5}, "skip=1.5 must be"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_said_before_any_change(settings, message):

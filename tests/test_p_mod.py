@@ -1,5 +1,6 @@
 """p-MoD: which of the first tokens are processed, how they are weighed, and what the schedule says."""
 
+import itertools
 import math
 
 import pytest
@@ -34,7 +35,7 @@ def routed(name="llama", layers=(1,), seed=None, **settings):
 
 def test_the_schedule_is_the_paper_s():
     found = shares(32, "cosine", 0.5)
-    assert all(later <= earlier for earlier, later in zip(found, found[1:], strict=False))
+    assert all(later <= earlier for earlier, later in itertools.pairwise(found))
     assert found[:8] == [1.0] * 8 and found[8] == pytest.approx(0.844, abs=1e-3)
     assert found[23] == pytest.approx(0.156, abs=1e-3) and found[24:] == [0.15] * 8
     assert sum(found) / 32 == pytest.approx(0.5375, abs=1e-3)

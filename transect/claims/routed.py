@@ -1,4 +1,4 @@
-"""What claims about routed blocks share: how long a text's beginning is, training, and the loss behind the beginning."""
+"""What claims about routed blocks share: how long a text's beginning is, training, the loss behind it."""
 
 from __future__ import annotations
 

@@ -34,12 +34,12 @@ def check_routed(anatomy: Anatomy, method: str, chosen: Sequence[int], multiplie
         check_routes(block)
         if multiplied and (block.has_experts or block.mlp is None):
             raise TransectError(
-                f"{method} multiplies what the MLP of a block adds, and block {number} has experts, or no MLP of its own"
+                f"{method} multiplies what the MLP of a block adds, and block {number} has experts, or a part there"
             )
 
 
 def check_reach(data: Batches | None, method: str, setting: str, positions: int) -> None:
-    """TransectError where no sequence of the training text goes beyond its first positions, which are all it is about."""
+    """TransectError where no sequence of the training text goes beyond its first positions."""
     longest = max((len(text) for text in data.texts()), default=0) if data is not None else positions + 1
     if longest <= positions:
         raise TransectError(

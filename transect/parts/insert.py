@@ -115,8 +115,8 @@ def check_routes(block: Block) -> None:
     for reason, holds in reasons.items():
         if holds:
             raise TransectError(
-                f"positions are routed around blocks of causal models with attention of their own, and {architecture.name} "
-                f"(block {block.index}) {reason}: take a model such as llama, gpt2 or qwen3"
+                f"positions are routed around blocks of causal models with attention of their own, and "
+                f"{architecture.name} (block {block.index}) {reason}: take a model such as llama, gpt2 or qwen3"
             )
 
 

@@ -22,8 +22,8 @@ class KeptLayer(DynamicLayer):
     """Keys and values of the positions that a block was run on, and the state of the part around it.
 
     keys, values: (B x h x S x D), each sequence's own from the front; S is the most that one of them has. places:
-    (B x S), where in the sequence each of them stood, -1 behind the last. seen: positions that have passed, whether they
-    were kept or not; it is what transformers takes for the length. state: tensors by name, the batch first.
+    (B x S), where in the sequence each of them stood, -1 behind the last. seen: positions that have passed, whether
+    they were kept or not; it is what transformers takes for the length. state: tensors by name, the batch first.
     """
 
     is_sliding = False
@@ -54,7 +54,7 @@ class KeptLayer(DynamicLayer):
         return self.places[rows]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Keep the keys and values (R x h x M x D) of the expected positions; all that these sequences have (R x h x S x D)."""
+        """Keep keys and values (R x h x M x D) of what was expected; all of these sequences (R x h x S x D)."""
         if self.places is None or self._rows is None or self._real is None:
             raise TransectError("this cache was filled by a block that a part leads, and is now read without the part")
         if not self.is_initialized:
@@ -141,7 +141,7 @@ def kept_layer(cache: Cache, index: int) -> KeptLayer:
         )
     while len(cache.layers) <= index:
         cache.layers.append(DynamicLayer())
-    layer = cache.layers[index]
+    layer: Any = cache.layers[index]
     if not isinstance(layer, KeptLayer):
         if layer.get_seq_length():
             raise TransectError(
@@ -175,7 +175,8 @@ def run_kept(
     past, whole = (0, True) if layer is None else (layer.seen, layer.whole(batch))
     places = (index + past).masked_fill(~real, -1) if layer is None else layer.expect(rows, index, real, batch)
     mask = given.get("attention_mask")
-    full = mask is None or mask.shape[-1] == past + count  # that of a window may be shorter than what is kept
+    # The mask of a window may be shorter than what is kept.
+    full = mask is None or (isinstance(mask, Tensor) and mask.shape[-1] == past + count)
     if whole and full and bool(kept.all()):
         with _multiplied(adds, gain):
             return block(x, **given)
@@ -199,7 +200,11 @@ def _multiplied(module: nn.Module | None, gain: Tensor | None) -> Iterator[None]
         return
     if module is None:
         raise TransectError("this block has no single module for its MLP, whose output a part could multiply")
-    hook = module.register_forward_hook(lambda _, __, out: out * gain.reshape(*out.shape[:-1], 1).to(out.dtype))
+
+    def multiplied(_: nn.Module, __: Any, out: Any) -> Tensor:
+        return out * gain.reshape(*out.shape[:-1], 1).to(out.dtype)
+
+    hook = module.register_forward_hook(multiplied)
     try:
         yield
     finally:
@@ -219,8 +224,8 @@ def mask_among(
     """What the kept positions may see of the kept keys (R x h x M x S), as a mask of the kind that came.
 
     mask: of all positions (B x h x N x K), true or near zero where one may see another; None if each sees all up to
-    itself. rows, index, real: see `run_kept`. places: (R x S) of the keys in the sequence, -1 where there is none. past:
-    positions before this call. shape: B and N of the call.
+    itself. rows, index, real: see `run_kept`. places: (R x S) of the keys in the sequence, -1 where there is none.
+    past: positions before this call. shape: B and N of the call.
     """
     batch, count = shape
     there = (places >= 0)[:, None, None]  # R x 1 x 1 x S

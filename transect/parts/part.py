@@ -177,9 +177,10 @@ class Inside:
     at padding, or None where there is none, when called.
 
     For a part that `routes` also: on: the stream, which positions of each sequence the block is run on (B x N), and
-    perhaps by what is multiplied what its MLP adds at each position (B x N) -> the stream, elsewhere as it came; padding
-    is never run. Called once at most in a call. state: what the part keeps from call to call in generation, as a mixer's
-    (see `Around`). past: positions before these. forget: drops what the block has cached of some sequences (B).
+    perhaps by what is multiplied what its MLP adds at each position (B x N) -> the stream, elsewhere as it came;
+    padding is never run. Called once at most in a call. state: what the part keeps from call to call in generation, as
+    a mixer's (see `Around`). past: positions before these. forget: drops what the block has cached of some
+    sequences (B).
     """
 
     block: Callable[[Tensor], Tensor]

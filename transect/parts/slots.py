@@ -141,8 +141,8 @@ class BlockSlot(Described):
         part = build(description["part"], inside=True)
         if not isinstance(part, BlockPart):
             raise ValueError(f"a {type(part).__name__} stands around no block")
-        given = (description[name] for name in ("returns", "attention", "mlp", "norms"))
-        return cls(part, *given, description.get("adds"))
+        known = {name: description[name] for name in ("returns", "attention", "mlp", "norms")}
+        return cls(part, **known, adds=description.get("adds"))
 
 
 def _calling(attention: nn.Module, given: Mapping[str, Any]) -> Callable[[Tensor], Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -37,8 +38,8 @@ def _routers(context: Context) -> int:
     "first/below-fixed-masks",
     method="first",
     paper="arXiv:2410.12513",
-    statement="At an equal number of skipped blocks, routers that read a text's beginning lose less than a fixed random "
-    "choice of blocks and than blocks at even distances; the best fixed choice is the third control.",
+    statement="At an equal number of skipped blocks, routers that read a text's beginning lose less than a fixed "
+    "random choice of blocks and than blocks at even distances; the best fixed choice is the third control.",
 )
 def below_fixed_masks(context: Context) -> Result:
     """A quarter of the blocks, with no other number trained than the routers'; losses are of what is behind the
@@ -110,7 +111,7 @@ def _calibration_loss(context: Context, model: Any, number: int, prompt: int) ->
     statement="The larger the penalty on not skipping, the fewer blocks are expected to run.",
 )
 def penalty(context: Context) -> Result:
-    """Four penalties, the mean of three orders of the batches: the sum of the routers' probabilities on held-out text."""
+    """Four penalties, the mean of three orders of the batches: the sum of the routers' probabilities on new text."""
     routers, prompt = _routers(context), beginning(context)
     rows = []
     for weight in PENALTIES:
@@ -121,6 +122,6 @@ def penalty(context: Context) -> Result:
         rows.append({"penalty": weight, "expected to run": sum(found) / len(found), "least": min(found),
                      "most": max(found)})  # fmt: skip
     values = [row["expected to run"] for row in rows]
-    holds = all(later < earlier for earlier, later in zip(values, values[1:], strict=False))
+    holds = all(later < earlier for earlier, later in itertools.pairwise(values))
     told = f"Of {routers} routed blocks, expected to run: {', '.join(f'{value:.3f}' for value in values)}"
     return Result(Verdict.HOLDS if holds else Verdict.DOES_NOT_HOLD, told, rows)

@@ -39,7 +39,7 @@ def lowest_ranks(context: Context) -> Result:
     judged = judge(found)
     dense = loss_of(context, context.fresh().model, routable)
     told = (
-        f"{judged.explanation}. Mean ranks {', '.join(f'{float(rank):.1f}' for rank in ranks)}; loss of the model as it "
-        f"was {dense.loss:.4f}, with {routable} routable tokens."
+        f"{judged.explanation}. Mean ranks {', '.join(f'{float(rank):.1f}' for rank in ranks)}; loss of the model as "
+        f"it was {dense.loss:.4f}, with {routable} routable tokens."
     )
     return Result(judged.verdict, told, judged.numbers)

@@ -60,9 +60,9 @@ def gamma_mod(
     """Blocks leave out some of the first tokens of a text, as one router for all of them says.
 
     In the paper these are an image's tokens and the system prompt; here the first of the text, whose other tokens are
-    always processed. Every number of the blocks is trained, at 2e-5, on the predictions behind them, and the router also
-    to tell what was kept. In training tokens are kept by rank, afterwards by threshold: until the router has learned,
-    the threshold keeps nearly all.
+    always processed. Every number of the blocks is trained, at 2e-5, on the predictions behind them, and the router
+    also to tell what was kept. In training tokens are kept by rank, afterwards by threshold: until the router has
+    learned, the threshold keeps nearly all.
 
     routable: how many first positions may be left out.
     skip: share of them that is left out by rank.

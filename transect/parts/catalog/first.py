@@ -1,4 +1,4 @@
-"""FiRST (Jain et al., Findings of EMNLP 2025, arXiv:2410.12513): blocks that a sequence skips, as its beginning decides."""
+"""FiRST (Jain et al., Findings of EMNLP 2025, arXiv:2410.12513): blocks that a text skips, by its beginning."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class First(BlockPart):
     A text no longer than `prompt` runs all blocks.
 
     In training later positions get h + g (block(h) - h). As the paper's formula is quoted, ρ cancels out of it; this is
-    our reading. ρ is left in `auxiliary`, as the penalty of not skipping. With `hard` set, blocks are skipped in training
-    as they are afterwards.
+    our reading. ρ is left in `auxiliary`, as the penalty of not skipping. With `hard` set, blocks are skipped in
+    training as they are afterwards.
 
     prompt: how many first positions of a sequence decide.
     start: b at the beginning, w is 0 then.

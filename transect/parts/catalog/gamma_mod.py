@@ -30,11 +30,11 @@ class TokenRouter(nn.Module):
 class GammaMoD(BlockPart):
     """Of the first tokens of a text, the block processes those that its router says; one router for all such blocks.
 
-    With h the stream behind the block's own input norm, p = softmax(router(h))₁. The first `routable` real positions may
-    be left out, the others are protected. In training the largest p are kept, all but ⌊skip * routable⌋ (in whole
-    numbers), of equal ones the first; afterwards those with p above `threshold`, or again the largest. What the MLP adds
-    is multiplied by p, so that the loss reaches the router. Original position ids stay (the code renumbers). Cross-entropy
-    of the router with what was kept is left in `auxiliary`.
+    With h the stream behind the block's own input norm, p = softmax(router(h))₁. The first `routable` real positions
+    may be left out, the others are protected. In training the largest p are kept, all but ⌊skip * routable⌋ (in whole
+    numbers), of equal ones the first; afterwards those with p above `threshold`, or again the largest. What the MLP
+    adds is multiplied by p, so that the loss reaches the router. Original position ids stay (the code renumbers).
+    Cross-entropy of the router with what was kept is left in `auxiliary`.
 
     The paper's router has no bias; ours lets it begin near p = 1, where the block is nearly what it was.
 

@@ -22,8 +22,8 @@ class PMoD(BlockPart):
     is what the MLP adds to a processed target, and the whole stream of another (STRing, so that both have a gradient).
     Later positions are always processed, and never multiplied.
 
-    A choice among all targets is not causal within them, but is for all that is behind. In a text that begins with fewer
-    tokens than `targets` every block processes all of these.
+    A choice among all targets is not causal within them, but is for all that is behind. In a text that begins with
+    fewer tokens than `targets` every block processes all of these.
 
     targets: how many first positions may be left out.
     keep: share of them that is processed, rounded down.

@@ -16,8 +16,8 @@ def draw(result: Result) -> list[Drawing]:
     """Both ranks by block."""
     return [
         lines(
-            "Rank of attention maps", "How many distinct patterns the heads of a block have on a sequence, on average. A "
-            "low rank means that many positions look at the same ones.",
+            "Rank of attention maps", "How many distinct patterns the heads of a block have on a sequence, on average. "
+            "A low rank means that many positions look at the same ones.",
             {"rank": result["rank"], "effective rank": result["effective"]}, xlabel="block", ylabel="rank",
         )
     ]  # fmt: skip
