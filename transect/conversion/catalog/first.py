@@ -119,8 +119,8 @@ def first(
     First only the routers are trained, by the model's own loss and the sum of their probabilities of running; then
     low-rank updates of all matrices, with blocks skipped as they are afterwards. What is skipped is neither computed
     nor cached. Not stated in what could be read of the paper, and ours: the routers' form, how they begin, the rates,
-    the rank, and how a share is hit; the penalty on the routers' weights is left to AdamW's decay. Most of the quality is
-    said to come from the low-rank updates.
+    the rank, and how a share is hit; the penalty on the routers' weights is left to AdamW's decay. Most of the quality
+    is said to come from the low-rank updates.
 
     prompt: how many first positions of a text decide; these run all blocks.
     skip: share of the model's blocks that texts skip on average, by thresholds found on the training text between the
