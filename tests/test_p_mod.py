@@ -136,7 +136,7 @@ def test_what_a_change_costs_is_said_before_it():
     with pytest.raises(TransectError, match="longest sequence has 14: choose a smaller targets"):
         transect.convert(model, "p-mod", TOKENS, steps=0)
     with pytest.raises(TransectError, match="no block is converted"):
-        transect.convert(tiny("llama"), "p-mod", TOKENS, steps=0, targets=8, decay="linear", mean=1.0, layers="")
+        transect.convert(tiny("llama"), "p-mod", TOKENS, steps=0, targets=8, decay="alternate", mean=1.0)
     found = transect.convert(tiny("llama"), "p-mod", TOKENS, steps=0, targets=3)  # trunc(0.15 * 3) = 0 in the last
     assert found.outcome["told"] == {"blocks that process none of the targets": 1.0}
     counts = {number: part.count for number, part in parts_around(Anatomy(found.model), PMoD).items()}
