@@ -25,7 +25,7 @@ def routed(name="llama", seed=0, layers=(1, 2), **settings):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for part in parts_around(Anatomy(model), First).values():
-            part.weight.copy_(torch.randn(part.weight.shape, generator=generator))
+            part.weight.copy_(torch.randn(part.weight.shape, generator=generator) * 5)
         set_thresholds(Anatomy(model), load(TOKENS, model), len(layers) / 6, True)
     return model
 

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ...arguments import Range
 from ..part import BlockPart, Inside
@@ -16,8 +17,9 @@ from ..prefix import numbered
 class First(BlockPart):
     """A router in front of a block: whether a sequence skips it behind its beginning.
 
-    ρ is the mean of sigmoid(wᵀh + b) over the stream h at the first `prompt` real positions. All later positions of the
-    sequence run the block if ρ is above the threshold, and else pass it by: nothing is computed, and nothing is cached.
+    ρ is the mean of sigmoid(wᵀh / |h| + b) over the stream h at the first `prompt` real positions; to divide by the
+    length is ours. All later positions of the sequence run the block if ρ is above the threshold, and else pass it by:
+    nothing is computed, and nothing is cached.
     The first positions run all blocks, so that no position knows of what is behind it, whether the text comes at once
     or token by token (our design: in the paper the whole prompt decides, which a text that is only read has not).
     A text no longer than `prompt` runs all blocks.
@@ -71,7 +73,8 @@ class First(BlockPart):
 
     def _mean(self, x: Tensor, deciding: Tensor, inside: Inside) -> Tensor:
         """ρ (B) of the deciding positions so far; x: (B x N x d), deciding: (B x N)."""
-        p = torch.sigmoid(wide(x) @ wide(self.weight) + wide(self.bias))
+        direction = functional.normalize(wide(x), dim=-1)  # massive activations would turn a router in a single step
+        p = torch.sigmoid(direction @ wide(self.weight) + wide(self.bias))
         total, count = (p * deciding).sum(1), deciding.sum(1)
         if inside.state is not None:
             for name, now in (("total", total), ("deciding", count)):
