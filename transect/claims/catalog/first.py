@@ -18,7 +18,7 @@ from ..ordering import comparison, judge
 from ..registry import NotApplicable, Result, Verdict, claim
 from ..routed import beginning, converted, loss_of, require_trainable
 
-STEPS = 60  # half for the routers, half for low-rank updates
+STEPS = 20  # half for the routers, half for low-rank updates
 DRAWS = 5
 SHARE = 0.25  # of the blocks
 PENALTIES = (0.0, 0.1, 1.0, 10.0)

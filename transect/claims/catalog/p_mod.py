@@ -10,7 +10,7 @@ from ..ordering import comparison, judge
 from ..registry import NotApplicable, Result, claim
 from ..routed import beginning, converted, loss_of, require_trainable
 
-STEPS, RATE = 60, 3e-4
+STEPS, RATE = 20, 3e-4
 
 
 def _measured(context: Context, targets: int, **settings: Any) -> Measured:

@@ -60,8 +60,10 @@ def set_thresholds(anatomy: Anatomy, batches: Batches, skip: float, each: bool) 
         found = torch.stack(decisions(anatomy, batches))  # routers x sequences
         pooled = found if each else found.reshape(1, -1).expand(len(parts), -1)
         for part, rho in zip(parts, pooled, strict=True):
-            order, count = rho.sort().values, round(share * rho.shape[0])
-            part.threshold.fill_(float(order[count - 1]) if count else -1.0)
+            # Half-way between two sequences: on one of them, rounding would decide.
+            order, count = torch.cat([rho.new_tensor([-1.0]), rho.sort().values, rho.new_tensor([1.0])]), len(rho)
+            at = round(share * count)
+            part.threshold.fill_(float(order[at] + order[at + 1]) / 2 if at < count else 1.0)
 
 
 @torch.no_grad()
