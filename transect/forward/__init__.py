@@ -1,7 +1,7 @@
 """Running the user's own model: what it predicts, what can be watched and changed meanwhile, and single blocks."""
 
 from .answers import answer_log_probabilities, continuations, next_logits, recitations
-from .blocks import Call, Feed, feeds_of, put_out, run_block, run_blocks, stopping_behind
+from .blocks import Call, Feed, feeds_of, put_out, run_at, run_block, run_blocks, stopping_behind
 from .change import changed
 from .description import Check, check_architecture, check_description
 from .head import backpropagate, logits_at, scored
@@ -38,6 +38,7 @@ __all__ = [
     "put_out",
     "real_positions",
     "recitations",
+    "run_at",
     "run_block",
     "run_blocks",
     "run_body",

@@ -123,9 +123,17 @@ def run_blocks(anatomy: Anatomy, feed: Feed, first: int, hidden: Tensor) -> Tens
     if anatomy.architecture.head_bias and len(hidden) > len(feed.hidden):  # the bias may be laid out for these rows
         parts = hidden.split(len(feed.hidden))
         return torch.cat([run_blocks(anatomy, feed, first, part) for part in parts])
-    for block, call in zip(anatomy.block_list[first:], feed.calls[first:], strict=True):
-        hidden = run_block(block, hidden, call if len(hidden) == len(feed.hidden) else _of_copies(call, len(hidden)))
+    for number in range(first, len(feed.calls)):
+        hidden = run_at(anatomy, feed, number, hidden)
     return hidden
+
+
+def run_at(anatomy: Anatomy, feed: Feed, number: int, hidden: Tensor) -> Tensor:
+    """The residual stream after block `number` alone, if it reads `hidden`: of the feed's batch, or of any number of
+    copies if that is one sequence."""
+    call = feed.calls[number]
+    call = call if len(hidden) == len(feed.hidden) else _of_copies(call, len(hidden))
+    return run_block(anatomy.block_list[number], hidden, call)
 
 
 def _of_copies(call: Call, count: int) -> Call:
