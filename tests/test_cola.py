@@ -16,7 +16,7 @@ from transect.probes import drawings, run_probes
 from transect.probes.catalog.cola.asked import Answers, Question, questions_of
 from transect.probes.catalog.cola.cola import random_paths, rates_of, within
 from transect.probes.catalog.cola.executor import Executor
-from transect.probes.catalog.cola.paths import Edit, edits_of, runs, segments, written
+from transect.probes.catalog.cola.paths import Edit, Path, Space, edits_of, runs, segments, written
 from transect.probes.catalog.cola.search import Node, search
 
 SMALL = {"cola": {"simulations": 12, "inputs": 2}}
@@ -122,22 +122,23 @@ def test_the_front_is_not_dominated_and_more_simulations_never_find_less():
     def reward(path):
         return float(sum(path) % 3 == 0)  # 0 + 1 + 2 + 3: the plain path is right
 
-    shortest = []
+    shortest: list[int] = []
     for simulations in (1, 5, 20, 80):
         found = search(4, reward, simulations=simulations, seed=1)
-        front = found.front
-        assert front[0][0] == 1 and front[0][1] == len(found.shortest) <= 4
+        front, best = found.front, len(found.shortest or ())
+        assert front[0][0] == 1 and front[0][1] == best and 1 <= best <= 4
         for point in ((reward, len(path)) for path, reward in found.rewards.items()):
             assert any(kept[0] >= point[0] and kept[1] <= point[1] for kept in front)
         assert len(front) == 1 or (front[1][0] < front[0][0] and front[1][1] < front[0][1])
-        shortest.append(len(found.shortest))
+        shortest.append(best)
     assert shortest == sorted(shortest, reverse=True) and shortest[0] == 4
     assert search(3, only(()), simulations=5).shortest is None
 
 
 def test_a_hidden_path_of_every_space_is_found_in_both():
-    for path, space in (((0, 2), "skip"), ((0, 1, 1, 2), "repeat"), ((0, 0, 2), "both")):
-        for chosen in (space, "both"):
+    hidden: list[tuple[Path, Space]] = [((0, 2), "skip"), ((0, 1, 1, 2), "repeat"), ((0, 0, 2), "both")]
+    for path, space in hidden:
+        for chosen in (space, hidden[-1][1]):
             assert search(3, only(path), simulations=400, space=chosen, weight=0.0, longest=5).shortest == path
     assert search(3, only((0, 0, 2)), simulations=400, space="skip", weight=0.0).shortest is None
 

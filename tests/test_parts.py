@@ -20,6 +20,7 @@ from transect.parts.build import config_of, sized
 LENGTH, WIDTH = 32, 32
 SIZES = dict(hidden=WIDTH, blocks=2, heads=4, neurons=48, vocabulary=64, length=LENGTH)
 SMALL: dict[str, dict] = {  # settings by "slot.name", where the defaults are none for the tiny model
+    "block.ia-red2": dict(groups=2, threshold=0.8),
     "mixer.linformer": dict(rank=6), "mixer.nystrom": dict(landmarks=4), "mixer.strided": dict(stride=4),
     "mixer.fixed": dict(stride=4, summary=2), "mixer.longformer": dict(window=3, global_tokens=2),
     "mixer.bigbird": dict(window=2, random=1), "mixer.reformer": dict(window=3, buckets=4),
@@ -27,7 +28,8 @@ SMALL: dict[str, dict] = {  # settings by "slot.name", where the defaults are no
     "mixer.funnel": dict(stride=3), "mixer.transformer-xl": dict(segment=4, memory=2),
     "block.first": dict(prompt=4), "block.gamma-mod": dict(routable=6), "block.p-mod": dict(targets=6),
 }  # fmt: skip
-ENTRIES = {f"{entry.family}.{entry.name}": entry for entry in parts()}
+ENTRIES = {f"{entry.family}.{entry.name}": entry for entry in parts() if not entry.function.images}
+IMAGES_ALONE = {f"{entry.family}.{entry.name}": entry for entry in parts() if entry.function.images}
 MIXERS = {kind: entry for kind, entry in ENTRIES.items() if entry.family == "mixer"}
 CAUSAL = [kind for kind, entry in MIXERS.items() if "causal" in entry.function.can_be]
 BOTH_WAYS = [kind for kind, entry in MIXERS.items() if "bidirectional" in entry.function.can_be]
@@ -39,7 +41,7 @@ IMAGES = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(1))
 
 def base_of(kind):
     """A kind of model that the part can stand in."""
-    return "vit" if kind in MIXERS and kind not in CAUSAL else "llama"
+    return "vit" if kind in IMAGES_ALONE or (kind in MIXERS and kind not in CAUSAL) else "llama"
 
 
 def sizes_for(base):
@@ -55,7 +57,7 @@ def read_by(kind):
 
 
 def built(kind, base=None, **more):
-    entry, base = ENTRIES[kind], base or base_of(kind)
+    entry, base = (ENTRIES | IMAGES_ALONE)[kind], base or base_of(kind)
     return build_model(
         base, parts={entry.family: entry.name}, settings={entry.name: SMALL.get(kind, {})}, **sizes_for(base) | more
     )
@@ -207,12 +209,12 @@ def test_the_slot_adds_nothing_to_softmax_attention():
 def test_checkpoints_run_where_transect_is_not_installed(tmp_path):
     """With every part, all in one process."""
     sums = {}
-    for kind in ENTRIES:
+    for kind in ENTRIES | IMAGES_ALONE:
         model = built(kind)
         model.save_pretrained(tmp_path / kind)
         sums[kind] = model(**read_by(kind)).logits.double().sum().item()
-    torch.save({kind: read_by(kind) for kind in ENTRIES}, tmp_path / "read.pt")
-    autos = {kind: auto_of(kind).__name__ for kind in ENTRIES}
+    torch.save({kind: read_by(kind) for kind in ENTRIES | IMAGES_ALONE}, tmp_path / "read.pt")
+    autos = {kind: auto_of(kind).__name__ for kind in ENTRIES | IMAGES_ALONE}
     code = (
         "import json, sys; sys.modules['transect'] = None\n"
         "import torch, transformers\n"

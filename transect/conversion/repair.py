@@ -31,7 +31,7 @@ from ..training import (
     own_loss,
     train,
 )
-from .stage import Stage
+from .stage import Loss, Stage
 
 
 def repair(
@@ -169,7 +169,19 @@ def _problem(
     def measure() -> float:
         if stage.measured is not None:
             stage.measured(anatomy)
-        return held_out_loss(model, held_out, machine)
+        return held_out_loss(model, held_out, machine) if stage.judged is None else _judged(stage.judged)
+
+    @torch.no_grad()
+    def _judged(of: Loss) -> float:
+        set_mode()
+        summed = torch.zeros(2, dtype=torch.float64)
+        for batch in held_out:
+            if batch is not None:
+                loss, count = of(model, teacher, batch)
+                summed += torch.tensor([float(loss), count], dtype=torch.float64)
+        total, count = machine.total(summed).tolist()
+        model.eval()
+        return total / count if count else math.nan
 
     def set_mode() -> None:
         """Parts know that they are trained (routers, losses of their own); the model's own dropout stays off."""
@@ -180,6 +192,6 @@ def _problem(
 
     problem = Problem(
         stage.name, parameters, training, loss, measure, set_mode, tokens, penalty=penalty,
-        keeps_last=stage.keeps == "last",
+        keeps_last=stage.keeps == "last", rates=stage.rates_of(parameters),
     )  # fmt: skip
     return problem

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -38,6 +38,9 @@ class Stage:
     step: called with it, the number of steps done and of all, before each batch that is trained on; torch's random
     numbers are then those of the step, also after an interruption.
     measured: called with it before the held-out loss is taken.
+    judged: in place of the model's own held-out loss, what the best state has least of, as `loss` gives it, without
+    gradients.
+    rates: factors of the learning rate for parameters whose names match a pattern, the first that does; 1 for others.
     """
 
     name: str
@@ -60,6 +63,8 @@ class Stage:
     end: Callable[[Anatomy], None] | None = None
     step: Callable[[Anatomy, int, int], None] | None = None
     measured: Callable[[Anatomy], None] | None = None
+    judged: Loss | None = None
+    rates: Sequence[tuple[str, float]] = ()
 
     @property
     def needs_teacher(self) -> bool:
@@ -69,3 +74,8 @@ class Stage:
     def trains(self, name: str, pattern: str) -> bool:
         """Whether a parameter's name matches a pattern; none matches an empty one."""
         return bool(pattern) and re.search(pattern, name) is not None
+
+    def rates_of(self, names: Iterable[str]) -> dict[str, float]:
+        """The factor of each parameter's learning rate, for those that have one."""
+        found = {name: next((rate for pattern, rate in self.rates if re.search(pattern, name)), None) for name in names}
+        return {name: rate for name, rate in found.items() if rate is not None}

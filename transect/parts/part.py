@@ -30,6 +30,7 @@ class Part(Described):
     # Role (q, k, v, o, gate, up, down) -> path of a linear layer in it that does what such a matrix does: q, k, v, gate
     # and up read the part's input, and nothing else; o's and down's output is the part's.
     roles: ClassVar[dict[str, str]] = {}
+    images: ClassVar[bool] = False  # whether it stands in models of images alone
 
     made_with: dict[str, Any]
 
@@ -174,7 +175,8 @@ class Inside:
 
     block: the stream (B x N x d) -> the stream behind the block. attention, mlp: what these modules make of an input,
     without norms and sums; None where the block has no such module. norms: the block's, in order. real: (B x N), false
-    at padding, or None where there is none, when called.
+    at padding, or None where there is none, when called. masked: as `block`, but positions that are false in its second
+    argument (B x N) are seen by none.
 
     For a part that `routes` also: on: the stream, which positions of each sequence the block is run on (B x N), and
     perhaps by what is multiplied what its MLP adds at each position (B x N) -> the stream, elsewhere as it came;
@@ -188,6 +190,7 @@ class Inside:
     mlp: Callable[[Tensor], Tensor] | None
     norms: list[nn.Module]
     real: Callable[[], Tensor | None]
+    masked: Callable[[Tensor, Tensor], Tensor]
     on: Callable[..., Tensor] | None = None
     state: dict[str, Tensor] | None = None
     past: int = 0

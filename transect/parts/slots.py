@@ -103,6 +103,7 @@ class BlockSlot(Described):
             None if self.mlp is None else block.get_submodule(self.mlp),
             [block.get_submodule(path) for path in self.norms],
             lambda: real_positions_in(given.get("attention_mask"), x.shape[1]),
+            lambda x, real: whole(x, attention_mask=_mask_of(real, x.dtype)),
         )
         layer = self._routed(block, whole, given, inside, x) if self.part.routes else None
         y = self.part(x, inside)
@@ -143,6 +144,12 @@ class BlockSlot(Described):
             raise ValueError(f"a {type(part).__name__} stands around no block")
         known = {name: description[name] for name in ("returns", "attention", "mlp", "norms")}
         return cls(part, **known, adds=description.get("adds"))
+
+
+def _mask_of(real: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask (B x 1 x N x N) with which every position sees those that are true in `real` (B x N)."""
+    mask = torch.zeros(real.shape, dtype=dtype, device=real.device).masked_fill(~real, torch.finfo(dtype).min)
+    return mask[:, None, None, :].expand(-1, -1, real.shape[1], -1)
 
 
 def _calling(attention: nn.Module, given: Mapping[str, Any]) -> Callable[[Tensor], Tensor]:
