@@ -66,6 +66,7 @@ SHORT = {
     "catalog.first.STEPS": 2, "catalog.first.DRAWS": 1, "catalog.first.SEEDS": (0,),
     "catalog.first.PENALTIES": (0.0, 1.0), "catalog.p_mod.STEPS": 2,
     "catalog.cola.SETTINGS": {"inputs": 4, "simulations": 4}, "catalog.cola.LEAST": 0,
+    "catalog.ia_red2.STEPS": 2, "catalog.ia_red2.TURNS": 3, "catalog.ia_red2.TESTED": 8,
 }  # fmt: skip
 QUICK = {
     "armor": {"rounds": 2}, "cospadi": {"iterations": 1}, "cospadi-shared": {"iterations": 1},
