@@ -67,6 +67,7 @@ SHORT = {
     "catalog.first.PENALTIES": (0.0, 1.0), "catalog.p_mod.STEPS": 2,
     "catalog.cola.SETTINGS": {"inputs": 4, "simulations": 4}, "catalog.cola.LEAST": 0,
     "catalog.ia_red2.STEPS": 2, "catalog.ia_red2.TURNS": 3, "catalog.ia_red2.TESTED": 8,
+    "catalog.m2mkd.STEPS": 5, "catalog.m2mkd.SETTINGS": {"modules": 2, "width": 16},
 }  # fmt: skip
 QUICK = {
     "armor": {"rounds": 2}, "cospadi": {"iterations": 1}, "cospadi-shared": {"iterations": 1},
