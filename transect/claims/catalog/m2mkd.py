@@ -25,9 +25,9 @@ SETTINGS: dict[str, Any] = {"modules": 4, "width": 64}
     "m2mkd/better-start",
     method="m2mkd",
     paper="arXiv:2402.16918",
-    statement="After as many steps end to end, a mixture of experts whose modules were distilled one by one has a lower "
-    "loss than one from random numbers, than one whose modules learned without the teacher, and than one that was "
-    "distilled as a whole.",
+    statement="After as many steps end to end, a mixture of experts whose modules were distilled one by one has a "
+    "lower loss than one from random numbers, than one whose modules learned without the teacher, and than one that "
+    "was distilled as a whole.",
 )
 def better_start(context: Context) -> Result:
     """Scaled down: text in place of images, four modules of one block, 4 experts; one seed. What the modules' turns and
