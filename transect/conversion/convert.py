@@ -81,7 +81,10 @@ class Plan:
             return []
         changed: dict[str, Any] = {} if self.train is None else {"train": self.train, "new": "", "roles": None}
         changed |= {} if self.lowers is None else {"lowers": self.lowers, "loss": None, "teacher": False}
-        return [replace(stage, **changed) for stage in self.conversion.training(dict(self.settings))]
+        stages = [replace(stage, **changed) for stage in self.conversion.training(dict(self.settings))]
+        if any(stage.within is not None and stage.train == "lora" for stage in stages):
+            raise TransectError(f"{self.method} trains slices of the matrices, which low-rank updates do not have")
+        return stages
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON, for the structure record's history."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -154,13 +154,20 @@ def _problem(
 ) -> Problem:
     model, total = anatomy.model, schedule.total(math.ceil(len(training) / schedule.accumulate))
 
+    def once(batch: Batch) -> tuple[Tensor, float]:
+        if stage.loss is not None:
+            return stage.loss(model, teacher, batch)
+        return own_loss(model, batch) if stage.lowers == "own" else distance_from(teacher, model, batch, 1.0)
+
     def loss(batch: Batch) -> tuple[Tensor, float]:
         if stage.step is not None:
             stage.step(anatomy, problem.at, total)
         losses_of(model)  # those of an earlier run
-        if stage.loss is not None:
-            return stage.loss(model, teacher, batch)
-        return own_loss(model, batch) if stage.lowers == "own" else distance_from(teacher, model, batch, 1.0)
+        found = []
+        for way in [nullcontext()] if stage.within is None else stage.within(anatomy, True):
+            with way:
+                found.append(once(batch))
+        return torch.stack([summed for summed, _ in found]).sum(), found[0][1]
 
     def penalty(batch: Batch) -> Tensor | None:
         left = losses_of(model)
@@ -169,7 +176,12 @@ def _problem(
     def measure() -> float:
         if stage.measured is not None:
             stage.measured(anatomy)
-        return held_out_loss(model, held_out, machine) if stage.judged is None else _judged(stage.judged)
+        found = []
+        for way in [nullcontext()] if stage.within is None else stage.within(anatomy, False):
+            with way:
+                once = held_out_loss(model, held_out, machine) if stage.judged is None else _judged(stage.judged)
+                found.append(once)
+        return sum(found) / len(found)
 
     @torch.no_grad()
     def _judged(of: Loss) -> float:

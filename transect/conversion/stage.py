@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -41,6 +42,8 @@ class Stage:
     judged: in place of the model's own held-out loss, what the best state has least of, as `loss` gives it, without
     gradients.
     rates: factors of the learning rate for parameters whose names match a pattern, the first that does; 1 for others.
+    within: called with it and whether a batch is trained on; contexts in each of which the model is then run. Losses
+    that are trained on are summed, held-out ones averaged. Random numbers are those of the step, as with `step`.
     """
 
     name: str
@@ -65,6 +68,7 @@ class Stage:
     measured: Callable[[Anatomy], None] | None = None
     judged: Loss | None = None
     rates: Sequence[tuple[str, float]] = ()
+    within: Callable[[Anatomy, bool], Sequence[AbstractContextManager[Any]]] | None = None
 
     @property
     def needs_teacher(self) -> bool:
