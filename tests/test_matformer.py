@@ -62,7 +62,7 @@ def test_a_slice_is_the_formula(name):
     hidden = mlp.activation(hidden) * (1 if mlp.gate is None else first(mlp.up))
     expected = functional.linear(hidden, mlp.down.weight[:, :m], mlp.down.bias)
     with narrowed(anatomy, neurons_of(anatomy, Fraction(1, 4))), torch.no_grad():
-        torch.testing.assert_close(model.get_submodule(anatomy.blocks[1].slot_path("mlp"))(x), expected)
+        torch.testing.assert_close(anatomy.blocks[1].module.mlp(x), expected)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "phi3"])
