@@ -68,6 +68,9 @@ SHORT = {
     "catalog.cola.SETTINGS": {"inputs": 4, "simulations": 4}, "catalog.cola.LEAST": 0,
     "catalog.ia_red2.STEPS": 2, "catalog.ia_red2.TURNS": 3, "catalog.ia_red2.TESTED": 8,
     "catalog.m2mkd.STEPS": 5, "catalog.m2mkd.SETTINGS": {"modules": 2, "width": 16},
+    "catalog.matformer.STEPS": 2, "catalog.multi_level.FIRST": 2,
+    "catalog.multi_level.SMALL": 2, "catalog.multi_level.STEPS": 2, "catalog.multi_level.EVERY": 1,
+    "catalog.multi_level.SEEDS": (0,),
 }  # fmt: skip
 QUICK = {
     "armor": {"rounds": 2}, "cospadi": {"iterations": 1}, "cospadi-shared": {"iterations": 1},

@@ -97,7 +97,9 @@ def v_cycle(
     legs = []
 
     def trained(one: Any, place: int) -> None:
-        schedule = Schedule(rates[place], epochs=max(1, steps[place]), steps=steps[place], every=every, seed=seed + place)
+        schedule = Schedule(
+            rates[place], epochs=max(1, steps[place]), steps=steps[place], every=every, seed=seed + place
+        )
         name = ("large", "small", "blended")[place]
         legs.append(leg(one, name, training, held_out, schedule, progress))
 

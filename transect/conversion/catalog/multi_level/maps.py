@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ....anatomy import MLP, Anatomy, Attention
+from ....anatomy import MLP, Anatomy
 from ....anatomy.storage import is_dense
 from ....errors import TransectError
 from ....parts.build import sized
@@ -51,17 +51,15 @@ class Levels:
         """The size on the other side."""
         return size // factor if self.direction == "shrink" else size * factor
 
-    def outputs(self, x: Tensor, dim: int, factor: int | None = None) -> Tensor:
+    def outputs(self, x: Tensor, dim: int) -> Tensor:
         """A dimension of places that are made: means over groups, or copies."""
-        factor = self.width if factor is None else factor
         if self.direction == "shrink":
-            return _grouped(x, dim, factor, self.groups).mean(dim)
-        return _repeated(x, dim, factor, self.groups)
+            return _grouped(x, dim, self.width, self.groups).mean(dim)
+        return _repeated(x, dim, self.width, self.groups)
 
-    def inputs(self, x: Tensor, dim: int, factor: int | None = None) -> Tensor:
+    def inputs(self, x: Tensor, dim: int) -> Tensor:
         """A dimension of places that are read: sums over groups, or copies divided by their number."""
-        factor = self.width if factor is None else factor
-        return self.outputs(x, dim, factor) * (factor if self.direction == "shrink" else 1 / factor)
+        return self.outputs(x, dim) * (self.width if self.direction == "shrink" else 1 / self.width)
 
 
 def _grouped(x: Tensor, dim: int, factor: int, groups: Groups) -> Tensor:
@@ -75,17 +73,6 @@ def _repeated(x: Tensor, dim: int, factor: int, groups: Groups) -> Tensor:
     if groups == "neighbours":
         return x.repeat_interleave(factor, dim)
     return torch.cat([x] * factor, dim)
-
-
-def head_factors(levels: Levels, attention: Attention) -> tuple[int, int]:
-    """By how much key/value heads, and the queries of each, are grouped; their product is the width's factor.
-
-    Key/value heads with their queries, in their order, where these can be grouped, so that a query's group reads the
-    group of its keys. Where one key/value head serves all and a smaller model is made, its queries are grouped.
-    """
-    if attention.key_value_heads > 1 or attention.heads == 1 or levels.width == 1:
-        return levels.width, 1
-    return 1, levels.width
 
 
 def check_levels(anatomy: Anatomy, levels: Levels) -> None:
@@ -105,7 +92,7 @@ def check_levels(anatomy: Anatomy, levels: Levels) -> None:
         _kinds(anatomy, levels)
     if anatomy.record.parameters or anatomy.record.attributes:
         raise TransectError("a model that was cut block by block is not of one width: give the model it came from")
-    sizes = {"hidden": anatomy.config_value("hidden"), "blocks": len(anatomy.blocks)}
+    sizes = {"channels": anatomy.config_value("hidden"), "blocks": len(anatomy.blocks)}
     for block in anatomy.blocks:
         attention, mlp = block.attention, block.mlp
         if attention is None or not isinstance(mlp, MLP):
@@ -120,9 +107,12 @@ def check_levels(anatomy: Anatomy, levels: Levels) -> None:
         here = {"neurons": mlp.neurons, "heads": attention.heads, "key/value heads": attention.key_value_heads}
         if any(sizes.setdefault(name, size) != size for name, size in here.items()):
             raise TransectError(f"block {block.index} has other sizes than block 0: give the model it came from")
+    if levels.width > 1 and sizes["heads"] != sizes["key/value heads"] and "key_value_heads" not in architecture.config:
+        raise TransectError(
+            f"the config of {architecture.name} gives no number of key/value heads, of which there would be others: "
+            "leave the width (width=1)"
+        )
     if levels.direction == "shrink":
-        if head_factors(levels, anatomy.blocks[0].attention)[0] == 1:  # type: ignore[arg-type]
-            del sizes["key/value heads"]
         for name, size in sizes.items():
             factor = levels.depth if name == "blocks" else levels.width
             if size % factor:
@@ -208,16 +198,12 @@ def resized(anatomy: Anatomy, levels: Levels) -> Any:
         written.add(id(parameter))
 
     attention: Any = old_blocks[0].attention
-    groups, size = head_factors(levels, attention), attention.head_size
-    per_group = attention.heads // attention.key_value_heads
+    size, per_group = attention.head_size, attention.heads // attention.key_value_heads
 
-    def heads(step: Callable[[Tensor, int, int], Tensor], x: Tensor, dim: int, role: str) -> Tensor:
-        """A map of places to whole heads; dim holds key/value heads x the queries of each x a head's channels."""
-        shape = (attention.key_value_heads, per_group if role in "qo" else 1, size)
-        x = x.unflatten(dim, shape)
-        x = step(x, dim, groups[0])
-        x = step(x, dim + 1, groups[1]) if role in "qo" else x
-        return x.flatten(dim, dim + 2)
+    def heads(step: Callable[[Tensor, int], Tensor], x: Tensor, dim: int, role: str) -> Tensor:
+        """A map of whole heads: a group of key/value heads with its queries in their order, each with its channels."""
+        together = size * (per_group if role in "qo" else 1)
+        return step(x.unflatten(dim, (-1, together)), dim).flatten(dim, dim + 1)
 
     def matrix(one: Any) -> tuple[Tensor, Tensor | None]:
         weight, bias, role = one.weight, one.bias, one.role
@@ -321,13 +307,12 @@ def _empty(anatomy: Anatomy, levels: Levels) -> Any:
     # of the kinds of blocks first, where the config checks that they are as many as the blocks
     sizes: dict[str, int] = {}
     if levels.width > 1:
-        groups = head_factors(levels, attention)
         sizes = {
             "hidden": levels.to(anatomy.config_value("hidden"), levels.width),
             "heads": levels.to(attention.heads, levels.width),
         }
         if keys.get("key_value_heads"):
-            sizes["key_value_heads"] = levels.to(attention.key_value_heads, groups[0])
+            sizes["key_value_heads"] = levels.to(attention.key_value_heads, levels.width)
         if keys.get("head_size"):
             sizes["head_size"] = attention.head_size
         neurons = anatomy.blocks[0].mlp.neurons  # type: ignore[union-attr]
