@@ -225,7 +225,8 @@ def test_mixtures_rise_with_depth_within_the_budget_and_equal_ones_are_the_train
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"widths": "1/2"}, "the last be 1"), ({"widths": "1/2,1/4,1"}, "should rise"), ({"widths": "a"}, "written like"),
+        ({"widths": "1/2"}, "the last be 1"), ({"widths": "1/2,1/4,1"}, "should rise"),
+        ({"widths": "a"}, "written like"),
         ({"widths": "1/7,1"}, "no whole number"), ({"odds": "1,2"}, "4 numbers of at least 0"),
         ({"widths": "0,1"}, "above 0"), ({"train": "lora", "data": DATA}, "low-rank updates do not have"),
         ({"data": None}, "runs the model on text"),

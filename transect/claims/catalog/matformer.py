@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import mean
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -78,8 +79,8 @@ def _even(context: Context, model: Any) -> dict[int, Measured]:
     "matformer/as-trained-alone",
     method="matformer",
     paper="arXiv:2310.07707",
-    statement="Each of the models that one nested training gives loses at most 2 % against a model of its size that was "
-    "trained alone, and the first neurons of an ordinary model lose far more.",
+    statement="Each of the models that one nested training gives loses at most 2 % against a model of its size that "
+    "was trained alone, and the first neurons of an ordinary model lose far more.",
 )
 def as_trained_alone(context: Context) -> Result:
     """Llamas of four blocks and width 64 from random weights, widths drawn alike; the same steps, data and order, one
@@ -98,7 +99,7 @@ def as_trained_alone(context: Context) -> Result:
         })  # fmt: skip
     close = all(row["more, in %"] <= 100 * MARGIN for row in rows)
     far = all(row["first neurons of the ordinary XL"] > row["nested"] for row in rows[:-1])
-    falls = all(a["nested"] >= b["nested"] for a, b in zip(rows, rows[1:], strict=False))
+    falls = all(a["nested"] >= b["nested"] for a, b in pairwise(rows))
     told = ", ".join(
         f"{row['model']} {row['nested']:.3f} ({row['more, in %']:+.1f} % of {row['trained alone']:.3f}; first neurons "
         f"of XL {row['first neurons of the ordinary XL']:.3f})"
@@ -125,7 +126,7 @@ def mixtures(context: Context) -> Result:
     model, blocks = trained(context).nested, SIZES["blocks"]
     even = {m: found.loss for m, found in _even(context, model).items()}
     drawn, rows = torch.Generator().manual_seed(0), []
-    for small, large in zip(NEURONS, NEURONS[1:], strict=False):
+    for small, large in pairwise(NEURONS):
         for wide in range(1, blocks):
             widths = [small] * (blocks - wide) + [large] * wide
             orders = {

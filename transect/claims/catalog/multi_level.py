@@ -7,7 +7,6 @@ from statistics import mean
 from typing import Any
 
 from ...conversion.catalog.multi_level.cycle import Leg, leg, v_cycle
-from ...data import Batches
 from ...parts import build_model
 from ...training import Schedule
 from ..context import Context
@@ -24,8 +23,8 @@ ALPHAS, SEEDS = (0.5, 1.0), (0, 1, 2)
     "multi-level/v-cycle",
     method="multi-level",
     paper="arXiv:2404.07999",
-    statement="A V-cycle reaches the loss of a model trained from scratch with fewer operations, all trainings counted, "
-    "and blending with the model as it was (alpha 0.5) ends better than not (alpha 1).",
+    statement="A V-cycle reaches the loss of a model trained from scratch with fewer operations, all trainings "
+    "counted, and blending with the model as it was (alpha 0.5) ends better than not (alpha 1).",
 )
 def cycle(context: Context) -> Result:
     """Llamas of four blocks, four heads and width 64 from random weights, against two, two and 32 on the way.
@@ -36,9 +35,9 @@ def cycle(context: Context) -> Result:
     """
     context.specimen.require_causal()
     pieces, source = fresh_rows(context, (STEPS + FIRST) * BATCH * LENGTH)
-    length = min(LENGTH, *map(len, pieces), max(map(len, context.evaluation.texts())))
+    length = min(LENGTH, max(map(len, pieces)), max(map(len, context.evaluation.texts())))
     training = batches_of(cut(pieces, length, (STEPS + FIRST) * BATCH), BATCH)
-    held_out = Batches([one for one in batches_of(cut(list(context.evaluation.texts()), length, 64), 32)])
+    held_out = batches_of(cut(list(context.evaluation.texts()), length, 64), 32)
     if not len(training) or not len(held_out):
         raise NotApplicable("the texts are too short to train on")
     rows = []
@@ -79,7 +78,7 @@ def _fresh(context: Context, seed: int, length: int) -> Any:
 
 
 def _row(way: str, seed: int, legs: list[Leg], target: float) -> dict[str, Any]:
-    """Where a training ends, and the operations until its last model has the target's loss; infinite if it never has."""
+    """Where a training ends, and the operations until its last model has the target's loss; infinite if none."""
     *earlier, last = legs
     before = sum(one.cost for one in earlier)
     reached = next((check[0] for check in last.course.checks if check[2] <= target), math.inf)

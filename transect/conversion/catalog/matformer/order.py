@@ -25,4 +25,4 @@ def sort_neurons(anatomy: Anatomy, data: Batches, progress: Progress | None = No
     """Put the neurons of every MLP in falling order of importance, in place; the model computes what it did."""
     found = importances(anatomy, data, progress)
     for mlp, importance in zip(mlps_of(anatomy), found, strict=True):
-        mlp.keep(importance.sort(descending=True, stable=True).indices)
+        mlp.keep(importance.sort(descending=True, stable=True).indices.tolist())

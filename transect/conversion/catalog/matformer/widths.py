@@ -59,8 +59,8 @@ def neurons_of(anatomy: Anatomy, shares: Fraction | Sequence[Fraction]) -> list[
         count = share * mlp.neurons
         if count.denominator != 1:
             raise TransectError(
-                f"block {mlp.block.index} has {mlp.neurons} neurons, of which {share} is no whole number: choose widths "
-                "that divide it"
+                f"block {mlp.block.index} has {mlp.neurons} neurons, of which {share} is no whole number: choose "
+                "widths that divide it"
             )
         found.append(int(count))
     return found

@@ -16,7 +16,7 @@ from ....errors import TransectError
 from ....forward import at_rest
 from ....statistics import Progress
 from ....training import Course, Machine, Problem, Run, Schedule, State, held_out_loss, own_loss, train
-from .maps import Levels, interpolated, resized
+from .maps import Levels, check_levels, interpolated, resized
 
 
 @dataclass(frozen=True)
@@ -40,31 +40,19 @@ class Leg:
 def leg(
     model: Any, name: str, training: Batches, held_out: Batches | None, schedule: Schedule, progress: Progress | None
 ) -> Leg:
-    """Train every number of a model, in place, with a fresh optimizer; it ends as the last step leaves it."""
+    """Train every number of a model, in place, with a fresh optimizer; with held-out data the best state is kept."""
     machine = Machine(str(model.device))
     with FlopCounterMode(display=False) as counted, torch.no_grad():
         own_loss(model, next(iter(training)))
-    measured: list[float] = []
-
-    def measure() -> float:
-        if held_out is None:
-            return 0.0
-        measured.append(held_out_loss(model, held_out, machine))
-        return -float(len(measured))  # so that the last state is the best
-
     problem = Problem(
-        name, dict(model.named_parameters()), list(training), lambda batch: own_loss(model, batch), measure,
-        model.eval, [Batches([batch]).tokens for batch in training],
+        name, dict(model.named_parameters()), list(training), lambda batch: own_loss(model, batch),
+        None if held_out is None else lambda: held_out_loss(model, held_out, machine), model.eval,
+        [Batches([batch]).tokens for batch in training],
     )  # fmt: skip
-    with at_rest(model):
+    with at_rest(model, frozen=True):
         for parameter in model.parameters():
             parameter.requires_grad_(True)
         course = train(problem, Run(schedule, machine, State(None), progress), {})
-    if measured:
-        course.before = measured[0]
-        for check, loss in zip(course.checks, measured[1:], strict=True):
-            check[2] = loss
-        course.best, course.best_step = course.checks[-1][2], course.steps
     return Leg(name, course, 3.0 * counted.get_total_flops())
 
 
@@ -93,8 +81,8 @@ def v_cycle(
     if len(steps) != 3 or len(rates) != 3:
         raise TransectError("steps and rates should be three each: of the large, the small and the blended model")
     shrink, grow = (Levels(way, width, depth, groups) for way in ("shrink", "grow"))
-    resized(Anatomy(model), shrink)
-    legs = []
+    check_levels(Anatomy(model), shrink)
+    legs: list[Leg] = []
 
     def trained(one: Any, place: int) -> None:
         schedule = Schedule(

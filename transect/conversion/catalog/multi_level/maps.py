@@ -1,8 +1,8 @@
 """Coalescing, de-coalescing and interpolating, as maps between all parameters of two models.
 
-Groups of `factor` places of the larger side stand for one place of the smaller one. Shrinking takes means over groups of
-outputs and sums over groups of inputs; growing copies outputs and divides inputs by the size of the group, so that a
-larger model with the groups' values repeated does what the smaller one does (Section 3 of the paper). Residual
+Groups of `factor` places of the larger side stand for one place of the smaller one. Shrinking takes means over groups
+of outputs and sums over groups of inputs; growing copies outputs and divides inputs by the size of the group, so that
+a larger model with the groups' values repeated does what the smaller one does (Section 3 of the paper). Residual
 channels, neurons and whole heads are grouped, each by itself: a head's own channels never are, so that rotary
 positions and the scale of scores stay what they are.
 """
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ....anatomy import MLP, Anatomy
 from ....anatomy.storage import is_dense
 from ....errors import TransectError
+from ....forward import at_rest
 from ....parts.build import sized
 
 Groups = Literal["halves", "neighbours"]
@@ -155,13 +156,17 @@ def _check_stream(anatomy: Anatomy) -> None:
     )
     model, token = anatomy.model, 3
     try:
-        with torch.no_grad():
+        with torch.no_grad(), at_rest(model):
             model(input_ids=torch.tensor([[token]], device=model.device), use_cache=False)
     finally:
         handle.remove()
     row = anatomy.embedding.weight[token].detach().float()  # type: ignore[index]
     entered = seen[0].flatten().float()
-    if entered.shape == row.shape and torch.allclose(entered, row * row.numel() ** 0.5, rtol=1e-2, atol=1e-6):
+    if (
+        row.any()
+        and entered.shape == row.shape
+        and torch.allclose(entered, row * row.numel() ** 0.5, rtol=1e-2, atol=1e-6)
+    ):
         raise TransectError(
             f"{anatomy.architecture.name} multiplies its embeddings by the root of the width, which another width "
             "changes: leave the width (width=1)"
@@ -282,7 +287,7 @@ def _ends(anatomy: Anatomy, target: Anatomy, levels: Levels, put: Any, written: 
             tensor = levels.inputs(tensor, 1)
         elif tensor.dim() == 2 and tensor.shape[1] == anatomy.config_value("hidden"):
             tensor = levels.outputs(tensor, 1)  # tokens, and learned positions
-            if levels.keeping == "embedding":
+            if tied and levels.keeping == "embedding":
                 tensor = tensor * scale
         elif tensor.shape != parameter.shape:
             raise TransectError(f"no map is known for {name} of a {type(anatomy.model).__name__}")
@@ -304,7 +309,6 @@ def _empty(anatomy: Anatomy, levels: Levels) -> Any:
     model, keys = anatomy.model, anatomy.architecture.config
     attention: Any = anatomy.blocks[0].attention
     config = copy.deepcopy(model.config)
-    # of the kinds of blocks first, where the config checks that they are as many as the blocks
     sizes: dict[str, int] = {}
     if levels.width > 1:
         sizes = {
