@@ -6,6 +6,7 @@ from fractions import Fraction
 from typing import Annotated, Any
 
 from ....anatomy import Anatomy
+from ....checkpoint.config import history_of
 from ....errors import TransectError
 from ...registry import Calibration, Range, conversion
 from .nested import check_nested
@@ -17,7 +18,8 @@ def noted_widths(anatomy: Anatomy) -> list[Fraction]:
 
     Training afterwards, which names no other structure, leaves them.
     """
-    for entry in reversed(anatomy.record.history):
+    config = anatomy.model.config  # where an ordinary checkpoint has kept it
+    for entry in reversed([*history_of(vars(config), "the model's config"), *anatomy.record.history]):
         converted = entry.get("convert")
         if isinstance(converted, dict) and converted.get("method") == "matformer":
             return shares_of(converted["settings"]["widths"], whole=True)
