@@ -32,7 +32,7 @@ def furthest(one, other):
     """The largest difference of any two parameters of the same name."""
     expected = dict(other.named_parameters())
     assert {n: p.shape for n, p in one.named_parameters()} == {n: p.shape for n, p in expected.items()}
-    return max(float((p - expected[name]).abs().max()) for name, p in one.named_parameters())
+    return max(float((p - expected[name]).detach().abs().max()) for name, p in one.named_parameters())
 
 
 @pytest.mark.parametrize("groups", ["halves", "neighbours"])
