@@ -51,7 +51,7 @@ def trained_projections(block: Block) -> Trained:
                 f"{matrix.name} is stored as {type(matrix.module).__name__}: convert first, and compress what comes out"
             )
     groups = attention.heads // attention.key_value_heads
-    scale = _scale_of(block) * math.sqrt(attention.head_size)
+    scale = scale_of(block) * math.sqrt(attention.head_size)
     q = _projection(attention, "q", 1, scale)
     o = dense(attention.o.weight, attention.o.bias)
     shared = {"q": q, "o": o, "k": _projection(attention, "k", 1), "v": _projection(attention, "v", 1)}
@@ -62,7 +62,7 @@ def trained_projections(block: Block) -> Trained:
     )
 
 
-def _scale_of(block: Block) -> float:
+def scale_of(block: Block) -> float:
     """What scores are multiplied by: the attention module's own word for it, or 1 / sqrt(head size)."""
     module: Any = block.model.get_submodule(str(block.slot_path("attention")))
     return float(getattr(module, "scaling", None) or block.head_size**-0.5)

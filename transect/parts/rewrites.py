@@ -35,6 +35,29 @@ def fold_norms(model: Any) -> list[str]:
     a matrix none that could take it, and for matrices that are not stored entry by entry.
     """
     anatomy = Anatomy(model)
+    found = foldable(anatomy)
+    for _, norm, readers in found:
+        gain, bias = norm_gain(norm), _bias(norm)
+        for matrix in readers:
+            moved = None if bias is None or matrix.bias is None else matrix.bias + matrix.weight @ bias
+            matrix.write(matrix.weight * gain, moved)
+        _make_plain(norm)
+    names = [name for name, _, _ in found]
+    head: Any = anatomy.unembedding
+    final = anatomy.final_norm
+    own = isinstance(head, nn.Linear) and not anatomy.embeddings_tied and not anatomy.architecture.head_transform
+    if own and final is not None and (_bias(final) is None or head.bias is not None):
+        gain, bias = norm_gain(final), _bias(final)
+        if bias is not None:
+            head.bias.add_(head.weight @ bias)
+        head.weight.mul_(gain)
+        _make_plain(final)
+        names.append("final_norm")
+    return names
+
+
+def foldable(anatomy: Anatomy) -> list[tuple[str, Any, list[Matrix]]]:
+    """The norms of the blocks that `fold_norms` folds: name, norm, and the matrices that read it; or its error."""
     if not anatomy.blocks or anatomy.blocks[0].post_norm:
         raise TransectError(
             f"the norms of {type(anatomy.model).__name__} stand behind the residual sum: the stream itself is what "
@@ -55,24 +78,7 @@ def fold_norms(model: Any) -> list[str]:
                 )
             if _bias(norm) is not None and matrix.bias is None:
                 raise TransectError(f"{name} has a bias, and {matrix.name} none that could take it")
-    for _, norm, readers in found:
-        gain, bias = norm_gain(norm), _bias(norm)
-        for matrix in readers:
-            moved = None if bias is None or matrix.bias is None else matrix.bias + matrix.weight @ bias
-            matrix.write(matrix.weight * gain, moved)
-        _make_plain(norm)
-    names = [name for name, _, _ in found]
-    head: Any = anatomy.unembedding
-    final = anatomy.final_norm
-    own = isinstance(head, nn.Linear) and not anatomy.embeddings_tied and not anatomy.architecture.head_transform
-    if own and final is not None and (_bias(final) is None or head.bias is not None):
-        gain, bias = norm_gain(final), _bias(final)
-        if bias is not None:
-            head.bias.add_(head.weight @ bias)
-        head.weight.mul_(gain)
-        _make_plain(final)
-        names.append("final_norm")
-    return names
+    return found
 
 
 def _readers(block: Block, name: str) -> list[Matrix]:
@@ -115,26 +121,7 @@ def rms_norms(model: Any) -> list[str]:
     """
     anatomy = Anatomy(model)
     name = type(anatomy.model).__name__
-    norms = {
-        path: module
-        for path, module in anatomy.model.named_modules()
-        if any(module is norm for block in anatomy.blocks for norm in block.norms.values())
-        or (anatomy.final_norm is not None and module is anatomy.final_norm)
-    }
-    if not any(norm_centres(norm) for norm in norms.values()):
-        raise TransectError(f"{name} has no LayerNorm that an RMSNorm could stand for")
-    for block in anatomy.blocks:
-        if block.post_norm or any(key.endswith("_output") for key in block.norms):
-            raise TransectError(f"norms of {name} write to the stream: it cannot be centred by its matrices")
-        for unit, role in (("attention", "o"), ("mlp", "down")):
-            if block.part(unit) is not None and role not in block.part(unit).roles:
-                raise TransectError(f"the part in the {unit} of block {block.index} has no matrix that writes alone")
-    matrices = anatomy.matrices(("o", "down"))
-    for matrix in matrices:
-        if not is_dense(matrix.module):
-            raise TransectError(
-                f"{matrix.name} is stored as {type(matrix.module).__name__}: rewrite before compressing"
-            )
+    norms, matrices = check_rms_norms(anatomy)
     batch = {key: tensor.to(anatomy.model.device) for key, tensor in batch_for(anatomy.model).items()}
     before, expected = copy.deepcopy(anatomy.model.state_dict()), _outputs(anatomy.model, batch)
     head: Any = anatomy.unembedding
@@ -164,6 +151,35 @@ def rms_norms(model: Any) -> list[str]:
     if tied:
         anatomy.model.config.tie_word_embeddings = anatomy.config.tie_word_embeddings = False
     return list(made)
+
+
+def check_rms_norms(anatomy: Anatomy) -> tuple[dict[str, Any], list[Matrix]]:
+    """The norms by their paths and the matrices that write to the stream; the error of `rms_norms` where it has one.
+
+    Whether something else writes to the stream shows when it is tried.
+    """
+    name = type(anatomy.model).__name__
+    norms = {
+        path: module
+        for path, module in anatomy.model.named_modules()
+        if any(module is norm for block in anatomy.blocks for norm in block.norms.values())
+        or (anatomy.final_norm is not None and module is anatomy.final_norm)
+    }
+    if not any(norm_centres(norm) for norm in norms.values()):
+        raise TransectError(f"{name} has no LayerNorm that an RMSNorm could stand for")
+    for block in anatomy.blocks:
+        if block.post_norm or any(key.endswith("_output") for key in block.norms):
+            raise TransectError(f"norms of {name} write to the stream: it cannot be centred by its matrices")
+        for unit, role in (("attention", "o"), ("mlp", "down")):
+            if block.part(unit) is not None and role not in block.part(unit).roles:
+                raise TransectError(f"the part in the {unit} of block {block.index} has no matrix that writes alone")
+    matrices = anatomy.matrices(("o", "down"))
+    for matrix in matrices:
+        if not is_dense(matrix.module):
+            raise TransectError(
+                f"{matrix.name} is stored as {type(matrix.module).__name__}: rewrite before compressing"
+            )
+    return norms, matrices
 
 
 def _outputs(model: Any, batch: dict[str, Tensor]) -> list[Tensor]:

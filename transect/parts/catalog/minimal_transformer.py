@@ -2,7 +2,8 @@
 
 S_h = X M_h Xᵀ / sqrt(size) with one matrix M for queries and keys, which may be symmetric, and values that are merged
 with the output, or are the input itself. Several heads work on slices of the stream (x as H blocks of d / H), since a
-whole M for each would hold more numbers than the two that it replaces.
+whole M for each would hold more numbers than the two that it replaces from three heads on; `Merged` has them whole, as
+trained attention needs them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch.nn import functional
 from ...errors import TransectError
 from ..attention import seen_by
 from ..part import Around, Mixer, MLPPart
+from ..rotary import rotated
 
 
 class Minimal(Mixer):
@@ -68,6 +70,119 @@ class Minimal(Mixer):
 
     def mixing_flops(self, length: int) -> int:
         return 4 * length * length * self.width
+
+
+class Merged(Mixer):
+    """Softmax attention whose queries and keys, values and output, or both pairs are one whole matrix for each head.
+
+    S_h = (X M_h + c_h) Xᵀ / sqrt(head size) and y = Σ_h softmax(S_h) X P_hᵀ + b. In generation the input is kept in the
+    place of the keys and values that are gone: d numbers a position if both are. With merged queries it knows no
+    positions but those that are in the stream.
+
+    queries: `merged`, M_h = Wqᵀ Wk (d x d); `symmetric`, M_h = T Tᵀ with T lower triangular, of which nothing else is
+        stored; or `separate`, two matrices, turned by the model's rotary positions.
+    values: `merged`, P_h = Wo Wv (d x d) of each head, or `separate`.
+    bias: whether there are c, of which symmetric ones have one too, and b; and biases of the separate matrices.
+    """
+
+    kind = "mixer.merged"
+    paper = "arXiv:2410.13732"
+    limit = "with M = Wqᵀ Wk, c = Wkᵀ bq, P = Wo Wv and b = Wo bv + bo of each head it is softmax attention"
+    cost = "N²"
+    recurrent = True  # though its state grows
+    roles = {"o": "o_proj"}
+
+    def __init__(
+        self, width: int, heads: int, key_value_heads: int, head_size: int, causal: bool, *,
+        queries: Literal["merged", "symmetric", "separate"] = "merged",
+        values: Literal["merged", "separate"] = "merged", bias: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__(causal)
+        self.width, self.heads, self.key_value_heads, self.head_size = width, heads, key_value_heads, head_size
+        self.queries, self.values = queries, values
+        self.shift = None
+        if queries == "separate":
+            self.q_proj = nn.Linear(width, heads * head_size, bias=bias)
+            self.k_proj = nn.Linear(width, key_value_heads * head_size, bias=bias)
+        else:
+            shape = (width, width) if queries == "merged" else (width * (width + 1) // 2,)
+            self.similarity = nn.Parameter(torch.randn(heads, *shape) / width)  # M, or the rows of T one by one
+            self.shift = nn.Parameter(torch.zeros(heads, width)) if bias else None  # c
+        if values == "separate":
+            self.v_proj = nn.Linear(width, key_value_heads * head_size, bias=bias)
+        of_a_head = width if values == "merged" else head_size
+        self.o_proj = nn.Linear(heads * of_a_head, width, bias=bias)  # P_1 ... P_H side by side
+
+    def factors(self) -> Tensor:
+        """T of each head (heads x d x d)."""
+        rows, columns = torch.tril_indices(self.width, self.width, device=self.similarity.device)
+        heads = torch.arange(self.heads, device=rows.device)[:, None]
+        whole = self.similarity.new_zeros(self.heads, self.width, self.width)
+        return whole.index_put((heads, rows, columns), self.similarity)
+
+    def similarities(self) -> Tensor:
+        """M of each head (heads x d x d)."""
+        if self.queries == "merged":
+            return self.similarity
+        lower = self.factors()
+        return lower @ lower.mT
+
+    def _queries(self, x: Tensor, around: Around) -> Tensor:
+        """What meets the keys (B x heads x N x size)."""
+        if self.queries == "separate":
+            return rotated(self._by_heads(self.q_proj(x)), around.rotary)
+        if self.queries == "merged":
+            q = x[:, None] @ self.similarity
+        else:
+            lower = self.factors()
+            q = x[:, None] @ lower @ lower.mT
+        return q if self.shift is None else q + self.shift[:, None]
+
+    def _by_heads(self, y: Tensor) -> Tensor:
+        return y.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
+
+    def mix(self, x: Tensor, around: Around) -> Tensor:
+        q = self._queries(x, around)
+        new = {}
+        if self.queries == "separate":
+            new["k"] = rotated(self._by_heads(self.k_proj(x)), around.rotary)
+        if self.values == "separate":
+            new["v"] = self._by_heads(self.v_proj(x))
+        if len(new) < 2:
+            new["x"] = x[:, None]  # one head of both
+        real = around.real
+        if around.state is not None:
+            new, real = _with_past(new, x, real, around.state)
+        k, v = (
+            one.repeat_interleave(self.heads // one.shape[1], dim=1)
+            for one in (new.get("k", new.get("x")), new.get("v", new.get("x"))) if one is not None
+        )  # fmt: skip
+        mask = seen_by(q.shape[2], k.shape[2], self.causal, real, q.device)
+        causal = mask is None and self.causal and q.shape[2] == k.shape[2]
+        y = functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, scale=self.head_size**-0.5
+        )
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+    @property
+    def flops(self) -> int:
+        if self.queries == "separate":
+            return super().flops
+        return super().flops + 2 * self.heads * self.width**2 * (2 if self.queries == "symmetric" else 1)
+
+    def mixing_flops(self, length: int) -> int:
+        sizes = (self.head_size if one == "separate" else self.width for one in (self.queries, self.values))
+        return 2 * length * length * self.heads * sum(sizes)
+
+
+def _with_past(
+    new: dict[str, Tensor], x: Tensor, real: Tensor | None, state: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], Tensor]:
+    """What is kept of all positions so far (B x heads x N x size, by name), and which of them are real (B x N)."""
+    real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if real is None else real
+    for name, tensor, dim in (*((name, tensor, 2) for name, tensor in new.items()), ("real", real, 1)):
+        state[name] = torch.cat([state[name], tensor], dim=dim) if name in state else tensor
+    return {name: state[name] for name in new}, state["real"]
 
 
 class NoMLP(MLPPart):
