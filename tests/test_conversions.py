@@ -29,6 +29,11 @@ SMALL = {
     "spikingbrain": {"window": 4}, "spikingbrain-experts": {"experts": 4},
 }  # fmt: skip
 # Architectures that a conversion refuses, with a word of the reason; all others it takes.
+_ONE_RMS = dict.fromkeys(
+    ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "olmo2", "granite"), "no LayerNorm"
+)  # fmt: skip
+_MORE_THAN_SOFTMAX = {"gemma2": "softmax", "gemma3": "softmax", "gptj": "softmax", "bloom": "adds the stream"}
+_TURNED = [name for name in CAUSAL if name not in ("gpt2", "opt", "bloom")]
 REFUSED = {
     "dense2moe": {"opt": "no MLP in one module", "bloom": "takes more than its input"},
     "ecoformer": {"gemma2": "softmax", "gemma3": "softmax", "gptj": "softmax", "bloom": "softmax"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ...anatomy import Anatomy
+from ...errors import TransectError
 from ...parts.rewrites import check_rms_norms, fold_norms, foldable, rms_norms
 from ..registry import Calibration, conversion
 
@@ -23,7 +24,10 @@ def fold(anatomy: Anatomy, calibration: Calibration) -> None:
     """
     for parameter in anatomy.model.parameters():  # what is written in place below can then be taken back
         parameter.data = parameter.data.clone()
-    calibration.told["norms folded"] = len(fold_norms(anatomy.model))
+    folded = fold_norms(anatomy.model)
+    if not folded:
+        raise TransectError(f"{anatomy.architecture.name} has no norm whose gain could go into matrices")
+    calibration.told["norms folded"] = len(folded)
 
 
 def _check_centring(anatomy: Anatomy) -> None:

@@ -200,6 +200,3 @@ def symmetrize_attention(
     layers: only these blocks, such as 0-5,7; default all.
     """
     calibration.told |= merged(anatomy, layers_of(anatomy, layers), "symmetric", "merged", calibration.seed)
-
-
-

@@ -17,6 +17,7 @@ from ...errors import TransectError
 from ..part import MLPPart
 
 Start = Literal["identity", "swish", "gelu"]
+NUMERATOR, DENOMINATOR = 6, 4  # how many coefficients each has
 # Numerator (x^0 ... x^5) and denominator (x^1 ... x^4) of the published starts, and the gain 1 / E[F(x)²], x ~ N(0, 1).
 COEFFICIENTS: dict[Start, tuple[tuple[float, ...], tuple[float, ...], float]] = {
     "identity": ((0.0, 1.0, 0.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 0.0), 1.0),
@@ -70,6 +71,8 @@ class GRKAN(MLPPart):
 
     groups: of neighbouring channels that share a denominator; it divides both widths.
     start: what F₂ is before training.
+    gated: with a third matrix, down(F₂(gate(F₁(x))) * up(F₁(x))), as today's MLPs have it (ours).
+    bias: of the matrices.
     """
 
     kind = "mlp.kat"
@@ -79,16 +82,22 @@ class GRKAN(MLPPart):
 
     def __init__(
         self, width: int, neurons: int, *, groups: Annotated[int, Range(1, 2**20)] = 8,
-        start: Literal["swish", "gelu"] = "swish",
+        start: Literal["swish", "gelu"] = "swish", gated: bool = False, bias: bool = True,
     ) -> None:  # fmt: skip
         super().__init__()
         self.before = Rational(width, groups, "identity")
-        self.up_proj = nn.Linear(width, neurons)
+        self.gate_proj = nn.Linear(width, neurons, bias=bias) if gated else None
+        self.up_proj = nn.Linear(width, neurons, bias=bias)
         self.between = Rational(neurons, groups, start)
-        self.down_proj = nn.Linear(neurons, width)
-        for linear, gain in ((self.up_proj, 1.0), (self.down_proj, COEFFICIENTS[start][2])):
-            nn.init.normal_(linear.weight, std=math.sqrt(gain / linear.in_features))
-            nn.init.zeros_(linear.bias)
+        self.down_proj = nn.Linear(neurons, width, bias=bias)
+        for linear, gain in ((self.gate_proj, 1.0), (self.up_proj, 1.0), (self.down_proj, COEFFICIENTS[start][2])):
+            if linear is not None:
+                nn.init.normal_(linear.weight, std=math.sqrt(gain / linear.in_features))
+                if bias:
+                    nn.init.zeros_(linear.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.between(self.up_proj(self.before(x))))
+        x = self.before(x)
+        if self.gate_proj is None:
+            return self.down_proj(self.between(self.up_proj(x)))
+        return self.down_proj(self.between(self.gate_proj(x)) * self.up_proj(x))
