@@ -16,7 +16,7 @@ from transect.evaluation import Speed
 from transect.pool import on_ray
 
 from .facts import WORDS, ranking
-from .models import VOCABULARY, inputs, logits, tiny
+from .models import CONFIGS, VOCABULARY, inputs, logits, tiny
 
 DATA = torch.randint(3, VOCABULARY, (8, 16), generator=torch.Generator().manual_seed(5))
 HELD_OUT = torch.randint(3, VOCABULARY, (4, 16), generator=torch.Generator().manual_seed(6))
@@ -186,3 +186,60 @@ def test_further_texts_from_the_command_line_are_named_by_their_files(tmp_path):
     result = CliRunner().invoke(main_group, [*arguments, "--out", str(tmp_path / "run")], catch_exceptions=False)
     row = json.loads(result.stdout)[1]
     assert row["over_dense, plays"] == row["over_dense, letters"] != row["over_dense"]
+
+
+def test_finished_models_stand_beside_in_rows_of_their_own(tmp_path, monkeypatch):
+    linear, small = tmp_path / "linear", tmp_path / "small"
+    transect.convert(tiny("llama"), "liger", DATA, steps=0, window=4).model.save_pretrained(linear)
+    transect.compress(tiny("llama"), "svd", 0.5).save_pretrained(small)
+    given = dict(methods=("svd",), keep=(0.5,), allocations=("uniform",), beside=[str(linear), small])
+    frame = compare(tmp_path / "run", **given)
+    assert list(frame["method"]) == ["dense", "linear (liger)", "small (svd)", "svd"]
+    dense, converted, finished, made = (row for _, row in frame.iterrows())
+    model = open_model(linear).model
+    assert converted.loss == pytest.approx(transect.evaluate(model, HELD_OUT)["loss"], abs=1e-5)
+    assert converted.over_dense == pytest.approx(converted.loss - dense.loss) and converted.over_dense_error > 0
+    assert converted.kept == 1 and pd.isna(converted.keep) and pd.isna(converted.compress_seconds)
+    assert finished.kept == pytest.approx(made.kept) and finished.loss == pytest.approx(made.loss, abs=1e-4)
+    assert finished.flops == made.flops < dense.flops
+    assert converted.cache_bytes < dense.cache_bytes == 2 * 3 * 2 * 8 * 4  # k and v, blocks, heads, their size, float32
+    shown = (tmp_path / "run" / "table.md").read_text()
+    assert "FLOPs/token" in shown and "perplexity" not in shown
+    computed = []
+    compute = worker.Worker.compute
+    monkeypatch.setattr(worker.Worker, "compute", lambda self, row: computed.append(str(row)) or compute(self, row))
+    again = compare(tmp_path / "run", **given)
+    pd.testing.assert_frame_equal(again[SAME], frame[SAME])
+    assert not computed
+    transect.convert(tiny("llama"), "liger", DATA, steps=0, window=8).model.save_pretrained(linear)
+    compare(tmp_path / "run", **given)
+    assert computed == ["the finished model linear"]
+    without = compare(tmp_path / "run", **given | {"beside": ()})
+    assert list(without["method"]) == ["dense", "svd"] and len(computed) == 1
+    assert "FLOPs/token" not in (tmp_path / "run" / "table.md").read_text()
+
+
+def test_finished_models_are_found_by_other_processes(tmp_path):
+    folder, linear = tmp_path / "model", tmp_path / "linear"
+    tiny("llama").save_pretrained(folder)
+    transect.convert(tiny("llama"), "liger", DATA, steps=0, window=4).model.save_pretrained(linear)
+    given = dict(methods=("svd",), keep=(0.5,), beside=[linear])
+    one, two = (compare(tmp_path / f"run{n}", str(folder), workers=n, **given) for n in (1, 2))
+    pd.testing.assert_frame_equal(one[SAME], two[SAME])
+
+
+def test_what_cannot_stand_beside_is_refused_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr("transect.compression.calibrate.collect", lambda *a, **k: pytest.fail("work was done"))
+    tiny("bert").save_pretrained(tmp_path / "bert")
+    config, auto = CONFIGS["llama"]
+    monkeypatch.setitem(CONFIGS, "other", (type(config)(**config.to_dict() | {"vocab_size": 80}), auto))
+    tiny("other").save_pretrained(tmp_path / "words")
+    for beside, message in (
+        (tmp_path / "nothing", "there is no folder"), (tmp_path / "bert", "another task \\(masked\\)"),
+        (tmp_path / "words", "80 words in its vocabulary"),
+    ):  # fmt: skip
+        with pytest.raises(TransectError, match=message):
+            compare(tmp_path / "run", beside=[beside])
+        assert not (tmp_path / "run").exists()
+    with pytest.raises(TransectError, match="cannot be combined with streaming"):
+        compare(tmp_path / "run", str(tmp_path / "words"), beside=[tmp_path / "words"], stream=True)

@@ -249,7 +249,7 @@ COMMANDS = {
     "claims": (["fwsvd/below-svd"], {}, []),
     "compare": (
         ["model"], {"methods": "svd,svd-llm", "keep": "0.8,0.6", "sequence_length": "12", "facts": "said.json",
-                   "also": "text.txt"},
+                   "also": "text.txt", "beside": "model"},
         ["stream", "dry_run"],
     ),
     "compress": (["model"], {"method": "svd-llm"}, ["stream"]),

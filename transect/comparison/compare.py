@@ -125,11 +125,17 @@ def table(plan: Plan, folder: Path, lost: Mapping[Row, str]) -> pd.DataFrame:
         raise TransectError(f"{dense}: {lost[dense]}. The rows that are finished are kept; the same call goes on")
     rows = [
         plan.finished(folder, row)
-        or {"method": row.method, "allocation": row.allocation, "keep": row.keep, "note": lost[row]}
+        or {
+            "method": row.beside or row.method,
+            "allocation": row.allocation,
+            "keep": None if row.beside else row.keep,
+            "note": lost[row],
+        }
         for row in plan.rows
     ]
     frame = pd.DataFrame([_beside_dense(row, rows[0]) for row in rows])
     frame.attrs["shares"] = plan.dtype
+    frame.attrs["beside"] = list(plan.beside)
     frame.attrs["notes"] = notes_of(plan.methods)
     frame.attrs["lost"] = [str(row) for row in lost]
     return frame

@@ -25,22 +25,39 @@ RUN = "run.json"  # the first file that is there, and the last that goes
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; method None is the dense model."""
+    """One line of the table; method None is the dense model, or the finished one of that name in `beside`."""
 
     method: str | None
     allocation: str
     keep: float
+    beside: str = ""
 
     @property
     def file(self) -> str:
         """Where it lies in the run folder; no two rows lie in one place."""
+        if self.beside:
+            return f"rows/beside_{quote(self.beside, safe='').replace('_', '%5F')}.json"
         if self.method is None:
             return "rows/dense.json"
         parts = (self.method, self.allocation, repr(self.keep))
         return f"rows/{'_'.join(quote(part, safe='').replace('_', '%5F') for part in parts)}.json"
 
     def __str__(self) -> str:
+        if self.beside:
+            return f"the finished model {self.beside}"
         return "the dense model" if self.method is None else f"{self.method} at {self.keep!r} ({self.allocation})"
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished model that stands beside the compressed ones.
+
+    source: folder or hub name. done: what its record says that was done to it. computation: its fingerprint.
+    """
+
+    source: str
+    done: str
+    computation: str
 
 
 @dataclass(frozen=True)
@@ -52,6 +69,7 @@ class Plan:
     dtype, device, architecture: how another process opens it. settings: per method or allocation, its parameters.
     allocations: none for the own default of each method. facts: those that rows are asked, "" for none. also: other
         texts on which rows are judged, by name. Statistics and factorizations are kept whatever is asked, rows are not.
+    beside: finished models that have rows of their own, by name.
     """
 
     model: str
@@ -74,16 +92,17 @@ class Plan:
     refit: bool
     facts: str = ""
     also: Mapping[str, str] = field(default_factory=dict)
+    beside: Mapping[str, Finished] = field(default_factory=dict)
 
     @property
     def rows(self) -> list[Row]:
-        """Dense first, then by method and allocation, from the largest share kept to the smallest.
+        """Dense first, finished models, then by method and allocation, from the largest share kept to the smallest.
 
         A method is combined with those of the allocations that it goes with; one that shares out the budget itself has
         one row a budget.
         """
         keeps = sorted(self.keeps, reverse=True)
-        return [Row(None, "-", 1.0)] + [
+        return [Row(None, "-", 1.0), *(Row(None, "-", 1.0, name) for name in self.beside)] + [
             Row(name, allocation, keep)
             for name in self.methods
             for allocation in self.allocations_of(name)
@@ -138,7 +157,7 @@ class Plan:
 
         The kind of device is part of it, since every row holds speeds.
         """
-        no_part = ("model", "device", "methods", "allocations", "keeps", "settings", "facts", "also")
+        no_part = ("model", "device", "methods", "allocations", "keeps", "settings", "facts", "also", "beside")
         decides = {key: value for key, value in asdict(self).items() if key not in no_part}
         decides |= {"transect": __version__, "device": self.device.split(":")[0]}
         decides["settings"] = {name: self._settings_of(name) for name, given in self.settings.items() if given}
@@ -173,6 +192,8 @@ class Plan:
     def of_row(self, row: Row) -> str:
         """What the row's file belongs to."""
         asked = [part for part in (self.facts, dict(self.also)) if part]
+        if row.beside:
+            return self.of("beside", self.beside[row.beside].computation, *asked)
         return self.of("row", row.method, row.allocation, repr(row.keep), *asked)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,15 @@ from ..compression.compress import outcome_of, run_compressor
 from ..compression.compressors import RankCompressor
 from ..compression.copying import working_copy
 from ..compression.factorized import Factorized
-from ..compression.fingerprint import model_fingerprint
+from ..compression.fingerprint import computation_fingerprint, model_fingerprint
 from ..compression.frame import temporarily
 from ..compression.registry import Calibration
 from ..errors import OutOfReach, TransectError
-from ..evaluation import evaluate, evaluate_loss
+from ..evaluation import evaluate, evaluate_loss, model_bytes, operations_of
 from ..forward import at_rest
 from ..statistics import Statistics
 from ..store import keep_json
+from .beside import opened_beside
 from .factors import Factors
 from .knowledge import Knowledge
 from .plan import Plan, Row
@@ -64,6 +66,8 @@ class Worker:
 
     def compute(self, row: Row) -> dict[str, Any]:
         """One row of the table; a budget that is out of the method's reach has a note instead of numbers."""
+        if row.beside:
+            return self._beside(row)
         described = {"method": row.method or "dense", "allocation": row.allocation, "keep": row.keep}
         with at_rest(self.anatomy.model):
             try:
@@ -83,8 +87,27 @@ class Worker:
         if self.also:
             known["also"] = {name: evaluate_loss(anatomy.model, also).to_row() for name, also in self.also.items()}
         return {
-            "kept": kept, "matrix_bytes": anatomy.matrix_bytes(), **measured, **known, "compress_seconds": seconds,
+            "kept": kept, "matrix_bytes": anatomy.matrix_bytes(), **measured, **asdict(operations_of(anatomy.model)),
+            **known, "compress_seconds": seconds,
         }  # fmt: skip
+
+    def _beside(self, row: Row) -> dict[str, Any]:
+        """The row of a finished model. What it is larger or smaller by counts as of the matrices that a budget counts.
+
+        So `kept` is comparable, and of a compressed model what it was, but for what has no matrix of its own: tables,
+        gates, norms.
+        """
+        chosen, dense = self.plan.beside[row.beside], self.anatomy
+        finished = opened_beside(chosen.source, self.plan.dtype, self.plan.device)
+        if computation_fingerprint(finished.model) != chosen.computation:
+            raise TransectError(f"{chosen.source} has changed since the comparison began; begin it anew")
+        roles = {matrix.role for matrix in dense.matrices(self.plan.roles)}
+        counted = dense.matrix_bytes(roles)
+        kept = 1 + (model_bytes(finished.model) - model_bytes(dense.model)) / counted
+        with at_rest(finished.model):
+            measured = self._evaluated(Anatomy(finished.model), kept, 0.0)
+        done = f" ({chosen.done})" if chosen.done and chosen.done != row.beside else ""
+        return {"method": f"{row.beside}{done}", "allocation": "-", "keep": None, **measured, "compress_seconds": None}
 
     def _truncated(self, row: Row) -> dict[str, Any]:
         """A row of a method whose matrices have been factorized: nothing is left but to choose the ranks."""

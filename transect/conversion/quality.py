@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import TransectError
+from ..evaluation.operations import cache_bytes
 from ..evaluation.speed import measure_speed
 from ..forward.mode import at_rest
 
@@ -60,23 +60,6 @@ def quality_of(model: Any, lengths: Sequence[int]) -> list[Quality]:
                 )
             )  # fmt: skip
     return found
-
-
-def cache_bytes(cache: Any) -> int:
-    """Bytes of all tensors that a cache of transformers, or a state in it, keeps; each counts once."""
-    found: dict[tuple[int, int], int] = {}
-    waiting: list[Any] = [getattr(cache, "layers", cache)]
-    while waiting:
-        one = waiting.pop()
-        if isinstance(one, Tensor):
-            found[one.data_ptr(), one.numel()] = one.numel() * one.element_size()
-        elif isinstance(one, dict):
-            waiting += one.values()
-        elif isinstance(one, (list, tuple)):
-            waiting += one
-        elif hasattr(one, "__dict__"):
-            waiting += vars(one).values()
-    return sum(found.values())
 
 
 @torch.no_grad()

@@ -10,11 +10,13 @@ from .harness import run_lm_eval
 from .knowledge import recalls, says
 from .loss import LossResult, evaluate_loss, standard_error
 from .memory import peak_memory
+from .operations import Operations, operations_of
 from .size import checkpoint_bytes, matrix_bytes, model_bytes, parameters
 from .speed import Speed, kernels_of, measure_speed
 
 __all__ = [
     "LossResult",
+    "Operations",
     "Speed",
     "checkpoint_bytes",
     "evaluate",
@@ -22,6 +24,7 @@ __all__ = [
     "matrix_bytes",
     "measure_speed",
     "model_bytes",
+    "operations_of",
     "parameters",
     "peak_memory",
     "recalls",

@@ -39,7 +39,7 @@ def measure_speed(
     slow that the warm-up alone takes that long, the warm-up is the measurement.
     """
     with at_rest(model):
-        inputs = _inputs(model, batch_size, prompt_tokens)
+        inputs = test_inputs(model, batch_size, prompt_tokens)
         started = time.perf_counter()
         runs = [_run(model, inputs, min(new_tokens, 2))]
         if time.perf_counter() - started < BUDGET:
@@ -51,7 +51,7 @@ def measure_speed(
     return Speed(prefill, statistics.median(decode) if decode else None)
 
 
-def _inputs(model: Any, batch_size: int, prompt_tokens: int | None) -> dict[str, Tensor]:
+def test_inputs(model: Any, batch_size: int, prompt_tokens: int | None) -> dict[str, Tensor]:
     """Random token ids (batch_size x prompt_tokens), or a random image for a vision model."""
     generator, config = torch.Generator().manual_seed(0), model.config
     if model.main_input_name == "pixel_values":
@@ -70,7 +70,7 @@ def _run(model: Any, inputs: dict[str, Tensor], new_tokens: int) -> Speed:
     """One forward pass over the inputs and, for a causal model, greedy steps after it."""
     causal = task_of(model) == "causal"
     options: dict[str, Any] = {"use_cache": True} if causal else {}
-    if causal and "logits_to_keep" in inspect.signature(model.forward).parameters:
+    if causal and takes_logits_to_keep(model):
         options["logits_to_keep"] = 1  # as `generate` reads a prompt
     started = _now(model)
     output = model(**inputs, **options)
@@ -85,6 +85,11 @@ def _run(model: Any, inputs: dict[str, Tensor], new_tokens: int) -> Speed:
         output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
         steps += 1
     return Speed(prefill, len(data) * steps / (_now(model) - read))
+
+
+def takes_logits_to_keep(model: Any) -> bool:
+    """Whether its forward can be asked for the last logits alone."""
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
 def _now(model: Any) -> float:

@@ -45,6 +45,8 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "facts": ("facts known", "{:.1%}".format),
     "prefill_tokens_per_second": ("prefill tokens/s", _count),
     "decode_tokens_per_second": ("decode tokens/s", _count),
+    "flops": ("FLOPs/token", lambda value: f"{value / 1e6:,.2f} M"),
+    "cache_bytes": ("cache/token", in_bytes),
     "compress_seconds": ("compress seconds", "{:.1f}".format),
 }
 
@@ -56,6 +58,8 @@ _LEFT = ("method", "allocation")  # columns of words
 
 def notes(frame: Any) -> list[str]:
     """What shares are of, what facts are counted, what to know of methods, why rows have no numbers; a line each."""
+    import pandas as pd
+
     lines = []
     if shares := frame.attrs.get("shares"):
         lines.append(f"keep: share of the bytes of the blocks' matrices in {shares}")
@@ -64,7 +68,10 @@ def notes(frame: Any) -> list[str]:
     lines += frame.attrs.get("notes", [])
     if "note" in frame.columns:
         missing = frame[frame["note"].notna()]
-        lines += [f"{row['method']} at {row['keep']:g}: {row['note']}" for _, row in missing.iterrows()]
+        lines += [
+            f"{row['method']}{'' if pd.isna(row['keep']) else f' at {row.keep:g}'}: {row['note']}"
+            for _, row in missing.iterrows()
+        ]
     return lines
 
 
@@ -81,6 +88,10 @@ def cells(frame: Any) -> tuple[list[str], list[list[str]]]:
         idle.add("kept")
     if "prefill_tokens_per_second" in frame.columns and frame["prefill_tokens_per_second"].isna().all():  # not measured
         idle |= {"prefill_tokens_per_second", "decode_tokens_per_second", "accuracy"}
+    if frame.attrs.get("beside"):  # models of other kinds: what they cost to run, in place of what cannot be compared
+        idle = idle - {"kept"} | {"perplexity", "compress_seconds"}
+    else:
+        idle |= {"flops", "cache_bytes"}
     shown = [column for column in COLUMNS if column in frame.columns and column not in idle]
     headed = {column: COLUMNS[column] for column in shown}
     for column in frame.columns:  # of further texts: "over_dense, novels"

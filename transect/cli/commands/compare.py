@@ -25,6 +25,8 @@ from ..printing import print_whole, progress_bar
 @click.option("--eval", "eval_data", help="Held-out data.", required=True)
 @click.option("--also", multiple=True, metavar="DATA",
               help="Further held-out data, of another kind, to judge rows on; may be repeated.")  # fmt: skip
+@click.option("--beside", callback=split, metavar="FOLDER,...",
+              help="Finished models, judged on the same texts in rows of their own.")  # fmt: skip
 @click.option("--out", type=Place(), required=True, help="Run folder; a run in it is continued.")
 @click.option("--allocation", "allocations", callback=split,
               help="Comma-separated. Default: each method's own, mostly uniform.")  # fmt: skip
@@ -57,9 +59,14 @@ def compare(context: click.Context, model: str, out: Path, as_json: bool, **opti
         allocation_named(name)
     refuse_unused(settings, dict.fromkeys([*options["methods"], *allocations]))
     options["also"] = _named(options["also"])
+    options["beside"] = options["beside"] or ()
     loading = opening(options)
     options["accumulate"] = getattr(torch, options["accumulate"])
-    rows = 1 + len(options["methods"]) * len(options["allocations"] or [""]) * len(options["keep"])
+    rows = (
+        1
+        + len(options["beside"])
+        + len(options["methods"]) * len(options["allocations"] or [""]) * len(options["keep"])
+    )
     with nullcontext() if options["dry_run"] else alone(out), progress_bar(as_json) as (bar, show):
         opened, loading = (model, loading) if options["stream"] else (open_model(model, **loading), {})
         task = bar.add_task("rows", total=rows)

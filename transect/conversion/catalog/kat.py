@@ -19,11 +19,11 @@ from ..mlp import check_mlps, fill, trained_mlp
 from ..registry import Calibration, Range, conversion
 from ..stage import Stage
 
-INTERVAL, POINTS, TAIL = 3.0, 2048, 0.1  # of the paper's fit; of ours, and the weight of those between the extremes
+INTERVAL, POINTS, TAIL = 3.0, 512, 0.1  # of the paper's fit; of ours, and the weight of those between the extremes
 
 
 @torch.enable_grad()
-def fit_rational(x: Tensor, y: Tensor, weight: Tensor, *, steps: int = 60) -> tuple[Tensor, Tensor]:
+def fit_rational(x: Tensor, y: Tensor, weight: Tensor, *, steps: int = 40) -> tuple[Tensor, Tensor]:
     """a (6) and b (4), not negative, with which P(x) / (1 + Σ b_j |x|^j) is nearest to y; x, y, weight: (n), float64.
 
     For given b the best a is a linear least squares fit; over log b the rest of it is lowered by L-BFGS. It is the
@@ -34,7 +34,7 @@ def fit_rational(x: Tensor, y: Tensor, weight: Tensor, *, steps: int = 60) -> tu
     above = torch.stack([u**i for i in range(NUMERATOR)], dim=1)
     below = torch.stack([u.abs() ** j for j in range(1, DENOMINATOR + 1)], dim=1)
     best: tuple[float, Tensor, Tensor] | None = None
-    for start in (-2.0, 1.0, 4.0):  # of log b
+    for start in (-1.0, 3.0):  # of log b
         logs = torch.full((DENOMINATOR,), start, dtype=x.dtype, requires_grad=True)
         optimizer = torch.optim.LBFGS([logs], max_iter=steps, line_search_fn="strong_wolfe", tolerance_change=1e-14)
 
