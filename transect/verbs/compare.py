@@ -92,9 +92,10 @@ def compare(
     model's) and over_dense_error (its standard error, sequence by sequence), perplexity, accuracy, tokens, prefill and
     decode tokens per second, flops and cache_bytes (for a token read), peak_memory (bytes), compress_seconds
     (statistics, factorization and replacement, as if the row were computed alone); with facts, also facts: the share,
-    of those that the dense model says by itself in greedy generation, that the row says too (see `transect.evaluation.says`). How many of how many these are is in the
-    table's `attrs["facts"]`; none is an error. A row whose process was lost twice, such as for want of memory, has a
-    note instead, and is named in the table's `attrs["lost"]`; the same call tries it again.
+    of those that the dense model says by itself in greedy generation, that the row says too (see
+    `transect.evaluation.says`). How many of how many these are is in the table's `attrs["facts"]`; none is an error. A
+    row whose process was lost twice, such as for want of memory, has a note instead, and is named in the table's
+    `attrs["lost"]`; the same call tries it again.
     """
     methods, allocations, keep = listed(methods), listed(allocations or ()), listed(keep)
     settings = given_of(settings, methods, allocations)  # an unknown name is an error before anything is loaded

@@ -12,7 +12,7 @@ from ...anatomy import Anatomy
 from ...anatomy.storage import dense
 from ...errors import TransectError
 from ...parts import insert
-from ...parts.catalog.kat import DENOMINATOR, NUMERATOR, Rational
+from ...parts.catalog.kat import COEFFICIENTS, DENOMINATOR, NUMERATOR, Rational
 from ..inputs import inputs_of_modules
 from ..layers import layers_of
 from ..mlp import check_mlps, fill, trained_mlp
@@ -34,14 +34,15 @@ def fit_rational(x: Tensor, y: Tensor, weight: Tensor, *, steps: int = 40) -> tu
     above = torch.stack([u**i for i in range(NUMERATOR)], dim=1)
     below = torch.stack([u.abs() ** j for j in range(1, DENOMINATOR + 1)], dim=1)
     best: tuple[float, Tensor, Tensor] | None = None
-    for start in (-1.0, 3.0):  # of log b
-        logs = torch.full((DENOMINATOR,), start, dtype=x.dtype, requires_grad=True)
+    published = torch.tensor(COEFFICIENTS["swish"][1], dtype=x.dtype).abs() * scale ** torch.arange(1, DENOMINATOR + 1)
+    for start in (published.log().clamp_min(-20), torch.zeros_like(published)):  # of log b
+        logs = start.clone().requires_grad_()
         optimizer = torch.optim.LBFGS([logs], max_iter=steps, line_search_fn="strong_wolfe", tolerance_change=1e-14)
 
         def numerator(logs: Tensor = logs) -> tuple[Tensor, Tensor]:
             columns = above / (1 + below @ logs.clamp(-20, 20).exp())[:, None] * root[:, None]
-            gram = columns.mT @ columns + 1e-13 * len(x) * torch.eye(NUMERATOR, dtype=x.dtype)
-            a = torch.linalg.solve(gram, columns.mT @ (root * y))
+            q, r = torch.linalg.qr(columns)
+            a = torch.linalg.solve_triangular(r, (q.mT @ (root * y))[:, None], upper=True)[:, 0]
             return a, (columns @ a - root * y).square().mean()
 
         def closure(logs: Tensor = logs, optimizer: Any = optimizer, numerator: Any = numerator) -> Tensor:
