@@ -164,7 +164,7 @@ def test_another_run_in_the_folder_is_refused(tmp_path):
 def test_methods_are_listed_with_all_that_there_is_to_know():
     every = [*methods(), *allocations(), *probes(), *edits(), *transect.adapters(), *transect.optimizers()]
     every += [*transect.parametrizations(), *transect.penalties(), *transect.layer_rates(), *transect.searchers()]
-    every += [*transect.objectives(), *transect.conversions(), *parts()]
+    every += [*transect.objectives(), *transect.conversions(), *transect.mergings(), *parts()]
     listed = run("methods").stdout
     told = json.loads(run("methods --json").stdout)
     described = {entry["name"]: entry for entry in told}
@@ -206,7 +206,7 @@ def test_help_shows_every_method_with_its_paper_parameters_and_defaults(command)
 def test_help_and_version():
     assert set(main_group.commands) == {
         "adapt", "build", "compress", "compare", "eval", "race", "methods", "claims", "recover", "inspect", "edit",
-        "check-architecture", "search", "prefer", "memorize", "convert", "diff", "catalogue",
+        "check-architecture", "search", "prefer", "memorize", "convert", "diff", "catalogue", "merge",
     }  # fmt: skip
     for command in main_group.commands:
         assert command in run("--help").stdout and "Usage:" in run(f"{command} -h").stdout

@@ -19,16 +19,17 @@ with _importing():
     from .editing import edits, undo_folder
     from .errors import BadCheckpoint, BadData, TransectError, UnknownArchitecture
     from .goals import PromptClassifier, objectives
+    from .merging import mergings
     from .sizing import searchers
     from .training import layer_rates, optimizers, parametrizations, penalties
     from .verbs import adapt, build, catalogue, check_claims, compare, compress, convert, diff, edit, evaluate, inspect
-    from .verbs import memorize, prefer, race, race_parts, recover, search  # isort: skip
+    from .verbs import memorize, merge, prefer, race, race_parts, recover, search  # isort: skip
     from .version import __version__
 
 __all__ = [
     "Anatomy", "BadCheckpoint", "BadData", "PromptClassifier", "TransectError", "UnknownArchitecture", "__version__",
     "adapt", "adapters", "allocations", "build", "catalogue", "check_claims", "compare", "compress",
     "conversions", "convert", "diff", "edit", "edits", "evaluate", "inspect",
-    "layer_rates", "memorize", "methods", "objectives", "optimizers", "parametrizations", "penalties", "prefer", "race",
+    "layer_rates", "memorize", "merge", "mergings", "methods", "objectives", "optimizers", "parametrizations", "penalties", "prefer", "race",
     "race_parts", "recover", "register_architecture", "search", "searchers", "undo_folder",
 ]  # fmt: skip

@@ -42,6 +42,7 @@ RIGHT: dict[str, dict[str, Any]] = {
     "evaluate": {"data": DATA},
     "inspect": {"probes": ["spectra"], "data": DATA},
     "memorize": {"data": DATA},
+    "merge": {"method": "average", "models": [tiny("llama"), tiny("llama", 1)]},
     "prefer": {"data": PAIRS},
     "race": {"adapters": ["lora"], "data": DATA, "eval_data": DATA, "out": "out"},
     "race_parts": {"base": "llama", "task": "induction", "mixer": ["pooling"], "out": "out"},

@@ -28,6 +28,7 @@ from transect.compression.recipe import goes_with
 from transect.conversion import conversions
 from transect.editing import edits
 from transect.errors import TransectError
+from transect.merging import mergings
 from transect.probes import probes
 
 SEED = 3  # of the run; of a method that has a `seed` of its own, another
@@ -228,6 +229,17 @@ def test_conversions(entry, complete, command, tmp_path):
         assert outcome["method"] == noted["method"] == entry.name and values.items() <= noted["settings"].items()
 
 
+@pytest.mark.parametrize("complete", [False, True], ids=["plain", "options"])
+@pytest.mark.parametrize("entry", mergings(), ids=ids(mergings()))
+def test_mergings(entry, complete, command, tmp_path):
+    values, words = given(entry, complete)
+    base = ["--base", "model"] if entry.needs_base else []
+    line = ["merge", "model", "model", "--method", entry.name, *base, "--out", tmp_path / "out", "--json", *words]
+    outcome = json.loads(command(*line))
+    noted = history(tmp_path / "out")["merge"]
+    assert outcome["method"] == noted["method"] == entry.name and values.items() <= noted["settings"].items()
+
+
 # Conversions of other models than the one that these commands are tried on.
 CONVERTED_FROM_OTHERS: set[str] = {"sret"}
 
@@ -259,6 +271,7 @@ COMMANDS = {
     "eval": (["model"], {}, []),
     "inspect": (["model"], {}, []),
     "memorize": (["model"], {"neighbours": "4"}, []),
+    "merge": (["model", "model"], {"method": "average", "curve": "text.txt"}, ["base"]),
     "methods": (["svd"], {}, []),
     "prefer": (
         ["model"],

@@ -33,6 +33,7 @@ WRITERS = {
     "catalogue": ["catalogue"],
     "diff": ["diff", "model", "model", "--what", "weights", *DATA],
     "memorize": ["memorize", "model", *DATA, "--neighbours", "2", "--blocks", "1"],
+    "merge": ["merge", "model", "model", "--method", "average"],
     "search": ["search", "model", "--keep", "0.7", *DATA, "--batch-size", "2", "--neurons", "24,48"],
     "prefer": ["prefer", "model", "--data", "preferences.json"],
     "build": ["build", "llama", "--hidden", "32", "--blocks", "2", "--heads", "4", "--vocabulary", "64"],

@@ -100,6 +100,15 @@ class ConversionCommand(MethodCommand):
         return tuple((f"For {group}", [one for one in conversions() if one.group == group]) for group in groups)
 
 
+class MergeCommand(MethodCommand):
+    """The same for ways to merge."""
+
+    def sections(self) -> Sequence[tuple[str, Sequence[Any]]]:
+        from ..merging import mergings
+
+        return (("Ways to merge and their parameters", mergings()),)
+
+
 class PartCommand(MethodCommand):
     """The same for parts."""
 

@@ -25,6 +25,7 @@ class Journal:
         self.config: dict[str, Any] = {}
         self.added: list[str] = []
         self.matrices: dict[str, Matrix] = {}
+        self.tensors: list[str] = []  # parameters that were changed as a whole, by name
         self._dense: dict[str, Tensor] = {}  # matrices as they were, for the size of the change
         self._noted: dict[str, Any] | None = None
 
@@ -46,6 +47,14 @@ class Journal:
             name = self._name_of(parameter)
             if name not in self.added:
                 self.before.setdefault(name, parameter.detach().cpu().clone())
+
+    @torch.no_grad()
+    def put(self, name: str, value: Tensor) -> None:
+        """Overwrite a parameter, of whatever shape, that is stored as floating-point numbers."""
+        parameter = self.model.get_parameter(name)
+        self.before.setdefault(name, parameter.detach().cpu().clone())
+        self.tensors += [name] * (name not in self.tensors)
+        parameter.copy_(value)
 
     def add_bias(self, matrix: Matrix) -> None:
         """Give a matrix that has none a bias of zeros. The matrix itself need not be kept for that."""
@@ -73,19 +82,23 @@ class Journal:
             record_of(self.model).history.remove(self._noted)
             self._noted = None
         self.before, self.config, self.added, self.matrices, self._dense = {}, {}, [], {}, {}
+        self.tensors = []
 
     def changes(self) -> list[dict[str, Any]]:
-        """For each changed matrix: Frobenius norms of the change and of what it was, and the rank of the change."""
+        """For each changed tensor: Frobenius norms of the change and of what it was, and the rank of the change."""
+        pairs = [(name, self._dense[name], matrix.weight) for name, matrix in self.matrices.items()]
+        pairs += [(name, self.before[name], self.model.get_parameter(name)) for name in self.tensors]
         rows = []
-        for name, matrix in self.matrices.items():
-            before = self._dense[name].double()
-            difference = matrix.weight.detach().cpu().double() - before
+        for name, before, after in pairs:
+            before = before.double()
+            difference = after.detach().cpu().double() - before
+            matrix = difference.dim() == 2 and bool(difference.any())
             rows.append(
                 {
                     "matrix": name,
                     "change": float(difference.norm()),
                     "relative": float(difference.norm() / before.norm().clamp_min(1e-300)),
-                    "rank": int(torch.linalg.matrix_rank(difference, rtol=1e-3)) if difference.any() else 0,
+                    "rank": int(torch.linalg.matrix_rank(difference, rtol=1e-3)) if matrix else int(difference.any()),
                     "entries": float((difference != 0).double().mean()),
                 }
             )

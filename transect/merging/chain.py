@@ -56,9 +56,7 @@ def units_of_chain(a: nn.Sequential, b: nn.Sequential) -> list[Neurons]:
     shapes = [[tuple(one.weight.shape) for one in layers] for layers in (first, second)]
     if shapes[0] != shapes[1]:
         raise TransectError(f"the layers of the two networks do not fit: {shapes[0]} and {shapes[1]}")
-    return [
-        Neurons((first[i], first[i + 1]), (second[i], second[i + 1])) for i in range(len(first) - 1)
-    ]
+    return [Neurons((first[i], first[i + 1]), (second[i], second[i + 1])) for i in range(len(first) - 1)]
 
 
 def match_chain(a: nn.Sequential, b: nn.Sequential, seed: int = 0) -> tuple[nn.Sequential, Matched]:

@@ -238,7 +238,9 @@ def residual_places(anatomy: Anatomy) -> list[Place] | None:
             if matrix.role in ("o", "down") and matrix.bias is not None:
                 found.append(_of_bias(block.index, matrix.role))
     names = {id(tensor): name for name, tensor in anatomy.model.named_parameters()}
-    norms = {id(norm): norm for block in anatomy.blocks for norm in block.norms.values()}  # one may serve both sublayers
+    norms = {
+        id(norm): norm for block in anatomy.blocks for norm in block.norms.values()
+    }  # one may serve both sublayers
     for norm in norms.values():
         for tensor in norm.parameters():
             if tuple(tensor.shape) != (hidden,):

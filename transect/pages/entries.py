@@ -27,6 +27,7 @@ PURPOSES = {
     "block": "Stand around whole blocks (build --block)",
     "search": "Choose its sizes inside it, and cut the smaller model out (search --method)",
     "conversion": "Turn it into another architecture that keeps its weights (convert)",
+    "merging": "Make one of several models of one shape (merge)",
     "edit": "Change what it knows or does (edit)",
 }
 
@@ -53,6 +54,7 @@ COMMANDS = {
     },
     "search": "transect search MODEL --method NAME --keep 0.7 --data train.txt --out small/",
     "conversion": "transect convert MODEL --method NAME --data train.txt --out converted/",
+    "merging": "transect merge MODEL OTHER --method NAME --out merged/",
     "edit": "transect edit MODEL --method NAME --edits edits.json --data text.txt --out edited/",
 }
 
@@ -64,10 +66,11 @@ def entries() -> list[Any]:
     from ..conversion import conversions
     from ..editing import edits
     from ..goals import objectives
+    from ..merging import mergings
     from ..parts import parts
     from ..probes import probes
     from ..sizing import searchers
     from ..training import layer_rates, optimizers, parametrizations, penalties
 
     ways = (*adapters(), *parametrizations(), *objectives(), *optimizers(), *layer_rates(), *penalties(), *searchers())
-    return [*methods(), *allocations(), *probes(), *conversions(), *edits(), *ways, *parts()]
+    return [*methods(), *allocations(), *probes(), *conversions(), *mergings(), *edits(), *ways, *parts()]

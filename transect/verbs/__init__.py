@@ -12,6 +12,7 @@ from .edit import edit
 from .evaluate import evaluate
 from .inspect import inspect
 from .memorize import memorize
+from .merge import merge
 from .prefer import prefer
 from .race import race
 from .race_parts import race_parts
@@ -20,5 +21,5 @@ from .search import search
 
 __all__ = [
     "adapt", "build", "catalogue", "check_claims", "compare", "compress", "convert", "diff", "edit", "evaluate",
-    "inspect", "memorize", "prefer", "race", "race_parts", "recover", "search",
+    "inspect", "memorize", "merge", "prefer", "race", "race_parts", "recover", "search",
 ]  # fmt: skip

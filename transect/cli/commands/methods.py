@@ -39,7 +39,7 @@ def _print_by_purpose(entries: Sequence[Any]) -> None:
 @click.argument("name", required=False)
 @shared_options("json")
 def methods(name: str | None, as_json: bool) -> None:
-    """List the methods, allocations, probes, conversions, edits, parts, ways to adapt or search; or one of them."""
+    """List the methods, allocations, probes, conversions, edits, parts, ways to adapt, merge or search; or one."""
     from ...compression import method
     from ...pages import entries as all_entries
 
