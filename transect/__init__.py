@@ -30,6 +30,7 @@ __all__ = [
     "Anatomy", "BadCheckpoint", "BadData", "PromptClassifier", "TransectError", "UnknownArchitecture", "__version__",
     "adapt", "adapters", "allocations", "build", "catalogue", "check_claims", "compare", "compress",
     "conversions", "convert", "diff", "edit", "edits", "evaluate", "inspect",
-    "layer_rates", "memorize", "merge", "mergings", "methods", "objectives", "optimizers", "parametrizations", "penalties", "prefer", "race",
+    "layer_rates", "memorize", "merge", "mergings", "methods", "objectives", "optimizers", "parametrizations",
+    "penalties", "prefer", "race",
     "race_parts", "recover", "register_architecture", "search", "searchers", "undo_folder",
 ]  # fmt: skip

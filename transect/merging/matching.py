@@ -138,8 +138,9 @@ def spectral_alignment(pairs: Iterable[tuple[Tensor, Tensor]], least: float = 0.
     """How far two models' singular vectors point the same way: 1 where they are the same, about 0 for random ones.
 
     Σ_l Σ_ij (u_i·u'_j)(v_i·v'_j) over pairs of matrices, divided by the number of vectors; only those count whose
-    singular value is at least the share `least` of the matrix's largest (Ito et al. 2025; our normalisation: the smaller
-    number of the two). ⟨A, B⟩ is the same sum with the products of singular values, which no permutation changes.
+    singular value is at least the share `least` of the matrix's largest (Ito et al. 2025; our normalisation: the
+    smaller number of the two). ⟨A, B⟩ is the same sum with the products of singular values, which no permutation
+    changes.
     """
     total, vectors = 0.0, 0
     for one, other in pairs:

@@ -41,8 +41,8 @@ def merge_models(
     and the straight lines between the first two are measured, at so many points.
 
     The outcome has `method`, `settings`, `models` (their names), `told` (what the method says, words and a number), and
-    with a curve `losses` (by model, in nats) and `curves` (of the two models "as they are" and "aligned": shares, losses,
-    barrier). TransectError before any work if something does not fit; the given models stay as they are.
+    with a curve `losses` (by model, in nats) and `curves` (of the first two models "as they are" and "aligned": shares,
+    losses, barrier). TransectError before any work if something does not fit; the given models stay as they are.
     """
     chosen = merging_named(name)
     complete = chosen.settings(settings)

@@ -25,7 +25,7 @@ from ..statistics import Progress
 class Given:
     """What a merging may know.
 
-    models: two or more that fit (see `fit`). base: the model that they were trained from; None where the user gave none.
+    models: two or more that fit (see `fit`). base: the model that they were trained from; None where there is none.
     told: what it has to say to the user, words and a number; the frame prints it.
     aligned: the models after the first, re-ordered so that they lie beside it; the frame draws a second curve to them.
     files: name -> function that writes it, for what belongs beside the merged model.

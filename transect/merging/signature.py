@@ -86,7 +86,7 @@ def _codes(tensor: Tensor, low: float, step: float, levels: int) -> Tensor:
 
 
 def write_signature(path: Path, values: Numbers, levels: int) -> None:
-    """Write a signature: of each tensor the numbers of its levels, ⌈log2 levels⌉ bits each, or with 0 levels float32."""
+    """Write a signature: of each tensor the numbers of its levels, ⌈log2 levels⌉ bits each; with 0 levels float32."""
     if levels == 0:
         keep(path, values, KIND, {"levels": 0})
         return

@@ -29,9 +29,10 @@ def refuse_unmatchable(anatomy: Anatomy, name: str) -> None:
     for block in anatomy.blocks:
         parts = [unit for unit in ("attention", "mlp") if block.has_part(unit)]
         if parts or isinstance(block.module, Surrounded):
+            where = f"in the place of its {parts[0]}" if parts else "around it"
             raise TransectError(
-                f"block {block.index} of {name} has a part {'in the place of its ' + parts[0] if parts else 'around it'}"
-                ", of which it is not known what can change places: models with parts can be averaged only"
+                f"block {block.index} of {name} has a part {where}, of which it is not known what can change places: "
+                "models with parts can only be averaged as they are"
             )
         for matrix in block.matrices():
             if not is_dense(matrix.module) and not isinstance(block.mlp, Experts):

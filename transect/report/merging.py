@@ -35,8 +35,8 @@ def barrier_plot(outcome: Mapping[str, Any], path: Path) -> Path:
     axes = figure.subplots()
     for number, (name, curve) in enumerate(outcome["curves"].items()):
         axes.plot(
-            curve["shares"], curve["losses"], label=f"{name}, barrier {curve['barrier']:.4f}", color=COLOURS[number % 7],
-            marker=MARKERS[number % 7], markersize=5,
+            curve["shares"], curve["losses"], label=f"{name}, barrier {curve['barrier']:.4f}",
+            color=COLOURS[number % 7], marker=MARKERS[number % 7], markersize=5,
         )  # fmt: skip
         ends = curve["losses"][0], curve["losses"][-1]
     axes.plot([0, 1], ends, color="0.6", linestyle="--", linewidth=1)

@@ -35,7 +35,7 @@ class Merged:
     files: Files
 
     def save(self, folder: str | Path, tokenizer: Any = None, *, overwrite: bool = False) -> Path:
-        """Write an ordinary checkpoint with merge.json, the plot of the curve and the method's own files: all, or none."""
+        """Write an ordinary checkpoint with merge.json, the curve's plot and the method's own files: all, or none."""
 
         def write(place: Path) -> None:
             for one in self.files.values():

@@ -28,9 +28,9 @@ def rws(
 
     All were trained from the base, the first on clean data. Of each other model, tensor by tensor, the signature is its
     update without what lies along the first model's update; their mean is added, and written beside the result, in
-    `signature.safetensors`, in few bits. `transect edit --method rws` adds it to other models of the same base, or takes
-    it away. The factor enters once; the official script multiplies twice. Norms outside the kept blocks stay as they
-    are, whereas the script puts the robust models' in their place.
+    `signature.safetensors`, in few bits. `transect edit --method rws` adds it to other models of the same base, or
+    takes it away. The factor enters once; the official script multiplies twice. Norms outside the kept blocks stay as
+    they are, whereas the script puts the robust models' in their place.
 
     strength: what the signature is multiplied by.
     depth: share of the blocks, the shallowest, whose tensors are kept, with the embedding; 1 keeps all of the model.

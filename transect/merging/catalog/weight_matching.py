@@ -26,8 +26,8 @@ def weight_matching(given: Given, *, weights: str = "") -> dict[str, Tensor]:
 
     For models of one shape from different seeds. Neurons, heads within key/value groups, channels within heads and the
     residual stream of each other model are permuted, which changes nothing of its function, to maximise ⟨θ_A, P(θ_B)⟩
-    by coordinate ascent with exact assignments (Ainsworth et al. 2023, arXiv:2209.04836, algorithm 1; heads and channels
-    within them are our extension). Several models are all matched to the first. No data are needed.
+    by coordinate ascent with exact assignments (Ainsworth et al. 2023, arXiv:2209.04836, algorithm 1; heads and the
+    channels within them are our extension). Several models are all matched to the first. No data are needed.
 
     weights: a number for each model, such as 0.7,0.3; they add up to 1. Default: equal.
     """
