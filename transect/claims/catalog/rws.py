@@ -41,7 +41,7 @@ Numbers = dict[str, Tensor]
 
 @dataclass
 class Study:
-    """Networks from one start: clean ones on each half of the images, and robust ones of each corruption on each half."""
+    """Networks from one start: a clean one on each half of the images, and for each corruption a robust one on each."""
 
     start: nn.Sequential
     clean: list[nn.Sequential]

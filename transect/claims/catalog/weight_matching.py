@@ -1,8 +1,9 @@
-"""Claims of weight matching (Ainsworth et al., ICLR 2023, arXiv:2209.04836; Ito et al., ICLR 2025, arXiv:2402.04051)."""
+"""Claims of weight matching (Ainsworth et al. 2023, arXiv:2209.04836; Ito et al. 2025, arXiv:2402.04051)."""
 
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -31,7 +32,7 @@ FAR = 0.5  # of the barrier before: a barrier that is below is far below
 
 @dataclass
 class Study:
-    """Three networks of one width from different seeds, the last two also in the order in which they lie by the first."""
+    """Three networks of one width and different seeds, the last two also as they lie beside the first."""
 
     width: int
     models: list[nn.Sequential]
@@ -86,8 +87,8 @@ def barrier(context: Context) -> Result:
     before, after = (row["barrier"] for row in rows)
     return Result(
         Verdict.HOLDS if after < FAR * before else Verdict.DOES_NOT_HOLD,
-        f"the barrier is {before:.4f} nats before and {after:.4f} after {done.sweeps} sweeps; held against {FAR:g} of it "
-        f"({LANGUAGE_STEPS} steps of training each)",
+        f"the barrier is {before:.4f} nats before and {after:.4f} after {done.sweeps} sweeps; held against {FAR:g} of "
+        f"it ({LANGUAGE_STEPS} steps of training each)",
         rows,
     )
 
@@ -117,12 +118,12 @@ def width(context: Context) -> Result:
             "sweeps": study.done[0].sweeps,
         })  # fmt: skip
     after = [row["barrier aligned"] for row in rows]
-    falls = all(one > other for one, other in zip(after, after[1:], strict=False))
+    falls = all(one > other for one, other in itertools.pairwise(after))
     small = after[-1] < 0.1 * rows[-1]["barrier as they are"]
     return Result(
         Verdict.HOLDS if falls and small else Verdict.DOES_NOT_HOLD,
-        f"aligned barriers {', '.join(f'{one:.4f}' for one in after)} nats at widths {', '.join(map(str, WIDTHS))}; held "
-        "against falling with the width, and a tenth of the barrier before at the largest",
+        f"aligned barriers {', '.join(f'{one:.4f}' for one in after)} nats at widths {', '.join(map(str, WIDTHS))}; "
+        "held against falling with the width, and a tenth of the barrier before at the largest",
         rows,
     )
 
