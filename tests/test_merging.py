@@ -2,6 +2,7 @@
 
 import json
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -90,7 +91,8 @@ def shorter(model):
 
 
 def wider(model):
-    transect.Anatomy(model).blocks[1].mlp.keep(range(40))
+    mlp: Any = transect.Anatomy(model).blocks[1].mlp
+    mlp.keep(range(40))
     return model
 
 
