@@ -50,7 +50,7 @@ RIGHT: dict[str, dict[str, Any]] = {
     "search": {"data": DATA},
 }  # fmt: skip
 UNCHECKED = {"model", "data", "eval_data", "facts", "choices", "passages", "tokenizer", "teacher", "architecture",
-             "other", "forgets"}  # fmt: skip
+             "other", "forgets", "models", "curve", "merge.base"}  # fmt: skip
 NEVER = [object(), b"bytes", 1j, float("nan"), float("-inf"), -(2**70), {1: object()}, torch.zeros(2, 2), lambda: None,
          "no such thing \0", "", [], [[]], True, 10**5000, -1, 1.5, "8", torch.int8, None, Ellipsis]  # fmt: skip
 
@@ -65,7 +65,8 @@ def arguments():
     for verb in VERBS:
         hints = typing.get_type_hints(verb, include_extras=True)
         for parameter in inspect.signature(verb).parameters.values():
-            if parameter.kind is not parameter.VAR_KEYWORD and parameter.name not in UNCHECKED:
+            names = {parameter.name, f"{verb.__name__}.{parameter.name}"}
+            if parameter.kind is not parameter.VAR_KEYWORD and not names & UNCHECKED:
                 yield verb, parameter.name, hints[parameter.name]
 
 
