@@ -71,7 +71,7 @@ def spikingbrain_spikes(
         inner = rounded(weight, group) if int8 else dense(weight, bias)
         if isinstance(inner, GroupedInteger):
             inner.set_bias(bias)
-        spiking = Spiking(inner).to(weight.device)
+        spiking = Spiking(inner).to(weight)  # k too, as a folder of this type would keep it
         spiking.k.fill_(k)
         matrix.replace(spiking)
         found.append(matrix.module)

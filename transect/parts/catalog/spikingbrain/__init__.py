@@ -15,6 +15,6 @@ from .codes import (
 from .experts import Upcycled
 
 __all__ = [
-    "Counted", "SpikingBrain", "Upcycled", "binary_spikes", "bitwise_planes", "complement_planes", "counting", "from_complement",
-    "from_planes", "planes_needed", "ternary_spikes",
+    "Counted", "SpikingBrain", "Upcycled", "binary_spikes", "bitwise_planes", "complement_planes", "counting",
+    "from_complement", "from_planes", "planes_needed", "ternary_spikes",
 ]  # fmt: skip
