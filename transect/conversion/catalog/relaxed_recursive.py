@@ -148,7 +148,8 @@ def relaxed_recursive(
     loops: how often the blocks are gone through; divides their number. 1 changes nothing.
     init: what a shared block begins as: `average` of those that it stands for (the paper's best with corrections),
         `stepwise`, the block at an even step through the model (its best without), or `lower`, the first ones.
-    rank: of each depth's correction of each matrix; no more than its smaller side. 0 shares everything, purely.
+    rank: of each depth's correction of each matrix; no more than its smaller side. 0 shares everything, purely;
+        it saves memory below (loops - 1) / loops · d_in d_out / (d_in + d_out).
     norms: whether norms and biases are shared, too, as in the paper, or stay each depth's own (ours), which is little.
     early_exit: weight of what the end of each loop says already (see `forward.early`), in a second half of the training
         that lowers the model's own loss besides; the paper's is 0.1. 0 leaves that out.
