@@ -19,34 +19,57 @@ from .models import CAUSAL, VOCABULARY, assert_alike, assert_same_tensors, input
 DATA = torch.randint(3, VOCABULARY, (8, 16), generator=torch.Generator().manual_seed(5))
 # Settings with which a conversion leaves the tiny models what they were; those without an entry are not exact at any.
 EXACT = {
-    "dense2moe": {"active": 12, "gates": "one"}, "liger": {"alpha": 0.0, "beta": 1.0}, "mixer": {"mixer": "softmax"},
+    "algoformer": {"times": 1}, "dense2moe": {"active": 12, "gates": "one"}, "first": {"prompt": 4}, "fold-norms": {},
+    "gamma-mod": {"routable": 6, "skip": 0.0, "start": 100.0, "layers": "1"}, "liger": {"alpha": 0.0, "beta": 1.0},
+    "matformer": {}, "matformer-cut": {"width": "1", "untrained": True},
+    "merge-attention": {"merge": "vo", "several": True}, "mixer": {"mixer": "softmax"},
+    "multi-level": {"direction": "grow", "depth": 1}, "p-mod": {"targets": 6, "decay": "constant", "mean": 1.0},
+    "polycom": {}, "relaxed-recursive": {"loops": 3, "rank": 64, "norms": "own"}, "rms-norms": {},
     "spikingbrain": {"windows": 1}, "spikingbrain-experts": {"experts": 4, "spread": 0.0, "scaled": "down"},
-    "uoe": {"active": 4, "gates": "rank"},
+    "ultramem-v2": {}, "uoe": {"active": 4, "gates": "rank"},
 }  # fmt: skip
 # What makes a conversion fit models of three blocks and 48 neurons, where its defaults do not.
 SMALL = {
-    "ecoformer": {"anchors": 9, "bits": 8, "similar": 3, "hash_steps": 3}, "liger": {"window": 4},
-    "spikingbrain": {"window": 4}, "spikingbrain-experts": {"experts": 4},
+    "ecoformer": {"anchors": 9, "bits": 8, "similar": 3, "hash_steps": 3}, "first": {"prompt": 4, "skip": 0.2},
+    "gamma-mod": {"routable": 6, "layers": "0-1"}, "liger": {"window": 4}, "matformer-cut": {"untrained": True},
+    "merge-attention": {"merge": "vo", "several": True}, "multi-level": {"depth": 3}, "p-mod": {"targets": 6},
+    "relaxed-recursive": {"loops": 3, "rank": 2}, "spikingbrain": {"window": 4}, "spikingbrain-experts": {"experts": 4},
+    "symmetrize-attention": {"several": True}, "ultramem-v2": {"side": 8, "top": 4},
 }  # fmt: skip
 # Architectures that a conversion refuses, with a word of the reason; all others it takes.
+_SOFTMAX = dict.fromkeys(("gemma2", "gemma3", "gptj", "bloom"), "softmax")
+_MLP = {"opt": "no MLP in one module", "bloom": "takes more than its input"}
 _ONE_RMS = dict.fromkeys(
     ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "olmo2", "granite"), "no LayerNorm"
 )  # fmt: skip
-_MORE_THAN_SOFTMAX = {"gemma2": "softmax", "gemma3": "softmax", "gptj": "softmax", "bloom": "adds the stream"}
 _TURNED = [name for name in CAUSAL if name not in ("gpt2", "opt", "bloom")]
 REFUSED = {
-    "dense2moe": {"opt": "no MLP in one module", "bloom": "takes more than its input"},
-    "ecoformer": {"gemma2": "softmax", "gemma3": "softmax", "gptj": "softmax", "bloom": "softmax"},
-    "liger": {"gemma2": "softmax", "gemma3": "softmax", "gptj": "softmax", "bloom": "softmax"},
+    "dense2moe": _MLP,
+    "ecoformer": _SOFTMAX,
+    "first": {"bloom": "positions are routed"},
+    "fold-norms": {"gptj": "none that could take it"},
+    "gamma-mod": {"bloom": "positions are routed", "olmo2": "no norm there"},
+    "kat": {"bloom": "more than its input", "opt": "no MLP in one module"},
+    "liger": _SOFTMAX,
+    "merge-attention": {**_SOFTMAX, "bloom": "adds the stream"},
     "mixer": {"bloom": "adds the stream"},
-    "spikingbrain": {"gemma2": "softmax", "gemma3": "softmax", "gptj": "softmax", "bloom": "softmax"},
-    "spikingbrain-experts": {"opt": "no MLP in one module", "bloom": "takes more than its input"},
-    "uoe": {"opt": "no MLP in one module", "bloom": "takes more than its input"},
-}
-# Architectures whose attention is more than the softmax that a conversion is exact with.
-MORE = {"mixer": {"gemma2", "gemma3", "gptj"}}
-ANY = {"dense2moe", "spikingbrain-spikes", "uoe"}  # for models that predict the next token, and for others
-FOR_CAUSAL = [entry for entry in conversions() if entry.causal or entry.name in ANY]
+    "multi-level": {"bloom": "ALiBi", "gemma2": "different kinds|root of the width", "gemma3": "root of the width"},
+    "p-mod": {"bloom": "positions are routed"},
+    "peri-ln": {
+        "bloom": "adds the stream", "opt": "no MLP in one module", "granite": "multiplies",
+        **dict.fromkeys(("cohere", "gpt_neox", "gptj"), "side by side"),
+        **dict.fromkeys(("gemma2", "gemma3", "olmo2"), "has the norms"),
+    },
+    "rms-norms": {**_ONE_RMS, "bloom": "neither an embedding nor a block"},
+    "spikingbrain": _SOFTMAX,
+    "spikingbrain-experts": _MLP,
+    "symmetrize-attention": {**dict.fromkeys(_TURNED, "rotary positions"), "bloom": "adds the stream"},
+    "uoe": _MLP,
+}  # fmt: skip
+# Architectures whose attention, or activation, is more than what a conversion is exact with.
+MORE = {"mixer": {"gemma2", "gemma3", "gptj"}, "polycom": set(CAUSAL) - {"opt"}}
+OF_IMAGES = {"ia-red2", "sret"}  # all others are asked on models that predict the next token
+FOR_CAUSAL = [entry for entry in conversions() if entry.name not in OF_IMAGES]
 
 
 def converted(entry, name, settings=None, **options):

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 import transect
 from transect.anatomy import Anatomy
+from transect.checkpoint.config import history_of
 from transect.conversion.catalog.multi_level import Levels, v_cycle
 from transect.conversion.catalog.multi_level.maps import interpolated, resized
 from transect.data import load
@@ -148,7 +149,8 @@ def test_a_smaller_model_is_ordinary_and_grows_again_with_the_one_before(tmp_pat
     grown_alone = grown(small, width=2, depth=3)
     expected = interpolated(tiny("llama"), grown_alone, 0.25)
     assert furthest(back, expected) < 1e-6
-    methods = [entry["convert"]["method"] for entry in Anatomy(back).record.history]
+    history = history_of(vars(back.config), "") + Anatomy(back).record.history
+    methods = [entry["convert"]["method"] for entry in history]
     assert methods == ["multi-level", "multi-level"]
 
 

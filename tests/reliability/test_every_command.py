@@ -241,7 +241,9 @@ def test_mergings(entry, complete, command, tmp_path):
 
 
 # Conversions of other models than the one that these commands are tried on.
-CONVERTED_FROM_OTHERS: set[str] = {"sret"}
+CONVERTED_FROM_OTHERS = {
+    "first", "gamma-mod", "ia-red2", "merge-attention", "p-mod", "rms-norms", "sret", "symmetrize-attention",
+}  # fmt: skip
 
 # A command: its arguments, what it needs beside `VALUES`, and flags that do not go with the others.
 COMMANDS = {

@@ -149,24 +149,24 @@ def _kinds(anatomy: Anatomy, levels: Levels) -> dict[str, list[Any]]:
 
 
 def _check_stream(anatomy: Anatomy) -> None:
-    """TransectError where embeddings enter the stream multiplied by a root of the width: it is tried on one token."""
+    """TransectError where embeddings enter the stream multiplied by a root of the width: it is tried on two tokens.
+
+    Their difference counts, which positions that are added do not enter.
+    """
     block, seen = anatomy.blocks[0].module, []
     handle = block.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
     )
-    model, token = anatomy.model, 3
+    model = anatomy.model
     try:
         with torch.no_grad(), at_rest(model):
-            model(input_ids=torch.tensor([[token]], device=model.device), use_cache=False)
+            model(input_ids=torch.tensor([[3], [4]], device=model.device), use_cache=False)
     finally:
         handle.remove()
-    row = anatomy.embedding.weight[token].detach().float()  # type: ignore[index]
-    entered = seen[0].flatten().float()
-    if (
-        row.any()
-        and entered.shape == row.shape
-        and torch.allclose(entered, row * row.numel() ** 0.5, rtol=1e-2, atol=1e-6)
-    ):
+    first, second = anatomy.embedding.weight[3:5].detach().float()  # type: ignore[index, misc]
+    row, entered = first - second, (seen[0][0] - seen[0][1]).flatten().float()
+    rooted = row * row.numel() ** 0.5
+    if row.any() and entered.shape == row.shape and torch.allclose(entered, rooted, rtol=1e-2, atol=1e-4):
         raise TransectError(
             f"{anatomy.architecture.name} multiplies its embeddings by the root of the width, which another width "
             "changes: leave the width (width=1)"
@@ -248,7 +248,7 @@ def resized(anatomy: Anatomy, levels: Levels) -> Any:
     _ends(anatomy, target, levels, put, written)
     left = [name for name, p in new.named_parameters() if id(p) not in written]
     old = dict(model.named_parameters())
-    for name in left:  # what no width and no block is in
+    for name in left:  # what no map of widths has reached
         _, dot, inner = name.partition(f"{target._prefix}{target.architecture.blocks}.")
         if dot or inner or name not in old or new.get_parameter(name).shape != old[name].shape:
             raise TransectError(f"no map is known for {name} of a {type(model).__name__}")
