@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerFast
 import transect
 import transect.anatomy.architecture as architecture
 from tests.models import VOCABULARY, tiny
+from tests.test_conversions import SMALL
 from tests.test_every_method import KEEPS, QUICK
 from transect.anatomy import architecture_of
 from transect.cli import main, main_group
@@ -34,7 +35,7 @@ from transect.probes import probes
 SEED = 3  # of the run; of a method that has a `seed` of its own, another
 # What takes long at its defaults, made short where every option is given.
 SHORT = {
-    **QUICK, "depth-efficiency": {"prompts": 2, "length": 16, "steps": 2, "cuts": 1},
+    **SMALL, **QUICK, "depth-efficiency": {"prompts": 2, "length": 16, "steps": 2, "cuts": 1},
     "fusegpt": {"epochs": 1, "rank": 4}, "causal-trace": {"samples": 2, "facts": 2},
     "rome": {"steps": 2, "rounds": 1, "contexts": 1}, "memit": {"steps": 2, "contexts": 1},
     "ilp": {"trials": 2}, "monarch": {"blocks": 3}, "constrained-ft": {"steps": 2},
@@ -241,9 +242,7 @@ def test_mergings(entry, complete, command, tmp_path):
 
 
 # Conversions of other models than the one that these commands are tried on.
-CONVERTED_FROM_OTHERS = {
-    "first", "gamma-mod", "ia-red2", "merge-attention", "p-mod", "rms-norms", "sret", "symmetrize-attention",
-}  # fmt: skip
+CONVERTED_FROM_OTHERS = {"ia-red2", "rms-norms", "sret", "symmetrize-attention"}
 
 # A command: its arguments, what it needs beside `VALUES`, and flags that do not go with the others.
 COMMANDS = {

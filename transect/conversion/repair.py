@@ -49,9 +49,9 @@ def repair(
     for number, stage in enumerate(stages):
         schedule = _schedule_of(stage, run.schedule, len(training))
         finished = run.state.read(f"stage-{number:02d}")
-        trained = dict(anatomy.model.named_parameters())
         with _during(anatomy, stage, training):
             if finished is not None:
+                trained = dict(anatomy.model.named_parameters())
                 with torch.no_grad():
                     for name, tensor in finished[0].items():
                         trained[name].copy_(tensor)
@@ -60,9 +60,9 @@ def repair(
             with trainable(anatomy, stage, schedule.seed) as (parameters, changed):
                 problem = _problem(anatomy, teacher, stage, parameters, ours, judging, machine, schedule, tokens)
                 courses.append(train(problem, replace(run, schedule=schedule), {"stage": number}))
-        if run.state.keeps and number + 1 < len(stages):
-            trained = dict(anatomy.model.named_parameters())
-            run.state.write(f"stage-{number:02d}", {name: trained[name] for name in changed}, asdict(courses[-1]))
+            if run.state.keeps and number + 1 < len(stages):  # low-rank updates are merged by now
+                trained = dict(anatomy.model.named_parameters())
+                run.state.write(f"stage-{number:02d}", {name: trained[name] for name in changed}, asdict(courses[-1]))
     return courses
 
 
