@@ -46,7 +46,7 @@ def _stages(**settings: Any) -> list[Stage]:
 @conversion(
     "algoformer",
     paper="arXiv:2402.13572",
-    group="shared blocks",
+    group="loops and shared blocks",
     exact="gone through once, it is the model as it was",
     check=_check,
     stages=_stages,

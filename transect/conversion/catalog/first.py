@@ -98,7 +98,7 @@ def _stages(penalty: float, skip: float, thresholds: str, rank: int, **_: Any) -
 @conversion(
     "first",
     paper="arXiv:2410.12513",
-    group="depth",
+    group="routed depth and tokens",
     exact="before its routers are trained nothing is skipped: it is the model as it was",
     check=_check,
     stages=_stages,

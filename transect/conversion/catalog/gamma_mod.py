@@ -38,7 +38,7 @@ def _stages(routable: int, weight: float, **_: Any) -> list[Stage]:
 @conversion(
     "gamma-mod",
     paper="arXiv:2410.13859",
-    group="depth",
+    group="routed depth and tokens",
     exact="with skip=0 and start=100 it is the model as it was, before the training",
     check=_check,
     stages=_stages,

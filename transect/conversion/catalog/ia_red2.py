@@ -113,7 +113,7 @@ def _check(anatomy: Anatomy, groups: int, threshold: float, penalty: float) -> N
 @conversion(
     "ia-red2",
     paper="arXiv:2106.12620",
-    group="fewer positions",
+    group="routed depth and tokens",
     exact="with a threshold of 0, at which every patch stays, it is the model as it was",
     check=_check,
     stages=_stages,

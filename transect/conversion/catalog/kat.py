@@ -72,7 +72,7 @@ def _check(anatomy: Anatomy, groups: int, layers: str) -> None:
 @conversion(
     "kat",
     paper="arXiv:2409.10594",
-    group="activations",
+    group="rewrites and starts",
     exact="nothing; where the function of the MLP is followed exactly it is the model as it was",
     check=_check,
     stages=(Stage("kat", train="full", lr=1e-4),),

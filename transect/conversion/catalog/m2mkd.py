@@ -208,7 +208,7 @@ def _check(anatomy: Anatomy, modules: int, width: int, experts: int, chosen: int
 @conversion(
     "m2mkd",
     paper="arXiv:2402.16918",
-    group="another model",
+    group="experts",
     exact="nothing: the student begins with random numbers, and what it knows comes from the training",
     check=_check,
     stages=_stages,

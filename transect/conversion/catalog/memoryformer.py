@@ -41,7 +41,7 @@ def _check(anatomy: Anatomy, bits: int, roles: str, layers: str, **_: Any) -> No
 @conversion(
     "memoryformer",
     paper="arXiv:2411.12992",
-    group="tables",
+    group="rewrites and starts",
     exact="nothing",
     check=_check,
     stages=(Stage("memoryformer", train="full", lr=3e-4, lowers="distill"),),

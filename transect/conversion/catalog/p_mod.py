@@ -54,7 +54,7 @@ def _stages(targets: int, **_: Any) -> list[Stage]:
 @conversion(
     "p-mod",
     paper="arXiv:2412.04449",
-    group="depth",
+    group="routed depth and tokens",
     exact="with decay=constant and mean=1 it is the model as it was, before the training",
     check=_check,
     stages=_stages,

@@ -21,7 +21,7 @@ def _check(anatomy: Anatomy) -> None:
 @conversion(
     "peri-ln",
     paper="arXiv:2502.02732",
-    group="norms",
+    group="rewrites and starts",
     exact="nothing; were what a sublayer adds of one size for all tokens, it would be the model as it was",
     check=_check,
     stages=(Stage("peri-ln", train="full", lr=1e-4),),

@@ -57,7 +57,7 @@ def _check(anatomy: Anatomy, layers: str, **_: Any) -> None:
 @conversion(
     "polycom",
     paper="arXiv:2411.03884",
-    group="activations",
+    group="rewrites and starts",
     exact="a model whose function is ReLU is what it was, with PolyReLU",
     check=_check,
     stages=(Stage("polycom", train="full", lr=1e-4),),

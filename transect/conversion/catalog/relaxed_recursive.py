@@ -122,7 +122,7 @@ def _stages(**settings: Any) -> list[Stage]:
 @conversion(
     "relaxed-recursive",
     paper="arXiv:2410.20672",
-    group="shared blocks",
+    group="loops and shared blocks",
     exact="with a rank of all a matrix has, and norms of each place's own, it is the model as it was",
     check=_check,
     stages=_stages,

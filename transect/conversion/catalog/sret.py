@@ -58,7 +58,7 @@ def recursive(
 @conversion(
     "sret",
     paper="arXiv:2111.05297",
-    group="shared blocks",
+    group="loops and shared blocks",
     exact="with one slice it is the model as it was, whose further turns are yet to be learned",
     check=_check,
     stages=(Stage("sret", train="full", lr=1e-4, lowers="distill"),),

@@ -25,7 +25,7 @@ def _check(anatomy: Anatomy, side: int, top: int, layers: str, **_: Any) -> None
 @conversion(
     "ultramem-v2",
     paper="arXiv:2508.18756",
-    group="memory",
+    group="rewrites and starts",
     exact="it is the model as it was",
     check=_check,
     stages=(Stage("ultramem-v2", train="new", new=rf"\.{AROUND}\.part\.", lr=1e-3),),

@@ -40,7 +40,7 @@ def _stages(widths: str, way: str, odds: str) -> list[Stage]:
 @conversion(
     "matformer",
     paper="arXiv:2310.07707",
-    group="nested models",
+    group="nested and elastic models",
     exact="neurons only change places, so that it is the model as it was",
     check=_check,
     stages=_stages,

@@ -57,7 +57,7 @@ def _check(anatomy: Anatomy, **settings: Any) -> None:
 @conversion(
     "matformer-cut",
     paper="arXiv:2310.07707",
-    group="nested models",
+    group="nested and elastic models",
     exact="it is what the nested model computes with its first neurons, and with all of them the model as it was",
     check=_check,
     causal=False,

@@ -34,7 +34,7 @@ def _stages(direction: str, **_: Any) -> list[Stage]:
 @conversion(
     "multi-level",
     paper="arXiv:2404.07999",
-    group="nested models",
+    group="nested and elastic models",
     exact="grown in width alone it computes what the smaller model did, and shrinking undoes growing",
     check=_check,
     stages=_stages,
