@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,6 +40,17 @@ def print_notes() -> None:
     logger = logging.getLogger("transect")
     logger.setLevel(logging.INFO)
     logger.handlers = [one for one in logger.handlers if not isinstance(one, _Notes)] + [_Notes()]
+
+
+def checks_printed(quiet: bool) -> Callable[[Any], None]:
+    """What prints each check of a training (see `transect.training.Check`) on standard error, or nothing if quiet."""
+
+    def say(check: Any) -> None:
+        if not quiet:
+            held_out = "" if math.isnan(check.held_out) else f"   held-out {check.held_out:.4f}"
+            stderr.print(f"{check.name}: step {check.step}/{check.steps}   loss {check.loss:.4f}{held_out}")
+
+    return say
 
 
 @contextmanager

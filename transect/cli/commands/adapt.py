@@ -11,7 +11,7 @@ import click
 from ..group import main_group
 from ..method_options import AdapterCommand, method_settings
 from ..options import Place, device_name, shared_options, split
-from ..printing import print_whole, progress_bar, stderr
+from ..printing import checks_printed, print_whole, progress_bar
 
 
 @main_group.command(cls=AdapterCommand)
@@ -53,7 +53,7 @@ def adapt(context: click.Context, model: str, method: str, out: Path, as_json: b
     from ...checkpoint import check_output, open_model
     from ...goals import objective_named
     from ...store import alone
-    from ...training import Check, Machine, layer_rates_named, optimizer_named, penalty_named
+    from ...training import Machine, layer_rates_named, optimizer_named, penalty_named
     from ...verbs import adapt as adapt_model
 
     way_named(method)
@@ -68,17 +68,10 @@ def adapt(context: click.Context, model: str, method: str, out: Path, as_json: b
     check_output(out, options["overwrite"])
     revision, loading = options.pop("revision"), {name: options.pop(name) for name in ("dtype", "architecture")}
     main = Machine(options["device"]).is_main
+    says = checks_printed(as_json or not main)
     with alone(out), progress_bar(as_json or not main) as (_, show):
-
-        def say(check: Check) -> None:
-            if main and not as_json:
-                stderr.print(
-                    f"{check.name}: step {check.step}/{check.steps}   loss {check.loss:.4f}   "
-                    f"held-out {check.held_out:.4f}"
-                )
-
         opened = open_model(model, revision=revision, **loading)
-        adapted = adapt_model(opened, method, out=out, settings=settings, progress=show, on_check=say, **options)
+        adapted = adapt_model(opened, method, out=out, settings=settings, progress=show, on_check=says, **options)
     if not main:
         return
     outcome = adapted.outcome

@@ -11,7 +11,7 @@ import click
 from ..group import main_group
 from ..method_options import ConversionCommand, method_settings
 from ..options import Place, device_name, shared_options, whole_numbers
-from ..printing import print_whole, progress_bar, stderr
+from ..printing import checks_printed, print_whole, progress_bar
 
 
 @main_group.command(cls=ConversionCommand)
@@ -51,7 +51,7 @@ def convert(context: click.Context, model: str, method: str, out: Path, as_json:
     from ...conversion import conversion_named
     from ...report.conversion import lines_of
     from ...store import alone
-    from ...training import Check, Machine
+    from ...training import Machine
     from ...verbs import convert as convert_model
 
     chosen = conversion_named(method)
@@ -61,17 +61,10 @@ def convert(context: click.Context, model: str, method: str, out: Path, as_json:
     check_output(out, options["overwrite"])
     revision, loading = options.pop("revision"), {name: options.pop(name) for name in ("dtype", "architecture")}
     main = Machine(options["device"]).is_main
+    says = checks_printed(as_json or not main)
     with alone(out), progress_bar(as_json or not main) as (_, show):
-
-        def say(check: Check) -> None:
-            if main and not as_json:
-                stderr.print(
-                    f"{check.name}: step {check.step}/{check.steps}   loss {check.loss:.4f}   "
-                    f"held-out {check.held_out:.4f}"
-                )
-
         opened = open_model(model, revision=revision, **loading)
-        converted = convert_model(opened, method, out=out, settings=settings, progress=show, on_check=say, **options)
+        converted = convert_model(opened, method, out=out, settings=settings, progress=show, on_check=says, **options)
     if not main:
         return
     if as_json:

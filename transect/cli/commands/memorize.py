@@ -10,7 +10,7 @@ import click
 
 from ..group import main_group
 from ..options import Place, shared_options
-from ..printing import print_whole, progress_bar, stderr
+from ..printing import checks_printed, print_whole, progress_bar
 
 
 @main_group.command()
@@ -39,19 +39,14 @@ def memorize(model: str, data: str, out: Path, as_json: bool, **options: Any) ->
     from ...anatomy import record_of
     from ...checkpoint import check_output, open_model
     from ...store import alone
-    from ...training import Check
     from ...verbs import memorize as memorize_model
 
     check_output(out, options["overwrite"])
     loading = {name: options.pop(name) for name in ("revision", "dtype", "architecture")}
+    says = checks_printed(as_json)
     with alone(out), progress_bar(as_json) as (_, show):
-
-        def say(check: Check) -> None:
-            if not as_json:
-                stderr.print(f"step {check.step}/{check.steps}   loss {check.loss:.4f}   held-out {check.held_out:.4f}")
-
         opened = open_model(model, **loading)
-        made = memorize_model(opened, data, out=out, progress=show, on_check=say, **options)
+        made = memorize_model(opened, data, out=out, progress=show, on_check=says, **options)
     outcome = record_of(made).history[-1]
     if as_json:
         click.echo(json.dumps({"out": str(out), **outcome}))

@@ -10,7 +10,7 @@ import click
 
 from ..group import main_group
 from ..options import Place, device_name, shared_options, split
-from ..printing import print_whole, progress_bar, stderr
+from ..printing import checks_printed, print_whole, progress_bar
 
 
 @main_group.command()
@@ -48,22 +48,15 @@ def prefer(model: str, out: Path, as_json: bool, **options: Any) -> None:
     """
     from ...checkpoint import check_output, open_model
     from ...store import alone
-    from ...training import Check, Machine
+    from ...training import Machine
     from ...verbs import prefer as prefer_model
 
     check_output(out, options["overwrite"])
     loading = {name: options.pop(name) for name in ("revision", "dtype", "architecture")}
     main = Machine(options["device"]).is_main
+    says = checks_printed(as_json or not main)
     with alone(out), progress_bar(as_json or not main) as (_, show):
-
-        def say(check: Check) -> None:
-            if main and not as_json:
-                stderr.print(
-                    f"{check.name}: step {check.step}/{check.steps}   loss {check.loss:.4f}   "
-                    f"held-out {check.held_out:.4f}"
-                )
-
-        reward = prefer_model(open_model(model, **loading), out=out, progress=show, on_check=say, **options)
+        reward = prefer_model(open_model(model, **loading), out=out, progress=show, on_check=says, **options)
     if not main:
         return
     if as_json:

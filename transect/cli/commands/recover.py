@@ -10,7 +10,7 @@ import click
 
 from ..group import main_group
 from ..options import Place, device_name, shared_options
-from ..printing import print_whole, progress_bar, stderr
+from ..printing import checks_printed, print_whole, progress_bar
 
 
 @main_group.command()
@@ -47,7 +47,7 @@ def recover(model: str, data: str, out: Path, teacher: str | None, as_json: bool
     """
     from ...anatomy import record_of
     from ...checkpoint import check_output, open_model
-    from ...recovery import Check, Machine
+    from ...recovery import Machine
     from ...store import alone
     from ...verbs import recover as recover_model
 
@@ -55,19 +55,12 @@ def recover(model: str, data: str, out: Path, teacher: str | None, as_json: bool
     revision, loading = options.pop("revision"), {name: options.pop(name) for name in ("dtype", "architecture")}
     main = Machine(options["device"]).is_main
 
+    says = checks_printed(as_json or not main)
     with alone(out), progress_bar(as_json or not main) as (_, show):
-
-        def say(check: Check) -> None:
-            if main and not as_json:
-                stderr.print(
-                    f"{check.name}: step {check.step}/{check.steps}   loss {check.loss:.4f}   "
-                    f"held-out {check.held_out:.4f}"
-                )
-
         opened = open_model(model, revision=revision, **loading)
         dense = None if teacher is None else open_model(teacher, **loading)
         recovered = recover_model(
-            opened, data, teacher=dense, out=out, progress=show, on_check=say, **options
+            opened, data, teacher=dense, out=out, progress=show, on_check=says, **options
         )  # fmt: skip
     if not main:
         return

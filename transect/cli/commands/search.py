@@ -11,7 +11,7 @@ import click
 from ..group import main_group
 from ..method_options import SearchCommand, method_settings
 from ..options import Place, device_name, shared_options, whole_numbers
-from ..printing import print_whole, progress_bar, stderr
+from ..printing import checks_printed, print_whole, progress_bar
 
 
 @main_group.command(cls=SearchCommand)
@@ -53,7 +53,7 @@ def search(context: click.Context, model: str, method: str, out: Path, as_json: 
     from ...checkpoint import check_output, open_model
     from ...sizing import searcher
     from ...store import alone
-    from ...training import Check, Machine
+    from ...training import Machine
     from ...verbs import search as search_model
 
     searcher(method)
@@ -62,14 +62,10 @@ def search(context: click.Context, model: str, method: str, out: Path, as_json: 
     revision, loading = options.pop("revision"), {name: options.pop(name) for name in ("dtype", "architecture")}
     data = options.pop("data")
     main = Machine(options["device"]).is_main
+    says = checks_printed(as_json or not main)
     with alone(out), progress_bar(as_json or not main) as (_, show):
-
-        def say(check: Check) -> None:
-            if main and not as_json:
-                stderr.print(f"{check.name}: step {check.step}/{check.steps}   loss {check.loss:.4f}")
-
         opened = open_model(model, revision=revision, **loading)
-        found = search_model(opened, data, method, out=out, settings=settings, progress=show, on_check=say, **options)
+        found = search_model(opened, data, method, out=out, settings=settings, progress=show, on_check=says, **options)
     if not main:
         return
     outcome = found.outcome
