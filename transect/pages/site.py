@@ -6,12 +6,13 @@ import inspect
 import json
 import re
 from collections.abc import Sequence
-from pathlib import Path
+from importlib.resources import files
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, select_autoescape
 from markupsafe import Markup, escape
 
+from .. import pages, report
 from ..claims import claims
 from ..claims.records import Record
 from ..store import Folder, write_text
@@ -30,7 +31,11 @@ def write_site(folder: Folder, records: Sequence[Record]) -> list[str]:
     by_purpose = {purpose: [page for page in pages if page["purpose"] == purpose] for purpose in PURPOSES.values()}
     groups = {purpose: members for purpose, members in by_purpose.items() if members}
     searched = [{"file": p["file"], "words": f"{p['name']} {p['paper']} {p['summary']}".lower()} for p in pages]
-    common = {"version": __version__, "style": Markup(_source("style.css")), "script": Markup(_source("site.js"))}
+    common = {
+        "version": __version__,
+        "style": Markup(_source("base.css", of=report) + _source("style.css")),
+        "script": Markup(_source("site.js")),
+    }
     written = []
     for page in pages:
         neighbours = [one for one in groups[page["purpose"]] if one is not page]
@@ -49,8 +54,8 @@ def _marked(text: str) -> Markup:
     return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
-def _source(name: str) -> str:
-    return (Path(__file__).parent / "templates" / name).read_text(encoding="utf-8")
+def _source(name: str, of: Any = pages) -> str:
+    return (files(of) / "templates" / name).read_text(encoding="utf-8")
 
 
 def _page(entry: Any, records: Sequence[Record]) -> dict[str, Any]:
