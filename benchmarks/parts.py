@@ -36,8 +36,8 @@ def seconds(run: Callable[[], object], times: int) -> float:
 
 
 def made(entry: PartEntry, width: int, neurons: int, length: int) -> Any:
-    """The part in these sizes, with heads of 64 (or the whole width)."""
-    heads = max(1, width // 64)
+    """The part in these sizes, with heads of 64 (or of half the width)."""
+    heads = max(2, width // 64)
     sizes = dict(
         width=width, heads=heads, key_value_heads=heads, head_size=width // heads, neurons=neurons, length=length,
         causal=True, layer=0, layers=2, eps=1e-6,
@@ -131,13 +131,13 @@ def mlps(width: int, positions: int, times: int) -> list[list[Any]]:
     wanted, rows, reference = 0, [], (1.0, 1.0, 1)
     x = torch.randn(1, positions, width)
     for entry in entries:
-        neurons = 8 * width // 3 // 8 * 8
+        neurons = 8 * width // 3 // 16 * 16  # in steps that experts can share out
         part = made(entry, width, neurons, positions)
         count = sum(p.numel() for p in part.parameters())
         wanted = wanted or count
-        slope = (sum(p.numel() for p in made(entry, width, neurons + 8, positions).parameters()) - count) / 8
+        slope = (sum(p.numel() for p in made(entry, width, neurons + 16, positions).parameters()) - count) / 16
         if slope:
-            neurons = max(8, round((neurons + (wanted - count) / slope) / 8) * 8)
+            neurons = max(16, round((neurons + (wanted - count) / slope) / 16) * 16)
             part = made(entry, width, neurons, positions)
         with torch.no_grad():
             forward = seconds(lambda part=part: part(x), times)

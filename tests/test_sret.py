@@ -103,7 +103,7 @@ def test_scores_cost_as_many_times_less_as_there_are_slices():
 def test_weights_of_one_are_the_block_and_of_zero_nothing():
     torch.manual_seed(0)
     first, second, attention, mlp = (torch.nn.Linear(WIDTH, WIDTH).double() for _ in range(4))
-    inside = Inside(lambda x: x, attention, mlp, [first, second], lambda: None)
+    inside = Inside(lambda x: x, attention, mlp, [first, second], lambda: None, lambda x, real: x)
     part, x = SReT(WIDTH).double(), stream()
     between = x + attention(first(x))
     block = between + mlp(second(between))

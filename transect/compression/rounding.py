@@ -16,7 +16,7 @@ from ..errors import OutOfReach
 from ..operators import LowRank, Operator
 from ..operators.grouped_integer import GroupedInteger, grouped_integer_bytes
 from ..operators.monarch import Monarch
-from ..operators.quantized import Quantized, laid_out
+from ..operators.quantized import Quantized, wide_side_last
 from ..operators.scattered import Leading, ScatteredRows
 from ..statistics import InputCovariance, Statistics, key_of
 from .frame import put
@@ -77,7 +77,7 @@ def _round_operator(operator: Operator, matrix: Matrix, rounding: Rounding, seen
     factors = {}
     for name, parameter in operator.named_parameters():
         if parameter.dim() > 1:
-            factor = laid_out(parameter.detach())
+            factor = wide_side_last(parameter.detach())
             reads = (
                 name in _READS and seen is not None and factor.shape == parameter.shape and len(seen) == factor.shape[1]
             )

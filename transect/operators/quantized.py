@@ -18,8 +18,8 @@ class Quantized(Operator):
     """y = f(x), f an operator (low rank, dictionary ...) of which some factors are `GroupedInteger`s.
 
     inner: f; the factors that are integers are empty in it. factors: of f's parameters, by name. One of more than two
-    dimensions is a matrix of its last one; one with more rows than columns is stored transposed (`laid_out`), so that
-    groups lie along the longer side. The factors are made anew in every call.
+    dimensions is a matrix of its last one; one with more rows than columns is stored transposed (`wide_side_last`), so
+    that groups lie along the longer side. The factors are made anew in every call.
     """
 
     kind = "quantized"
@@ -29,7 +29,7 @@ class Quantized(Operator):
         self._described, self._flops = inner.describe(), inner.flops
         self._shapes = {name: inner.get_parameter(name).shape for name in factors}
         for name, stored in factors.items():
-            like = laid_out(inner.get_parameter(name))
+            like = wide_side_last(inner.get_parameter(name))
             if like.shape != (stored.out_features, stored.in_features):
                 raise ValueError(f"the factor {name} is {tuple(like.shape)}, not what {stored.describe()} stores")
             module, _, last = name.rpartition(".")
@@ -113,7 +113,7 @@ def _key(name: str) -> str:
     return name.replace(".", "/")  # the name of a module has no dot
 
 
-def laid_out(factor: Tensor) -> Tensor:
+def wide_side_last(factor: Tensor) -> Tensor:
     """A factor as the matrix that is stored of it: its groups lie along the longer side."""
     matrix = factor.reshape(-1, factor.shape[-1])
     return matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T

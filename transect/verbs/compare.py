@@ -116,8 +116,8 @@ def compare(
             return StreamedModel(path, architecture=architecture, dtype=dtype, device=device)
 
         source = open_source()
-        beside = tokenizer_of(source.model) if tokenizer is None else tokenizer
-        opened, anatomy = Opened(source.model, beside, beside, str(model), path), source.anatomy
+        found = tokenizer_of(source.model) if tokenizer is None else tokenizer
+        opened, anatomy = Opened(source.model, found, found, str(model), path), source.anatomy
         weights = computation = source.fingerprint
     else:
         loading = {"revision": revision, "architecture": architecture, "dtype": dtype, "device": device}

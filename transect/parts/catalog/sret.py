@@ -25,6 +25,7 @@ class Sliced(Softmax):
     shuffle: whether positions are permuted before they are sliced: `none`, `fixed` (one permutation for each block and
         number of positions, so that evaluation repeats itself; ours), or `random`, drawn anew in every call, also in
         evaluation, as the authors' code does.
+    bias: of the four matrices.
     """
 
     kind = "mixer.sliced"
