@@ -177,6 +177,8 @@ def test_a_converted_model_is_not_converted_again_by_the_same_way():
         ({"alpha": 0.5, "beta": 0.2}, "alpha \\+ beta should be 1"), ({"layers": "1-9"}, "blocks 0 to 2"),
         ({"layers": "a"}, "written like 0-5,7"), ({"keep_every": 1}, "no block is converted"),
         ({"method": "mixer", "mixer": "pooling"}, "has no k, o, q, v"), ({"window": 0}, "window=0 must be"),
+        ({"train": "new", "data": DATA}, "does not train what it adds by itself"),
+        ({"method": "fold-norms", "data": DATA, "steps": 2}, "prescribes no training: leave steps out"),
         ({"lr": -1.0}, "lr should be a number above 0"), ({"steps": -1}, "steps should be a whole number"),
     ],
 )  # fmt: skip
@@ -206,6 +208,17 @@ def test_what_comes_out_is_compressed_and_inspected_as_any_other(tmp_path):
             logits(AutoModelForCausalLM.from_pretrained(tmp_path / name), {"input_ids": DATA}),
             logits(model, {"input_ids": DATA}),
         )
+
+
+def test_what_a_user_trains_is_what_is_trained():
+    """`train` in place of what the paper prescribes: new numbers alone, all of the blocks, or low-rank updates."""
+    plain = dict(tiny("llama").named_parameters())
+    for train in ("new", "full", "lora"):
+        given = dict(train=train, steps=2, epochs=2, batch_size=4, lr=1e-2, held_out=0.25, every=1)
+        model = transect.convert(tiny("llama"), "ultramem-v2", DATA, **given, **SMALL["ultramem-v2"]).model
+        changed = {name for name, p in model.named_parameters() if name in plain and not torch.equal(p, plain[name])}
+        assert bool(changed) == (train != "new"), train
+        assert train != "lora" or all(name.endswith("proj.weight") for name in changed)
 
 
 def test_training_mends_and_the_table_says_what_it_costs():

@@ -79,9 +79,15 @@ class Plan:
         """The training, with what the user changed of it."""
         if self.steps == 0:
             return []
-        changed: dict[str, Any] = {} if self.train is None else {"train": self.train, "new": "", "roles": None}
-        changed |= {} if self.lowers is None else {"lowers": self.lowers, "loss": None, "teacher": False}
-        stages = [replace(stage, **changed) for stage in self.conversion.training(dict(self.settings))]
+        stages = self.conversion.training(dict(self.settings))
+        if self.train == "new" and not all(stage.new for stage in stages):
+            raise TransectError(f"{self.method} does not train what it adds by itself: choose train='full' or 'lora'")
+        changed: dict[str, Any] = {} if self.train is None else {"train": self.train, "roles": None}
+        changed |= {} if self.train in (None, "new") else {"new": ""}
+        changed |= {} if self.lowers is None else {
+            "lowers": self.lowers, "loss": None, "judged": None, "teacher": False,
+        }  # fmt: skip
+        stages = [replace(stage, **changed) for stage in stages]
         if any(stage.within is not None and stage.train == "lora" for stage in stages):
             raise TransectError(f"{self.method} trains slices of the matrices, which low-rank updates do not have")
         return stages
@@ -124,9 +130,12 @@ def convert_anatomy(
         raise TransectError(f"{chosen.name} is for models that predict the next token, and this is none")
     anatomy.check_finite()
     chosen.check(anatomy, **plan.settings)
+    if lengths and not causal:
+        raise TransectError("lengths are of prompts, which this model does not go on with: leave them out")
     stages = plan.stages if data is not None else []
     if plan.steps and not stages:
-        raise TransectError(f"{chosen.name} prescribes no training" if data is not None else "training needs data=")
+        untrained = f"{chosen.name} prescribes no training: leave steps out"
+        raise TransectError("training needs data=" if data is None else untrained)
     training, held_out = (None, None) if data is None else split(data, plan.held_out, plan.batch_size, plan.seed)
     machine, state = machine or Machine(), state or State(None)
     noted = {
@@ -147,7 +156,7 @@ def convert_anatomy(
             with at_rest(one):
                 held.append(held_out_loss(one, share(held_out, machine.index, machine.count), machine))
 
-    quality = [[asdict(one) for one in quality_of(model, lengths)]] if lengths and causal else []
+    quality = [[asdict(one) for one in quality_of(model, lengths)]] if lengths else []
     with on_device(machine, [one for one in (model, teacher) if one is not None]):
         measure(model)
         with all_or_nothing(model), at_rest(model):

@@ -12,9 +12,9 @@ from transformers.pytorch_utils import Conv1D
 
 from ...anatomy import MLP, Anatomy, Matrix
 from ...errors import TransectError
-from ...forward import Batch, real_positions, watch
+from ...forward import Batch, backpropagate, real_positions, summed_loss, watch
 from ...parts.experts import ExpertsPart, neurons_by_groups
-from ...training import distance_from, own_loss
+from ...training import distance_from
 from ..experts import put_experts, trained_mlp
 from ..layers import layers_of
 from ..registry import Calibration, Range, conversion
@@ -42,7 +42,7 @@ def neuron_importance(anatomy: Anatomy, layers: Sequence[int], batches: Iterable
             parameter.grad = None
         for batch in batches:
             with torch.enable_grad():
-                own_loss(model, batch)[0].backward()
+                backpropagate(model, batch, summed_loss)
         return {number: _of_neurons(found) for number, found in matrices.items()}
     finally:
         for parameter, flag, gradient in before:
