@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Any
 
+import numpy as np
 import torch
+from scipy.optimize import least_squares
 from torch import Tensor
 
 from ...anatomy import Anatomy
@@ -22,42 +23,32 @@ from ..stage import Stage
 INTERVAL, POINTS, TAIL = 3.0, 512, 0.1  # of the paper's fit; of ours, and the weight of those between the extremes
 
 
-@torch.enable_grad()
-def fit_rational(x: Tensor, y: Tensor, weight: Tensor, *, steps: int = 40) -> tuple[Tensor, Tensor]:
+def fit_rational(x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """a (6) and b (4), not negative, with which P(x) / (1 + Σ b_j |x|^j) is nearest to y; x, y, weight: (n), float64.
 
-    For given b the best a is a linear least squares fit; over log b the rest of it is lowered by L-BFGS. It is the
-    form that is evaluated, on x as a share of its largest.
+    For given b the best a is a linear least squares fit; over log b the rest of it is lowered by SciPy's least squares,
+    from two starts. It is the form that is evaluated, on x as a share of its largest.
     """
     scale = float(x.abs().max().clamp_min(1e-6))
-    u, root = x / scale, weight.sqrt()
-    above = torch.stack([u**i for i in range(NUMERATOR)], dim=1)
-    below = torch.stack([u.abs() ** j for j in range(1, DENOMINATOR + 1)], dim=1)
-    best: tuple[float, Tensor, Tensor] | None = None
-    published = torch.tensor(COEFFICIENTS["swish"][1], dtype=x.dtype).abs() * scale ** torch.arange(1, DENOMINATOR + 1)
-    for start in (published.log().clamp_min(-20), torch.zeros_like(published)):  # of log b
-        logs = start.clone().requires_grad_()
-        optimizer = torch.optim.LBFGS([logs], max_iter=steps, line_search_fn="strong_wolfe", tolerance_change=1e-14)
+    u, root = (x / scale).numpy(), weight.sqrt().numpy()
+    wanted = root * y.numpy()
+    above = np.stack([u**i for i in range(NUMERATOR)], axis=1) * root[:, None]
+    below = np.stack([np.abs(u) ** j for j in range(1, DENOMINATOR + 1)], axis=1)
 
-        def numerator(logs: Tensor = logs) -> tuple[Tensor, Tensor]:
-            columns = above / (1 + below @ logs.clamp(-20, 20).exp())[:, None] * root[:, None]
-            q, r = torch.linalg.qr(columns)
-            a = torch.linalg.solve_triangular(r, (q.mT @ (root * y))[:, None], upper=True)[:, 0]
-            return a, (columns @ a - root * y).square().mean()
+    def fitted(logs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The best a, and what it leaves."""
+        columns = above / (1 + below @ np.exp(logs))[:, None]
+        a = np.linalg.lstsq(columns, wanted)[0]
+        return a, columns @ a - wanted
 
-        def closure(logs: Tensor = logs, optimizer: Any = optimizer, numerator: Any = numerator) -> Tensor:
-            optimizer.zero_grad()
-            loss = numerator()[1]
-            loss.backward()
-            return loss
-
-        optimizer.step(closure)
-        a, loss = (one.detach() for one in numerator())
-        if math.isfinite(float(loss)) and (best is None or float(loss) < best[0]):
-            best = float(loss), a, logs.detach().clamp(-20, 20).exp()
-    assert best is not None
+    published = np.abs(np.array(COEFFICIENTS["swish"][1])) * scale ** np.arange(1, DENOMINATOR + 1)
+    starts = (np.log(published.clip(2e-9)).clip(-20, 20), np.zeros(DENOMINATOR))
+    bounds, tight = (-20.5, 20.5), dict.fromkeys(("ftol", "xtol", "gtol"), 1e-14)
+    tried = [least_squares(lambda logs: fitted(logs)[1], start, bounds=bounds, **tight) for start in starts]
+    logs = min(tried, key=lambda one: one.cost).x
     powers = scale ** -torch.arange(NUMERATOR, dtype=x.dtype)
-    return best[1] * powers, best[2] * powers[1 : DENOMINATOR + 1]
+    a, b = torch.from_numpy(fitted(logs)[0]), torch.from_numpy(np.exp(logs))
+    return a * powers, b * powers[1 : DENOMINATOR + 1]
 
 
 def _check(anatomy: Anatomy, groups: int, layers: str) -> None:
