@@ -18,11 +18,38 @@ class Bank(nn.Module):
         self.weight = weight if isinstance(weight, nn.Parameter) else parameter_of(weight)
 
 
-class Shared(Operator):
-    """An operator that uses a bank which operators of other layers use too.
+class SharesBank:
+    """Something that uses a bank which others like it use too.
 
     One of them owns it: there it is a submodule, so that it is saved, moved and trained once. The others hold a plain
     reference. A checkpoint names the owner (`owns_bank` in the description), and loading links the others to it.
+    bank_group names the bank within the model.
+    """
+
+    bank_group: str
+    owns_bank: bool
+    bank: Any
+
+    def use_bank(self, bank: Any) -> None:
+        """Refer to a bank that another one owns."""
+        self.__dict__["bank"] = bank  # not a submodule: it is stored with its owner alone
+
+    def adopt_bank(self, bank: Any) -> None:
+        """Become the owner."""
+        self.__dict__.pop("bank", None)
+        self.owns_bank = True
+        self.bank = bank
+
+    def disown_bank(self) -> None:
+        """Refer to the bank from now on, because another one owns it."""
+        bank = self.bank
+        del self.bank
+        self.owns_bank = False
+        self.use_bank(bank)
+
+
+class Shared(SharesBank, Operator):
+    """An operator that uses a bank which operators of other layers use too.
 
     group: names the bank within the model. bank: None until it is linked (when built from a description).
     A subclass reads `self.bank.weight`, and puts `group` and `owns_bank` in its description.
@@ -36,20 +63,3 @@ class Shared(Operator):
             self.bank = bank
         else:
             self.use_bank(bank)
-
-    def use_bank(self, bank: Bank | None) -> None:
-        """Refer to a bank that another operator owns."""
-        self.__dict__["bank"] = bank  # not a submodule: it is stored with its owner alone
-
-    def adopt_bank(self, bank: Bank) -> None:
-        """Become the owner."""
-        self.__dict__.pop("bank", None)
-        self.owns_bank = True
-        self.bank = bank
-
-    def disown_bank(self) -> None:
-        """Refer to the bank from now on, because another operator owns it."""
-        bank = self.bank
-        del self.bank
-        self.owns_bank = False
-        self.use_bank(bank)

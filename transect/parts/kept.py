@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from ..errors import TransectError
+from .state import BatchFirst
 
 
-class KeptLayer(DynamicLayer):
+class KeptLayer(BatchFirst, DynamicLayer):
     """Keys and values of the positions that a block was run on, and the state of the part around it.
 
     keys, values: (B x h x S x D), each sequence's own from the front; S is the most that one of them has. places:
@@ -26,7 +27,6 @@ class KeptLayer(DynamicLayer):
     they were kept or not; it is what transformers takes for the length. state: tensors by name, the batch first.
     """
 
-    is_sliding = False
     is_croppable = False
 
     def __init__(self) -> None:
@@ -88,12 +88,6 @@ class KeptLayer(DynamicLayer):
             and bool((self.places >= 0).sum() == count * self.seen)
         )
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.seen + query_length, 0
-
-    def get_seq_length(self) -> int:
-        return self.seen
-
     def _each(self, change: Callable[[Tensor], Tensor]) -> None:
         self.state = {name: change(tensor) for name, tensor in self.state.items()}
         if self.places is not None:
@@ -104,19 +98,6 @@ class KeptLayer(DynamicLayer):
     def reset(self) -> None:
         self.state, self.seen, self.places, self._rows = {}, 0, None, None
         super().reset()
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._each(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._each(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self._each(lambda tensor: tensor[indices])
-
-    def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove:
-            raise TransectError("what a routed block kept cannot be taken back: generate without another model's help")
 
 
 def _wider(tensor: Tensor, dimension: int, size: int, fill: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from ...arguments import Range
 from ..part import BlockPart, Inside
 from ..precision import wide
 from ..prefix import largest, numbered, targets_in
+from ..sharing import SharingPart
 
 
 class TokenRouter(nn.Module):
@@ -27,7 +28,7 @@ class TokenRouter(nn.Module):
         return functional.linear(wide(h), wide(self.weight), wide(self.bias))
 
 
-class GammaMoD(BlockPart):
+class GammaMoD(SharingPart, BlockPart):
     """Of the first tokens of a text, the block processes those that its router says; one router for all such blocks.
 
     With h the stream behind the block's own input norm, p = softmax(router(h))₁. The first `routable` real positions
@@ -60,30 +61,10 @@ class GammaMoD(BlockPart):
         super().__init__()
         self.routable, self.kept = routable, routable - int(Fraction(str(skip)) * routable)
         self.choose, self.threshold, self.later, self.start, self.width = choose, threshold, later, start, width
-        self.bank_group, self.owns_bank = f"gamma-mod {first}", place == 0
-        if self.owns_bank:
-            self.bank: Any = TokenRouter(width, start)
+        self.share(place, first)
 
-    def use_bank(self, bank: Any) -> None:
-        """Refer to the router that another block owns."""
-        self.__dict__["bank"] = bank
-
-    def adopt_bank(self, bank: Any) -> None:
-        """Become the router's owner."""
-        self.__dict__.pop("bank", None)
-        self.owns_bank, self.bank = True, bank
-
-    def describe(self) -> dict[str, Any]:
-        return {**super().describe(), "owns_bank": self.owns_bank}
-
-    @classmethod
-    def from_description(cls, description: dict[str, Any]) -> GammaMoD:
-        made: Any = super().from_description({key: value for key, value in description.items() if key != "owns_bank"})
-        if made.owns_bank and not description["owns_bank"]:
-            raise ValueError("the first of the blocks that share a router owns it")
-        if description["owns_bank"] and not made.owns_bank:  # the first one was dropped
-            made.adopt_bank(TokenRouter(made.width, made.start))
-        return made
+    def new_bank(self) -> TokenRouter:
+        return TokenRouter(self.width, self.start)
 
     def forward(self, x: Tensor, inside: Inside) -> Tensor:
         assert inside.on is not None

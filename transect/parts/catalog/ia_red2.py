@@ -19,6 +19,7 @@ from torch.nn import functional
 from ...arguments import Range
 from ...errors import TransectError
 from ..part import BlockPart, Inside
+from ..sharing import SharingPart
 
 START = 0.8  # score with which patches begin, so that dropping them all is not the first thing that is learned
 SPREAD = 0.3  # standard deviation of a head's logits at the start
@@ -102,7 +103,7 @@ class Interpreter(nn.Module):
         return logits.sigmoid().mean(-1)
 
 
-class IARed2(BlockPart):
+class IARed2(SharingPart, BlockPart):
     """Around every block: the first of each group scores the patches and drops those below the threshold for good.
 
     In training mode dropped patches stay where they are and no other position sees them; otherwise they are taken out,
@@ -134,15 +135,12 @@ class IARed2(BlockPart):
         starts = [group * places // groups for group in range(groups)]
         self.group = starts.index(place) if place in starts else None
         self.threshold, self.prefix = threshold, prefix
-        self.bank_group, self.owns_bank = f"ia-red2 {first}", place == 0
-        if self.owns_bank:
-            self.bank: Any = Tokens()
+        self.share(place, first)
         if self.group is not None:
             self.interpreter = Interpreter(width, heads)
 
-    def use_bank(self, bank: Any) -> None:
-        """Refer to what the first block's part owns."""
-        self.__dict__["bank"] = bank
+    def new_bank(self) -> Tokens:
+        return Tokens()
 
     def adopt_bank(self, bank: Any) -> None:
         """The first group decides what there is: without it there is nothing to go on from."""

@@ -5,7 +5,7 @@ al., ICLR 2026, arXiv:2508.18756; UltraMem: arXiv:2411.12364).
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from ....arguments import Range
 from ....errors import TransectError
 from ...part import BlockPart, Inside
 from ...precision import wide
+from ...sharing import SharingPart
 from .retrieval import best_slots, direction
 
 TUCKER_RANK = 2  # r of the Tucker cores
@@ -31,7 +32,7 @@ class Pool(nn.Module):
         self.values = nn.Parameter(torch.randn(TUCKER_HEADS * slots, value_size // TUCKER_HEADS))  # V
 
 
-class UltraMem(BlockPart):
+class UltraMem(SharingPart, BlockPart):
     """A memory beside the block's MLP: x + block's additions + Mem(u), with u the input of its MLP.
 
     Of side² slots for every layer, in one pool for all, `top` are read: Mem(u) = W_o Σ_k s_k <W_p u, P_k> V_k, where
@@ -72,9 +73,7 @@ class UltraMem(BlockPart):
         # D_p : D_v = 1 : 3, together half of the stream's width (Section 4)
         self.pre_size, self.value_size = max(1, width // 8), TUCKER_HEADS * max(1, 3 * width // 16)
         self.queries = TUCKER_RANK if queries == "each" else 1
-        self.bank_group, self.owns_bank = f"ultramem-v2 {first}", place == 0
-        if self.owns_bank:
-            self.bank: Any = Pool(self.slots, self.pre_size, self.value_size)
+        self.share(place, first)
         self.query_proj = nn.Linear(width, 2 * self.queries * key, bias=False)
         self.pre_proj = nn.Linear(width, self.pre_size, bias=False)
         self.out_proj = nn.Linear(self.value_size, width, bias=False)
@@ -106,26 +105,8 @@ class UltraMem(BlockPart):
         if start == "zero":
             nn.init.zeros_(self.out_proj.weight)
 
-    def use_bank(self, bank: Any) -> None:
-        """Refer to the pool that another layer owns."""
-        self.__dict__["bank"] = bank
-
-    def adopt_bank(self, bank: Any) -> None:
-        """Become the pool's owner."""
-        self.__dict__.pop("bank", None)
-        self.owns_bank, self.bank = True, bank
-
-    def describe(self) -> dict[str, Any]:
-        return {**super().describe(), "owns_bank": self.owns_bank}
-
-    @classmethod
-    def from_description(cls, description: dict[str, Any]) -> UltraMem:
-        made: Any = super().from_description({key: value for key, value in description.items() if key != "owns_bank"})
-        if made.owns_bank and not description["owns_bank"]:
-            raise ValueError("the first of the layers that share a pool owns it")
-        if description["owns_bank"] and not made.owns_bank:  # the first one was dropped
-            made.adopt_bank(Pool(made.slots, made.pre_size, made.value_size))
-        return made
+    def new_bank(self) -> Pool:
+        return Pool(self.slots, self.pre_size, self.value_size)
 
     def looked_up(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """The slots of this layer's grid that are read (T x top) and their scores (T x heads x top). u: (T x d)."""
