@@ -17,7 +17,7 @@ from transect.conversion.experts import trained_mlp
 from transect.data import load
 from transect.errors import TransectError
 from transect.forward import summed_loss
-from transect.parts.catalog.dense2moe import SharedAndRouted
+from transect.parts.catalog.dense2moe import Dense2MoE
 from transect.parts.experts import balance, set_active
 
 from .models import VOCABULARY, assert_same_tensors, inputs, logits, tiny
@@ -38,7 +38,7 @@ def stream(*shape, seed=0):
 
 def made(**chosen):
     torch.manual_seed(0)
-    part = SharedAndRouted(WIDTH, NEURONS, **{"experts": 6, "out_bias": True, "bias": True, **chosen}).double().eval()
+    part = Dense2MoE(WIDTH, NEURONS, **{"experts": 6, "out_bias": True, "bias": True, **chosen}).double().eval()
     if part.out_bias is not None:
         torch.nn.init.normal_(part.out_bias)
     return part

@@ -170,6 +170,48 @@ class ExpertsPart(MLPPart):
     least_active: ClassVar[int] = 1
 
 
+class SharedAndRouted(ExpertsPart):
+    """Experts that every position runs, and some besides that its router chooses; the output's bias is added once.
+
+    A subclass calls `build` in its constructor and defines `choose`. In training it leaves the balance of the experts
+    in `auxiliary`.
+    """
+
+    least_active = 0
+
+    def build(self, shared: SplitMLP, split: SplitMLP, active: int, out_bias: bool) -> None:
+        """shared: run for every position, all its groups. split: the routed ones, a group each, `active` of which."""
+        width = split.up.shape[-1]
+        self.experts, self.active = split.groups, active
+        self.shared, self.split = shared, split
+        self.router = nn.Linear(width, split.groups, bias=False)
+        self.out_bias = nn.Parameter(torch.zeros(width)) if out_bias else None
+        self.__dict__["auxiliary"] = None
+
+    def choose(self, scores: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Of the router's scores (T x experts): shares of the experts that sum to 1, for the balance (T x experts); the
+        chosen ones, and by what they are multiplied (both T x active), or None for 1."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.flatten(0, -2)
+        y = self.shared.all(flat)
+        if self.active:
+            shares, chosen, weights = self.choose(wide(self.router(flat)))
+            if self.training:
+                self.__dict__["auxiliary"] = balance(shares, chosen)
+            whole = weights is None and self.active == self.experts
+            y = y + (self.split.all(flat) if whole else self.split(flat, by_expert(chosen, weights, self.experts)))
+        if self.out_bias is not None:
+            y = y + self.out_bias
+        return y.view(x.shape).to(x.dtype)
+
+    @property
+    def flops(self) -> int:
+        router = 2 * self.router.weight.numel() if self.active else 0
+        return router + self.shared.groups * self.shared.flops + self.active * self.split.flops
+
+
 def set_active(model: Any, active: int) -> None:
     """Let each position run so many experts from now on, in every MLP part that has them; the record notes it.
 

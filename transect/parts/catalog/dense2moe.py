@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...arguments import Range
 from ...errors import TransectError
-from ..experts import ExpertsPart, Function, SplitMLP, balance, by_expert, neurons_by_groups
-from ..precision import wide
+from ..experts import Function, SharedAndRouted, SplitMLP, neurons_by_groups
 
 
-class SharedAndRouted(ExpertsPart):
+class Dense2MoE(SharedAndRouted):
     """MLP_s(x) + Σ g_i(x) MLP_i(x) over the k experts that score highest; the shared one runs for every position.
 
     g is the softmax of a linear map of x over all n experts, not normed again over the chosen (whether the softmax is
@@ -34,7 +32,6 @@ class SharedAndRouted(ExpertsPart):
     kind = "mlp.dense2moe"
     paper = "arXiv:2510.09094"
     limit = "with all experts active and gates of one it is the dense MLP"
-    least_active = 0
 
     def __init__(
         self, width: int, neurons: int, *, experts: Annotated[int, Range(1, 2**16)] = 12,
@@ -50,34 +47,13 @@ class SharedAndRouted(ExpertsPart):
                 f"dense2moe: of {neurons} neurons, {shared} cannot be shared: leave some to the experts"
             )
         size = neurons_by_groups(neurons - shared, 0, experts, active, f"of {neurons} neurons, less {shared} shared,")
-        self.experts, self.active, self.gates = experts, active, gates
-        self.shared = SplitMLP(width, 1, shared, function, gated, bias)
-        self.split = SplitMLP(width, experts, size, function, gated, bias)
-        self.router = nn.Linear(width, experts, bias=False)
-        self.out_bias = nn.Parameter(torch.zeros(width)) if out_bias else None
-        self.__dict__["auxiliary"] = None
+        self.gates = gates
+        always = SplitMLP(width, 1, shared, function, gated, bias)
+        self.build(always, SplitMLP(width, experts, size, function, gated, bias), active, out_bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        flat = x.flatten(0, -2)
-        y = self.shared.all(flat)
-        if self.active:
-            y = y + self._routed(flat)
-        if self.out_bias is not None:
-            y = y + self.out_bias
-        return y.view(x.shape).to(x.dtype)
-
-    def _routed(self, x: Tensor) -> Tensor:
-        """What the chosen experts add: (T x d) -> (T x d)."""
-        if self.active == self.experts and self.gates == "one" and not self.training:
-            return self.split.all(x)
-        probabilities = wide(self.router(x)).softmax(-1)
+    def choose(self, scores: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        probabilities = scores.softmax(-1)
         values, chosen = probabilities.topk(self.active, dim=-1)
-        if self.training:
-            self.__dict__["auxiliary"] = balance(probabilities, chosen)
-        factor = self.experts if self.gates == "scaled" else 1
-        return self.split(x, by_expert(chosen, None if self.gates == "one" else values * factor, self.experts))
-
-    @property
-    def flops(self) -> int:
-        router = 2 * self.router.weight.numel() if self.active else 0
-        return router + self.shared.flops + self.active * self.split.flops
+        if self.gates == "one":
+            return probabilities, chosen, None
+        return probabilities, chosen, values * (self.experts if self.gates == "scaled" else 1)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-import torch
 from torch import Tensor, nn
 
 from ....arguments import Range
-from ...experts import ExpertsPart, Function, SplitMLP, balance, by_expert, neurons_by_groups
-from ...precision import wide
+from ...experts import Function, SharedAndRouted, SplitMLP, neurons_by_groups
 
 
-class Upcycled(ExpertsPart):
+class Upcycled(SharedAndRouted):
     """Σ MLP_s(x) + Σ p_i MLP_i(x) over the k routed experts of the highest p; p is not normed over the chosen.
 
     Each expert has all the neurons of a dense MLP. In training it leaves the balance of the experts in `auxiliary`.
@@ -32,7 +30,6 @@ class Upcycled(ExpertsPart):
     kind = "mlp.spikingbrain-experts"
     paper = "arXiv:2509.05276"
     limit = "with one shared expert and routed ones that give nothing it is the dense MLP"
-    least_active = 0
 
     def __init__(
         self, width: int, neurons: int, *, experts: Annotated[int, Range(1, 2**16)] = 16,
@@ -44,33 +41,12 @@ class Upcycled(ExpertsPart):
         super().__init__()
         size = hidden or neurons
         neurons_by_groups(size * experts, 0, experts, active, "neurons")
-        self.experts, self.active, self.scores = experts, active, scores
-        self.shared = SplitMLP(width, shared, size, function, gated, bias)
-        self.split = SplitMLP(width, experts, size, function, gated, bias)
-        self.router = nn.Linear(width, experts, bias=False)
+        self.scores = scores
+        always = SplitMLP(width, shared, size, function, gated, bias)
+        self.build(always, SplitMLP(width, experts, size, function, gated, bias), active, out_bias)
         nn.init.normal_(self.router.weight, std=spread)
-        self.out_bias = nn.Parameter(torch.zeros(width)) if out_bias else None
-        self.__dict__["auxiliary"] = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        flat = x.flatten(0, -2)
-        y = self.shared.all(flat)
-        if self.active:
-            y = y + self._routed(flat)
-        if self.out_bias is not None:
-            y = y + self.out_bias
-        return y.view(x.shape).to(x.dtype)
-
-    def _routed(self, x: Tensor) -> Tensor:
-        """What the chosen experts add: (T x d) -> (T x d)."""
-        scores = wide(self.router(x))
+    def choose(self, scores: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         p = scores.softmax(-1) if self.scores == "softmax" else scores.sigmoid()
         weights, chosen = p.topk(self.active, dim=-1)
-        if self.training:
-            self.__dict__["auxiliary"] = balance(p / p.sum(-1, keepdim=True), chosen)
-        return self.split(x, by_expert(chosen, weights, self.experts))
-
-    @property
-    def flops(self) -> int:
-        router = 2 * self.router.weight.numel() if self.active else 0
-        return router + self.shared.groups * self.shared.flops + self.active * self.split.flops
+        return p / p.sum(-1, keepdim=True), chosen, weights
