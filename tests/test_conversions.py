@@ -1,6 +1,8 @@
 """What every conversion owes its user, on every causal architecture: exact where it says so, whole, and generating."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from transformers import AutoModelForCausalLM
 import transect
 from transect.anatomy import Anatomy
 from transect.checkpoint.config import history_of
-from transect.conversion import Plan, conversions, convert_anatomy
+from transect.conversion import Plan, conversion_named, conversions, convert_anatomy
 from transect.data import load
 from transect.errors import TransectError
 from transect.evaluation import evaluate_loss
@@ -235,18 +237,32 @@ def test_training_mends_and_the_table_says_what_it_costs():
     assert found.outcome["parameters"][0] == found.outcome["parameters"][1]
 
 
+@torch.no_grad()
 def test_without_transect_it_is_the_same_model(tmp_path):
-    model = transect.convert(tiny("cohere"), "liger").model
-    model.save_pretrained(tmp_path / "model")
-    code = (
+    """Every conversion, by the modeling file in its folder alone, in a fresh process; it writes the same, too."""
+    asked = dict(max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0)
+    expected = {}
+    for name, entries in {"llama": FOR_CAUSAL, "gpt2": FOR_CAUSAL, "cohere": [conversion_named("liger")]}.items():
+        for entry in entries:
+            found = converted(entry, name)
+            if found is not None:
+                model = found[0].eval()
+                model.save_pretrained(tmp_path / f"{entry.name}-{name}")
+                numbers = sum(parameter.numel() for parameter in model.parameters())
+                expected[f"{entry.name}-{name}"] = (model(DATA[:2]).logits, model.generate(DATA[:2], **asked), numbers)
+    torch.save((DATA[:2], list(expected)), tmp_path / "asked.pt")
+    (tmp_path / "run.py").write_text(
         "import sys, torch\nfrom transformers import AutoModelForCausalLM\n"
-        "m = AutoModelForCausalLM.from_pretrained('model', trust_remote_code=True).eval()\n"
-        "torch.save(m(torch.load('ids.pt')).logits.detach(), 'out.pt')\nassert 'transect' not in sys.modules\n"
+        "ids, folders = torch.load('asked.pt')\n"
+        "def of(m):\n"
+        f"    return m(ids).logits.detach(), m.generate(ids, **{asked}), sum(p.numel() for p in m.parameters())\n"
+        "load = lambda folder: AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()\n"
+        "torch.save({folder: of(load(folder)) for folder in folders}, 'out.pt')\n"
+        "assert 'transect' not in sys.modules\n"
     )
-    torch.save(DATA[:2], tmp_path / "ids.pt")
-    (tmp_path / "run.py").write_text(code)
-    import subprocess
-    import sys
-
-    subprocess.run([sys.executable, "run.py"], cwd=tmp_path, check=True, capture_output=True)
-    assert_alike(torch.load(tmp_path / "out.pt"), logits(model, {"input_ids": DATA[:2]}))
+    ran = subprocess.run([sys.executable, "run.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-800:]
+    found = torch.load(tmp_path / "out.pt")
+    for folder, (logits_, written, numbers) in expected.items():
+        assert_alike(found[folder][0], logits_)
+        assert torch.equal(found[folder][1], written) and found[folder][2] == numbers, folder

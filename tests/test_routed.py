@@ -1,8 +1,6 @@
 """Blocks that are run on some positions of each sequence, or not at all: what is computed, cached, and remembered."""
 
 import copy
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -230,26 +228,3 @@ def test_what_cannot_be_routed_is_one_error():
     tiny("llama")(TOKENS, past_key_values=full)
     with pytest.raises(TransectError, match="filled before parts were put"):
         model(TOKENS, past_key_values=full)
-
-
-@torch.no_grad()
-def test_routed_checkpoints_run_where_transect_is_not_installed(tmp_path):
-    """All three methods' parts in one model, in a fresh process."""
-    model = tiny("llama")
-    settings = {"p-mod": {"targets": 6}, "first": {"prompt": 4, "start": -3.0}, "gamma-mod": {"routable": 5}}
-    for number, (part, given) in enumerate(settings.items()):
-        insert(model, "block", part, layers=[number], settings=given)
-    model.save_pretrained(tmp_path / "model")
-    asked = dict(max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0)
-    torch.save(TOKENS, tmp_path / "ids.pt")
-    (tmp_path / "run.py").write_text(
-        "import sys, torch\nfrom transformers import AutoModelForCausalLM\n"
-        "m = AutoModelForCausalLM.from_pretrained('model', trust_remote_code=True).eval()\n"
-        "ids = torch.load('ids.pt')\n"
-        f"torch.save((m(ids).logits.detach(), m.generate(ids, **{asked})), 'out.pt')\n"
-        "assert 'transect' not in sys.modules\n"
-    )
-    subprocess.run([sys.executable, "run.py"], cwd=tmp_path, check=True, capture_output=True)
-    logits, written = torch.load(tmp_path / "out.pt")
-    torch.testing.assert_close(logits, model(TOKENS).logits, atol=1e-5, rtol=1e-5)
-    assert torch.equal(written, model.generate(TOKENS, **asked))

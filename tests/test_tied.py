@@ -3,8 +3,6 @@ cache for each."""
 
 import copy
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -225,21 +223,3 @@ def test_a_folder_with_a_damaged_table_is_refused(change, message, tmp_path):
     file.write_text(json.dumps(config))
     with pytest.raises(BadCheckpoint, match=message):
         open_model(tmp_path)
-
-
-def test_without_transect_it_is_the_same_model(tmp_path):
-    for name in ("llama", "gpt2"):
-        model = looped(name)
-        model.save_pretrained(tmp_path / name)
-        torch.save(logits(model, inputs(name)), tmp_path / f"{name}.pt")
-    code = (
-        "import sys, torch\nfrom transformers import AutoModelForCausalLM\n"
-        "for name in ('llama', 'gpt2'):\n"
-        "    m = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True).eval()\n"
-        "    torch.testing.assert_close(m(torch.load('ids.pt')).logits, torch.load(name + '.pt'))\n"
-        "    assert len({p.data_ptr() for p in m.parameters()}) == len(list(m.parameters()))\n"
-        "assert 'transect' not in sys.modules\n"
-    )
-    torch.save(inputs("llama")["input_ids"], tmp_path / "ids.pt")
-    (tmp_path / "run.py").write_text(code)
-    subprocess.run([sys.executable, "run.py"], cwd=tmp_path, check=True, capture_output=True)
