@@ -4,11 +4,12 @@ A space (`space`) says which sizes there are, a method in `catalog` picks one ne
 """
 
 from . import catalog as _catalog  # noqa: F401 - registers the methods
-from .registry import Found, Searcher, Task, searcher, searchers, searching
+from .registry import Searcher, searcher, searchers, searching
 from .run import search_anatomy
 from .settings import Settings
 from .space import Axis, Space, default_sizes, space_of
 from .super_network import SuperNetwork
+from .task import Found, Task
 
 __all__ = [
     "Axis", "Found", "Searcher", "Settings", "Space", "SuperNetwork", "Task", "default_sizes", "search_anatomy",

@@ -21,10 +21,11 @@ from ..training import Machine, OnCheck, Run, Schedule, State, held_out_loss, on
 from ..version import __version__
 from .cut import cut, narrowed
 from .order import sort_units
-from .registry import Task, searcher
+from .registry import searcher
 from .settings import Settings
 from .space import Space, default_sizes, space_of
 from .super_network import SuperNetwork
+from .task import Task
 
 
 def search_anatomy(

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from ...anatomy import Anatomy
+from ...conversion import conversion_named
 from ...conversion.catalog.first import decisions, set_thresholds
 from ...conversion.routed import loss_behind, parts_around
 from ...parts.catalog.first import First
 from ..context import Context
 from ..controls import mean_of
+from ..converted import converted as trained
 from ..ordering import comparison, judge
 from ..registry import NotApplicable, Result, Verdict, claim
 from ..routed import beginning, converted, loss_of, require_trainable
 
-STEPS = 20  # half for the routers, half for low-rank updates
+STEPS = 20
 DRAWS = 5
 SHARE = 0.25  # of the blocks
 PENALTIES = (0.0, 0.1, 1.0, 10.0)
@@ -80,8 +83,10 @@ def below_fixed_masks(context: Context) -> Result:
 
 
 def _trained(context: Context, settings: dict[str, Any], seed: int = 0) -> Any:
-    """Routers trained, and no other number: what low-rank updates changed is put back."""
-    model = converted(context, "first", settings, STEPS, seed=seed)
+    """Routers trained, and no other number: the first of the method's stages alone."""
+    routers, _ = (first := conversion_named("first")).training(first.settings(settings))
+    stages = [replace(routers, share=1.0)]
+    model = trained(context, "first", settings, STEPS, seed=seed, stages=stages).anatomy.model
     plain = converted(context, "first", settings)
     found = {name: tensor for name, tensor in model.state_dict().items() if ".around." in name}
     plain.load_state_dict(found, strict=False)

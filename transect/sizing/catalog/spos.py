@@ -11,8 +11,9 @@ from torch import Tensor
 from ...forward import Batch
 from ...parameters import Range
 from ...training import Course, Problem, train
-from ..registry import Found, Task, searching
+from ..registry import searching
 from ..super_network import SuperNetwork
+from ..task import Found, Task
 
 Count = Annotated[int, Range(1, 2**31 - 1)]
 _PARENTS = 10  # of which evolution breeds; at most a quarter of all candidates

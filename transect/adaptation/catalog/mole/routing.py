@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,14 @@ from torch.nn import functional
 
 from ....errors import TransectError
 
-if TYPE_CHECKING:
-    from .layer import MoleLayer
+
+class Reader(Protocol):
+    """A projection that goes by a choice: by the adapter's name its settings, its factors, and a router if it has it."""
+
+    mole_config: Any
+    mole_A: Any
+    mole_router_weight: Any
+    mole_router_bias: Any
 
 
 class Watch:
@@ -73,7 +79,7 @@ class Choice:
     probabilities: Tensor
     experts: Tensor
     of: weakref.ref[Tensor]
-    waiting: set[MoleLayer]
+    waiting: set[Reader]
 
     @cached_property
     def order(self) -> Tensor:
@@ -184,7 +190,7 @@ class Mlp:
 
     path: str
     watch: Watch
-    layers: list[MoleLayer] = field(default_factory=list)
+    layers: list[Reader] = field(default_factory=list)
     choices: dict[str, Choice] = field(default_factory=dict)
     uses: dict[str, list[Use]] = field(default_factory=dict)
 
@@ -192,11 +198,11 @@ class Mlp:
         """Copies of a model have layers, and nothing of its last forward pass."""
         return {**self.__dict__, "choices": {}, "uses": {}}
 
-    def owner(self, name: str) -> MoleLayer | None:
+    def owner(self, name: str) -> Reader | None:
         """The projection that holds the adapter's router."""
         return next((layer for layer in self.layers if name in layer.mole_router_weight), None)
 
-    def read(self, name: str, x: Tensor, reader: MoleLayer) -> None:
+    def read(self, name: str, x: Tensor, reader: Reader) -> None:
         """Choose for x (..., D), which `reader` is about to read, unless another projection has for the same x.
 
         What a pass that failed or was cut short has left is not taken for it: there the reader has used its choice, or
@@ -206,7 +212,7 @@ class Mlp:
         if held is None or held.of() is not x or reader not in held.waiting:
             self.choices[name] = self.choose(name, x)
 
-    def take(self, name: str, layer: MoleLayer) -> Choice:
+    def take(self, name: str, layer: Reader) -> Choice:
         """The choice that a projection goes by; once all have it, it is dropped."""
         held = self.choices.get(name)
         if held is None or layer not in held.waiting:

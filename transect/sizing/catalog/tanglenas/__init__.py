@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from ....forward import Batch
 from ....parameters import Range
 from ....training import Problem, train
-from ...registry import Found, Task, searching
+from ...registry import searching
 from ...super_network import Mixing, Norm, SuperNetwork
+from ...task import Found, Task
 from .samplers import SAMPLERS, SamplerName, pull
 
 HOT, COLD = 10.0, 0.1  # temperatures of GDAS, from the first step to the last
