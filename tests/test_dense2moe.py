@@ -13,7 +13,7 @@ import transect
 from transect.anatomy import Anatomy
 from transect.conversion import Plan, convert_anatomy
 from transect.conversion.catalog.dense2moe import neuron_importance
-from transect.conversion.experts import trained_mlp
+from transect.conversion.experts import cuttable_mlp
 from transect.data import load
 from transect.errors import TransectError
 from transect.forward import summed_loss
@@ -88,7 +88,7 @@ def test_only_what_is_chosen_is_computed():
 def test_every_neuron_is_somewhere_once_and_nothing_is_stored_but_gates(name):
     model = tiny(name)
     before = sum(p.numel() for p in model.parameters())
-    mlp = trained_mlp(Anatomy(model).blocks[1])
+    mlp = cuttable_mlp(Anatomy(model).blocks[1])
     rows = {tuple(row.tolist()) for row in mlp.up}
     columns = {tuple(row.tolist()) for row in mlp.down.T}
     converted(model)
@@ -133,7 +133,7 @@ def test_importance_is_gradient_times_weight_of_rows_and_column(name):
 @torch.no_grad()
 def test_error_falls_with_the_number_of_experts_and_the_most_important_neurons_are_shared():
     model = tiny("llama")
-    dense = trained_mlp(Anatomy(model).blocks[0])
+    dense = cuttable_mlp(Anatomy(model).blocks[0])
     importance = neuron_importance(Anatomy(model), [0], [IDS])[0]
     model = converted(model, gates="one", active=1)
     part = Anatomy(model).blocks[0].part("mlp")

@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM
 
 import transect
 from transect.anatomy import Anatomy
-from transect.conversion.experts import balanced, fit_router, in_groups, mlp_inputs, trained_mlp
+from transect.conversion.catalog.uoe.partition import balanced, fit_router, in_groups
+from transect.conversion.experts import cuttable_mlp
+from transect.conversion.inputs import inputs_of_modules
 from transect.errors import TransectError
 from transect.parts import Around
 from transect.parts.catalog.softmax import Softmax
@@ -270,9 +272,9 @@ def test_attention_cut_into_all_its_groups_is_the_model_as_it_was(name):
 def test_every_partition_is_one_and_gives_the_dense_model(kind):
     model = tiny("llama")
     block = Anatomy(model).blocks[0]
-    x = mlp_inputs(Anatomy(model), [0], [{"input_ids": DATA}])[0]
+    x = inputs_of_modules(Anatomy(model), {0: model.model.layers[0].mlp}, [{"input_ids": DATA}], 4096)[0]
     assert x.shape == (8 * 16, 32)
-    order = in_groups(trained_mlp(block), 4, kind, torch.Generator().manual_seed(0), x)
+    order = in_groups(cuttable_mlp(block), 4, kind, torch.Generator().manual_seed(0), x)
     assert order.sort().values.tolist() == list(range(48))
     assert (order.tolist() == list(range(48))) == (kind == "order")
     converted(model, partition=kind, active=4, gates="rank")
@@ -282,7 +284,7 @@ def test_every_partition_is_one_and_gives_the_dense_model(kind):
 def test_neurons_that_are_active_together_come_together():
     """Three kinds of inputs, each of which drives a third of the neurons."""
     model = tiny("llama")
-    mlp = trained_mlp(Anatomy(model).blocks[0])
+    mlp = cuttable_mlp(Anatomy(model).blocks[0])
     kind = torch.arange(48) % 3
     directions = torch.eye(32)[:3] * 4
     mlp.gate.copy_(directions[kind])
@@ -317,7 +319,8 @@ def test_inputs_are_read_of_real_positions_alone():
     mask[:, :5] = 0
     other = DATA.masked_fill(mask == 0, 9)
     batches = [[{"input_ids": ids, "attention_mask": mask}] for ids in (DATA, other)]
-    one, two = (mlp_inputs(Anatomy(tiny("llama")), [2], batch)[2] for batch in batches)
+    model = tiny("llama")
+    one, two = (inputs_of_modules(Anatomy(model), {2: model.model.layers[2].mlp}, batch, 4096)[2] for batch in batches)
     assert len(one) == int(mask.sum())
     torch.testing.assert_close(one, two)
 

@@ -25,14 +25,14 @@ def inputs_of_modules(
     real: Tensor | None = None
 
     def keeping(key: Any) -> Any:
-        def hook(_: nn.Module, given: tuple[Tensor, ...]) -> None:
-            x = given[0]
-            rows = x.flatten(0, -2) if real is None or x.dim() == 2 else x[real]  # OPT's MLP sees positions in a row
+        def hook(_: nn.Module, given: tuple[Tensor, ...], named: dict[str, Any]) -> None:
+            rows = (given[0] if given else named["hidden_states"]).flatten(0, -2)
+            rows = rows if real is None else rows[real.flatten()]
             found[key].append(rows[:: max(1, len(rows) // each)][:each])
 
         return hook
 
-    hooks = [module.register_forward_pre_hook(keeping(key)) for key, module in modules.items()]
+    hooks = [module.register_forward_pre_hook(keeping(key), with_kwargs=True) for key, module in modules.items()]
     try:
         with at_rest(anatomy.model):
             for batch in batches:

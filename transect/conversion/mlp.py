@@ -13,6 +13,7 @@ from ..anatomy import MLP, Anatomy, Block
 from ..anatomy.storage import is_dense
 from ..errors import TransectError
 from ..forward import at_rest
+from ..parts.insert import places
 from .attention import TOLERANCE
 
 
@@ -21,7 +22,8 @@ def trained_mlp(block: Block) -> MLP:
     mlp = block.mlp
     if not isinstance(mlp, MLP):
         raise TransectError(
-            f"block {block.index} has no MLP of the model's own (a part or experts stand there, or it was dropped)"
+            f"block {block.index} has no MLP of the model's own (a part stands there, or experts, or it was dropped): "
+            "convert the model that it came from"
         )
     for matrix in (mlp.up, mlp.down, *(() if mlp.gate is None else (mlp.gate,))):
         if not is_dense(matrix.module):
@@ -39,9 +41,8 @@ def check_mlps(anatomy: Anatomy, layers: Sequence[int]) -> None:
     name = anatomy.architecture.name
     for number in layers:
         block = anatomy.blocks[number]
-        mlp, path = trained_mlp(block), block.slot_path("mlp")
-        if path is None:
-            raise TransectError(f"{name} has no MLP in one module: no part can be put in its place")
+        (path,) = places(anatomy, "mlp", number)
+        mlp = trained_mlp(block)
         module: Any = anatomy.model.get_submodule(path)
         weight = mlp.up.weight
         x = torch.randn(1, 4, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
@@ -51,16 +52,10 @@ def check_mlps(anatomy: Anatomy, layers: Sequence[int]) -> None:
             gate = None if mlp.gate is None else functional.linear(x, mlp.gate.weight, mlp.gate.bias)
             hidden = function(up) if gate is None else function(gate) * up
             ours = functional.linear(hidden, mlp.down.weight, mlp.down.bias)
-            try:
-                theirs = module(x)
-            except TypeError:
-                raise TransectError(
-                    f"the MLP of {name} reads more than its input (it adds the stream by itself), so that no part can "
-                    "stand for it"
-                ) from None
+            theirs = module(x)
         off = float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-30))
         if not off < max(TOLERANCE, 16 * torch.finfo(x.dtype).eps):
-            raise TransectError(f"the MLP of block {number} of {name} is more than matrices and a function between")
+            raise TransectError(f"the MLP of block {number} of {name} is more than its matrices and a function")
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from ...errors import TransectError
 from ...forward import Batch, backpropagate, real_positions, summed_loss, watch
 from ...parts.experts import ExpertsPart, neurons_by_groups
 from ...training import distance_from
-from ..experts import put_experts, trained_mlp
+from ..experts import cuttable_mlp, put_experts
 from ..layers import layers_of
 from ..registry import Calibration, Range, conversion
 from ..stage import Stage
@@ -67,7 +67,7 @@ def _shared_neurons(neurons: int, share: float) -> int:
 
 def _check(anatomy: Anatomy, experts: int, active: int, shared: float, layers: str, **_: object) -> None:
     for number in layers_of(anatomy, layers):
-        neurons = trained_mlp(anatomy.blocks[number]).neurons
+        neurons = cuttable_mlp(anatomy.blocks[number]).neurons
         kept = _shared_neurons(neurons, shared)
         if kept >= neurons:
             raise TransectError(f"shared={shared:g} of {neurons} neurons leaves none to the experts: choose less")
@@ -155,7 +155,7 @@ def dense2moe(
     chosen = layers_of(anatomy, layers)
     scores = neuron_importance(anatomy, chosen, calibration.batches) if importance == "taylor" else {}
     for number in chosen:
-        mlp = trained_mlp(anatomy.blocks[number])
+        mlp = cuttable_mlp(anatomy.blocks[number])
         draws = torch.Generator().manual_seed(calibration.seed + number)
         kept = _shared_neurons(mlp.neurons, shared)
         order = (

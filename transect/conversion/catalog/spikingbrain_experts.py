@@ -8,7 +8,7 @@ import torch
 
 from ...anatomy import Anatomy
 from ...errors import TransectError
-from ..experts import put_experts, trained_mlp
+from ..experts import cuttable_mlp, put_experts
 from ..layers import layers_of
 from ..registry import Calibration, Range, conversion
 from ..stage import Stage
@@ -18,7 +18,7 @@ def _check(anatomy: Anatomy, layers: str, experts: int, active: int, **_: Any) -
     if active > experts:
         raise TransectError(f"spikingbrain-experts: active={active} of {experts} experts: choose at most {experts}")
     for number in layers_of(anatomy, layers):
-        trained_mlp(anatomy.blocks[number])
+        cuttable_mlp(anatomy.blocks[number])
 
 
 @conversion(
@@ -61,7 +61,7 @@ def spikingbrain_experts(
     factor = 1 / (shared + active * even)
     settings = {"experts": experts, "active": active, "shared": shared, "scores": scores, "spread": spread}
     for number in layers_of(anatomy, layers):
-        mlp = trained_mlp(anatomy.blocks[number])
+        mlp = cuttable_mlp(anatomy.blocks[number])
         part = put_experts(anatomy, number, "spikingbrain-experts", mlp, settings, calibration.seed)
         copied = torch.arange(mlp.neurons, device=mlp.up.device)
         each = factor ** (1 / (2 if mlp.gate is None else 3))

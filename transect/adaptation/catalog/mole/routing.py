@@ -20,7 +20,7 @@ from ....errors import TransectError
 
 
 class Reader(Protocol):
-    """A projection that goes by a choice: by the adapter's name its settings, its factors, and a router if it has it."""
+    """A projection that goes by a choice: by adapter its settings, its factors, and a router if it has it."""
 
     mole_config: Any
     mole_A: Any

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..anatomy import Anatomy
-from ..anatomy.storage import dense
-from ..errors import TransectError
-from ..parts import insert
-from ..parts.catalog.uoe.attention import check_head_groups
-from ..parts.projection import Projection
-from .attention import check_is_softmax, put_projection, shape_of_outputs, trained_projections
+from ....anatomy import Anatomy
+from ....anatomy.storage import dense
+from ....errors import TransectError
+from ....parts import insert
+from ....parts.catalog.uoe.attention import check_head_groups
+from ....parts.projection import Projection
+from ...attention import check_is_softmax, put_projection, shape_of_outputs, trained_projections
 
 
 def check_can_group(anatomy: Anatomy, layers: Sequence[int], groups: int, active: int) -> None:

@@ -6,15 +6,19 @@ from typing import Annotated, Literal
 
 import torch
 
-from ...anatomy import Anatomy
-from ...errors import TransectError
-from ...parts.catalog.uoe.mlp import Gates, Selection
-from ...parts.experts import neurons_by_groups
-from ..experts import Partition, fit_router, in_groups, lengths_added, mlp_inputs, put_experts, trained_mlp
-from ..head_groups import check_can_group, put_head_groups
-from ..layers import layers_of
-from ..registry import Calibration, Range, conversion
-from ..stage import Stage
+from ....anatomy import Anatomy
+from ....errors import TransectError
+from ....parts.catalog.uoe.mlp import Gates, Selection
+from ....parts.experts import neurons_by_groups
+from ...experts import cuttable_mlp, put_experts
+from ...inputs import inputs_of_modules
+from ...layers import layers_of
+from ...registry import Calibration, Range, conversion
+from ...stage import Stage
+from .head_groups import check_can_group, put_head_groups
+from .partition import Partition, fit_router, in_groups, lengths_added
+
+ROWS = 4096  # positions of the text that are looked at; each block's inputs at these are in memory at once
 
 
 def _check(
@@ -34,7 +38,7 @@ def _check(
         )
     chosen = layers_of(anatomy, layers)
     for number in chosen:
-        neurons_by_groups(trained_mlp(anatomy.blocks[number]).neurons, 0, experts, active, "neurons")
+        neurons_by_groups(cuttable_mlp(anatomy.blocks[number]).neurons, 0, experts, active, "neurons")
     if groups:
         check_can_group(anatomy, chosen, groups, active_groups)
 
@@ -85,12 +89,13 @@ def uoe(
     """
     chosen = layers_of(anatomy, layers)
     looks = partition == "co-activation" or router == "fitted"
-    inputs = mlp_inputs(anatomy, chosen, calibration.batches) if looks else {}
+    mlps = {number: anatomy.model.get_submodule(str(anatomy.blocks[number].slot_path("mlp"))) for number in chosen}
+    inputs = inputs_of_modules(anatomy, mlps, calibration.batches, ROWS) if looks else {}
     settings = {
         "experts": experts, "active": active, "gates": gates, "compensate": compensate, "selection": selection
     }  # fmt: skip
     for number in chosen:
-        mlp, x = trained_mlp(anatomy.blocks[number]), inputs.get(number)
+        mlp, x = cuttable_mlp(anatomy.blocks[number]), inputs.get(number)
         draws = torch.Generator().manual_seed(calibration.seed + number)
         order = in_groups(mlp, experts, partition, draws, x)
         part = put_experts(anatomy, number, "uoe", mlp, settings, calibration.seed + number)
