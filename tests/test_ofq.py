@@ -7,6 +7,7 @@ from torch import nn
 import transect
 from transect.anatomy import Anatomy
 from transect.errors import TransectError
+from transect.evaluation import parameters
 from transect.operators import build, stored_bytes
 from transect.operators.grouped_integer import GroupedInteger, grouped_integer_bytes
 from transect.operators.mid_rise import MidRise
@@ -298,6 +299,7 @@ def test_rounded_inputs_are_stored_with_their_offsets():
     stored = one.finished()
     stored.set_bias(bias)
     torch.testing.assert_close(stored(7 * x), y)
+    assert parameters(stored) == sum(p.numel() for p in stored.parameters()) + stored.to_dense().numel()
     twin = build(stored.describe())
     twin.load_state_dict(stored.state_dict())
     assert isinstance(twin, RoundedInput)

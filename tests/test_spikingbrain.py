@@ -230,6 +230,9 @@ def test_what_is_told_and_what_is_refused():
     found = transect.convert(tiny("llama"), "spikingbrain-spikes", DATA, steps=0)
     told = found.outcome["told"]
     assert 0 < told["share of inputs without a spike"] < 0.3 and 0 < told["idealized share of int8's energy"] < 1
+    scales = sum(matrix.module.inner.scale.numel() for matrix in Anatomy(found.model).matrices())
+    before, after = found.outcome["parameters"]
+    assert after == before + scales  # the matrices count once, though in 8 bits inside another operator
     with pytest.raises(TransectError, match="is stored as Spiking"):
         transect.convert(found.model, "spikingbrain-spikes")
     with pytest.raises(TransectError, match="prescribes no training"):

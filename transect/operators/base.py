@@ -52,7 +52,7 @@ class Operator(Described):
 
     @property
     def coded(self) -> int:
-        """How many numbers are stored as codes of a few bits, and so in no parameter."""
+        """How many numbers it stores as codes of a few bits, in no parameter; an operator inside counts its own."""
         return 0
 
     def set_bias(self, bias: Tensor | None) -> None:

@@ -37,10 +37,6 @@ class RoundedInput(Operator):
         self.inner.set_bias(bias)
 
     @property
-    def coded(self) -> int:
-        return self.inner.coded
-
-    @property
     def flops(self) -> int:
         return self.inner.flops
 

@@ -50,10 +50,6 @@ class Spiking(Operator):
         self.inner.bias = None if bias is None else parameter_of(bias)
 
     @property
-    def coded(self) -> int:
-        return getattr(self.inner, "coded", 0)
-
-    @property
     def flops(self) -> int:
         return flops_of(self.inner)
 
