@@ -6,6 +6,7 @@ from transformers import DynamicCache
 
 import transect
 from transect.anatomy import Anatomy
+from transect.claims.catalog.first import fix_routers
 from transect.conversion.catalog.first import decisions, set_thresholds
 from transect.conversion.routed import parts_around
 from transect.data import load
@@ -126,6 +127,15 @@ def test_routers_are_trained_then_low_rank_updates_and_a_share_is_skipped():
     assert parts[1].threshold != 0.5
     for untouched in ("model.embed_tokens.weight", "lm_head.weight", "model.layers.0.input_layernorm.weight"):
         assert torch.equal(model.state_dict()[untouched], before[untouched])
+
+
+@pytest.mark.parametrize("skipped", [(), (1,), (2,), (1, 2)])
+@torch.no_grad()
+def test_fixed_masks_of_the_claims_skip_each_of_their_blocks_and_no_other(skipped):
+    model = routed()
+    fix_routers(model, skipped)
+    expected = [0.0 if number in skipped else 1.0 for number in (1, 2)]
+    assert rho_of(model, TOKENS).round().mean(1).tolist() == expected
 
 
 @pytest.mark.parametrize("each", [True, False])

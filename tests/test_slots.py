@@ -75,7 +75,7 @@ def test_sublayers_are_at_hand_with_the_block_s_masks_positions_and_cache(toys, 
 @torch.no_grad()
 def test_a_part_for_matrices_is_no_matrix_to_any_method(toys, name, tmp_path):
     model = tiny(name)
-    insert(model, "matrix", "toy-sine", roles=["down", "q"])
+    insert(model, "matrix", "toy-sine", roles=iter(["down", "q"]))
     for block in Anatomy(model).blocks:
         left = {"k", "v", "o", "gate", "up"} if name == "llama" else {"o", "up"}  # GPT-2 stores q, k and v as one
         assert {matrix.role for matrix in block.matrices()} == left

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import click
@@ -151,7 +151,7 @@ def method_settings(options: list[tuple[str, str]], method: str | None) -> dict[
     return found
 
 
-def refuse_unused(settings: Iterable[str], used: Iterable[str]) -> None:
+def refuse_unused(settings: Iterable[str], used: Collection[str]) -> None:
     """A usage error if there are settings of something that is not used."""
     unused = [name for name in settings if name not in used]
     if unused:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from ..anatomy.architecture import MATRIX_ROLES
 from ..anatomy.banks import link_banks
 from ..anatomy.storage import shape_of
 from ..anatomy.surround import AROUND, Surrounded, surround
+from ..arguments import listed
 from ..errors import TransectError
 from ..forward.objective import task_of
 from .part import Part, Sizes
@@ -43,7 +44,8 @@ def insert(
     anatomy = Anatomy(model, weights=next(model.parameters()).device.type != "meta")  # of a skeleton only the sizes
     chosen = entry.settings(settings or {})
     count = len(anatomy.blocks)
-    numbers = list(range(count)) if layers is None else list(layers)
+    numbers = list(range(count)) if layers is None else listed(layers)
+    roles = None if roles is None else listed(roles)
     if not numbers or not all(0 <= number < count for number in numbers) or len(set(numbers)) != len(numbers):
         raise TransectError(f"layers should be distinct numbers from 0 to {count - 1}, not {numbers}")
     sizes = replace(sizes_of(anatomy), places=len(numbers), first=numbers[0])
@@ -172,7 +174,7 @@ def _embedded_positions(anatomy: Anatomy) -> int:
 _EPS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps")
 
 
-def places(anatomy: Anatomy, slot: str, number: int, roles: Iterable[str] | None = None) -> list[str]:
+def places(anatomy: Anatomy, slot: str, number: int, roles: Collection[str] | None = None) -> list[str]:
     """Paths, from the model's root, of the modules that a slot of a block consists of; TransectError if it has none.
 
     roles: of matrices, which ones; those that are stored as one are replaced as one.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -59,17 +59,15 @@ def below_fixed_masks(context: Context) -> Result:
     fixed = converted(context, "first", {"prompt": prompt, "start": 100.0})
     numbers = list(range(1, blocks - 1))
 
-    def without(chosen: Iterable[int]) -> Any:
-        for number, part in parts_around(Anatomy(fixed), First).items():
-            with torch.no_grad():
-                part.bias.fill_(-100.0 if number in set(chosen) else 100.0)
+    def without(chosen: Collection[int]) -> Any:
+        fix_routers(fixed, chosen)
         return loss_of(context, fixed, prompt)
 
     drawn = [
-        without(numbers[i] for i in torch.randperm(routers, generator=torch.Generator().manual_seed(draw))[:count])
+        without([numbers[i] for i in torch.randperm(routers, generator=torch.Generator().manual_seed(draw))[:count]])
         for draw in range(DRAWS)
     ]
-    even = without(numbers[(2 * i + 1) * routers // (2 * count)] for i in range(count))
+    even = without([numbers[(2 * i + 1) * routers // (2 * count)] for i in range(count)])
     alone = {number: _calibration_loss(context, fixed, number, prompt) for number in numbers}
     best = without(sorted(alone, key=lambda number: alone[number])[:count])
     pairs = [("a random choice", mean_of(drawn)), ("even distances", even), ("the best fixed choice", best)]
@@ -93,6 +91,13 @@ def _trained(context: Context, settings: dict[str, Any], seed: int = 0) -> Any:
     return plain
 
 
+@torch.no_grad()
+def fix_routers(model: Any, skipped: Collection[int]) -> None:
+    """Let the routers skip these blocks behind every beginning, and run the others."""
+    for number, part in parts_around(Anatomy(model), First).items():
+        part.bias.fill_(-100.0 if number in skipped else 100.0)
+
+
 def _skipped(model: Any, context: Context) -> float:
     """Blocks that a held-out sequence skips on average."""
     parts = parts_around(Anatomy(model), First).values()
@@ -103,8 +108,7 @@ def _skipped(model: Any, context: Context) -> float:
 @torch.no_grad()
 def _calibration_loss(context: Context, model: Any, number: int, prompt: int) -> float:
     """The loss on the calibration text without one block."""
-    for other, part in parts_around(Anatomy(model), First).items():
-        part.bias.fill_(-100.0 if other == number else 100.0)
+    fix_routers(model, [number])
     summed = [loss_behind(prompt)(model, None, batch) for batch in context.calibration]
     return float(sum(one for one, _ in summed)) / sum(count for _, count in summed)
 
