@@ -49,6 +49,19 @@ def in_a_hurry():
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def attention_that_runs_here():
+    """With ATEN_CPU_CAPABILITY=avx2, torch's fused attention fails in bfloat16 where the processor has AMX."""
+    states = torch.zeros(1, 1, 64, 32, dtype=torch.bfloat16)
+    before = torch.backends.cuda.flash_sdp_enabled()  # in spite of its name this is asked on a CPU, too
+    try:
+        torch.nn.functional.scaled_dot_product_attention(states, states, states, is_causal=True)
+    except RuntimeError:
+        torch.backends.cuda.enable_flash_sdp(False)
+    yield
+    torch.backends.cuda.enable_flash_sdp(before)
+
+
 @pytest.fixture(scope="session")
 def forks(tmp_path_factory):
     """Processes that have imported all of Transect; see `Forks`."""

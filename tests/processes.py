@@ -57,6 +57,7 @@ for line in sys.stdin:
             os.dup2(os.open(name, os.O_CREAT | os.O_RDWR), descriptor)
         sys.argv = ["transect", *(job["words"] or [])]
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and those under nohup this
         code = 1
         try:
             exec(job["before"], globals())
