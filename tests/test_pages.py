@@ -4,14 +4,16 @@ import html.parser
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 import transect
-from transect.claims import claims
-from transect.claims.records import Record, write_record
+from transect.claims import Verdict, claims
+from transect.claims.records import Record, records_in, write_record
 from transect.errors import TransectError
 from transect.pages import COMMANDS, PURPOSES, entries
+from transect.pages.verdicts import verdicts_document
 from transect.store import Folder
 
 
@@ -101,3 +103,21 @@ def test_a_folder_of_somebody_else_s_and_damaged_records_are_refused(tmp_path):
     (tmp_path / "records" / "one.json").write_text('{"claim": 1}')
     with pytest.raises(TransectError, match="is no recorded claim"):
         transect.catalogue(tmp_path / "site", records=tmp_path / "records")
+
+
+def test_the_shipped_verdicts_are_of_claims_as_they_stand_and_the_document_is_made_from_them():
+    shipped, known = records_in(), {one.name: one for one in claims()}
+    assert shipped
+    for record in shipped:
+        claim = known[record.claim]
+        assert (record.method, record.paper, record.statement) == (claim.method, claim.paper, claim.statement)
+        assert record.result.verdict != Verdict.FAILED and record.settings["seed"] == 0
+    written = (Path(__file__).parent.parent / "docs/claims.md").read_text(encoding="utf-8")
+    assert written == verdicts_document(shipped)  # else: python -m transect.pages.verdicts docs/claims.md
+
+
+def test_a_cell_of_the_document_is_one_line_and_one_column():
+    record = Record("a/b", "a", "arXiv:1", "One | two\nlines.", "organism", "holds", "It | is.", settings={"seed": 0})
+    row = verdicts_document([record, replace(record, model="other", verdict="does not hold")]).splitlines()
+    assert "| `a/b`: One \\| two lines. (arXiv:1) | holds | It \\| is. |" in row
+    assert "## `organism`: 1 hold" in row and "## `other`: 1 do not hold" in row
