@@ -249,6 +249,8 @@ def test_images_of_a_data_set(tmp_path):
 
 # What is refused, by its name
 
+MASKED = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
+
 
 @pytest.mark.parametrize(
     ("data", "message"),
@@ -270,6 +272,11 @@ def test_images_of_a_data_set(tmp_path):
         ([torch.rand(3)], "item 0 of the data is a torch.float32 tensor"),
         ([TEXTS[0].split()], "a list of 5 strings: give each text as one string"),
         (TensorDataset(IDS, IDS), "a tuple of 2 tensors that have no names: give dicts"),
+        (MASKED.values(), "item 1 of the data has an attention mask"),
+        ((MASKED["input_ids"], MASKED["attention_mask"].numpy()), "item 1 of the data has an attention mask"),
+        ({"a": [[7, 8], [9]], "b": [[1, 1], [1]]}.values(), "item 1 of the data has an attention mask"),
+        (zip([[7, 8], [9]], [[1, 1], [1]], strict=True), "item 0 of the data has an attention mask"),
+        ([list(MASKED.values())], "item 0 of the data"),
         ({}, "the dict is empty"),
         ({"text": TEXTS, "label": [1]}, "one entry an example, but their lengths are"),
         ({"train": Batches([{"input_ids": IDS}])}, r"a dict of data sets \('train'\); give one .* as data\['train'\]"),

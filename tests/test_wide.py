@@ -6,10 +6,13 @@ import pytest
 import torch
 
 import transect
-from transect.data import load
+from transect.anatomy import Anatomy
+from transect.data import Specimen, load
 from transect.evaluation import evaluate_loss
 from transect.forward import computing_wide
+from transect.probes import run_probes
 
+from .depth import small
 from .models import VOCABULARY, apart, tiny
 
 DATA = torch.randint(3, VOCABULARY, (6, 16), generator=torch.Generator().manual_seed(5))
@@ -51,3 +54,22 @@ def test_block_by_block_too(options):
         transect.compress(model, "svd-llm", 0.5, DATA, **options)
     with torch.no_grad(), computing_wide(narrow):
         assert apart(narrow(DATA).logits, wide(DATA).logits) < 0.05
+
+
+PROBES = {"cd-t": {"prompts": 2, "length": 5, "most": 2}, **small(), "attention-sinks": {}, "stream-growth": {}}
+
+
+def test_probes_of_a_narrow_model_say_what_they_say_of_its_wide_copy():
+    """With a stream as long as those of large models are: float16 cannot hold its squares, nor what a layer adds."""
+    narrow = tiny("llama")
+    with torch.no_grad():
+        narrow.model.embed_tokens.weight.mul_(400 / narrow.model.embed_tokens.weight.std())
+    narrow = narrow.half()
+    wide = copy.deepcopy(narrow).float()
+    texts = torch.randint(3, VOCABULARY, (6, 24), generator=torch.Generator().manual_seed(5))
+    ours, theirs = (run_probes(Specimen(Anatomy(one), data=load(texts, one)), PROBES) for one in (narrow, wide))
+    assert not ours.failed and ours.keys() == theirs.keys() == PROBES.keys()
+    for name, result in theirs.items():
+        for key, quantity in result.quantities.items():
+            torch.testing.assert_close(ours[name][key], quantity.values, equal_nan=True, msg=f"{name}: {key}")
+    assert {parameter.dtype for parameter in narrow.parameters()} == {torch.float16}

@@ -64,13 +64,21 @@ def entries_of(data: Any) -> Iterator[Row]:
     if _is(data, "tokenizers", "Encoding"):
         data = [data]
     collated = isinstance(data, DataLoader)
+    before: Any = None
     for number, item in enumerate(items_of(data, "the data")):
+        item = _plain(item)
+        several = _is_nested(item) or (isinstance(item, Tensor) and item.dim() == 2)
+        if several and (_is_mask(item, before) or (_is_nested(item) and any(map(_is_mask, item[1:], item)))):
+            raise BadData(
+                f"item {number} of the data has an attention mask, by its 0 and 1, that would be read as token ids: "
+                'give dicts, as {"input_ids": ..., "attention_mask": ...}'
+            )
+        before = item if several else None
         yield from _of_item(item, f"item {number} of the data", collated)
 
 
 def _of_item(item: Any, where: str, collated: bool) -> Iterator[Row]:
-    """collated: an item is several examples, as a DataLoader puts them together."""
-    item = _plain(item)
+    """item: as `_plain` leaves it. collated: an item is several examples, as a DataLoader puts them together."""
     if isinstance(item, str):
         if item.endswith(tuple(READERS)) and exists(Path(item)):
             raise BadData(f"{where} is the name of a file, {item!r}, and no text: give the name alone, or Path(...)")
@@ -159,6 +167,31 @@ def _of_mapping(given: Mapping[Any, Any], what: str, columns: bool) -> Iterator[
     for values in zip(*row.values(), strict=True):
         plain = (it.item() if isinstance(it, Tensor) and it.dim() == 0 else it for it in values)
         yield dict(zip(row, plain, strict=True))
+
+
+def _is_mask(value: Any, before: Any) -> bool:
+    """Whether numbers can only be the mask of those before them: as many, row by row, and nothing but 0 and 1.
+
+    So the values of what a tokenizer returns lie behind one another, once their names are lost.
+    """
+    mask = _rows_of(value)
+    if not mask or any(one not in (0, 1) for row in mask for one in row):
+        return False
+    ids = _rows_of(before)
+    return [len(row) for row in ids] == [len(row) for row in mask] and any(
+        one not in (0, 1) for row in ids for one in row
+    )
+
+
+def _rows_of(value: Any) -> list[Any]:
+    """Numbers in a tensor or in lists, row by row; nothing of anything else."""
+    value = value.tolist() if isinstance(value, (Tensor, np.ndarray)) else value
+    rows = list(value) if _is_nested(value) else [value]
+    return rows if all(isinstance(row, (list, tuple)) and row and isinstance(row[0], int) for row in rows) else []
+
+
+def _is_nested(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and bool(value) and isinstance(value[0], (list, tuple))
 
 
 def _is_table(row: Row, columns: bool) -> bool:

@@ -16,7 +16,7 @@ import torch
 
 from ..data import Specimen
 from ..errors import NotApplicable, TransectError
-from ..forward import Seen, at_rest, inputs_of, run_body, to_device, watch
+from ..forward import Seen, at_rest, computing_wide, inputs_of, run_body, to_device, watch
 from ..store import Folder
 from .registry import Probe, probe
 from .result import Result
@@ -65,6 +65,9 @@ def run_probes(
 ) -> Inspection:
     """Run probes. The model is as before afterwards, also after an error: its weights, mode and hooks.
 
+    On a CPU it computes in float32 meanwhile, whatever its weights are stored in (see `computing_wide`): in float16 the
+    squares of a residual stream are soon infinite, and what a layer adds to it is rounded away.
+
     wanted: settings by probe name. folder: one of ours, where each result is written as soon as it is there; one
     that is there already, under the same key and settings, is read instead of computed. key: names model, data and
     questions.
@@ -97,7 +100,7 @@ def run_probes(
             result.save(folder, keys[name])
         on_result(name)
 
-    with at_rest(specimen.model, frozen=True):
+    with at_rest(specimen.model, frozen=True), computing_wide(specimen.model):
         looking: dict[str, tuple[Probe, Generator[None, Seen | None, Result]]] = {}
         for name, (one, settings) in chosen.items():
             found = None if folder is None else Result.load(folder, name, keys[name])

@@ -12,7 +12,7 @@ from ..arguments import checked
 from ..compression.fingerprint import computation_fingerprint
 from ..data import SpecialTokens
 from ..difference import comparison, comparisons, pair_of
-from ..forward import at_rest
+from ..forward import at_rest, computing_wide
 from ..parameters import Seed, listed
 from ..probes import Inspection, Result, run_probes
 from ..report import INDEX, write_report
@@ -74,7 +74,7 @@ def diff(
     key.update(f"{__version__} {computation_fingerprint(pair.model)} {computation_fingerprint(second.model)}".encode())
     key.update(b"" if pair.data is None else pair.data.fingerprint.encode())
     key.update(f"{seed} {fingerprint_of(pair.tokenizer, pair.known_facts, pair.known_passages)}".encode())
-    with at_rest(second.model, frozen=True):
+    with at_rest(second.model, frozen=True), computing_wide(second.model):
         if folder is None:
             return run_probes(pair, {name: {} for name in names}, None, key.hexdigest(), on_result, comparison)
         with alone(folder.path):
