@@ -134,6 +134,16 @@ def test_quantised_weights_are_named(name):
             attempt()
 
 
+@pytest.mark.parametrize("path", ["model.embed_tokens", "lm_head"])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.uint8])
+def test_quantised_embeddings_and_heads_are_named_too(path, dtype):
+    model = tiny("llama")
+    module = model.get_submodule(path)
+    module._parameters["weight"] = nn.Parameter(module.weight.detach().to(dtype), False)
+    with pytest.raises(TransectError, match=rf"{path} .*cannot be opened: .*{str(dtype)[6:]}.*quantised"):
+        transect.compress(model, "svd", 0.7)
+
+
 @pytest.mark.parametrize("name", list(COMPUTED))
 def test_weights_that_are_computed_are_named_and_the_advice_helps(name):
     model = changed(COMPUTED[name], "o_proj")

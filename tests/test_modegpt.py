@@ -1,6 +1,7 @@
 """The "must hold" items of the card modegpt, against brute force, and whole models cut by it."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM
 import transect
 from transect.anatomy import Anatomy
 from transect.claims import claims
+from transect.claims.context import Measured
 from transect.compression import method
 from transect.compression.allocation import Unit, allocation_named, share_out
 from transect.compression.allocation.similarity import importance, removed_shares
@@ -600,9 +602,38 @@ def test_an_allocation_that_asks_too_much_of_a_block_is_named():
     assert torch.equal(logits(model, inputs("qwen3")), before)
 
 
+class Asked:
+    """Stands for a context, and notes what is measured."""
+
+    dense = SimpleNamespace(loss=0.0)
+
+    def __init__(self):
+        self.variants = []
+
+    def require_language_model(self):
+        pass
+
+    def require_keep(self, keep):
+        pass
+
+    def compressed(self, variant, keep):
+        self.variants.append(variant)
+        return Measured(torch.zeros(3), torch.ones(3), keep)
+
+
+@pytest.mark.parametrize(
+    ("name", "allocation"), [("modegpt/nystrom", "uniform"), ("modegpt/nystrom-allocated", "similarity")]
+)
+def test_the_claims_on_the_update_fix_where_is_cut(name, allocation):
+    (claimed,), asked = claims([name]), Asked()
+    claimed.function(asked)
+    assert {variant.allocation for variant in asked.variants} == {allocation}
+    assert len({variant.settings for variant in asked.variants}) == 3
+
+
 def test_claims_and_settings_are_there():
     assert [claim.name for claim in claims(["modegpt"])] == [
-        "modegpt/nystrom", "modegpt/below-svd-llm", "modegpt/allocation",
+        "modegpt/nystrom", "modegpt/nystrom-allocated", "modegpt/below-svd-llm", "modegpt/allocation",
     ]  # fmt: skip
     assert all(
         parameter.help for parameter in [*method("modegpt").parameters, *allocation_named("similarity").parameters]

@@ -44,9 +44,15 @@ def refuse_other_than_plain_weights(model: nn.Module, blocks: nn.Module, archite
     for path, module in named:
         if "base_layer" in module._modules:
             raise _error(path, module, ADAPTED)
+    inside = {id(module) for module in blocks.modules()}
     for path, module in named:
         for parameter in module._parameters.values():
-            if parameter is None or (type(parameter) is nn.Parameter and parameter.device.type != "meta"):
+            if parameter is None:
+                continue
+            if id(module) not in inside and parameter.dtype not in _NUMBERS:  # an embedding or a head
+                held = str(parameter.dtype).removeprefix("torch.")
+                raise _error(path, module, f"it holds {held} numbers: {_QUANTIZED}")
+            if type(parameter) is nn.Parameter and parameter.device.type != "meta":
                 continue
             if parameter.device.type == "meta":
                 raise _error(path, module, _ELSEWHERE)
