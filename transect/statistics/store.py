@@ -11,10 +11,12 @@ from torch import Tensor
 
 from ..errors import TransectError
 from ..store import keep, kept
+from .gram import is_gram
 from .kinds import Statistic, Sums
 from .unreached import of_the_others
 
 KIND = "statistics"  # what a file of them says that it holds
+LAYOUT = 2  # of the sums in a file: another number, another file
 _SEPARATOR = "|"  # key|statistic|sum, the name of a tensor on disk
 
 
@@ -85,8 +87,9 @@ class Statistics:
         """Raise an error that names a layer whose activations or gradients were NaN or infinite."""
         for (key, label), sums in self._sums.items():
             for tensor in sums.values():
-                # one number per row is enough: a NaN or infinity anywhere in a Gram matrix reaches its diagonal
-                probe = tensor.diagonal() if tensor.ndim == 2 and tensor.shape[0] == tensor.shape[1] else tensor
+                # one number per row is enough: a NaN or infinity anywhere in a Gram matrix reaches its diagonal, which
+                # lies within its panels
+                probe = tensor.diagonal() if is_gram(sums) and tensor.ndim == 2 else tensor
                 if not torch.isfinite(probe).all():
                     raise TransectError(f"NaN or infinite activations or gradients at {key} (seen by {label})")
 

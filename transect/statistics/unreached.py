@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from .gram import is_gram
 from .kinds import Statistic, Sums
 
 
@@ -30,7 +31,7 @@ def of_the_others(key: str, statistic: Statistic, known: Mapping[tuple[str, str]
         alike = match and label == statistic.label and all(sums[name].shape == own[name].shape for name in own)
         if alike and _says_something(sums):
             total = {name: total[name] + tensor if total else tensor for name, tensor in sums.items()}
-    return _evened(statistic.value(total), parts[2], "gram" in total) if total else None
+    return _evened(statistic.value(total), parts[2], is_gram(total)) if total else None
 
 
 def _says_something(sums: Sums) -> bool:
