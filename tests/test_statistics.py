@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 
@@ -15,6 +17,7 @@ from transect.statistics import (
     collect,
     key_of,
 )
+from transect.statistics.collect import parts_for_gradients
 from transect.statistics.gram import add_gram_, gram_zeros, symmetric
 
 from .models import CONFIGS, MOE_CONFIGS, inputs, tiny
@@ -198,6 +201,21 @@ def test_the_half_gram_is_the_gram():
             full = symmetric(total)
             assert torch.equal(full, full.T) and full.dtype == dtype
             torch.testing.assert_close(full.float(), 2 * x.T @ x, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "bert"])
+def test_a_large_batch_goes_through_in_parts(name, monkeypatch):
+    anatomy = Anatomy(tiny(name, dtype=torch.float64))
+    data = batches(name, 2, length=8)
+    data[1]["attention_mask"] = torch.ones_like(data[1]["input_ids"])
+    data[1]["attention_mask"][1, 5:] = 0
+    whole = collect(anatomy, data, EVERYTHING).state()
+    monkeypatch.setattr(sys.modules[collect.__module__], "_BEHIND", 1)
+    assert [len(part["input_ids"]) for part in parts_for_gradients(anatomy, data[1])] == [1, 1]
+    parts = collect(anatomy, data, EVERYTHING).state()
+    assert whole.keys() == parts.keys()
+    for name, tensor in whole.items():
+        torch.testing.assert_close(parts[name], tensor, rtol=1e-9, atol=1e-12)
 
 
 def test_statistics_are_cached_on_disk(tmp_path):

@@ -21,7 +21,7 @@ from ..forward.blocks import feeds_of, put_out, run_block
 from ..forward.head import scored
 from ..forward.objective import losses_of
 from ..statistics import Recorder, Statistic, Statistics, key_of
-from ..statistics.collect import collected_at
+from ..statistics.collect import collected_at, numbers_behind, parts_for_gradients
 from .plan import Plan
 
 _WIDE = 4  # bytes of a number in arithmetic of 32 bits
@@ -68,8 +68,7 @@ def estimate_size(anatomy: Anatomy, plan: Plan, calibration: Any, evaluation: An
     tokens = [_positions(batches) for batches in (calibration, evaluation)]
     width = anatomy.config_value("hidden")
     batch = max(_positions([one]) for one in calibration) if len(list(calibration)) else 0
-    # A matrix's input and output, and about as much again for what lies between.
-    behind = 2 * _WIDE * batch * max(sum(sum(matrix.shape) for matrix in mine) for mine in of_block)
+    behind = _WIDE * batch * max(map(numbers_behind, of_block))
     disk = sum(statistics) + len(factorized) * sum(factors)
     memory = resident_memory()
     if streamed:
@@ -82,7 +81,10 @@ def estimate_size(anatomy: Anatomy, plan: Plan, calibration: Any, evaluation: An
     copied = any(method(name).family != "factorization" for name in plan.methods)
     itemsize = next(iter(anatomy.model.parameters())).element_size()
     memory += _WIDE * (outside + sum(numbers)) * narrow + sum(statistics)
-    memory += max(behind * (len(blocks) if gradients else 1), copied * sum(numbers) * itemsize)
+    if gradients:
+        part = max((_positions([parts_for_gradients(anatomy, one)[0]]) for one in calibration), default=0)
+        behind = _WIDE * part * numbers_behind(matrices)
+    memory += max(behind, copied * sum(numbers) * itemsize)
     return Estimate(memory, disk)
 
 

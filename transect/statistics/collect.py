@@ -22,6 +22,7 @@ from .store import Statistics
 
 Fisher = Literal["empirical", "sampled"]
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
+_BEHIND = 1 << 28  # numbers that a pass may leave behind for the way back: 1 GB in float32
 
 
 def key_of(matrix: Matrix, statistic: Statistic) -> str:
@@ -228,6 +229,27 @@ class Recorder:
         self._handles.append(block.module.register_forward_hook(hook, with_kwargs=True))
 
 
+def parts_for_gradients(anatomy: Anatomy, batch: Batch) -> list[Batch]:
+    """A batch of text as some of its sequences at a time, so few that a pass leaves behind no more than `_BEHIND`.
+
+    Never less than one sequence. Of other batches it is not known what belongs to an example: they stay whole.
+    """
+    rows, *others = batch.values()
+    if "input_ids" not in batch or any(len(other) != len(rows) for other in others):
+        return [batch]
+    most = max(1, int(_BEHIND // (numbers_behind(anatomy.matrices()) * batch["input_ids"].shape[1])))
+    parts = zip(*(tensor.split(most) for tensor in batch.values()), strict=True)
+    return [dict(zip(batch, part, strict=True)) for part in parts]
+
+
+def numbers_behind(matrices: Sequence[Matrix]) -> int:
+    """How many numbers, about, a pass leaves behind for the way back, for each position.
+
+    The inputs and outputs of the matrices, and about as much again for what lies between.
+    """
+    return 2 * sum(sum(matrix.shape) for matrix in matrices)
+
+
 @contextmanager
 def gradients_from(start: nn.Module) -> Iterator[None]:
     """Inside the `with`, gradients flow back as far as the output of `start`, in a model whose parameters ask for none.
@@ -263,7 +285,8 @@ def collect(
 ) -> Statistics:
     """Collect statistics in one forward pass over the batches, and one backward pass if any needs gradients.
 
-    Without gradients no head runs, and no block behind the last one that anything is collected in.
+    Without gradients no head runs, and no block behind the last one that anything is collected in. With them a batch
+    goes through in parts where it is so large that what it leaves behind for the way back would fill the memory.
 
     anatomy: the model; its weights, mode and hooks are as before afterwards, also after an error.
     batches: see `objective`; padding (attention_mask 0) does not count.
@@ -290,14 +313,15 @@ def collect(
     recording = Recorder(matrices, wanted, store, task_of(model), anatomy.blocks)
     with at_rest(model, frozen=True), computing_wide(model), recording as recorder:
         for batch in progress(mine, "statistics") if progress else mine:
-            mask = batch.get("attention_mask")
-            recorder.begin_batch(len(next(iter(batch.values()))), None if mask is None else mask.to(model.device))
-            if gradients:
-                with gradients_from(anatomy.embedding):
-                    backpropagate(model, batch, loss)
-            else:
-                with torch.no_grad(), stopping_behind(anatomy, recorder.last_block):
-                    run_body(model, batch)
+            for part in parts_for_gradients(anatomy, batch) if gradients else [batch]:
+                mask = part.get("attention_mask")
+                recorder.begin_batch(len(next(iter(part.values()))), None if mask is None else mask.to(model.device))
+                if gradients:
+                    with gradients_from(anatomy.embedding):
+                        backpropagate(model, part, loss)
+                else:
+                    with torch.no_grad(), stopping_behind(anatomy, recorder.last_block):
+                        run_body(model, part)
     if mine is not batches:
         store.all_reduce()
     store.check_finite()

@@ -14,9 +14,10 @@ _NAME = "gram."
 
 
 def gram_zeros(n: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """The sums of a Gram matrix (n x n) before any data, by name: rows i to i + w of it, from column i on (w x (n - i)).
+    """The sums of a Gram matrix (n x n) before any data, by name: panels of its rows, w in each.
 
-    With b panels of rows these are (b + 1) / (2 b) of its numbers: 56 % with 8.
+    The one that begins with row i holds the columns from i on (w x (n - i)). With b panels that are (b + 1) / (2 b) of
+    the matrix's numbers: 56 % with 8.
     """
     step = max(_SMALLEST_PANEL, -(-n // _PANELS))
     return {
