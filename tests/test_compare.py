@@ -77,6 +77,18 @@ def test_scores_of_an_allocation_are_computed_once_for_all_methods_and_budgets(t
         assert transect.evaluate(alone, HELD_OUT)["loss"] == pytest.approx(row.loss, abs=1e-5)
 
 
+def test_budgets_that_pay_for_the_same_sizes_are_measured_once(tmp_path, monkeypatch):
+    evaluated, real = [], worker.evaluate
+    monkeypatch.setattr(worker, "evaluate", lambda *args: evaluated.append(1) or real(*args))
+    frame = compare(tmp_path / "run", methods=("rtn",), keep=(0.9, 0.8, 0.15))
+    rounded = frame[frame.method == "rtn"].set_index("keep")
+    assert rounded.loc[0.9, SAME[3:]].equals(rounded.loc[0.8, SAME[3:]])
+    assert rounded.kept[0.15] < rounded.kept[0.8]
+    assert len(evaluated) == 1 + 2  # dense, and two widths
+    alone = transect.evaluate(transect.compress(tiny("llama"), "rtn", 0.8, DATA), HELD_OUT)
+    assert rounded.loss[0.8] == pytest.approx(alone["loss"], abs=1e-5)
+
+
 def test_an_interrupted_comparison_goes_on_and_can_be_widened(tmp_path, monkeypatch):
     compute, count = worker.Worker.compute, [0]
 

@@ -271,3 +271,16 @@ def test_two_processes_give_the_result_of_one(tmp_path, forks):
     assert one.keys() == two.keys()
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=1e-6, atol=1e-6)
+
+
+def test_what_follows_from_the_sums_is_made_once_until_they_change():
+    anatomy, made = Anatomy(tiny("llama")), []
+    store = collect(anatomy, batches("llama", 1), [InputMean()])
+
+    def make():
+        made.append(store.value("blocks.0.mlp.input", InputMean()))
+        return made[-1]
+
+    assert store.derived("mean", make) is store.derived("mean", make) and len(made) == 1
+    store.merge(collect(anatomy, batches("llama", 2)[1:], [InputMean()]))
+    assert not torch.equal(store.derived("mean", make), made[0]) and len(made) == 2

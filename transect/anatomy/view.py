@@ -17,6 +17,7 @@ from .arrangement import arrange, tie_blocks
 from .banks import hand_over_banks
 from .body import body_of, model_in, path_of, submodule, text_config_of
 from .experts import SkipExperts
+from .finite import all_finite
 from .guard import refuse_other_than_plain_weights
 from .matrix import Matrix
 from .mixture import Experts, has_module, one_mlp_needed
@@ -132,7 +133,7 @@ class Anatomy:
     def check_finite(self) -> None:
         """Raise an error that names the first parameter that holds NaN or infinity."""
         for name, parameter in self.model.named_parameters():
-            if parameter.is_floating_point() and not torch.isfinite(parameter).all():
+            if parameter.is_floating_point() and not all_finite(parameter):
                 raise TransectError(f"the weight {name} holds NaN or infinite values; repair the model first")
 
     @property

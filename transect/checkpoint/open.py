@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from ..anatomy import record_of, refuse_encoder_decoder, register_architecture
+from ..anatomy.finite import all_finite
 from ..errors import BadCheckpoint, TransectError
 from ..pretrained import pretrained
 from ..store import in_short
@@ -244,7 +245,7 @@ def _load(folder: Path, stored: Mapping[str, Stored], dtype: Any, device: Any) -
 
 def _check_numbers(model: Any, source: str) -> None:
     for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if tensor.is_floating_point() and not all_finite(tensor):
             raise BadCheckpoint(f"the weight {name} of {source} holds NaN or infinite values; repair the model first")
 
 

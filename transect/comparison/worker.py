@@ -15,8 +15,8 @@ from ..anatomy import Anatomy
 from ..compression import Recipe, compress_anatomy
 from ..compression import method as registered
 from ..compression.allocation import Scores
-from ..compression.compress import outcome_of, run_compressor
-from ..compression.compressors import RankCompressor
+from ..compression.compress import make_compressor, outcome_of, run_compressor
+from ..compression.compressors import Compressor, RankCompressor
 from ..compression.copying import working_copy
 from ..compression.factorized import Factorized
 from ..compression.fingerprint import computation_fingerprint, model_fingerprint
@@ -56,6 +56,7 @@ class Worker:
         self.calibration, self.evaluation, self.also = calibration, evaluation, also or {}
         self._factorized: dict[str, tuple[Factorized, Factors]] = {}
         self._prepared: dict[str, tuple[Any, float]] = {}  # and what it took, in seconds; of one method at a time
+        self._replaced: tuple[Compressor, dict[str, Any]] | None = None  # of the last row, and what was measured
         self._scores = Scores(self.anatomy.matrices(plan.roles))  # the first row that needs some pays for them
 
     def run(self, rows: Sequence[Row], on_row: Callable[[Row], None]) -> None:
@@ -133,8 +134,11 @@ class Worker:
     def _compressed(self, row: Row) -> dict[str, Any]:
         """A row that is computed on its own, on a copy of the model, from the shared statistics."""
         recipe = self.plan.recipe(row)
-        anatomy = working_copy(self.anatomy)
         statistics = self.statistics if recipe.needs else None
+        replacing = self._replacing(recipe, statistics)
+        if replacing is not None and self._replaced is not None and self._replaced[0] == replacing:
+            return self._replaced[1]  # several budgets may pay for the same sizes
+        anatomy = working_copy(self.anatomy)
         prepared, preparing = self._prepared_for(recipe, statistics)
         started = time.perf_counter()
         outcome = compress_anatomy(
@@ -143,7 +147,18 @@ class Worker:
             seed=self.plan.seed, fisher=self.plan.fisher,  # type: ignore[arg-type]
         )  # fmt: skip
         seconds = time.perf_counter() - started + preparing + self._calibration_seconds(row)
-        return self._evaluated(anatomy, outcome["kept"], seconds)
+        measured = self._evaluated(anatomy, outcome["kept"], seconds)
+        if replacing is not None:
+            self._replaced = replacing, measured
+        return measured
+
+    def _replacing(self, recipe: Recipe, statistics: Statistics | None) -> Compressor | None:
+        """What is done to each matrix, of a recipe that gives each a size; None for any other."""
+        if recipe.registered.family != "replacement" or recipe.keep == 1:
+            return None
+        matrices = self.anatomy.matrices(self.plan.roles)
+        recipe = recipe.resolved(self.anatomy, matrices)
+        return make_compressor(self.anatomy, matrices, recipe, statistics, self.calibration, None, self._scores)
 
     def _prepared_for(self, recipe: Recipe, statistics: Statistics | None) -> tuple[Any, float]:
         """What the method does once for all budgets, and the seconds that it took; None if there is no such thing."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..anatomy import Anatomy, Matrix
+from ..anatomy.finite import all_finite
 from ..errors import TransectError
 from ..operators import LowRank, Operator
 from ..statistics import Progress, Statistics, key_of
@@ -21,7 +22,7 @@ from .weighted_svd import Factorization
 def _arguments(matrix: Matrix, method: Method, statistics: Statistics | None) -> list[Tensor]:
     """What a method of one matrix is given: W (d_out x d_in) and the statistics that it needs, in float64."""
     weight = matrix.weight.double()
-    if not torch.isfinite(weight).all():
+    if not all_finite(weight):
         raise TransectError(f"{matrix.name} holds NaN or infinite weights")
     values = []
     for statistic in method.needs:
@@ -46,7 +47,7 @@ def check_finite(matrices: Iterable[Matrix], method: Method) -> None:
 
 
 def _refuse_not_finite(tensors: Iterable[Tensor], matrix: Matrix, method: Method) -> None:
-    if not all(torch.isfinite(tensor).all() for tensor in tensors):
+    if not all(map(all_finite, tensors)):
         raise TransectError(
             f"{method.name} makes NaN or infinite numbers of {matrix.name}, so nothing was changed: its numbers may be "
             "too large for the model's dtype, or its statistics too extreme; try a wider dtype, other settings of the "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .cholesky import raised_cholesky
+from .cholesky import raised_cholesky, triangular_inverse
 
 UPDATE_RIDGE = 1e-6  # relative to the mean diagonal of C; our choice, the sources use 1e-6 to 1e-4 for inverse roots
 
@@ -19,7 +19,8 @@ def leverage_scores(covariance: Tensor, ridge: float) -> Tensor:
     if not covariance.any():
         return torch.zeros_like(covariance.diagonal())
     factor, strength = raised_cholesky(covariance, ridge * covariance.diagonal().mean())
-    return (1 - strength * torch.cholesky_inverse(factor).diagonal()).clamp(0, 1)
+    # (L Lᵀ)⁻¹ = L⁻ᵀ L⁻¹, whose diagonal is the squared columns of L⁻¹
+    return (1 - strength * triangular_inverse(factor).square_().sum(0)).clamp(0, 1)
 
 
 def nystrom_update(weight: Tensor, covariance: Tensor, kept: Tensor, ridge: float = UPDATE_RIDGE) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .cholesky import raised_cholesky
+from .cholesky import raised_cholesky, triangular_inverse
 
 # A metric that weighs a direction less than this, relative to its mean, would be inverted into noise.
 _FLOOR = 1e-12
@@ -78,7 +78,9 @@ def weighted_svd(
 def shrink(covariance: Tensor, alpha: float) -> Tensor:
     """(1 - alpha) M + alpha mean(diag M) I: keeps a covariance of few samples invertible."""
     mean = covariance.diagonal().mean()
-    return covariance * (1 - alpha) + torch.eye(len(covariance)).to(covariance) * (alpha * mean)
+    shrunk = covariance * (1 - alpha)
+    shrunk.diagonal().add_(alpha * mean)
+    return shrunk
 
 
 def _times(metric: Tensor | None, x: Tensor, transpose: bool = False) -> Tensor:
@@ -108,9 +110,8 @@ def _root(metric: Tensor | None, size: int, like: Tensor) -> tuple[Tensor | None
     if metric.ndim == 1:
         root = metric.clamp_min(_FLOOR).sqrt()
         return root, 1 / root
-    identity = torch.eye(size, dtype=like.dtype, device=like.device)
     root, _ = raised_cholesky(metric)
-    return root, torch.linalg.solve_triangular(root, identity, upper=False)
+    return root, triangular_inverse(root)
 
 
 def _eigh_descending(gram: Tensor) -> tuple[Tensor, Tensor]:

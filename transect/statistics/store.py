@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ class Statistics:
     def __init__(self, dtype: torch.dtype = torch.float64) -> None:
         self.dtype = dtype
         self._sums: dict[tuple[str, str], Sums] = {}
+        self._derived: dict[Any, Tensor] = {}
 
     def sums(self, key: str, statistic: Statistic, shape: tuple[int, int], like: Any) -> Sums:
         """The sums of one statistic, made with zeros on first use; `like` is a module on the right device."""
@@ -51,11 +52,21 @@ class Statistics:
             raise TransectError(f"the statistic {statistic.label} of {key} has seen no data")
         return statistic.value(found)
 
+    def derived(self, what: Any, make: Callable[[], Tensor]) -> Tensor:
+        """Something small that follows from the statistics, made at the first call and remembered for the next ones.
+
+        what: names it, and all that it depends on beside the sums.
+        """
+        if what not in self._derived:
+            self._derived[what] = make()
+        return self._derived[what]
+
     def copy_from(self, other: Statistics, key: str, statistic: Statistic) -> None:
         """Take over one statistic from another store, sharing its tensors."""
         found = other._sums.get((key, statistic.label))
         if found is None:
             raise TransectError(f"the statistic {statistic.label} of {key} was not collected")
+        self._derived.clear()
         self._sums[key, statistic.label] = found
 
     def __contains__(self, item: tuple[str, Statistic]) -> bool:
@@ -63,6 +74,7 @@ class Statistics:
 
     def merge(self, other: Statistics) -> Statistics:
         """Add another part's sums, in place; the result is that of collecting over both parts' data."""
+        self._derived.clear()
         for key, sums in other._sums.items():
             mine = self._sums.get(key)
             if mine is None:

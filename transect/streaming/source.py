@@ -23,6 +23,7 @@ from transformers.modeling_utils import local_torch_dtype
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from ..anatomy import Anatomy
+from ..anatomy.finite import all_finite
 from ..checkpoint import check_folder, model_class
 from ..checkpoint.config import read_config
 from ..checkpoint.fit import check_fit
@@ -118,7 +119,7 @@ class StreamedModel:
         empty = _get(self.model, name)
         self._check_shape(name, tuple(stored.shape))
         tensor = stored.to(self.device, empty.dtype, copy=True)
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if tensor.is_floating_point() and not all_finite(tensor):
             raise TransectError(f"the weight {name} holds NaN or infinite values; repair the model first")
         if isinstance(empty, nn.Parameter):
             tensor = nn.Parameter(tensor, requires_grad=False)

@@ -162,7 +162,8 @@ def _slice_neurons(mlp: MLP, statistics: Statistics, count: int, ridge: float, s
     weight = mlp.down.weight.double()  # d x neurons
     covariance = _covariance(mlp.down, statistics)
     if selection == "leverage":
-        scores = leverage_scores(covariance, ridge)
+        of = (mlp.down.name, "leverage scores", ridge)  # the same for every budget
+        scores = statistics.derived(of, lambda: leverage_scores(covariance, ridge))
     else:
         reading = [matrix.weight.double() for matrix in (mlp.gate, mlp.up) if matrix is not None]
         scores = weight.square().sum(0) + sum(rows.square().sum(1) for rows in reading)
