@@ -84,8 +84,11 @@ def _header(file: Path, random: Random) -> str:
     if file.suffix != ".safetensors":
         return _bytes(file, random)
     content = file.read_bytes()
-    (length,) = struct.unpack("<Q", content[:8])
-    header = json.loads(content[8 : 8 + length])
+    try:
+        (length,) = struct.unpack("<Q", content[:8])
+        header = json.loads(content[8 : 8 + length])
+    except (struct.error, ValueError):  # damaged before
+        return _bytes(file, random)
     where = changed(header, random)
     write_header(file, json.dumps(header).encode(), content[8 + length :])
     return f"{file.name}: header {where}"
