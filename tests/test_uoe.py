@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 
 import transect
 from transect.anatomy import Anatomy
-from transect.conversion.catalog.uoe.partition import balanced, fit_router, in_groups
+from transect.anatomy.grouping import balanced
+from transect.conversion.catalog.uoe.partition import fit_router, in_groups
 from transect.conversion.experts import cuttable_mlp
 from transect.conversion.inputs import inputs_of_modules
 from transect.errors import TransectError

@@ -6,7 +6,7 @@ The weights themselves stay. It is how Chang and Bergen (2025, arXiv:2504.15471)
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +64,7 @@ class SoftlyMasked(StandIn):
     def finished(self) -> Tensor | Operator:
         mask, (d_out, d_in) = self.hard(), self.frozen.shape
         kept, itemsize = int(mask.sum()), self.frozen.element_size()
-        if 0 < kept and sparse_bytes(d_out, d_in, kept, itemsize) < self.frozen.numel() * itemsize:
+        if kept > 0 and sparse_bytes(d_out, d_in, kept, itemsize) < self.frozen.numel() * itemsize:
             return Sparse.from_dense(self.frozen, mask)
         return self.frozen * mask
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ....anatomy.grouping import alike
 from ....parts.experts import SplitMLP
 from ...experts import TrainedMLP
 
@@ -32,30 +33,7 @@ def in_groups(
     assert x is not None
     added = mlp.activations(x).float().abs() * mlp.down.float().norm(dim=0)
     rows = functional.normalize((added - added.mean(0)).T, dim=-1)  # neurons x n
-    centres = rows[torch.randperm(count, generator=generator)[:groups].to(device)]
-    for _ in range(10):
-        group = balanced(rows @ centres.T, count // groups)
-        sums = torch.zeros_like(centres).index_add(0, group, rows)
-        centres = functional.normalize(sums, dim=-1)
-    return balanced(rows @ centres.T, count // groups).argsort(stable=True)
-
-
-def balanced(scores: Tensor, size: int) -> Tensor:
-    """The group of each row, `size` rows in each: no row and group would both gain by another choice.
-
-    scores: (rows x groups), with rows = size x groups. Rows ask for the best group that has not refused them, groups
-    keep the best that ask (Gale and Shapley 1962).
-    """
-    left = scores.clone()
-    while True:
-        group = left.argmax(dim=1)
-        crowded = [number for number in range(scores.shape[1]) if int((group == number).sum()) > size]
-        if not crowded:
-            return group
-        for number in crowded:
-            asking = (group == number).nonzero()[:, 0]
-            refused = asking[scores[asking, number].argsort(descending=True, stable=True)[size:]]
-            left[refused, number] = -torch.inf
+    return alike(rows, groups, generator).argsort(stable=True)
 
 
 @torch.no_grad()
