@@ -40,6 +40,7 @@ SHORT = {
     "rome": {"steps": 2, "rounds": 1, "contexts": 1}, "memit": {"steps": 2, "contexts": 1},
     "ilp": {"trials": 2}, "monarch": {"blocks": 3}, "constrained-ft": {"steps": 2},
     "neuron-clamp": {"neurons": "0:1=0,2:5=1.5"}, "cola": {"simulations": 4, "inputs": 2},
+    "bigram-subnetworks": {"steps": 5},
 }  # fmt: skip
 # The values of options that have no default.
 VALUES = {

@@ -43,8 +43,8 @@ def draw(result: Result) -> list[Drawing]:
         Table(
             "What each choice of weights predicts", "On held-out tokens. Share: of the blocks' weights that are kept; "
             "embeddings, norms and biases always are. r: of its surprisals with those of the bigram table. Loss: on "
-            "the text. Distance: cross-entropy with the table's predictions. The controls have as many weights of every "
-            "matrix as the subnetwork.", ["weights", "share", "r", "loss", "distance"], rows,
+            "the text. Distance: cross-entropy with the table's predictions. The controls have as many weights of "
+            "every matrix as the subnetwork.", ["weights", "share", "r", "loss", "distance"], rows,
         ),
         bars(
             "Agreement with the bigram table", "Correlation of surprisals on held-out tokens.",
@@ -71,10 +71,10 @@ def draw(result: Result) -> list[Drawing]:
 
 
 CAVEATS = (
-    "That a subnetwork predicts bigrams does not show that the model itself does so with these weights; that the model "
+    "That a subnetwork predicts bigrams does not show that the model itself does so with these weights; that it "
     "needs them is what the loss without them says. A random network has such subnetworks too, by the paper.",
-    "The table is counted without smoothing. Held-out pairs that it never saw are left out of r, which then says nothing "
-    "about them; a short text leaves out many.",
+    "The table is counted without smoothing. Held-out pairs that it never saw are left out of r, which says nothing "
+    "about them then; a short text leaves out many.",
     "With few steps fewer weights are shut than the price would shut: the share is an upper bound of what is needed.",
 )
 
@@ -86,7 +86,7 @@ def bigram_subnetworks(
     specimen: Specimen,
     *,
     price: Annotated[float, Range(0)] = 10.0,
-    steps: Annotated[int, Range(1, 1_000_000)] = 200,
+    steps: Annotated[int, Range(1, 1_000_000)] = 100,
     rate: Annotated[float, Range(0, 10, above=True)] = 0.03,
     batch: Annotated[int, Range(1, 4096)] = 4,
     sharp: Annotated[float, Range(1)] = 1000.0,

@@ -37,8 +37,8 @@ def threshold(neurons: int, groups: int, top: int) -> int:
 
 
 def enrichment(group: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each kind (C): the share of groups that are its experts, and the mean count of its neurons in these over that by
-    chance (NaN without any).
+    """Of each kind (C): the share of groups that are its experts, and the mean count of its neurons in these over that
+    by chance (NaN without any).
 
     group: of each neuron (n). scores: C x n; a kind's neurons are the best hundredth.
     """
