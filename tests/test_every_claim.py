@@ -71,6 +71,7 @@ SHORT = {
     "catalog.matformer.STEPS": 2, "catalog.multi_level.FIRST": 2,
     "catalog.multi_level.SMALL": 2, "catalog.multi_level.STEPS": 2, "catalog.multi_level.EVERY": 1,
     "catalog.multi_level.SEEDS": (0,),
+    "catalog.bigram_subnetworks.STEPS": 3, "catalog.bricks.SETTINGS": {"instances": 40, "length": 8, "sequences": 1},
     "catalog.weight_matching.STEPS": 20, "catalog.weight_matching.WIDTHS": (8, 16),
     "catalog.weight_matching.LANGUAGE_STEPS": 2, "catalog.weight_matching.POINTS": 5, "catalog.rws.STEPS": 5,
 }  # fmt: skip

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
-import pydoc
+import ast
 import textwrap
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -110,16 +109,13 @@ def _sum(rng: Random) -> str:
 def _sources() -> Iterator[str]:
     """Source code of functions that is mostly code, and little prose."""
     for name in MODULES:
-        module = import_module(name)
-        for _, one in inspect.getmembers(module, lambda found: inspect.isfunction(found) or inspect.isclass(found)):
-            if getattr(one, "__module__", None) != name:
-                continue
-            members = [one] if inspect.isfunction(one) else [f for _, f in inspect.getmembers(one, inspect.isfunction)]
-            for function in members:
-                try:
-                    source = inspect.getsource(function)
-                except (OSError, TypeError):  # no source beside it
-                    continue
-                doc = pydoc.getdoc(function)
-                if len(source) > 200 and len(doc) < len(source) / 4:
+        found = find_spec(name)
+        if found is None or not found.has_location or found.origin is None or not found.origin.endswith(".py"):
+            continue  # an installation without the sources
+        text = Path(found.origin).read_text(encoding="utf-8")
+        lines = text.splitlines()
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                source = "\n".join(lines[node.lineno - 1 : node.end_lineno])
+                if len(source) > 200 and len(ast.get_docstring(node) or "") < len(source) / 4:
                     yield source

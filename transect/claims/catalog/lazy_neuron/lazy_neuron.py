@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-from dataclasses import replace
-
-import torch
-
-from ....anatomy import Anatomy
-from ....data import Specimen
 from ...context import Context
-from ...probing import probed
+from ...probing import probed, untrained
 from ...registry import NotApplicable, Result, Verdict, claim
 
 PAPER = "arXiv:2210.06313"
@@ -98,13 +91,3 @@ def alive(context: Context) -> Result:
         + ("(not zero)." if found["sharp"] else "(above 5 % of the token's largest: an extension to smooth ones)."),
         rows,
     )
-
-
-def untrained(specimen: Specimen) -> Specimen:
-    """The specimen on a model of the same configuration with random weights, from the specimen's seed."""
-    model = specimen.model
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(specimen.seed)
-        fresh = type(model)(copy.deepcopy(model.config))
-    fresh = fresh.to(device=model.device, dtype=torch.float32).eval()
-    return replace(specimen, anatomy=Anatomy(fresh, specimen.anatomy.architecture))
