@@ -95,7 +95,7 @@ def bigram_subnetworks(
 ) -> Result:
     """Find a small part of the weights that alone predicts from the current token as a bigram table does.
 
-    Chang and Bergen 2025, sections 2 and 3. Every weight of the blocks' matrices gets a mask, trained by continuous
+    Chang and Bergen 2025. Every weight of the blocks' matrices gets a mask, trained by continuous
     sparsification (see the parametrization of that name) with all weights frozen; embeddings, norms and biases are
     never masked. Lowered is the cross-entropy of P(y | x) with the masked model's prediction at every position, plus
     price times the mean of the masks. P is counted without smoothing on all but the last quarter of the text, on which

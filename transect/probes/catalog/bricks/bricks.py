@@ -83,7 +83,7 @@ def draw(result: Result) -> list[Drawing]:
 
 
 CAVEATS = (
-    "The least score depends on how many texts are of a kind: compare with the base rate, and with shuffled labels.",
+    "The score of a neuron that says nothing depends on how many texts are of a kind: compare with the base rate, and with shuffled labels.",
     "Texts of different kinds differ in form too. A neuron for digits or indents ranks sums or code well.",
     "Neurons that are large on everything enter every kind's set, and hurt all kinds: rank=margin leaves them out.",
     "Zeroed neurons take the model where it never was; fill=mean is milder.",
@@ -116,7 +116,7 @@ def bricks(
 ) -> Looking:
     """Score MLP neurons by the kind of input they serve, find how few each token needs, and take groups out.
 
-    Xiao et al. 2024, section 4. A neuron is an entry a_i of what down reads (of the product, where there is a gate).
+    Xiao et al. 2024. A neuron is an entry a_i of what down reads (of the product, where there is a gate).
     Score of neuron i for kind c: the average precision of ranking the texts by their mean |a_i| over tokens, special
     ones left out, against whether they are of the kind. Scores are those of every other text of a kind; what neurons at
     rest cost is measured on the other texts. Sets are the top share of all neurons of the model (the paper does not say
