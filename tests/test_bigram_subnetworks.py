@@ -19,7 +19,7 @@ from transect.probes.catalog.bigram_subnetworks.predictions import bigram_surpri
 from transect.probes.catalog.bigram_subnetworks.search import is_stable, search
 from transect.probes.catalog.bigram_subnetworks.table import BigramTable
 from transect.training import Parametrized
-from transect.training.parametrizations.continuous_sparsification import NEVER
+from transect.training.parametrizations.continuous_sparsification import NEVER, SoftlyMasked
 
 from .models import VOCABULARY, inputs, logits, tiny
 
@@ -223,6 +223,7 @@ def test_soft_becomes_hard_and_zeros_are_never_kept():
     zero = first.weight == 0
     masked = Parametrized(Anatomy(model), "continuous-sparsification", {"sharp": 1e4})
     one = masked.stand_ins[first.name]
+    assert isinstance(one, SoftlyMasked)
     assert bool((one.scores[zero] == NEVER).all())
     with torch.no_grad():
         one.scores.add_(torch.randn(one.scores.shape, generator=torch.Generator().manual_seed(1)))

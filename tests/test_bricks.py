@@ -111,6 +111,7 @@ def test_the_smallest_of_each_token_go_and_scales_of_the_matrices_matter_to_one_
     scale = torch.logspace(-2, 2, 48, dtype=torch.float64)
     for block in other.anatomy.blocks:
         up, down = block.matrix("up"), block.matrix("down")
+        assert up.bias is not None
         up.write(up.weight * scale[:, None], up.bias * scale)
         down.write(down.weight / scale)
     torch.testing.assert_close(logits(one.model, inputs("opt")), logits(other.model, inputs("opt")))
