@@ -83,7 +83,7 @@ def draw(result: Result) -> list[Drawing]:
 
 
 CAVEATS = (
-    "What no information scores depends on how many texts are of a kind: compare with the base rate and shuffled labels.",
+    "What no information scores depends on the number of texts of a kind: compare with base rate and shuffled labels.",
     "Texts of different kinds differ in form too. A neuron for digits or indents ranks sums or code well.",
     "Neurons that are large on everything enter every kind's set, and hurt all kinds: rank=margin leaves them out.",
     "Zeroed neurons take the model where it never was; fill=mean is milder.",
