@@ -166,6 +166,8 @@ def test_encoders_and_vision_models_are_compared(tmp_path):
     images = [inputs("vit", batch=4, seed=seed) for seed in range(2)]
     frame = transect.compare(tiny("vit"), ["svd", "kfac-svd"], [0.6], images, images, tmp_path / "vit")
     assert len(frame) == 3 and frame["accuracy"].between(0, 1).all()
+    with pytest.raises(TransectError, match="does not go on with"):
+        transect.compare(tiny("vit"), ["svd"], [0.6], images, images, tmp_path / "lengths", lengths=[8])
     labelled = [{"input_ids": DATA, "labels": DATA}]
     frame = transect.compare(tiny("bert"), ["fwsvd"], [0.6], labelled, labelled, tmp_path / "bert")
     assert len(frame) == 2 and json.loads((tmp_path / "bert" / "run.json").read_text())["methods"] == ["fwsvd"]
@@ -229,6 +231,49 @@ def test_finished_models_stand_beside_in_rows_of_their_own(tmp_path, monkeypatch
     without = compare(tmp_path / "run", **given | {"beside": ()})
     assert list(without["method"]) == ["dense", "svd"] and len(computed) == 1
     assert "FLOPs/token" not in (tmp_path / "run" / "table.md").read_text()
+
+
+def test_rows_are_measured_at_lengths_and_earlier_ones_computed_again(tmp_path, monkeypatch):
+    linear, computed = tmp_path / "linear", []
+    transect.convert(tiny("llama"), "liger", DATA, steps=0, window=4).model.save_pretrained(linear)
+    given = dict(methods=("svd-llm", "modegpt"), keep=(0.5, 0.1), allocations=("uniform",), beside=[linear])
+    compute = worker.Worker.compute
+    monkeypatch.setattr(worker.Worker, "compute", lambda self, row: computed.append(str(row)) or compute(self, row))
+    before = compare(tmp_path / "run", **given)
+    assert len(computed) == 6
+    passes = (tmp_path / "run" / "statistics.safetensors").stat().st_mtime_ns
+    frame = compare(tmp_path / "run", lengths=[8, 32, 8], **given)
+    assert len(computed) == 12 and passes == (tmp_path / "run" / "statistics.safetensors").stat().st_mtime_ns
+    pd.testing.assert_frame_equal(before[SAME], frame[SAME])
+    measured = frame[frame.loss.notna()]
+    for length in (8, 32):
+        assert (measured[[f"{speed} at {length}" for speed in ("prefill", "decode")]] > 0).all(axis=None)
+    dense, converted, small = (measured.iloc[at] for at in range(3))
+    assert dense["cache_bytes at 32"] == 4 * dense["cache_bytes at 8"] == 32 * dense.cache_bytes
+    assert converted["cache_bytes at 32"] == converted["cache_bytes at 8"] < dense["cache_bytes at 32"]
+    assert small["decode_flops at 8"] < dense["decode_flops at 8"] < dense["decode_flops at 32"]
+    assert small.active_parameters == small["active_parameters at 32"] < dense.active_parameters
+    shown = (tmp_path / "run" / "table.md").read_text().split("\n\n")[-1].splitlines()
+    assert shown[0].startswith("| prompt | method | keep | read tok/s |") and len(shown) == 2 + 2 * len(measured)
+    assert "(x" not in shown[2] and "(x1.00)" in shown[4]
+    assert len(compare(tmp_path / "run", lengths=[8, 32], **given)) == 6 and len(computed) == 12
+    spread = compare(tmp_path / "spread", workers=2, lengths=[8, 32], **given)
+    columns = ["flops at 32", "decode_flops at 32", "cache_bytes at 32", "active_parameters at 32"]
+    pd.testing.assert_frame_equal(spread[columns], frame[columns])
+
+
+def test_lengths_that_cannot_be_measured_are_refused_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr("transect.compression.calibrate.collect", lambda *a, **k: pytest.fail("work was done"))
+    tiny("gpt2").save_pretrained(tmp_path / "gpt2")
+    most = tiny("gpt2").config.max_position_embeddings
+    for model, options, message in (
+        (tiny("gpt2"), {"lengths": [8, most]}, "from 2 to"), (tiny("llama"), {"lengths": [1]}, "lengths"),
+        (tiny("llama"), {"lengths": [most], "beside": [tmp_path / "gpt2"]}, "gpt2, which has"),
+        (str(tmp_path / "gpt2"), {"lengths": [8], "stream": True}, "lengths cannot be combined with streaming"),
+    ):  # fmt: skip
+        with pytest.raises(TransectError, match=message):
+            compare(tmp_path / "run", model, methods=("svd",), keep=(0.5,), **options)
+        assert not (tmp_path / "run").exists()
 
 
 def test_finished_models_are_found_by_other_processes(tmp_path):

@@ -235,6 +235,8 @@ def test_training_mends_and_the_table_says_what_it_costs():
     assert before[1]["cache_bytes"] == 4 * before[0]["cache_bytes"]
     assert after[1]["cache_bytes"] == after[0]["cache_bytes"]  # a window of 8 and a matrix a head
     assert found.outcome["parameters"][0] == found.outcome["parameters"][1]
+    words = model.get_input_embeddings().weight
+    assert after[0]["active_parameters"] == found.outcome["parameters"][1] - words.numel() + words.shape[1]
 
 
 @torch.no_grad()

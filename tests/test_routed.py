@@ -8,8 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, StaticCache
 
 from transect.anatomy import Anatomy
-from transect.conversion.quality import cache_bytes
 from transect.errors import TransectError
+from transect.evaluation.operations import cache_bytes
 from transect.parts import BlockPart, Inside, insert
 from transect.parts.kept import KeptLayer
 

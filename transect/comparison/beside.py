@@ -10,6 +10,7 @@ from ..anatomy import Anatomy
 from ..checkpoint import Opened, folder_of, open_model
 from ..compression.fingerprint import computation_fingerprint
 from ..errors import TransectError
+from ..evaluation import check_lengths
 from ..forward import task_of
 from .plan import Finished
 
@@ -21,11 +22,13 @@ def opened_beside(source: str, dtype: str, device: str) -> Opened:
     return open_model(source, dtype=dtype, device=device)
 
 
-def beside_of(dense: Anatomy, tokenizer: Any, sources: Sequence[str]) -> dict[str, Finished]:
+def beside_of(
+    dense: Anatomy, tokenizer: Any, sources: Sequence[str], lengths: Sequence[int] = ()
+) -> dict[str, Finished]:
     """The finished models by the shortest names that tell them apart, in their order; their weights are read.
 
     tokenizer: of the dense model, None where it has none. TransectError, before any is read, where one is not there;
-    and for one of another task or vocabulary.
+    and for one of another task or vocabulary, or that does not go on with prompts of these lengths.
     """
     for source in sources:
         folder_of(source)
@@ -37,6 +40,8 @@ def beside_of(dense: Anatomy, tokenizer: Any, sources: Sequence[str]) -> dict[st
     for name, source in zip(names, sources, strict=True):
         opened = opened_beside(source, str(dense.model.dtype).removeprefix("torch."), str(dense.model.device))
         _check_alike(source, opened, dense, tokenizer)
+        if lengths:
+            check_lengths(opened.model, lengths, source)
         history = Anatomy(opened.model).record.history
         found[name] = Finished(str(opened.path or source), _done(history), computation_fingerprint(opened.model))
     return found

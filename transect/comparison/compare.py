@@ -14,7 +14,7 @@ from ..checkpoint import save
 from ..compression import method
 from ..data import Batches, Fact
 from ..errors import OutOfReach, TransectError
-from ..evaluation import standard_error
+from ..evaluation import check_lengths, standard_error
 from ..forward import Batch
 from ..pool import Engine, run_in_processes, run_on_ray
 from ..statistics import Progress
@@ -54,6 +54,7 @@ def compare_anatomy(
     factorizations are kept, whichever methods and budgets they were for. A folder with another run is replaced only
     with `overwrite`, but for what others have put there, and one that holds anything else is always refused.
     also: each row is judged on these texts, too, by name.
+    plan.lengths: each row is also measured at prompts of these lengths (see `transect.evaluation.quality_of`).
     facts: each row has the share, of those that the dense model says by itself, that it says too. How many these are
     is in the table's `attrs["facts"]`, {"known", "asked"}. TransectError if there are none.
     A row that was lost with its process, twice, has a note in the table and is named in the table's `attrs["lost"]`.
@@ -112,6 +113,8 @@ def check_plan(anatomy: Anatomy, plan: Plan, streamed: bool = False) -> None:
     for reason in reached.values():
         if reason is not None:
             raise reason
+    if plan.lengths:
+        check_lengths(anatomy.model, plan.lengths)
     if not streamed:
         anatomy.check_finite()
 
@@ -136,6 +139,7 @@ def table(plan: Plan, folder: Path, lost: Mapping[Row, str]) -> pd.DataFrame:
     frame = pd.DataFrame([_beside_dense(row, rows[0]) for row in rows])
     frame.attrs["shares"] = plan.dtype
     frame.attrs["beside"] = list(plan.beside)
+    frame.attrs["lengths"] = list(plan.lengths)
     frame.attrs["notes"] = notes_of(plan.methods)
     frame.attrs["lost"] = [str(row) for row in lost]
     return frame
@@ -153,6 +157,8 @@ def notes_of(methods: Sequence[str]) -> list[str]:
 def _beside_dense(row: Mapping[str, Any], dense: Mapping[str, Any], text: str = "") -> dict[str, Any]:
     """The row with its loss over the dense model's and the standard error of that, in place of its examples.
 
+    What was measured at lengths of prompts has columns that end with the length.
+
     text: the row is what was measured on another text, of which this is the name; its columns end with it.
     """
     beside, of = {}, f", {text}" if text else ""
@@ -164,6 +170,8 @@ def _beside_dense(row: Mapping[str, Any], dense: Mapping[str, Any], text: str = 
         elif name == "also":
             for other, measured in value.items():
                 beside |= _beside_dense(measured, dense["also"][other], other)
+        elif name == "lengths":
+            beside |= {f"{key} at {one['length']}": one[key] for one in value for key in one if key != "length"}
         else:
             beside[f"{name}{of}"] = value
     return beside

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -16,6 +17,8 @@ from ..compression.copying import working_copy
 from ..compression.registry import Size
 from ..errors import OutOfReach, TransectError
 from ..evaluation.memory import resident_memory
+from ..evaluation.quality import REPEATS
+from ..evaluation.speed import BUDGET, test_inputs
 from ..forward import at_rest, computing_wide, task_of
 from ..forward.blocks import feeds_of, put_out, run_block
 from ..forward.head import scored
@@ -67,7 +70,8 @@ def estimate_size(anatomy: Anatomy, plan: Plan, calibration: Any, evaluation: An
     gradients = any(s.needs in ("gradient", "both") for s in plan.needs)
     tokens = [_positions(batches) for batches in (calibration, evaluation)]
     width = anatomy.config_value("hidden")
-    batch = max(_positions([one]) for one in calibration) if len(list(calibration)) else 0
+    batch = max((_positions([one]) for one in calibration), default=0)
+    batch = max(batch, *plan.lengths) if plan.lengths else batch
     behind = _WIDE * batch * max(map(numbers_behind, of_block))
     disk = sum(statistics) + len(factorized) * sum(factors)
     memory = resident_memory()
@@ -106,8 +110,9 @@ def estimate(
             forward, backward, statistics = _passes(anatomy, block, mine, plan, next(iter(calibration)))
             held_out = next(iter(evaluation))
             scoring = _scoring(anatomy, block, held_out) * _positions(evaluation) / _positions([held_out])
+        reading = sum(_reading(anatomy, block, length) for length in plan.lengths)
         methods = {name: _compressing(anatomy, block, mine, plan, name, statistics) for name in plan.methods}
-    seconds = scoring * (1 + len(waiting))
+    seconds = (scoring + reading) * (1 + len(plan.beside) + len(waiting))
     if plan.needs:
         seconds += blocks * len(list(calibration)) * (forward + backward)
     unknown = tuple(name for name, each in methods.items() if each is None)
@@ -151,6 +156,16 @@ def _scoring(anatomy: Anatomy, block: Block, batch: Any) -> float:
         for logits, labels, _ in scored(anatomy.model, batch):
             losses_of(logits, labels)
     return len(anatomy.blocks) * through + time.perf_counter() - started
+
+
+@torch.no_grad()
+def _reading(anatomy: Anatomy, block: Block, length: int) -> float:
+    """Seconds that measuring at a length of prompt takes, through as many blocks as there are."""
+    (feed,) = feeds_of(anatomy, [test_inputs(anatomy.model, 1, length)])
+    started = time.perf_counter()
+    run_block(block.module, feed.hidden, feed.calls[block.index])
+    through = len(anatomy.blocks) * (time.perf_counter() - started)
+    return through * (2 + min(REPEATS, math.ceil(BUDGET / through)))  # operations, a run to warm up, and those timed
 
 
 def _compressing(

@@ -69,7 +69,7 @@ class Plan:
     dtype, device, architecture: how another process opens it. settings: per method or allocation, its parameters.
     allocations: none for the own default of each method. facts: those that rows are asked, "" for none. also: other
         texts on which rows are judged, by name. Statistics and factorizations are kept whatever is asked, rows are not.
-    beside: finished models that have rows of their own, by name.
+    beside: finished models that have rows of their own, by name. lengths: of prompts at which rows are measured.
     """
 
     model: str
@@ -93,6 +93,7 @@ class Plan:
     facts: str = ""
     also: Mapping[str, str] = field(default_factory=dict)
     beside: Mapping[str, Finished] = field(default_factory=dict)
+    lengths: tuple[int, ...] = ()
 
     @property
     def rows(self) -> list[Row]:
@@ -157,7 +158,8 @@ class Plan:
 
         The kind of device is part of it, since every row holds speeds.
         """
-        no_part = ("model", "device", "methods", "allocations", "keeps", "settings", "facts", "also", "beside")
+        rows = ("methods", "allocations", "keeps", "facts", "also", "beside", "lengths")
+        no_part = ("model", "device", "settings", *rows)
         decides = {key: value for key, value in asdict(self).items() if key not in no_part}
         decides |= {"transect": __version__, "device": self.device.split(":")[0]}
         decides["settings"] = {name: self._settings_of(name) for name, given in self.settings.items() if given}
@@ -191,7 +193,7 @@ class Plan:
 
     def of_row(self, row: Row) -> str:
         """What the row's file belongs to."""
-        asked = [part for part in (self.facts, dict(self.also)) if part]
+        asked = [part for part in (self.facts, dict(self.also), list(self.lengths)) if part]
         if row.beside:
             return self.of("beside", self.beside[row.beside].computation, *asked)
         return self.of("row", row.method, row.allocation, repr(row.keep), *asked)

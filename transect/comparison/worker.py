@@ -23,7 +23,7 @@ from ..compression.fingerprint import computation_fingerprint, model_fingerprint
 from ..compression.frame import temporarily
 from ..compression.registry import Calibration
 from ..errors import OutOfReach, TransectError
-from ..evaluation import evaluate, evaluate_loss, model_bytes, operations_of
+from ..evaluation import evaluate, evaluate_loss, model_bytes, operations_of, quality_of
 from ..forward import at_rest
 from ..statistics import Statistics
 from ..store import keep_json
@@ -87,6 +87,8 @@ class Worker:
             known["facts"] = 1.0 if dense else self.knowledge.share(anatomy)
         if self.also:
             known["also"] = {name: evaluate_loss(anatomy.model, also).to_row() for name, also in self.also.items()}
+        if self.plan.lengths:
+            known["lengths"] = [asdict(one) for one in quality_of(anatomy.model, self.plan.lengths)]
         return {
             "kept": kept, "matrix_bytes": anatomy.matrix_bytes(), **measured, **asdict(operations_of(anatomy.model)),
             **known, "compress_seconds": seconds,

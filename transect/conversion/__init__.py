@@ -6,13 +6,12 @@ where it does not.
 
 from .catalog import load as _load
 from .convert import KIND, Plan, convert_anatomy
-from .quality import Quality, quality_of
 from .registry import Calibration, Conversion, conversion, conversion_named, conversions
 from .stage import Stage
 
 _load()
 
 __all__ = [
-    "KIND", "Calibration", "Conversion", "Plan", "Quality", "Stage", "conversion", "conversion_named", "conversions",
-    "convert_anatomy", "quality_of",
+    "KIND", "Calibration", "Conversion", "Plan", "Stage", "conversion", "conversion_named", "conversions",
+    "convert_anatomy",
 ]  # fmt: skip

@@ -16,13 +16,20 @@ from ..compression.fingerprint import computation_fingerprint
 from ..data import Batches
 from ..data.split import share, split
 from ..errors import TransectError
-from ..evaluation import LossResult, evaluate_loss, parameters, standard_error
-from ..evaluation.size import model_bytes
+from ..evaluation import (
+    LossResult,
+    check_lengths,
+    evaluate_loss,
+    generates_alike,
+    model_bytes,
+    parameters,
+    quality_of,
+    standard_error,
+)
 from ..forward import at_rest, task_of
 from ..statistics import Progress
 from ..training import Machine, OnCheck, Run, Schedule, State, held_out_loss, on_device
 from ..version import __version__
-from .quality import generates_alike, quality_of
 from .registry import Calibration, Conversion, conversion_named
 from .repair import repair
 from .stage import Lowered, Stage, Train
@@ -130,8 +137,8 @@ def convert_anatomy(
         raise TransectError(f"{chosen.name} is for models that predict the next token, and this is none")
     anatomy.check_finite()
     chosen.check(anatomy, **plan.settings)
-    if lengths and not causal:
-        raise TransectError("lengths are of prompts, which this model does not go on with: leave them out")
+    if lengths:
+        check_lengths(model, lengths)
     stages = plan.stages if data is not None else []
     if plan.steps and not stages:
         untrained = f"{chosen.name} prescribes no training: leave steps out"
@@ -163,6 +170,8 @@ def convert_anatomy(
             made = chosen.function(anatomy, calibration, **plan.settings)
             converted = anatomy if made is None else Anatomy(made)
             converted.check_finite()
+            if lengths:
+                check_lengths(converted.model, lengths, "the converted model")
         model = converted.model
         measure(model)
         courses = []

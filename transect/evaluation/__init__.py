@@ -11,22 +11,27 @@ from .knowledge import recalls, says
 from .loss import LossResult, evaluate_loss, standard_error
 from .memory import peak_memory
 from .operations import Operations, operations_of
+from .quality import Quality, check_lengths, generates_alike, quality_of
 from .size import checkpoint_bytes, matrix_bytes, model_bytes, parameters
 from .speed import Speed, kernels_of, measure_speed
 
 __all__ = [
     "LossResult",
     "Operations",
+    "Quality",
     "Speed",
+    "check_lengths",
     "checkpoint_bytes",
     "evaluate",
     "evaluate_loss",
+    "generates_alike",
     "matrix_bytes",
     "measure_speed",
     "model_bytes",
     "operations_of",
     "parameters",
     "peak_memory",
+    "quality_of",
     "recalls",
     "run_lm_eval",
     "says",

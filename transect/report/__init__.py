@@ -2,6 +2,6 @@
 
 from .inspection import INDEX, write_report
 from .pareto import pareto_plot
-from .table import markdown_table, rich_table
+from .table import markdown_table, rich_lengths, rich_table
 
-__all__ = ["INDEX", "markdown_table", "pareto_plot", "rich_table", "write_report"]
+__all__ = ["INDEX", "markdown_table", "pareto_plot", "rich_lengths", "rich_table", "write_report"]

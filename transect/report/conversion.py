@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from .lengths import COSTS, costs
+
 
 def lines_of(outcome: Mapping[str, Any], folder: str) -> Iterator[str]:
     """What a user asks of a converted model: is it right, is it faster, does it generate, and how to load it."""
@@ -47,16 +49,7 @@ def _error(error: float | None) -> str:
 
 def _table(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> Iterator[str]:
     """Both models at each length of prompt; of the converted one also the ratio to the model as it was."""
-    keys = {
-        "read tok/s": ("prefill", ",.0f"), "written tok/s": ("decode", ",.1f"), "FLOPs a token read": ("flops", ".3g"),
-        "FLOPs a token written": ("decode_flops", ".3g"), "MB of cache": ("cache_bytes", ",.2f"),
-    }  # fmt: skip
-    rows = [["prompt", *keys]]
-    for old, new in zip(before, after, strict=True):
-        cells = [f"{new['length']:,}"]
-        for key, form in keys.values():
-            value = new[key] / (1e6 if key == "cache_bytes" else 1)
-            cells.append(f"{value:{form}}" + (f" (x{new[key] / old[key]:.2f})" if old[key] else ""))
-        rows.append(cells)
+    rows = [["prompt", *(heading for heading, _ in COSTS.values())]]
+    rows += [[f"{new['length']:,}", *costs(new, old)] for old, new in zip(before, after, strict=True)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     yield from ("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)

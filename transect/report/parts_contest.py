@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from ..store import replacing
+from .number import in_bytes
 from .pareto import COLOURS, MARKERS
-from .table import grid, in_bytes, markdown
+from .table import grid, markdown
 
 if TYPE_CHECKING:
     import pandas as pd  # takes half a second, and most commands need none

@@ -8,25 +8,15 @@ from typing import TYPE_CHECKING, Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from .lengths import COSTS, costs
+from .number import in_bytes, in_millions
+
 if TYPE_CHECKING:
     import pandas as pd  # takes half a second, and most commands need none
 
 
-def in_bytes(value: float) -> str:
-    """A number of bytes as it is read: 12.29 KB."""
-    for unit in ("B", "KB", "MB", "GB", "TB"):
-        if value < 1000 or unit == "TB":
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.2f} {unit}"
-        value /= 1000
-    raise AssertionError
-
-
 def _count(value: float) -> str:
     return f"{value:,.0f}"
-
-
-def _millions(value: float) -> str:
-    return f"{value / 1e6:,.2f} M"
 
 
 # column of the data frame -> heading, and how a value is written
@@ -36,7 +26,7 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "keep": ("keep", "{:g}".format),
     "kept": ("kept", "{:.3f}".format),
     "bytes": ("bytes", in_bytes),
-    "parameters": ("parameters", _millions),
+    "parameters": ("parameters", in_millions),
     "loss": ("loss", "{:.4f}".format),
     "over_dense": ("over dense", "{:+.4f}".format),
     "over_dense_error": ("std. error", "{:.4f}".format),
@@ -45,7 +35,8 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "facts": ("facts known", "{:.1%}".format),
     "prefill_tokens_per_second": ("prefill tokens/s", _count),
     "decode_tokens_per_second": ("decode tokens/s", _count),
-    "flops": ("FLOPs/token", lambda value: f"{value / 1e6:,.2f} M"),
+    "active_parameters": ("active", in_millions),
+    "flops": ("FLOPs/token", in_millions),
     "cache_bytes": ("cache/token", in_bytes),
     "compress_seconds": ("compress seconds", "{:.1f}".format),
 }
@@ -91,7 +82,7 @@ def cells(frame: Any) -> tuple[list[str], list[list[str]]]:
     if frame.attrs.get("beside"):  # models of other kinds: what they cost to run, in place of what cannot be compared
         idle = idle - {"kept"} | {"perplexity", "compress_seconds"}
     else:
-        idle |= {"flops", "cache_bytes"}
+        idle |= {"active_parameters", "flops", "cache_bytes"}
     shown = [column for column in COLUMNS if column in frame.columns and column not in idle]
     headed = {column: COLUMNS[column] for column in shown}
     for column in frame.columns:  # of further texts: "over_dense, novels"
@@ -103,6 +94,30 @@ def cells(frame: Any) -> tuple[list[str], list[list[str]]]:
         for _, row in frame.iterrows()
     ]
     return [heading for heading, _ in headed.values()], rows
+
+
+def cells_at_lengths(frame: Any) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells of what rows cost at each length of prompt, beside the first, the dense model."""
+    import pandas as pd
+
+    words = {"method": str, "allocation": str, "keep": "{:g}".format}
+    if set(frame["allocation"]) <= {"-", "uniform"}:
+        del words["allocation"]
+    rows, dense = [], frame.iloc[0]
+    for length in frame.attrs["lengths"]:
+        whole = {key: dense[f"{key} at {length}"] for key in COSTS}
+        for index, row in frame.iterrows():
+            measured = {key: row[f"{key} at {length}"] for key in COSTS}
+            if not any(map(pd.isna, measured.values())):
+                named = ["-" if pd.isna(row[word]) else write(row[word]) for word, write in words.items()]
+                rows.append([f"{length:,}", *named, *costs(measured, None if index == frame.index[0] else whole)])
+    return ["prompt", *words, *(heading for heading, _ in COSTS.values())], rows
+
+
+def rich_lengths(frame: pd.DataFrame) -> Table:
+    """For the terminal: what rows cost at each length of prompt, and in brackets over the dense model."""
+    headings, rows = cells_at_lengths(frame)
+    return grid(headings, rows, "at each length of prompt (x: over the dense model)", [], [False] * len(rows))
 
 
 def rich_table(frame: pd.DataFrame, title: str = "") -> Table:
@@ -132,8 +147,9 @@ def grid(
 
 
 def markdown_table(frame: pd.DataFrame) -> str:
-    """For a README."""
-    return markdown(*cells(frame), notes(frame))
+    """For a README; costs at lengths of prompts in a second table."""
+    found = markdown(*cells(frame), notes(frame))
+    return found + "\n" + markdown(*cells_at_lengths(frame), []) if frame.attrs.get("lengths") else found
 
 
 def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str]) -> str:

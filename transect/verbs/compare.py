@@ -37,6 +37,7 @@ def compare(
     *,
     also: Mapping[str, Any] | None = None,
     beside: Sequence[str | Path] = (),
+    lengths: Sequence[Length] = (),
     facts: Any = None,
     tokenizer: Any = None,
     allocations: Annotated[Sequence[str], Some] | None = None,
@@ -73,6 +74,8 @@ def compare(
     beside: finished models (converted, compressed, repaired), folders or names, each judged in a row of its own on the
         same texts; of the same task and vocabulary. Their `keep` is empty, and their `kept` counts all that they are
         larger or smaller by than the dense model, in its type, as of the matrices' bytes.
+    lengths: of prompts at which every row is measured, too, one after the other: speed, operations, cache. Rows that an
+        earlier run has without them are computed again.
     facts: asked of every row, see `transect.data.load_facts`; `common` are several hundred that everybody knows.
     out: the run folder. Rows are written as they finish; a run that was interrupted goes on where it stopped, and
     methods and budgets can be added to it. It ends with table.csv, table.md and pareto.png in it.
@@ -81,8 +84,8 @@ def compare(
     workers: processes (their measured speeds disturb one another). engine: `local` or `ray`.
     stream: with one block in memory at a time, so that memory does not grow with the number of blocks; what is known of
         each block lies on disk. The model is then a folder of safetensors (or a hub name, which is downloaded). It goes
-        with methods that take one block at a time, in one process, and without refit, roles, facts, beside and `ilp`;
-        speeds are not measured.
+        with methods that take one block at a time, in one process, and without refit, roles, facts, beside, lengths and
+        `ilp`; speeds are not measured.
     revision, architecture, dtype, device: of a model that is given by its name; see `transect.checkpoint.open_model`.
     dry_run: compute nothing; returned is a `transect.comparison.Estimate` of memory, disk and time, the latter from one
         block that is measured.
@@ -90,22 +93,25 @@ def compare(
     Returns the table: method, allocation, keep, kept (share of the matrices' bytes), bytes (of the whole model),
     parameters, loss (nats), its standard_error over the held-out sequences, over_dense (the loss over the dense
     model's) and over_dense_error (its standard error, sequence by sequence), perplexity, accuracy, tokens, prefill and
-    decode tokens per second, flops and cache_bytes (for a token read), peak_memory (bytes), compress_seconds
-    (statistics, factorization and replacement, as if the row were computed alone); with facts, also facts: the share,
+    decode tokens per second, flops and cache_bytes (for a token read), active_parameters (that a token reads, see
+    `transect.evaluation.Operations`), peak_memory (bytes), compress_seconds
+    (statistics, factorization and replacement, as if the row were computed alone); with lengths,
+    also `prefill at N`, `decode at N` and the rest of `transect.evaluation.Quality`; with facts, also facts: the share,
     of those that the dense model says by itself in greedy generation, that the row says too (see
     `transect.evaluation.says`). How many of how many these are is in the table's `attrs["facts"]`; none is an error. A
     row whose process was lost twice, such as for want of memory, has a note instead, and is named in the table's
     `attrs["lost"]`; the same call tries it again.
     """
     methods, allocations, keep = listed(methods), listed(allocations or ()), listed(keep)
+    lengths = list(dict.fromkeys(listed(lengths)))
     settings = given_of(settings, methods, allocations)  # an unknown name is an error before anything is loaded
     folder = Folder(Path(out).expanduser(), KIND)
     folder.check_place()
     questions = [] if facts is None else load_facts(facts)
     if stream:
         given = {
-            "refit": refit, "roles": roles, "facts": facts, "beside": beside, "workers": workers > 1,
-            "engine": engine != "local",
+            "refit": refit, "roles": roles, "facts": facts, "beside": beside, "lengths": lengths,
+            "workers": workers > 1, "engine": engine != "local",
         }  # fmt: skip
         for name in given:
             if given[name]:
@@ -125,7 +131,7 @@ def compare(
         opened = opened_of(named, tokenizer)
         anatomy = Anatomy(opened.model)
         weights, computation = model_fingerprint(opened.model), computation_fingerprint(opened.model)
-    finished = beside_of(anatomy, opened.tokenizer, [str(one) for one in listed(beside)])
+    finished = beside_of(anatomy, opened.tokenizer, [str(one) for one in listed(beside)], lengths)
     calibration = calibration_of(data, opened, sequence_length, sequences, batch_size, seed, special_tokens)
     held_out = held_out_of(eval_data, opened, sequence_length, eval_sequences, batch_size, seed, special_tokens)
     texts = {
@@ -145,6 +151,7 @@ def compare(
         seed=seed, sequential=sequential, refit=refit,
         facts=fingerprint_of(opened.tokenizer, questions) if questions else "",
         also={name: batches.fingerprint for name, batches in texts.items()}, beside=finished,
+        lengths=tuple(lengths),
     )  # fmt: skip
     if dry_run:
         check_plan(anatomy, plan, streamed=stream)

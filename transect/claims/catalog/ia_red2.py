@@ -11,12 +11,12 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from ...anatomy import Anatomy
 from ...conversion import Plan, convert_anatomy
 from ...conversion.catalog.ia_red2 import decided
 from ...data import Batches
+from ...evaluation.operations import operations_counted
 from ...parts import build_model
 from ...parts.catalog.ia_red2 import Decision
 from ...tasks import task_named
@@ -107,7 +107,7 @@ def _judge(model: Any, asked: Images) -> Judged:
         kept = _kept(decisions)
     else:
         logits, kept = model(pixel_values=asked.pixels).logits, 1.0
-    with FlopCounterMode(display=False) as counted:
+    with operations_counted() as counted:
         for pixels in asked.pixels[:20].split(1):
             model(pixel_values=pixels)
     right = (logits.argmax(-1) == asked.classes).double().mean()

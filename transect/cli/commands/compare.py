@@ -13,7 +13,7 @@ import click
 
 from ..group import main_group
 from ..method_options import MethodCommand, method_settings, refuse_unused
-from ..options import LOADING, Place, opening, shared_options, shares, split
+from ..options import LOADING, Place, opening, shared_options, shares, split, whole_numbers
 from ..printing import print_whole, progress_bar
 
 
@@ -27,6 +27,8 @@ from ..printing import print_whole, progress_bar
               help="Further held-out data, of another kind, to judge rows on; may be repeated.")  # fmt: skip
 @click.option("--beside", callback=split, metavar="FOLDER,...",
               help="Finished models, judged on the same texts in rows of their own.")  # fmt: skip
+@click.option("--lengths", callback=whole_numbers, metavar="N,N,...",
+              help="Prompts at which each row's speed, operations and cache are measured, too.")  # fmt: skip
 @click.option("--out", type=Place(), required=True, help="Run folder; a run in it is continued.")
 @click.option("--allocation", "allocations", callback=split,
               help="Comma-separated. Default: each method's own, mostly uniform.")  # fmt: skip
@@ -47,7 +49,7 @@ def compare(context: click.Context, model: str, out: Path, as_json: bool, **opti
     from ...checkpoint import open_model
     from ...compression import allocation_named, method
     from ...errors import TransectError
-    from ...report import rich_table
+    from ...report import rich_lengths, rich_table
     from ...store import alone
     from ...verbs import compare as compare_models
 
@@ -59,7 +61,7 @@ def compare(context: click.Context, model: str, out: Path, as_json: bool, **opti
         allocation_named(name)
     refuse_unused(settings, dict.fromkeys([*options["methods"], *allocations]))
     options["also"] = _named(options["also"])
-    options["beside"] = options["beside"] or ()
+    options["beside"], options["lengths"] = options["beside"] or (), options["lengths"] or ()
     loading = opening(options)
     options["accumulate"] = getattr(torch, options["accumulate"])
     rows = (
@@ -80,6 +82,8 @@ def compare(context: click.Context, model: str, out: Path, as_json: bool, **opti
         click.echo(frame.to_json(orient="records"))
     else:
         print_whole(rich_table(frame, f"{model}, {int(frame['tokens'].iloc[0]):,} held-out predictions"))
+        if options["lengths"]:
+            print_whole(rich_lengths(frame))
         print_whole(f"run folder: {out}   plot: {out / 'pareto.png'}")
     if frame.attrs["lost"]:
         raise TransectError(f"not computed: {', '.join(frame.attrs['lost'])}; the same command tries again")

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from ....anatomy import Anatomy
 from ....data import Batches
 from ....errors import TransectError
+from ....evaluation.operations import operations_counted
 from ....forward import at_rest
 from ....statistics import Progress
 from ....training import Course, Machine, Problem, Run, Schedule, State, held_out_loss, own_loss, train
@@ -42,7 +42,7 @@ def leg(
 ) -> Leg:
     """Train every number of a model, in place, with a fresh optimizer; with held-out data the best state is kept."""
     machine = Machine(str(model.device))
-    with FlopCounterMode(display=False) as counted, torch.no_grad():
+    with operations_counted() as counted, torch.no_grad():
         own_loss(model, next(iter(training)))
     problem = Problem(
         name, dict(model.named_parameters()), list(training), lambda batch: own_loss(model, batch),
