@@ -24,6 +24,7 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
     [
         ("calibration", "Statistics against a plain pass"),
         ("compare", "2 methods at 2 budgets"),
+        ("conversion", "Conversions of a Llama of 4 blocks"),
         ("low_rank", "svd at keep 0.5"),
         ("structured", "keep 0.7"),
         ("nuclear_norm", "Spread of 64 states"),
