@@ -53,6 +53,7 @@ def conversions_of(prompt: int, blocks: int) -> list[tuple[str, str, bool, Mappi
         ("relaxed-recursive, tied", "relaxed-recursive", False, {"rank": 0}),
         ("algoformer, twice", "algoformer", False, {}),
         ("algoformer, left out", "algoformer", False, {"times": 0}),
+        ("dense2moe-blocks, 1 of 2", "dense2moe-blocks", True, {"prompt": 4}),
         (f"first, {inner} skipped", "first", False, {"prompt": 4, "start": -9.0, "layers": inner}),
         (f"gamma-mod, half of {half}", "gamma-mod", False, {"routable": half, "choose": "top", "layers": inner}),
         (f"p-mod, half of {half}", "p-mod", False, {"targets": half, "decay": "constant"}),
@@ -82,14 +83,19 @@ def flops(run: Callable[[], Any]) -> int:
 
 
 def beside(phases: Mapping[str, tuple[Callable[[], Any], Callable[[], Any]]], repeats: int) -> list[Any]:
-    """For each phase, given as (before, after): ratios of FLOPs and of time, share of the saving that shows, verdict."""
+    """For each phase, (before, after): ratios of FLOPs and of time, share of the saving that shows, verdict."""
     work = {phase: flops(after) / flops(before) for phase, (before, after) in phases.items()}
     candidates = {f"{phase} {at}": run for phase, both in phases.items() for at, run in enumerate(both)}
     seconds, row = alternate(candidates, repeats), []
     for phase, fewer in work.items():
         time = ratio(seconds, f"{phase} 1", f"{phase} 0")
         shown = (1 - time) / (1 - fewer) if fewer <= 1 - LEAST else None
-        row += [fewer, time, "-" if shown is None else f"{shown:.0%}", "-" if shown is None else verdict(shown >= SHARE)]
+        row += [
+            fewer,
+            time,
+            "-" if shown is None else f"{shown:.0%}",
+            "-" if shown is None else verdict(shown >= SHARE),
+        ]
     return row
 
 

@@ -21,7 +21,8 @@ from .models import CAUSAL, VOCABULARY, assert_alike, assert_same_tensors, input
 DATA = torch.randint(3, VOCABULARY, (8, 16), generator=torch.Generator().manual_seed(5))
 # Settings with which a conversion leaves the tiny models what they were; those without an entry are not exact at any.
 EXACT = {
-    "algoformer": {"times": 1}, "dense2moe": {"active": 12, "gates": "one"}, "first": {"prompt": 4}, "fold-norms": {},
+    "algoformer": {"times": 1}, "dense2moe": {"active": 12, "gates": "one"},
+    "dense2moe-blocks": {"active": 2, "prompt": 4}, "first": {"prompt": 4}, "fold-norms": {},
     "gamma-mod": {"routable": 6, "skip": 0.0, "start": 100.0, "layers": "1"}, "liger": {"alpha": 0.0, "beta": 1.0},
     "matformer": {}, "matformer-cut": {"width": "1", "untrained": True},
     "merge-attention": {"merge": "vo", "several": True}, "mixer": {"mixer": "softmax"},
@@ -32,6 +33,7 @@ EXACT = {
 }  # fmt: skip
 # What makes a conversion fit models of three blocks and 48 neurons, where its defaults do not.
 SMALL = {
+    "dense2moe-blocks": {"prompt": 4},
     "ecoformer": {"anchors": 9, "bits": 8, "similar": 3, "hash_steps": 3}, "first": {"prompt": 4, "skip": 0.2},
     "gamma-mod": {"routable": 6, "layers": "0-1"}, "liger": {"window": 4}, "matformer-cut": {"untrained": True},
     "merge-attention": {"merge": "vo", "several": True}, "multi-level": {"depth": 3}, "p-mod": {"targets": 6},
@@ -47,6 +49,7 @@ _ONE_RMS = dict.fromkeys(
 _TURNED = [name for name in CAUSAL if name not in ("gpt2", "opt", "bloom")]
 REFUSED = {
     "dense2moe": _MLP,
+    "dense2moe-blocks": {"bloom": "positions are routed"},
     "ecoformer": _SOFTMAX,
     "first": {"bloom": "positions are routed"},
     "fold-norms": {"gptj": "none that could take it"},

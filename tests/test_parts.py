@@ -26,6 +26,7 @@ SMALL: dict[str, dict] = {  # settings by "slot.name", where the defaults are no
     "mixer.bigbird": dict(window=2, random=1), "mixer.reformer": dict(window=3, buckets=4),
     "mixer.routing": dict(window=3, clusters=4), "mixer.compressive": dict(segment=4, memory=2, compressed=2, rate=2),
     "mixer.funnel": dict(stride=3), "mixer.transformer-xl": dict(segment=4, memory=2),
+    "block.dense2moe-blocks": dict(prompt=4),
     "block.first": dict(prompt=4), "block.gamma-mod": dict(routable=6), "block.p-mod": dict(targets=6),
 }  # fmt: skip
 ENTRIES = {f"{entry.family}.{entry.name}": entry for entry in parts() if not entry.function.images}

@@ -14,6 +14,7 @@ from transect.conversion.catalog.sret import recursive
 from transect.errors import TransectError
 from transect.evaluation import parameters
 from transect.parts import Around, Inside, insert
+from transect.parts.catalog.plain_mlp import PlainMLP
 from transect.parts.catalog.softmax import Softmax
 from transect.parts.catalog.sret import Sliced, SReT
 
@@ -190,3 +191,44 @@ def test_what_cannot_be_done_is_said_before_any_change(made, options, message):
     with pytest.raises(TransectError, match=message):
         transect.convert(model, "sret", **options)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+# The published backbones: widths, heads, ratios of MLPs and of what stands between turns, and parameters and the
+# multiply-adds, in 10^9, with slices and without, for 1,000 classes of images of 224 x 224.
+BACKBONES = {
+    "T": ((64, 128, 256), (2, 4, 8), 3.6, 1, 4_755_979, (1.1, 1.4)),
+    "LT": ((64, 128, 256), (2, 4, 8), 4.0, 1, 4_988_024, (1.2, 1.4)),
+    "S": ((126, 252, 504), (3, 6, 12), 3.0, 2, 20_899_692, (4.2, 4.7)),
+}
+DISTINCT, TURNS, TOKENS = (2, 5, 3), 2, (28**2, 14**2, 7**2)
+SLICES = ((8, 2), (4, 1), (1, 1))  # of the first and the second turn, by stages
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_the_published_backbones_have_as_many_parameters_and_operations(name):
+    """Their stages of these parts, with what is around them counted by hand: three convolutions, a map of positions,
+    two convolutions between the stages, and a head."""
+    widths, heads, ratio, between, count, costs = BACKBONES[name]
+    first, last = widths[0], widths[-1]
+    stem = [(3, first // 2, 112**2), (first // 2, first, 56**2), (first, first, 28**2)]
+    numbers = sum(9 * i * o + o + 2 * o for i, o, _ in stem) + first * TOKENS[0]
+    adds = sum(9 * i * o * places for i, o, places in stem)
+    for d, places in zip(widths[:2], TOKENS[1:], strict=True):
+        numbers += (9 + 1) * 2 * d
+        adds += 9 * 2 * d * places
+    numbers += 2 * last + 1000 * (last + 1)
+    sums = [adds + 1000 * last] * 2
+    for d, h, distinct, tokens, slices in zip(widths, heads, DISTINCT, TOKENS, SLICES, strict=True):
+        mlp, part = PlainMLP(d, int(ratio * d)), SReT(d, ratio=between)
+        norms = 2 * 2 * d
+        numbers += distinct * (norms + parameters(mlp) + part.z.numel())
+        numbers += distinct * TURNS * (parameters(part) - part.z.numel())
+        for turn, groups in enumerate(slices):
+            attention = Sliced(d, h, h, d // h, False, 0, groups=groups, bias=True)
+            numbers += 0 if turn else distinct * parameters(attention)
+            whole = Sliced(d, h, h, d // h, False, 0, groups=1, bias=True)
+            for at, one in enumerate((attention, whole)):
+                each = tokens * (one.flops + mlp.flops + part.flops) + one.mixing_flops(tokens)
+                sums[at] += distinct * each // 2
+    assert numbers == count
+    assert [one / 1e9 for one in sums] == pytest.approx(costs, abs=0.06)

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+
+from ...anatomy import Anatomy
 from ...conversion import conversion_named
+from ...conversion.routed import parts_around
+from ...parts.catalog.dense2moe_blocks import Dense2MoEBlocks
 from ..context import Context
 from ..controls import mean_of
+from ..converted import converted
 from ..cut_mlps import before_and_after, cut, distilled, of_mlps, pruned
 from ..ordering import beside_dense, comparison, judge
-from ..registry import Result, claim
+from ..registry import NotApplicable, Result, claim
+from ..routed import beginning, loss_of, require_trainable
 
 PAPER = "arXiv:2510.09094"
 EXPERTS, STEPS, DRAWS = 12, 40, 3
@@ -99,3 +106,47 @@ def two_stages(context: Context) -> Result:
     ours, theirs = cut(context, "dense2moe"), cut(context, "dense2moe")
     named = ("one after the other", ours, stages), ("together", theirs, together)
     return beside_dense(context, judge(before_and_after(context, 0.375, *named, STEPS, untrained=False)))
+
+
+@claim(
+    "dense2moe/blocks-against-dropping",
+    method="dense2moe-blocks",
+    paper=PAPER,
+    statement="After as many steps of distillation, groups of two blocks of which each text chooses one lose less than "
+    "groups of which every text runs the same one.",
+)
+def blocks_against_dropping(context: Context) -> Result:
+    """The same one is the one that changes the stream more. Losses are of what is behind the beginning, which runs all
+    blocks; the routers choose by it, and what they choose for held-out texts is told."""
+    prompt = beginning(context)
+    require_trainable(context)
+    if len(context.anatomy.blocks) < 2:
+        raise NotApplicable("the model has a single block")
+    settings = {"prompt": prompt}
+    routed = converted(context, "dense2moe-blocks", settings, STEPS).anatomy
+    fixed = converted(context, "dense2moe-blocks", settings, STEPS, change=fix_choices).anatomy
+    ours, theirs = (loss_of(context, anatomy.model, prompt) for anatomy in (routed, fixed))
+    judged = judge([comparison(0.5, ("chosen by each text", ours), ("the same for all", theirs))])
+    told = f"{judged.explanation}. Texts that choose the second of their group: {_second(context, routed):.2f}"
+    return Result(judged.verdict, f"{told}; loss without skipping "
+                  f"{loss_of(context, context.fresh().model, prompt).loss:.4f}.", judged.numbers)  # fmt: skip
+
+
+@torch.no_grad()
+def fix_choices(anatomy: Anatomy) -> None:
+    """Let all texts choose, and go on to choose, what the routers prefer now."""
+    for part in parts_around(anatomy, Dense2MoEBlocks).values():
+        if part.place == 0:
+            part.bank.weight.zero_()
+            part.bank.bias.copy_(1e4 * (torch.arange(part.places) == part.bank.bias.argmax()))
+
+
+@torch.no_grad()
+def _second(context: Context, anatomy: Anatomy) -> float:
+    """Share of held-out texts, and groups, that choose the second of two blocks."""
+    banks = [part.bank for part in parts_around(anatomy, Dense2MoEBlocks).values() if part.place == 0]
+    chosen = []
+    for batch in context.evaluation:
+        anatomy.model(**{name: tensor.to(anatomy.model.device) for name, tensor in batch.items()})
+        chosen += [bank.chosen.float() for bank in banks]
+    return float(torch.cat(chosen).mean())

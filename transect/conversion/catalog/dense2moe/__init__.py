@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from ...anatomy import MLP, Anatomy, Matrix
-from ...errors import TransectError
-from ...forward import Batch, backpropagate, real_positions, summed_loss, watch
-from ...parts.experts import ExpertsPart, neurons_by_groups
-from ...training import distance_from
-from ..experts import cuttable_mlp, put_experts
-from ..layers import layers_of
-from ..registry import Calibration, Range, conversion
-from ..stage import Stage
+from ....anatomy import MLP, Anatomy, Matrix
+from ....errors import TransectError
+from ....forward import Batch, backpropagate, summed_loss
+from ....parts.experts import ExpertsPart, neurons_by_groups
+from ...experts import cuttable_mlp, put_experts
+from ...layers import layers_of
+from ...registry import Calibration, Range, conversion
+from ...stage import Stage
+from .blocks import dense2moe_blocks as dense2moe_blocks
+from .follow import follow
 
 
 def neuron_importance(anatomy: Anatomy, layers: Sequence[int], batches: Iterable[Batch]) -> dict[int, Tensor]:
@@ -83,27 +84,6 @@ def _run(count: int | None) -> Any:
                 module.active = module.made_with["active"] if count is None else count
 
     return let
-
-
-def follow(model: Any, teacher: Any, batch: Batch) -> tuple[Tensor, int]:
-    """Distance of the predictions, plus Σ_l ||f_T - f_S||² / mean ||f_T||² of the stream behind each block.
-
-    The paper's outputs are vectors, whose squared distance it takes; ours are predictions, of which it is the KL
-    divergence. The weight of a block evens out how long its vectors are (ours).
-    """
-    real = real_positions(batch)
-    with (
-        watch(Anatomy(teacher), ["residual"]) as theirs,
-        watch(Anatomy(model), ["residual"], keep_graph=True) as ours,
-    ):
-        distance, count = distance_from(teacher, model, batch, 1.0)
-    apart = torch.zeros((), device=distance.device)
-    for layer in range(1, len(theirs.residual)):
-        target, found = theirs.residual[layer].float(), ours.residual[layer].float()
-        if real is not None:
-            target, found = (one[real.to(one.device)] for one in (target, found))
-        apart = apart + (target - found).square().sum() / target.square().sum().clamp_min(1e-30)
-    return distance + count * apart, count
 
 
 def _stages(active: int, **_: object) -> list[Stage]:
