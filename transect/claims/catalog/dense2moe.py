@@ -15,7 +15,7 @@ from ..controls import mean_of
 from ..converted import converted
 from ..cut_mlps import before_and_after, cut, distilled, of_mlps, pruned
 from ..ordering import beside_dense, comparison, judge
-from ..registry import NotApplicable, Result, claim
+from ..registry import NotApplicable, Result, Verdict, claim
 from ..routed import beginning, loss_of, require_trainable
 
 PAPER = "arXiv:2510.09094"
@@ -127,8 +127,10 @@ def blocks_against_dropping(context: Context) -> Result:
     fixed = converted(context, "dense2moe-blocks", settings, STEPS, change=fix_choices).anatomy
     ours, theirs = (loss_of(context, anatomy.model, prompt) for anatomy in (routed, fixed))
     judged = judge([comparison(0.5, ("chosen by each text", ours), ("the same for all", theirs))])
-    told = f"{judged.explanation}. Texts that choose the second of their group: {_second(context, routed):.2f}"
-    return Result(judged.verdict, f"{told}; loss without skipping "
+    other = _otherwise(context, routed)
+    verdict = judged.verdict if other else Verdict.DOES_NOT_HOLD  # what all texts choose is no choice
+    told = f"{judged.explanation}. Choices that are not the usual one of their group: {other:.2f}"
+    return Result(verdict, f"{told}; loss without skipping "
                   f"{loss_of(context, context.fresh().model, prompt).loss:.4f}.", judged.numbers)  # fmt: skip
 
 
@@ -142,11 +144,12 @@ def fix_choices(anatomy: Anatomy) -> None:
 
 
 @torch.no_grad()
-def _second(context: Context, anatomy: Anatomy) -> float:
-    """Share of held-out texts, and groups, that choose the second of two blocks."""
+def _otherwise(context: Context, anatomy: Anatomy) -> float:
+    """Share of held-out texts, mean over groups, that choose another block of two than most texts do."""
     banks = [part.bank for part in parts_around(anatomy, Dense2MoEBlocks).values() if part.place == 0]
-    chosen = []
+    chosen: list[list[torch.Tensor]] = []
     for batch in context.evaluation:
         anatomy.model(**{name: tensor.to(anatomy.model.device) for name, tensor in batch.items()})
-        chosen += [bank.chosen.float() for bank in banks]
-    return float(torch.cat(chosen).mean())
+        chosen.append([bank.chosen.float() for bank in banks])
+    seconds = [float(torch.cat(found).mean()) for found in zip(*chosen, strict=True)]
+    return sum(min(second, 1 - second) for second in seconds) / len(seconds)

@@ -57,7 +57,17 @@ def follow_groups(model: Any, teacher: Any, batch: Any) -> tuple[Any, int]:
     group="routed depth and tokens",
     exact="with all blocks of a group active it is the model as it was",
     check=_check,
-    stages=(Stage("blocks", train="full", lr=1e-4, loss=follow_groups, teacher=True, auxiliary=1e-2),),
+    stages=(
+        Stage(
+            "blocks",
+            train="full",
+            lr=1e-4,
+            loss=follow_groups,
+            teacher=True,
+            auxiliary=1e-2,
+            rates=((r"\.part\.bank\.", 100.0),),
+        ),
+    ),
 )
 def dense2moe_blocks(
     anatomy: Anatomy,
@@ -73,7 +83,7 @@ def dense2moe_blocks(
     What is passed by is neither computed nor cached. The routers begin with the blocks that change the stream most on
     the text, which all texts then run (ours: how they begin is not said). Then the blocks and routers follow the model
     as it was: its predictions, and the stream behind the last block of each group, with a balance of the choices
-    (0.01, as of experts; rate and balance are ours here).
+    (0.01, as of experts). Balance and rates are ours: 1e-4, and 1e-2 for routers, which few steps would not move else.
 
     blocks: m, in a group.
     active: κ, how many of them a text runs.
