@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from transect.anatomy import Anatomy
-from transect.statistics import InputCovariance, OutputGradientCovariance, gram, key_of
+from transect.statistics import InputCovariance, OutputGradientCovariance, key_of
+from transect.statistics.gram import gram_zeros
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,5 @@ def count(anatomy: Anatomy, length: int) -> Flops:
 
 
 def upper(n: int) -> int:
-    """Multiply-adds per row of the blocks on and above the diagonal of an n x n Gram matrix."""
-    step = max(gram._SMALLEST_BLOCK, -(-n // gram._BLOCKS))
-    return sum(min(step, n - start) * (n - start) for start in range(0, n, step))
+    """Multiply-adds per row of the panels on and above the diagonal of an n x n Gram matrix."""
+    return sum(panel.numel() for panel in gram_zeros(n, torch.float32, torch.device("meta")).values())
