@@ -73,6 +73,8 @@ SHORT = {
     "catalog.multi_level.SEEDS": (0,),
     "catalog.bigram_subnetworks.STEPS": 3, "catalog.bricks.SETTINGS": {"instances": 40, "length": 8, "sequences": 1},
     "catalog.weight_matching.STEPS": 20, "catalog.weight_matching.WIDTHS": (8, 16),
+    "catalog.attention_sae.WEIGHTS": (0.5,), "catalog.attention_sae.TOKENS": 512, "catalog.attention_sae.MATTERS": -1.0,
+    "catalog.attention_sae.LEAST": 1,
     "catalog.weight_matching.LANGUAGE_STEPS": 2, "catalog.weight_matching.POINTS": 5, "catalog.rws.STEPS": 5,
 }  # fmt: skip
 QUICK = {

@@ -41,6 +41,7 @@ SHORT = {
     "ilp": {"trials": 2}, "monarch": {"blocks": 3}, "constrained-ft": {"steps": 2},
     "neuron-clamp": {"neurons": "0:1=0,2:5=1.5"}, "cola": {"simulations": 4, "inputs": 2},
     "bigram-subnetworks": {"steps": 5},
+    "attention-sae": {"tokens": 2000, "layers": "all"},
 }  # fmt: skip
 # The values of options that have no default.
 VALUES = {

@@ -45,8 +45,9 @@ class Activations(Sequence[Tensor]):
             raise TransectError(f"the model has no {point} {layer}: that sublayer was dropped, or is of another kind")
         if any("input_ids" not in row for row in data):
             raise BadData("a dictionary is trained on text, and this data has no token ids")
-        self.anatomy, self.point, self.layer = anatomy, point, layer
-        self.count, self.batch, self.first, self.seed = count, batch, first, seed
+        self.anatomy, self.layer = anatomy, layer
+        self.point: Point = point
+        self.total, self.batch, self.first, self.seed = count, batch, first, seed
         self.rows = [
             {name: tensor[i] for name, tensor in one.items() if name in ("input_ids", "attention_mask", "position_ids")}
             for one in data for i in range(len(one["input_ids"]))
@@ -64,10 +65,10 @@ class Activations(Sequence[Tensor]):
         self._held = torch.empty(0)
 
     def __len__(self) -> int:
-        return self.count
+        return self.total
 
     def __getitem__(self, number: int) -> Tensor:  # type: ignore[override]
-        if not 0 <= number < self.count:
+        if not 0 <= number < self.total:
             raise IndexError(number)
         start = number * self.batch
         if self.tokens <= self.buffer:

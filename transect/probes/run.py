@@ -165,9 +165,20 @@ def _finished(looker: Generator[None, Seen | None, Result]) -> Result:
     raise RuntimeError("a probe that is sent None must return its Result")
 
 
+def _files(name: str) -> list[Path]:
+    """The file of that name; or the tensors, and what describes them, in the folder or in one that lies in it."""
+    place = Path(name).expanduser()
+    if os.path.isfile(place):
+        return [place]
+    if not os.path.isdir(place):
+        return []
+    kinds = ("*.safetensors", "*/*.safetensors", "*.json", "*/*.json")
+    return sorted(file for kind in kinds for file in place.glob(kind) if file.is_file())
+
+
 def _key(key: str, settings: Mapping[str, Any]) -> str:
-    """Names all that decides a result; where a setting names a file, what is in it too."""
-    files = [value for value in settings.values() if isinstance(value, str) and os.path.isfile(value)]
-    contents = [hashlib.blake2b(Path(file).read_bytes(), digest_size=16).hexdigest() for file in files]
+    """Names all that decides a result; where a setting names a file, or a folder of tensors, what is in it too."""
+    named = [value for value in settings.values() if isinstance(value, str) and value]
+    contents = [hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest() for one in named for file in _files(one)]
     described = json.dumps([key, settings, contents], sort_keys=True)
     return hashlib.blake2b(described.encode(), digest_size=16).hexdigest()

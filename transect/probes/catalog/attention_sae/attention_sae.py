@@ -73,18 +73,15 @@ def draw(result: Result) -> list[Drawing]:
         )  # fmt: skip
     drawn.append(
         bars(
-            "Heads that share a feature", "Features by the number of heads that hold 90 % of their direction.",
-            {f"layer {layer}": row.bincount(minlength=result["head_share"].shape[2] + 1)[1:]
-             for layer, row in zip(layers, _spread(result["head_share"]), strict=True)},
-            x=list(range(1, result["head_share"].shape[2] + 1)), xlabel="heads", ylabel="features",
+            "Features of one head, and of several", "Share of the features by how much of the direction lies in the "
+            "head that has most of it.",
+            {f"layer {layer}": torch.histc(row[row.isfinite()], 10, 0, 1) / row.isfinite().sum()
+             for layer, row in zip(layers, result["head_share"].amax(2), strict=True)},
+            x=[f"{10 * place} to {10 * place + 10} %" for place in range(10)], xlabel="in one head",
+            ylabel="share of features",
         )
     )  # fmt: skip
     return [*drawn, *_tables(result, layers)]
-
-
-def _spread(shares: Tensor) -> Tensor:
-    """How many heads hold 90 % of each feature (layer x feature)."""
-    return (shares.sort(-1, descending=True).values.cumsum(-1) < 0.9).sum(-1) + 1
 
 
 def _tables(result: Result, layers: Sequence[str]) -> list[Drawing]:

@@ -28,21 +28,24 @@ CAVEATS = (
 def told(specimen: Specimen, example: Example, exact: bool) -> str:
     """The text around a place: «the token» itself, and ‹its source›, which may be the same."""
     position, source = example.position, example.source if exact else example.position
-    pieces = []
     start = max(example.start, position - BEFORE)
-    if source < start - 1:
-        pieces += [_words(specimen, example, max(example.start, source - AROUND), source + AROUND, source), " ... "]
-    pieces.append(_words(specimen, example, min(start, source) if source >= start - 1 else start, position, source))
-    return "".join(pieces).replace("\n", "⏎")
+    if source >= start - 1:
+        return _words(specimen, example, min(start, source), position, source)
+    far = _words(specimen, example, max(example.start, source - AROUND), min(source + AROUND, start - 1), source)
+    return f"{far} ... {_words(specimen, example, start, position, source)}"
 
 
 def _words(specimen: Specimen, example: Example, start: int, stop: int, source: int) -> str:
-    """Tokens start to stop, both included, with the marks."""
-    words = []
+    """Tokens start to stop, both included, with the marks. Each is what it adds to the text before it: some tokenizers
+    write a token's space only there."""
+    words, before = [], ""
     for place in range(start, stop + 1):
-        word = specimen.token(int(example.ids[place])) + ("" if specimen.tokenizer is not None else " ")
+        ids = example.ids[start : place + 1].tolist()
+        text = " ".join(map(str, ids)) if specimen.tokenizer is None else specimen.decode(ids)
+        word, before = text[len(before) :], text
+        space, word = word[: len(word) - len(word.lstrip(" "))], word.lstrip(" ").replace("\n", "⏎")
         word = f"‹{word}›" if place == source and place != example.position else word
-        words.append(f"«{word}»" if place == example.position else word)
+        words.append(space + (f"«{word}»" if place == example.position else word))
     return "".join(words)
 
 
