@@ -9,6 +9,7 @@ from ...result import Result
 from .contexts import KINDS, Example
 
 BEFORE, AROUND = 8, 2  # tokens that are shown before a place, and around a source that is farther away
+LITTLE = 0.5  # of the variance, below which a dictionary is not ready to be read
 OFTEN = 4  # rounds over the text from which on a dictionary may have learned it by heart
 
 CAVEATS = (
@@ -63,6 +64,11 @@ def findings(result: Result, trained_on: Sequence[str], kept: bool) -> list[str]
             f"{by_directions:.1%} ({directions:.4f}) by the {max(1, round(l0))} strongest principal directions. "
             f"{float(result['dead'][i]):.1%} of the features were never active in {int(result['tokens'][i])} tokens."
         )
+        if float(result["explained"][i]) < LITTLE:
+            said.append(
+                f"The features of layer {layer} explain only {float(result['explained'][i]):.0%} of the outputs' "
+                "variance: before anything is read from them, train on more tokens (tokens), or with a smaller l1."
+            )
         if trained_on[i]:
             said.append(f"The dictionary of layer {layer} was read; it says that it is of {trained_on[i]}.")
         elif float(result["rounds"][i]) > OFTEN:
