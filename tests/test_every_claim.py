@@ -75,6 +75,8 @@ SHORT = {
     "catalog.weight_matching.STEPS": 20, "catalog.weight_matching.WIDTHS": (8, 16),
     "catalog.attention_sae.WEIGHTS": (0.5,), "catalog.attention_sae.TOKENS": 512, "catalog.attention_sae.MATTERS": -1.0,
     "catalog.attention_sae.LEAST": 1,
+    "catalog.hftp.STEPS": 2, "catalog.hftp.SEEDS": (0,), "catalog.hftp.SHUFFLES": 10, "catalog.hftp.PERMUTATIONS": 100,
+    "catalog.brain_alignment.CHANNELS": 6, "catalog.brain_alignment.PERMUTATIONS": 100,
     "catalog.weight_matching.LANGUAGE_STEPS": 2, "catalog.weight_matching.POINTS": 5, "catalog.rws.STEPS": 5,
 }  # fmt: skip
 QUICK = {

@@ -172,6 +172,7 @@ def test_every_probe_is_described_and_says_what_its_settings_do():
     names = {
         "spectra", "depth-efficiency", "lac", "lazy-neuron", "attention-sinks", "feature-neurons", "latent-language",
         "talking-heads", "factual-recall", "cd-t", "kfac-spectrum", "causal-trace", "cola",
+        "hftp", "brain-alignment",
     }  # fmt: skip
     assert names <= {one.name for one in probes()}
     for one in probes():

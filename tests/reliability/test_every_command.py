@@ -42,6 +42,8 @@ SHORT = {
     "neuron-clamp": {"neurons": "0:1=0,2:5=1.5"}, "cola": {"simulations": 4, "inputs": 2},
     "bigram-subnetworks": {"steps": 5},
     "attention-sae": {"tokens": 2000, "layers": "all"},
+    "hftp": {"sentences": "sentences.txt", "skip": 0, "shuffles": 10, "permutations": 100},
+    "brain-alignment": {"recording": "recording.csv", "candidates": 1, "permutations": 100},
 }  # fmt: skip
 # The values of options that have no default.
 VALUES = {
@@ -81,6 +83,10 @@ def place(tmp_path_factory):
         for i in range(8)
     ]  # fmt: skip
     passages = [{"prompt": f"w{3 + i} w{9 + i} w{4 + i}", "answer": f"w{12 + i} w{13 + i}"} for i in range(4)]
+    lines = [" ".join(f"w{3 + (i * 5 + j * 11) % 50}" for j in range(4)) for i in range(12)]
+    (folder / "sentences.txt").write_text("\n".join(lines))
+    samples = [f"w{3 + i % 40} w{4 + i * i % 50},{(i * 37 % 101) / 10},{(i * i * 53 % 97) / 10}" for i in range(60)]
+    (folder / "recording.csv").write_text("\n".join(["words,left,right", *samples]))
     (folder / "architecture.json").write_text(json.dumps(asdict(architecture_of("llama"))))
     preferences = [
         {"prompt": f"w{3 + i} ", "better": "w9 w4", "worse": f"w{12 + i}", **aspect}

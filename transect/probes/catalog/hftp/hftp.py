@@ -191,8 +191,8 @@ def findings(
         )
         + f"With experiment and control exchanged they are {', '.join(map(str, swapped.sum(0).tolist()))}.",
         f"Corrected for many tests they are {', '.join(map(str, corrected.sum(0).tolist()))}. The permutation test "
-        f"alone, which 5 % pass by chance, is passed by {passed[0]:.1%} at the rate of sentences and by {passed[1]:.1%} "
-        f"at {'one' if len(stimuli.bins) > 2 else 'that'} of phrases.",
+        f"alone, which 5 % pass by chance, is passed by {passed[0]:.1%} at the rate of sentences and by "
+        f"{passed[1]:.1%} at {'one' if len(stimuli.bins) > 2 else 'that'} of phrases.",
         f"Over {stimuli.samples} units, the rate of sentences holds {float(power[0, 0]):.1%} of a neuron's power "
         f"({float(power[1, 0]):.1%} in the control), and that of phrases {float(power[0, 1:].sum()):.1%} "
         f"({float(power[1, 1:].sum()):.1%}).",
@@ -204,12 +204,13 @@ def caveats(stimuli: Stimuli, found: Tagging) -> list[str]:
     """What the numbers do not mean."""
     nonzero = int((found.values > 0).any(0).sum())
     said = [
-        "Whatever comes once a sentence and is not a sine also has power at twice that rate: a neuron that fires on one "
-        "word of each sentence counts as both. The control of phrases tells them apart.",
+        "Whatever comes once a sentence and is not a sine also has power at twice that rate: a neuron that fires on "
+        "one word of each sentence counts as both. The control of phrases tells them apart.",
         "Sentences that are built alike repeat kinds of words at their own rate, even for a model without grammar. The "
         "control of classes keeps that rhythm.",
         f"z is over all neurons, of which {nonzero} are not zero: the fewer they are, the easier a z above "
-        f"{THRESHOLD:g} is. It says who stands out, not how many there are; the corrected verdict does.",
+        f"{THRESHOLD:g} is. Amplitudes are in the activations' own size, so layers where they are large stand out. It "
+        "says who stands out, not how many there are; the corrected verdict does.",
     ]
     if stimuli.size == 4:
         said.append(

@@ -38,8 +38,8 @@ SLOTS = {
         "king queen doctor soldier driver writer student nurse lawyer artist player hunter priest baker painter"
     ),
     "verbs": (
-        "walks runs looks returns climbs rides moves drifts hurries wanders speaks sings works plays sleeps waits falls "
-        "stands sits stays leaves arrives swims flies jumps smiles laughs cries writes reads thinks dances fights"
+        "walks runs looks returns climbs rides moves drifts hurries wanders speaks sings works plays sleeps waits "
+        "falls stands sits stays leaves arrives swims flies jumps smiles laughs cries writes reads thinks dances fights"
     ),
     "adverbs": (
         "slowly early gladly often late again softly alone quickly quietly together today here there outside inside "
