@@ -86,6 +86,8 @@ QUICK = {
     "constrained-ft": {"steps": 1},
 }  # fmt: skip
 MORE = {
+    "brain-alignment/planted": 8,
+    "brain-alignment/untrained": 8,
     "depth-efficiency/cross-model": 70,
     "mole/conflicting-tasks": 12,
     "nuclear-norm/ranks-as-exact": 10,
@@ -95,6 +97,8 @@ NOT_HERE = {
     "attention-sinks/decorrelation": "No sinks behind the first token were found",
     "cd-t/copying-heads": "no head of this model attends to what came behind",
     "factual-recall/function-application": "no head that lowers the metric",
+    "hftp/analogous": "this tokenizer has 0 as one token",
+    "hftp/rhythm": "this tokenizer has 0 as one token",
     "kfac-edit/what-suffers": "are those of the bundled model",
     "latent-language/dimensions": "nothing tells them apart",  # its words are unknown here
     "latent-language/dominant": "did not learn to translate",

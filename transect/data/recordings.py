@@ -39,14 +39,14 @@ class Recording:
 
     def __post_init__(self) -> None:
         repeats, samples, channels = self.responses.shape
+        if not samples or not channels or not repeats:
+            raise BadData(f"the recording is empty: {repeats} repeats of {samples} samples of {channels} channels")
         for what, count, wanted in (
             ("samples with words", len(self.words), samples), ("samples in runs", len(self.runs), samples),
             ("names of channels", len(self.names) or channels, channels),
         ):  # fmt: skip
             if count != wanted:
                 raise BadData(f"the recording has {wanted} {what.split()[0]}, but {count} {what}")
-        if not samples or not channels or not repeats:
-            raise BadData(f"the recording is empty: {repeats} repeats of {samples} samples of {channels} channels")
         if bool((self.runs.diff() < 0).any()):
             raise BadData("the samples of a recording's run must follow one another, and the runs be numbered upwards")
         if not self.names:
@@ -144,6 +144,8 @@ def _csv(file: Path) -> Recording:
     names = [name for name in table.columns if name not in ("words", "run", "repeat")]
     if "words" not in table or not names:
         raise BadData(f"{file} has the columns {', '.join(table.columns)}. Expected: {FORMAT}")
+    if table.empty:
+        raise BadData(f"{file} is empty below its header")
     numbers = {}
     for name in names:
         cells = table[name].str.strip()
@@ -156,14 +158,13 @@ def _csv(file: Path) -> Recording:
     groups = [np.array([n for n, other in enumerate(repeats) if other == one]) for one in dict.fromkeys(repeats)]
     runs = table["run"].tolist() if "run" in table else [""] * len(table)
     whole, texts = np.stack(list(numbers.values()), 1), table["words"].tolist()
-    first = groups[0] if groups else np.array([], int)
-    for number, rows in enumerate(groups):
+    first = groups[0]
+    for rows in groups[1:]:
         if [(texts[n], runs[n]) for n in rows] != [(texts[n], runs[n]) for n in first]:
             raise BadData(
                 f"repeat {repeats[rows[0]]!r} of {file} has {len(rows)} samples that are not those of the first one "
                 f"({len(first)}): every repeat must have the same words and runs in the same order"
-                if number else f"{file} is empty"
             )  # fmt: skip
     numbered = [number for number, (_, same) in enumerate(groupby(runs[n] for n in first)) for _ in same]
-    responses = torch.from_numpy(np.stack([whole[rows] for rows in groups])) if groups else torch.zeros(0, 0, 0)
+    responses = torch.from_numpy(np.stack([whole[rows] for rows in groups]))
     return Recording(responses, [texts[n].split() for n in first], torch.tensor(numbered), names)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil, factorial
 from typing import Annotated, Literal
 
 import torch
@@ -179,9 +180,8 @@ def brain_alignment(
         names = [f"{name}, subject {subject}" for subject in range(repeats) for name in names]
     labels = {"channel": names, "band": [PACE, *(band_name(one) for one in ranges)]}
     quantities = measured(found, top)
-    return Result(
-        quantities, findings(found, quantities, labels, len(training), len(tested)), caveats(top, repeats), labels
-    )
+    said = caveats(top, repeats, len(tested))
+    return Result(quantities, findings(found, quantities, labels, len(training), len(tested)), said, labels)
 
 
 def split(runs: Tensor, share: float, gap: int) -> tuple[Tensor, Tensor]:
@@ -309,7 +309,7 @@ def findings(
     return told
 
 
-def caveats(ceiling: Tensor | None, repeats: int) -> list[str]:
+def caveats(ceiling: Tensor | None, repeats: int, held_out: int) -> list[str]:
     """What the numbers do not mean."""
     said = [
         "A layer that predicts a recording need not compute what the brain does; untrained models and the number of "
@@ -319,6 +319,11 @@ def caveats(ceiling: Tensor | None, repeats: int) -> list[str]:
         "correlated beyond a block.",
         "R² by band depends on how bands share what they have in common; one below zero predicts worse than nothing.",
     ]
+    orders = factorial(ceil(held_out / BLOCK))
+    if orders < 1 / LEVEL**2:
+        said.append(
+            f"The samples held out have only {orders} orders of their blocks: no p value is below 1 / {orders}."
+        )
     if ceiling is None:
         said.append("The recording has no repeats, so how much of it could be predicted at all is not known.")
     elif repeats < 4:

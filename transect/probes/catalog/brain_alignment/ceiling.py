@@ -5,6 +5,7 @@ Shapes: R repeats or subjects, N samples, V channels.
 
 from __future__ import annotations
 
+import math
 from itertools import combinations
 
 import numpy as np
@@ -16,8 +17,7 @@ from .banded import apart, candidates_for, correlations, fit
 LEAST = 0.05  # ceilings below this normalise nothing, as in the paper
 BOOTSTRAPS = 100
 SUBSETS = 10  # of other subjects, of each size
-# Values of τ₀ that are tried: at 0.05 one subject says all, at 100 predictions rise in a straight line.
-_RISES = torch.logspace(-1.3, 2, 60, dtype=torch.float64)
+_RISES = 60  # values of τ₀ that are tried
 
 
 def from_repeats(responses: Tensor) -> Tensor:
@@ -37,7 +37,8 @@ def from_subjects(responses: Tensor, training: Tensor, held_out: Tensor, gap: in
 
     Ridge regression as for the model's features, from all channels of x other subjects, x = 1 ... R - 1, in up to ten
     subsets of each size; v(x) = v₀ (1 - e^(-x / τ₀)) is fitted to r over x, 100 times on resampled subsets; the ceiling
-    is the median v₀, between 0 and 1.
+    is the median v₀, between 0 and 1. Ours: τ₀ is at most R - 1, so the ceiling at most 1.6 times what all other
+    subjects reach; without a bound, a rise by chance is extrapolated to anything.
     """
     generator = np.random.default_rng(seed)
     kernels = torch.stack([_kernel(one, training) for one in responses])
@@ -72,7 +73,8 @@ def _asymptote(points: list[list[Tensor]], generator: np.random.Generator) -> Te
     For a given τ₀ the best v₀ is that of least squares in one unknown; the τ₀ of the smallest error is taken.
     """
     sizes = torch.arange(1, len(points) + 1, dtype=torch.float64)
-    shapes = 1 - torch.exp(-sizes / _RISES[:, None])  # τ x sizes
+    rises = torch.logspace(-1.3, math.log10(len(points)), _RISES, dtype=torch.float64)
+    shapes = 1 - torch.exp(-sizes / rises[:, None])  # τ x sizes
     found = []
     for _ in range(BOOTSTRAPS):
         drawn = [torch.stack([one[n] for n in generator.integers(len(one), size=len(one))]).mean(0) for one in points]

@@ -109,9 +109,8 @@ def _group(specimen: Specimen, stimuli: Stimuli, chosen: Sequence[Tensor], layer
             run_body(specimen.model, to_device({"input_ids": ids}, specimen.model.device))
         for layer, found in seen.neurons.items():
             found = wide(found.reshape(*ids.shape, found.shape[-1])).cpu()
-            total = sum(by_unit(one, owners, len(stimuli.units)) for one, (_, owners) in zip(found, read, strict=True))
-            assert isinstance(total, Tensor)
-            total = total[stimuli.skip * stimuli.size :]
+            units = [by_unit(one, owners, len(stimuli.units)) for one, (_, owners) in zip(found, read, strict=True)]
+            total = torch.stack(units).sum(0)[stimuli.skip * stimuli.size :]
             sums[layer] = sums[layer] + total if layer in sums else total
     return sums
 
@@ -155,8 +154,8 @@ def contrast_p(experiment: Tensor, control: Tensor) -> Tensor:
     from scipy.stats import ttest_ind
 
     with np.errstate(all="ignore"):
-        p = ttest_ind(experiment.double().numpy(), control.double().numpy(), equal_var=False, alternative="greater")
-    return torch.from_numpy(np.asarray(p.pvalue)).nan_to_num(1.0)
+        _, p = ttest_ind(experiment.double().numpy(), control.double().numpy(), equal_var=False, alternative="greater")
+    return torch.from_numpy(np.asarray(p)).nan_to_num(1.0)
 
 
 def peaks_of(found: Tensor, bins: Sequence[int]) -> Tensor:
