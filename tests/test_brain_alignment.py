@@ -319,7 +319,7 @@ def test_bad_recordings_are_refused(tmp_path):
         with pytest.raises(BadData, match=said):
             load_recording(written(tmp_path, values, words, extra=extra))
     for text, said in (
-        ("words,v\nw3,1\nw4,high", "should hold numbers, not 'high'"), ("a,b\n1,2", "Expected: .npz"),
+        ("words,v\nw3,1\nw4,high", "should hold numbers: .*high"), ("a,b\n1,2", "Expected: .npz"),
         ("words,v\nw3,1\nw4,", "has gaps"), ("words,v", "is empty"), ("words,v\n,1\n,2", "no words"),
     ):  # fmt: skip
         (tmp_path / "r.csv").write_text(text)
@@ -333,15 +333,15 @@ def test_bad_recordings_are_refused(tmp_path):
 
 def test_the_probe_finds_the_layer_that_a_recording_was_made_of(tmp_path):
     one = specimen()
-    words = recording(samples=300).words
-    read = recording(words, 300)
+    words = recording(samples=220).words
+    read = recording(words, 220)
     made = features_of(one, read, 48)[2].double()
     made = (made - made.mean(0)) / made.std(0)
     late = torch.cat([torch.zeros(2, 32), made[:-2]]).double()
     signal = late @ random(32, 5) / 32**0.5
     before = logits(one.model, {"input_ids": torch.arange(3, 20)[None]})
-    rows = torch.cat([signal + 0.3 * random(300, 5, seed=n + 1) for n in range(4)])
-    path = written(tmp_path, rows, list(words) * 4, extra=[("repeat", [n for n in range(4) for _ in range(300)])])
+    rows = torch.cat([signal + 0.3 * random(220, 5, seed=n + 1) for n in range(4)])
+    path = written(tmp_path, rows, list(words) * 4, extra=[("repeat", [n for n in range(4) for _ in range(220)])])
     settings = {"recording": path, "context": 48, "permutations": 200, "last_delay": 2, "candidates": 4, "bands": 2}
     found = run_probes(one, {"brain-alignment": settings})["brain-alignment"]
     assert found["r"].mean() > 0.8 and found["q"].max() < 0.05
@@ -352,7 +352,7 @@ def test_the_probe_finds_the_layer_that_a_recording_was_made_of(tmp_path):
     assert torch.equal(logits(one.model, {"input_ids": torch.arange(3, 20)[None]}), before)
     people = run_probes(one, {"brain-alignment": {**settings, "ceiling": "subjects"}})["brain-alignment"]
     assert people["r"].shape == (20,) and people["ceiling"].min() > 0.8
-    single = run_probes(one, {"brain-alignment": {**settings, "recording": written(tmp_path, rows[:300], words)}})
+    single = run_probes(one, {"brain-alignment": {**settings, "recording": written(tmp_path, rows[:220], words)}})
     assert (
         "ceiling" not in single["brain-alignment"].quantities and "no repeats" in single["brain-alignment"].caveats[-1]
     )

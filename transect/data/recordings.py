@@ -146,18 +146,11 @@ def _csv(file: Path) -> Recording:
         raise BadData(f"{file} has the columns {', '.join(table.columns)}. Expected: {FORMAT}")
     if table.empty:
         raise BadData(f"{file} is empty below its header")
-    numbers = {}
-    for name in names:
-        cells = table[name].str.strip()
-        values = pd.to_numeric(cells, errors="coerce")
-        wrong = [cell for cell in cells[values.isna()] if cell.lower() not in ("", "nan", "na")]
-        if wrong:
-            raise BadData(f"the column {name!r} of {file} should hold numbers, not {wrong[0]!r}")
-        numbers[name] = values.to_numpy(np.float64)
     repeats = table["repeat"].tolist() if "repeat" in table else [""] * len(table)
     groups = [np.array([n for n, other in enumerate(repeats) if other == one]) for one in dict.fromkeys(repeats)]
     runs = table["run"].tolist() if "run" in table else [""] * len(table)
-    whole, texts = np.stack(list(numbers.values()), 1), table["words"].tolist()
+    whole = np.stack([_column(table[name].tolist(), f"the column {name!r} of {file}") for name in names], 1)
+    texts = table["words"].tolist()
     first = groups[0]
     for rows in groups[1:]:
         if [(texts[n], runs[n]) for n in rows] != [(texts[n], runs[n]) for n in first]:
@@ -168,3 +161,12 @@ def _csv(file: Path) -> Recording:
     numbered = [number for number, (_, same) in enumerate(groupby(runs[n] for n in first)) for _ in same]
     responses = torch.from_numpy(np.stack([whole[rows] for rows in groups]))
     return Recording(responses, [texts[n].split() for n in first], torch.tensor(numbered), names)
+
+
+def _column(cells: list[str], what: str) -> Any:
+    """Numbers of a column of text; an empty cell is a gap."""
+    stripped = [cell.strip() for cell in cells]
+    try:
+        return np.array([cell if cell not in ("", "NA") else "nan" for cell in stripped]).astype(np.float64)
+    except ValueError as error:
+        raise BadData(f"{what} should hold numbers: {error}") from None

@@ -172,7 +172,8 @@ def analogous(context: Context) -> Result:
     found = probed(context.specimen, "hftp", shuffles=SHUFFLES, permutations=PERMUTATIONS)
     shares = (found["count"] / found["neurons"][:, None])[:, :2]
     varies = len(shares) > 2 and all(len(one.unique()) > 1 for one in shares.T)
-    rho = float(spearmanr(shares[:, 0].numpy(), shares[:, 1].numpy()).statistic) if varies else 0.0
+    one, other = shares.T.numpy()
+    rho = float(spearmanr(one, other)[0]) if varies else 0.0  # type: ignore[arg-type]
     rows = [
         {"layer": int(name), "sentence": float(one[0]), "phrase": float(one[1])}
         for name, one in zip(found.labels["layer"], shares, strict=True)

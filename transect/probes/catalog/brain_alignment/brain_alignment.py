@@ -285,7 +285,7 @@ def findings(
             f"State {chosen} is the best of all channels"
         )  # fmt: skip
         gain = found.best_r - found.alone[0]
-        p = float(wilcoxon(gain.numpy()).pvalue) if bool(gain.any()) else 1.0
+        p = float(wilcoxon(gain.numpy())[1]) if bool(gain.any()) else 1.0  # type: ignore[arg-type]
         told.append(
             f"{by_state} on the training samples. r of each channel's best state is {float(found.best_r.mean()):.3f} "
             f"on average, {float(gain.mean()):+.3f} against the embedding (Wilcoxon signed-rank over channels: "

@@ -37,8 +37,8 @@ def features_of(specimen: Specimen, recording: Recording, context: int) -> Tenso
     limit = getattr(specimen.anatomy.config, "max_position_embeddings", None) or context
     pieces = []  # token ids, their samples, and how many of the first do not count
     for run in recording.runs.unique().tolist():
-        samples = (recording.runs == run).nonzero()[:, 0].tolist()
-        pairs = [(token, sample) for sample in samples for word in recording.words[sample] for token in known[word]]
+        numbers: list[int] = (recording.runs == run).nonzero()[:, 0].tolist()
+        pairs = [(token, sample) for sample in numbers for word in recording.words[sample] for token in known[word]]
         pieces += windows(pairs, min(context, limit))
     pieces.sort(key=lambda piece: len(piece[0]))
     sums: Tensor | None = None

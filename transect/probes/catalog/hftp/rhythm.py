@@ -6,6 +6,7 @@ by the paper's convention, so that sentences of four units come at 1 Hz and phra
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,7 +105,8 @@ def own_sentences(specimen: Specimen, count: int, seed: int) -> list[list[Ids]]:
     """So many sentences of four words that are one token each, from our lists; NotApplicable where too few are."""
     random, slots = Random(seed), []
     for kind, words in SLOTS.items():
-        known = [ids for ids in word_tokens(specimen, words.split()).values() if len(ids) == 1]
+        found = Counter(word_tokens(specimen, words.split()).values())
+        known = [ids for ids, words_of_it in found.items() if len(ids) == 1 and words_of_it == 1]  # else it is unknown
         if len(known) < LEAST_WORDS:
             raise NotApplicable(
                 f"of its {len(words.split())} English {kind} this tokenizer has {len(known)} as one token, and "
