@@ -38,7 +38,7 @@ def draw(result: Result) -> list[Drawing]:
             "Spectrum of the neurons",
             "Share of a neuron's power at each frequency, mean over neurons and layers. Units come at 4 Hz; sentences "
             f"at {rates['sentence']:.4g} Hz. What the control lacks is due to the order of the words.",
-            dict(zip(result.labels["condition"], power, strict=True)), x=hertz, xlabel="frequency, Hz",
+            dict(zip(result.labels["condition"], power[:, 1:], strict=True)), x=hertz[1:], xlabel="frequency, Hz",
             ylabel="share of the power", log=True,
         ),
         bars(
