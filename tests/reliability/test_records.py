@@ -16,7 +16,8 @@ from transect.checkpoint import check_folder, open_model, replay, save
 from transect.errors import BadCheckpoint
 
 from ..models import inputs, logits, tiny
-from .damage import JUNK, attempt, changed
+from ..test_parts import TOKENS, built
+from .damage import JUNK, attempt, changed, memory
 from .folders import Q, edit, edit_record, edit_weights
 
 
@@ -135,3 +136,33 @@ def test_a_history_is_a_list_of_objects(plain, folder, history):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(BadCheckpoint, match="history"):
         open_model(folder)
+
+
+@pytest.mark.parametrize(("kind", "entries"), [
+    ("mixer.hopfield", {"layer_idx": 2**30}), ("mixer.hopfield", {"layer_idx": True}),
+    ("mixer.hopfield", {"returns": 2**30}), ("mixer.hopfield", {"part": {"updates": 2**31}}),
+    ("mixer.hopfield", {"part": {"beta": -1.0}}), ("mixer.random", {"part": {"seed": -1}}),
+    ("mixer.local", {"part": {"window": 2**40}}), ("mlp.hopfield", {"updates": 2**31}),
+    ("activation.s-kan", {"size": 2**20}), ("activation.s-kan", {"size": "all"}),
+])  # fmt: skip
+def test_a_part_is_asked_for_nothing_that_no_user_could_choose(kind, entries, tmp_path):
+    """It would compute, or fill a cache, without end."""
+    save(built(kind), tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    described = next(iter(config["quantization_config"]["record"]["modules"].values()))
+    described |= {name: {**described[name], **value} if name == "part" else value for name, value in entries.items()}
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    for opening in (open_model, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(BadCheckpoint, match="cannot be built"):
+            opening(tmp_path / "m")
+
+
+@pytest.mark.parametrize("kind", ["mixer.strided", "mixer.fixed"])
+def test_a_pattern_wider_than_the_text_takes_no_memory_for_what_is_not_there(kind):
+    narrow, wide = (built(kind) for _ in range(2))
+    for block in wide.model.layers:
+        block.self_attn.part.stride = 2**20
+    for block in narrow.model.layers:
+        block.self_attn.part.stride = 12
+    with memory(2**29):
+        torch.testing.assert_close(wide(TOKENS).logits, narrow(TOKENS).logits)

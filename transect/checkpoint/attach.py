@@ -9,9 +9,10 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..anatomy.record import set_record
+from ..anatomy.record import StructureRecord, set_record
 from .adapters import attach_to_peft, complete_adapter
 from .base import note_base
+from .chosen import check_chosen
 from .header import Stored, read_stored
 from .quantizer import TransectQuantizer, register
 from .save import hugging_face_save, is_changed, save
@@ -23,6 +24,9 @@ class RecordingQuantizer(TransectQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
         if not isinstance(self.quantization_config, PackedConfig):
+            record = getattr(self.quantization_config, "record", None)
+            if isinstance(record, dict):
+                check_chosen(StructureRecord.from_dict(record))
             return super()._process_model_before_weight_loading(model, **kwargs)
         stored: dict[str, Stored] = {}
         for file in checkpoint_files or ():

@@ -10,6 +10,7 @@ from typing import Any
 from ..anatomy.record import StructureRecord
 from ..errors import BadCheckpoint
 from ..store import finish_exchange, read_json
+from .chosen import check_chosen
 from .config import check_config
 from .header import Stored, read_stored
 from .place import LAST
@@ -41,7 +42,7 @@ def check_folder(folder: str | Path) -> dict[str, Stored]:
     if os.access(folder, os.W_OK):
         finish_exchange(folder, LAST)
     try:
-        _check_files(folder)
+        check_files(folder)
         left = sorted(folder.glob(".*.previous-*/config.json"))
     except OSError as error:
         raise BadCheckpoint(f"the folder {folder} cannot be read: {error}") from None
@@ -76,7 +77,7 @@ def is_folder(path: Path) -> bool:
         return False
 
 
-def _check_files(folder: Path) -> None:
+def check_files(folder: Path) -> None:
     """Refuse what would keep whoever opens it waiting (a pipe), and links that lead nowhere."""
     templates = folder / "additional_chat_templates"
     for file in [*folder.iterdir(), *(templates.iterdir() if templates.is_dir() else ())]:
@@ -159,6 +160,7 @@ def _check_record(folder: Path, record: Any, shapes: Shapes) -> None:
     if not isinstance(record, dict):
         raise BadCheckpoint(f"{folder / 'config.json'} has no structure record under quantization_config.record")
     tables = StructureRecord.from_dict(record)
+    check_chosen(tables)
     expected: Shapes = {}
     for path, description in sorted(tables.modules.items(), key=lambda entry: entry[0].count(".")):  # outer ones first
         expected = {name: shape for name, shape in expected.items() if not name.startswith(f"{path}.")}

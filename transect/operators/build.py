@@ -13,6 +13,9 @@ from ..anatomy.storage import Stacked
 from ..anatomy.surgery import SkipAttention
 from .base import Described, Operator
 
+# Numbers that no tensor bounds, though a cache, or what is returned, gets so many entries: the largest there may be.
+_COUNTED = {"layer_idx": 2**16, "returns": 16}
+
 
 def operator_kinds() -> dict[str, type[Operator]]:
     """Every structured operator by its kind: the subclasses of `Operator` that have been imported."""
@@ -58,10 +61,8 @@ def build(description: dict[str, Any], inside: bool = False) -> nn.Module:
         adds = description.get("adds")
         if adds is not None:
             adds = (_text(adds[0]), _size(adds[1], 64))
-        layer = description["layer_idx"]
-        if layer is not None:
-            layer = _size(layer, 2**16)
-        return SkipAttention(layer, _path(description["stand_in"]), _size(description.get("returns", 2), 16), adds)
+        stand_in = _path(description["stand_in"])
+        return SkipAttention(description["layer_idx"], stand_in, description.get("returns", 2), adds)
     if kind == "experts":
         each = [{role: build(part, inside=True) for role, part in expert.items()} for expert in description["each"]]
         return SeparateExperts(each, _text(description["activation"]))
@@ -81,6 +82,9 @@ def _check_entries(description: dict[str, Any]) -> None:
                 raise ValueError(f"{key!r} should be true or false, not {value!r}")
         elif key in ("kind", "group"):
             _text(value)
+        elif key in _COUNTED:
+            if value is not None:
+                _size(value, _COUNTED[key])
         elif isinstance(value, (int, float)):
             _size(value, 2**40)
 

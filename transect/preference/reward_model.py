@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..arguments import Range, accepted, checked_fields
 from ..checkpoint import check_output, open_model, placed
 from ..checkpoint.base import note_base
+from ..checkpoint.folder import check_files
+from ..checkpoint.processors import load_processors
 from ..checkpoint.save import save_base
 from ..data import Preference
 from ..data.encoded import encoded, padded
 from ..errors import BadCheckpoint, BadData, TransectError
 from ..forward import at_rest
-from ..pretrained import pretrained
-from ..store import keep_json, kept_json
+from ..store import in_short, keep_json, kept_json
 from .pairwise import pair_accuracy
 from .scorer import Router, Scorer, adapter_of
 
@@ -170,27 +172,52 @@ class RewardModel:
         card = kept_json(folder / CARD, OF)
         if card is None:
             raise BadCheckpoint(f"{folder} holds no reward model: there is no {CARD} in it that is whole")
-        from transformers import AutoTokenizer
+        try:
+            return _loaded(folder, card)
+        except BadCheckpoint:
+            raise
+        except Exception as error:  # a card that somebody made up, and each library in its own way
+            raise BadCheckpoint(f"the reward model in {folder} cannot be loaded: {in_short(error)}") from error
 
-        scorers = []
-        for number, entry in enumerate(card["categories"]):
-            place = folder / f"category-{number}"
-            scorer = Scorer(open_model(place / _BACKBONE).model)
-            if entry["aspects"]:
-                if missing := [k for k in range(len(entry["aspects"])) if not (place / adapter_of(k)).is_dir()]:
-                    raise BadCheckpoint(f"{place / adapter_of(missing[0])} is not there: the folder is incomplete")
-                scorer.load_aspects(entry["aspects"], str(place))
-            if entry["aggregator"]:
-                scorer.add_aggregator()
-            _load_heads(scorer, place / _HEADS, set(scorer.heads()))
-            scorers.append(scorer.eval())
-        router = None
-        if len(scorers) > 1:
-            router = Router(open_model(folder / "router" / _BACKBONE).model, len(scorers)).eval()
-            _load_heads(router.head, folder / "router" / _HEADS, set(router.head.state_dict()))
-        names = tuple(entry["name"] for entry in card["categories"])
-        tokenizer = pretrained(AutoTokenizer, folder)
-        return RewardModel(names, scorers, router, tokenizer, card["length"], card["training"])
+
+@dataclass(frozen=True)
+class _Category:
+    """What the card says of a category."""
+
+    name: str
+    aspects: Sequence[str]
+    aggregator: bool
+
+
+def _loaded(folder: Path, card: Mapping[str, Any]) -> RewardModel:
+    """What a reward model's folder holds, by its card; any error for what makes no sense."""
+    check_files(folder)
+    length = accepted(Annotated[int, Range(1)], card["length"], f"{CARD}: length")
+    training = accepted(Mapping[str, Any], card["training"], f"{CARD}: training")
+    categories = [checked_fields(_Category(**entry), f"{CARD}: categories") for entry in card["categories"]]
+    names = tuple(entry.name for entry in categories)
+    if not names or len(set(names)) < len(names):
+        raise BadCheckpoint(f"{folder / CARD} should name one category or several, each once")
+    scorers = []
+    for number, entry in enumerate(categories):
+        place = folder / f"category-{number}"
+        check_files(place)
+        scorer = Scorer(open_model(place / _BACKBONE).model)
+        if entry.aspects:
+            if missing := [k for k in range(len(entry.aspects)) if not (place / adapter_of(k)).is_dir()]:
+                raise BadCheckpoint(f"{place / adapter_of(missing[0])} is not there: the folder is incomplete")
+            scorer.load_aspects(entry.aspects, place)
+        if entry.aggregator:
+            scorer.add_aggregator()
+        _load_heads(scorer, place / _HEADS, set(scorer.heads()))
+        scorers.append(scorer.eval())
+    router = None
+    if len(scorers) > 1:
+        check_files(folder / "router")
+        router = Router(open_model(folder / "router" / _BACKBONE).model, len(scorers)).eval()
+        _load_heads(router.head, folder / "router" / _HEADS, set(router.head.state_dict()))
+    tokenizer, _ = load_processors(str(folder))
+    return RewardModel(names, scorers, router, tokenizer, length, dict(training))
 
 
 def _load_heads(module: torch.nn.Module, path: Path, expected: set[str]) -> None:
@@ -199,6 +226,8 @@ def _load_heads(module: torch.nn.Module, path: Path, expected: set[str]) -> None
         found = load_file(path)
         if found.keys() != expected:
             raise ValueError(f"it holds {', '.join(sorted(found))}, not {', '.join(sorted(expected))}")
+        if odd := [name for name, tensor in found.items() if not torch.isfinite(tensor).all()]:
+            raise ValueError(f"{odd[0]} holds NaN or infinite values")
         module.load_state_dict(found, strict=False)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise BadCheckpoint(f"{path} cannot be read: {error}") from None

@@ -5,20 +5,24 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..adaptation import adapter_named
 from ..adaptation.targets import targets_of
 from ..anatomy import Anatomy
-from ..errors import TransectError
+from ..checkpoint.folder import check_files
+from ..errors import BadCheckpoint, TransectError
 from ..forward import Batch, inputs_of
+from ..store import read_json
 from .pairwise import last_states
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
 
 
 def states_of(model: Any, batch: Batch) -> Tensor:
@@ -65,29 +69,40 @@ class Scorer(nn.Module):
         """
         if not aspects:
             raise TransectError("there are no aspects to add")
-        from peft import get_peft_model  # it takes a second to import
-
         targets, adapter = aspect_targets(self.backbone, roles, options), adapter_named("lora")
-        with _without_notes():
-            for number in range(len(aspects)):
-                config = adapter.config(targets, options)
-                if number:
-                    self.peft.add_adapter(adapter_of(number), config)
-                else:
-                    self._wrapper = [get_peft_model(self.backbone, config, adapter_name=adapter_of(number))]
+        for number in range(len(aspects)):
+            self._add_adapter(number, adapter.config(targets, options))
         self._name_aspects(aspects)
         for head in self.aspect_heads:
             head.load_state_dict(self.head.state_dict())
 
-    def load_aspects(self, aspects: Sequence[str], folder: str) -> None:
-        """Adapters as `PeftModel.save_pretrained` wrote them into the folder; heads are to be loaded."""
-        from peft import PeftModel
+    def load_aspects(self, aspects: Sequence[str], folder: Path) -> None:
+        """Adapters as `PeftModel.save_pretrained` wrote them into the folder; heads are to be loaded.
+
+        Of what lies there nothing is taken but sizes and numbers: PEFT itself would also read pickles, ask the hub for
+        what is missing, and import what a config names. BadCheckpoint for what was not written so.
+        """
+        from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+        for number in range(len(aspects)):
+            place, name = folder / adapter_of(number), adapter_of(number)
+            config, tensors = adapter_in(place)
+            self._add_adapter(number, config)
+            if get_peft_model_state_dict(self.peft, adapter_name=name).keys() != tensors.keys():
+                raise BadCheckpoint(
+                    f"{place} does not hold the numbers of the adapter that its adapter_config.json has"
+                )
+            set_peft_model_state_dict(self.peft, tensors, adapter_name=name)
+        self._name_aspects(aspects)
+
+    def _add_adapter(self, number: int, config: PeftConfig) -> None:
+        from peft import get_peft_model  # it takes a second to import
 
         with _without_notes():
-            self._wrapper = [PeftModel.from_pretrained(self.backbone, f"{folder}/{adapter_of(0)}", adapter_of(0))]
-            for number in range(1, len(aspects)):
-                self.peft.load_adapter(f"{folder}/{adapter_of(number)}", adapter_of(number))
-        self._name_aspects(aspects)
+            if number:
+                self.peft.add_adapter(adapter_of(number), config)
+            else:
+                self._wrapper = [get_peft_model(self.backbone, config, adapter_name=adapter_of(number))]
 
     def _name_aspects(self, aspects: Sequence[str]) -> None:
         self.aspects = tuple(aspects)
@@ -161,6 +176,24 @@ def _without_notes() -> Iterator[None]:
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to")  # which way a Conv1D lies
         warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
         yield
+
+
+def adapter_in(folder: Path) -> tuple[PeftConfig, dict[str, Tensor]]:
+    """The LoRA in a folder, to be used and not trained, and its numbers; BadCheckpoint where there is none.
+
+    It is as large as its numbers are, whatever its config says.
+    """
+    check_files(folder)
+    written, tensors = read_json(folder / "adapter_config.json"), load_file(folder / "adapter_model.safetensors")
+    ranks = {tensor.shape[0] for name, tensor in tensors.items() if name.endswith(".lora_A.weight")}
+    targets = written.get("target_modules")
+    if written.get("peft_type") != "LORA" or ranks != {written.get("r")} or not isinstance(targets, list):
+        raise BadCheckpoint(f"{folder} holds no LoRA of the rank that its adapter_config.json says")
+    names = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}
+    lora = adapter_named("lora")
+    config = lora.config(sorted(map(str, targets)), lora.settings({names[key]: written.get(key) for key in names}))
+    config.inference_mode = True
+    return config, tensors
 
 
 def adapter_of(number: int) -> str:

@@ -34,7 +34,8 @@ class Strided(SparseAttention):
         return ((at - keys).abs() < self.stride) | ((at - keys) % self.stride == 0)
 
     def gathered(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor) -> Tensor:
-        count, size = q.shape[2], self.stride
+        count = q.shape[2]
+        size = min(self.stride, count)  # a block of all positions is none of more
         ahead = 0 if self.causal else size
         q = in_blocks(q * self.head_size**-0.5, size)  # B x heads x blocks x stride x size
         at = positions_of(count, size, 0, 0, q.device)[:, :, None]
@@ -83,7 +84,8 @@ class Fixed(SparseAttention):
         return own | (keys % self.stride >= self.stride - self.summary)
 
     def gathered(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor) -> Tensor:
-        count, size = q.shape[2], self.stride
+        count = q.shape[2]
+        size = min(self.stride, max(count, self.summary))  # as above
         at = positions_of(count, size, 0, 0, q.device)  # blocks x stride
         k, v = (
             torch.cat([one, everywhere(one[:, :, :, -self.summary :].flatten(2, 3), len(at))], dim=3)
