@@ -87,6 +87,7 @@ def place(tmp_path_factory):
     (folder / "sentences.txt").write_text("\n".join(lines))
     samples = [f"w{3 + i % 40} w{4 + i * i % 50},{(i * 37 % 101) / 10},{(i * i * 53 % 97) / 10}" for i in range(60)]
     (folder / "recording.csv").write_text("\n".join(["words,left,right", *samples]))
+    (folder / "verdicts").mkdir()
     (folder / "architecture.json").write_text(json.dumps(asdict(architecture_of("llama"))))
     preferences = [
         {"prompt": f"w{3 + i} ", "better": "w9 w4", "worse": f"w{12 + i}", **aspect}
@@ -265,7 +266,7 @@ COMMANDS = {
          "matrix": "memoryformer", "block": "ultramem-v2", "tokenizer": "model"},
         ["activation"],  # an MLP brings its own
     ),
-    "catalogue": ([], {"records": "site"}, []),
+    "catalogue": ([], {"records": "verdicts"}, []),
     "check-architecture": (["architecture.json"], {}, []),
     "claims": (["fwsvd/below-svd"], {}, []),
     "compare": (

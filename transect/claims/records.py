@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from ..errors import BadData, TransectError
-from ..store import Folder, read_any_json, write_text
+from ..arguments import checked_fields
+from ..errors import BadData
+from ..store import Folder, keep_json, kept_json, read_json, without_marks
 from ..version import __version__
 from .registry import Result, Verdict
 from .run import Outcome
@@ -68,31 +69,40 @@ def record_of(outcome: Outcome, model: str, settings: Mapping[str, Any]) -> Reco
 
 def write_record(folder: Folder, record: Record) -> None:
     """Into a folder of ours; an older one of the same claim and model is replaced."""
-    write_text(folder.file(record.file), json.dumps(asdict(record), indent=1) + "\n")
+    keep_json(folder.file(record.file), asdict(record), _belongs(record))
 
 
 def records_in(folder: str | Path = SHIPPED) -> list[Record]:
     """All records in a folder, by model and claim. BadData, naming the file, for one that is none."""
     found = []
     for path in sorted(Path(folder).rglob("*.json")):
-        entry = read_any_json(path)
         try:
-            record = Record(**entry)
-            _ = record.result
-        except (TypeError, ValueError, AttributeError) as error:
+            found.append(_record(without_marks(read_json(path))))
+        except (TypeError, ValueError) as error:
             raise BadData(f"{path} is no recorded claim: {error}") from None
-        found.append(record)
     return found
 
 
 def finished(folder: Folder, claim: str, model: str, settings: Mapping[str, Any]) -> Record | None:
     """The record of that claim and model in the folder, of this version and these settings; None if there is none."""
-    path = folder.path / Record(claim, "", "", "", model, "", "").file
-    if not path.is_file():
+    wanted = Record(claim, "", "", "", model, "", "", settings=settings, version=__version__)
+    kept = kept_json(folder.path / wanted.file, _belongs(wanted))
+    if kept is None:
         return None
     try:
-        record = Record(**read_any_json(path))
-    except (TypeError, TransectError):
-        return None  # damaged: measured again
-    same = record.version == __version__ and dict(record.settings) == dict(settings)
-    return record if same and record.verdict != str(Verdict.FAILED) else None
+        record = _record(kept)
+    except (TypeError, ValueError):  # made up, with a checksum that is right: measured again
+        return None
+    return record if record.verdict != str(Verdict.FAILED) else None
+
+
+def _belongs(record: Record) -> str:
+    """What decides a verdict, as text."""
+    return json.dumps([record.claim, record.model, record.version, record.settings], sort_keys=True, default=str)
+
+
+def _record(entry: Mapping[str, Any]) -> Record:
+    """TypeError or ValueError (TransectError is one) for what is none."""
+    record = checked_fields(Record(**entry), "it")
+    _ = record.result  # an unknown verdict
+    return record

@@ -2,7 +2,7 @@
 
 from .exchange import finish_exchange, place_folder
 from .folder import Folder
-from .kept import Kept, carries_mark, keep, keep_json, kept, kept_json, tensor_bytes, verified
+from .kept import Kept, carries_mark, keep, keep_json, kept, kept_json, tensor_bytes, verified, without_marks
 from .lock import alone
 from .text import in_short, parsed, read_any_json, read_json
 from .write import link, remove, replacing, sweep, temporary, write_text
@@ -29,5 +29,6 @@ __all__ = [
     "temporary",
     "tensor_bytes",
     "verified",
+    "without_marks",
     "write_text",
 ]

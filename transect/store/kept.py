@@ -125,15 +125,20 @@ def kept_json(path: Path, of: str) -> dict[str, Any] | None:
     if not os.path.lexists(path):
         return None
     try:
-        value = read_json(path)
-        belongs, checksum = value.pop(_OF, None), value.pop(_SUM, None)
-        if belongs != of:
+        marked = read_json(path)
+        value = without_marks(marked)
+        if marked.get(_OF) != of:
             return _unused(path, "it is of something else")
-        if checksum != _checksum(of, json.dumps(value, sort_keys=True), ()):
+        if marked.get(_SUM) != _checksum(of, json.dumps(value, sort_keys=True), ()):
             return _unused(path, "its checksum is wrong")
         return value
     except (OSError, ValueError, RecursionError) as error:  # BadCheckpoint is a ValueError
         return _unused(path, f"it is damaged ({in_short(error)})")
+
+
+def without_marks(value: Mapping[str, Any]) -> dict[str, Any]:
+    """What was given to `keep_json`, of what its file holds; neither mark is looked at."""
+    return {key: entry for key, entry in value.items() if key not in (_OF, _SUM)}
 
 
 def _unused(path: Path, why: str) -> None:

@@ -82,7 +82,7 @@ def check_claims(
         "sequence_length": sequence_length, "batch_size": batch_size, "seed": seed,
         "model": computation_fingerprint(opened.model), "text": f"{calibration.fingerprint} {held_out.fingerprint}",
     }  # fmt: skip
-    name = called if bundled or not Path(called).exists() else Path(called).name
+    name = called if bundled or not Path(called).exists() else Path(called).resolve().name
 
     def known(claim: Claim) -> Result | None:
         found = finished(folder, claim.name, name, settings)
