@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from tests.models import tiny
 from tests.test_data import word_tokenizer, words
-from transect.data import load, load_choices, load_facts, load_passages
+from transect.data import load, load_choices, load_facts, load_passages, load_preferences
 from transect.data.concepts import load_concepts
 from transect.errors import BadData
 
@@ -26,10 +26,11 @@ DEEP, DIGITS = "[" * 100_000 + "]" * 100_000, "9" * 10_000
 FACT = {"prompt": "{} lives in", "subject": "Ann", "answer": "Rome"}
 CHOICE = {"question": "which", "options": ["a", "b"], "answer": 0}
 PASSAGE = {"prompt": "once", "answer": "upon"}
+PREFERENCE = {"prompt": "once", "better": "upon", "worse": "never"}
 CONCEPT = {"prompt": "say", "target": "x", "words": {"x": "a", "y": "b"}}
 READERS = {
     "facts": (load_facts, FACT), "choices": (load_choices, CHOICE), "passages": (load_passages, PASSAGE),
-    "concepts": (load_concepts, CONCEPT),
+    "concepts": (load_concepts, CONCEPT), "preferences": (load_preferences, PREFERENCE),
 }  # fmt: skip
 # What a file may hold that is no JSON, or no text.
 CONTENTS = {

@@ -7,6 +7,7 @@ is tried without being named here. An option without a default needs a value tha
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import sys
 from dataclasses import asdict
@@ -20,22 +21,27 @@ from transformers import PreTrainedTokenizerFast
 import transect
 import transect.anatomy.architecture as architecture
 from tests.models import VOCABULARY, tiny
+from tests.test_adaptation import SMALL as ADAPTED
 from tests.test_conversions import SMALL
 from tests.test_every_method import KEEPS, QUICK
+from transect.adaptation import adapters
 from transect.anatomy import architecture_of
 from transect.cli import main, main_group
 from transect.compression import allocations, methods
 from transect.compression.recipe import goes_with
 from transect.conversion import conversions
+from transect.difference import comparisons
 from transect.editing import edits
 from transect.errors import TransectError
 from transect.merging import mergings
 from transect.probes import probes
+from transect.sizing import searchers
+from transect.training import layer_rates, optimizers, parametrizations, penalties
 
 SEED = 3  # of the run; of a method that has a `seed` of its own, another
 # What takes long at its defaults, made short where every option is given.
 SHORT = {
-    **SMALL, **QUICK, "depth-efficiency": {"prompts": 2, "length": 16, "steps": 2, "cuts": 1},
+    **SMALL, **QUICK, **ADAPTED, "shira": {"rank": 4}, "depth-efficiency": {"prompts": 2, "length": 16, "steps": 2, "cuts": 1},
     "fusegpt": {"epochs": 1, "rank": 4}, "causal-trace": {"samples": 2, "facts": 2},
     "rome": {"steps": 2, "rounds": 1, "contexts": 1}, "memit": {"steps": 2, "contexts": 1},
     "ilp": {"trials": 2}, "monarch": {"blocks": 3}, "constrained-ft": {"steps": 2},
@@ -44,6 +50,14 @@ SHORT = {
     "attention-sae": {"tokens": 2000, "layers": "all"},
     "hftp": {"sentences": "sentences.txt", "skip": 0, "shuffles": 10, "permutations": 100},
     "brain-alignment": {"recording": "recording.csv", "candidates": 1, "permutations": 100},
+}  # fmt: skip
+# What `adapt` can be made of, by its option and the name.
+TRAINED = {
+    f"{option} {entry.name}": entry
+    for option, entries in {
+        "--method": [*adapters(), *parametrizations()], "--optimizer": optimizers(), "--penalties": penalties(),
+        "--layer-rates": layer_rates(),
+    }.items() for entry in entries
 }  # fmt: skip
 # The values of options that have no default.
 VALUES = {
@@ -165,9 +179,10 @@ def ids(entries):
 
 def test_names_are_of_one_thing():
     """Settings go by the name of what they are for, and options too."""
-    for together in ([*methods(), *allocations()], probes(), edits()):
+    every = [*methods(), *allocations()], probes(), edits(), conversions(), mergings(), [*TRAINED.values()]
+    for together in every:
         assert len({entry.name for entry in together}) == len(together)
-    for entry in [*methods(), *allocations(), *probes(), *edits()]:
+    for entry in itertools.chain(*every):
         assert "." not in entry.name and "=" not in entry.name
 
 
@@ -237,6 +252,45 @@ def test_conversions(entry, complete, command, tmp_path):
         outcome = json.loads(said)
         noted = history(tmp_path / "out")["convert"]
         assert outcome["method"] == noted["method"] == entry.name and values.items() <= noted["settings"].items()
+
+
+@pytest.mark.parametrize("complete", [False, True], ids=["plain", "options"])
+@pytest.mark.parametrize("which", TRAINED)
+def test_trainings(which, complete, command, tmp_path):
+    """Whatever it can be made of: what is trained, by which steps, with what beside the loss, at which rates."""
+    option, entry = which.partition(" ")[0], TRAINED[which]
+    values, words = given(entry, complete)
+    method = [] if option == "--method" else ["--method", "full" if option == "--penalties" else "lora"]
+    line = ["adapt", "model", *method, option, entry.name, "--data", "text.txt", "--out", tmp_path / "out", "--json"]
+    line += ["--sequences", 6, "--sequence-length", 16, "--batch-size", 2, "--steps", 2, "--device", "cpu"]
+    said = command(*line, *words)
+    if said.startswith("error: "):  # of another model than this one
+        assert entry.name == "s-kan" and "has no S-KAN part" in said and not (tmp_path / "out").exists()
+        return
+    noted = json.loads(said)["settings"]
+    where = {"--method": "options", "--optimizer": "optimizer_options", "--layer-rates": "layer_rates_options"}
+    chosen = noted["penalties"][entry.name] if option == "--penalties" else noted[where[option]]
+    assert values.items() <= chosen.items()
+
+
+@pytest.mark.parametrize("name", comparisons())
+def test_comparisons(name, command, tmp_path):
+    """Each says something of two models or why it does not, and none fails."""
+    asked = ["--facts", "facts.json", "--passages", "passages.json", "--json", "--out", tmp_path / "out"]
+    line = ["diff", "model", "model", "--what", name, "--data", "text.txt", *asked]
+    found = json.loads(command(*line, "--sequences", 4, "--sequence-length", 16))
+    assert not found["failed"] and {*found["findings"], *found["refused"]} == {name}
+
+
+@pytest.mark.parametrize("complete", [False, True], ids=["plain", "options"])
+@pytest.mark.parametrize("entry", searchers(), ids=ids(searchers()))
+def test_searches(entry, complete, command, tmp_path):
+    values, words = given(entry, complete)
+    line = ["search", "model", "--method", entry.name, "--keep", 0.8, "--data", "text.txt", "--neurons", "24,48"]
+    said = command(*line, "--sequences", 12, "--sequence-length", 16, "--batch-size", 2, "--steps", 2, "--json",
+                   "--device", "cpu", "--out", tmp_path / "out", *words)  # fmt: skip
+    noted = json.loads(said)["settings"]
+    assert noted["method"] == entry.name and values.items() <= noted["options"].items()
 
 
 @pytest.mark.parametrize("complete", [False, True], ids=["plain", "options"])

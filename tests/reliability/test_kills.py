@@ -68,6 +68,12 @@ CASES = {
                                       "--overwrite"]),
     "edit": (None, lambda model, root: ["edit", model, *CLAMP, "--out", root / "m"]),
     "edit over another": ("edited", lambda model, root: ["edit", model, *OTHER, "--out", root / "m", "--overwrite"]),
+    "merge over another": (
+        "edited", lambda model, root: ["merge", model, model, "--method", "average", "--out", root / "m",
+                                       "--overwrite"]),
+    "build": (
+        None, lambda model, root: ["build", "llama", "--hidden", 16, "--blocks", 1, "--heads", 2, "--mixer", "pooling",
+                                   "--tokenizer", model, "--out", root / "m"]),
     "undo in place": ("edited", lambda model, root: ["edit", root / "m", "--undo"]),
     "undo": ("edited", lambda model, root: ["edit", root / "m", "--undo", "--out", root / "back"]),
 }  # fmt: skip

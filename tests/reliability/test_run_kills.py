@@ -3,6 +3,8 @@
 A command has 20 to 70 different states; eight of each are tried, evenly spaced, and all by `make nightly`.
 """
 
+import json
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -12,9 +14,11 @@ from safetensors.torch import load_file
 
 import transect
 from transect.checkpoint import save
-from transect.store import Folder
+from transect.pages.entries import entries
+from transect.store import Folder, write_text
 
 from ..models import apart, tiny
+from ..test_checkpoint import tokenizer
 from ..test_compare import SAME
 from .faults import Kills, some
 from .runs import DATA, OTHER
@@ -39,7 +43,22 @@ def recover(root, how):
 
 
 TRAIN = dict(epochs=2, steps=2, every=1, batch_size=4, held_out=0.34, device="cpu", overwrite=True)
-PAIRS = [{"prompt": f"w{number} w7", "better": "w5 w6", "worse": "w8", "category": "one"} for number in range(6)]
+PAIRS = [
+    {"prompt": f"w{number} w7", "better": "w5 w6", "worse": "w8", "category": "one", **aspect}
+    for number in range(4) for aspect in ({}, {"aspect": "length"})
+]  # fmt: skip
+MATRICES = dict(roles=("q",), seeds=1, rates=(1.0,), batch_size=4, device="cpu")
+SMALL = dict(hidden=16, blocks=1, heads=2, steps=2, batch_size=4, held_out=8, seeds=1, rates=(1e-3,), lengths=())
+# Commands that leave a folder of their own, in which what is finished lies.
+KEPT = {
+    "diff": lambda out: transect.diff(tiny("llama"), tiny("llama", seed=1), DATA, what=("weights", "text"), out=out),
+    "catalogue": lambda out: transect.catalogue(out),
+    "claims": lambda out: transect.check_claims(
+        ["fwsvd/below-svd", "fwsvd/weight-error"], tiny("llama"), DATA, DATA, record=out
+    ),
+    "race": lambda out: transect.race(tiny("llama"), ["lora", "full"], DATA, DATA, out, steps=2, every=1, **MATRICES),
+    "contest": lambda out: transect.race_parts("llama", "induction", out, mixer=("pooling", "base"), **SMALL),
+}
 # Every other command that trains: what it is called with, and the folder of its unfinished work.
 TRAINED = {
     "adapt": (lambda out: transect.adapt(tiny("llama"), "lora", DATA, out=out, lr=1e-2, rank=2, **TRAIN), "adaptation"),
@@ -49,6 +68,13 @@ TRAINED = {
             tiny("llama"), DATA, out=out, blocks=1, neighbours=2, epochs=2, batch=8, held_out=0.34, overwrite=True
         ),
         "memory",
+    ),
+    "prefer": (
+        lambda out: transect.prefer(
+            tiny("llama"), PAIRS, out=out, tokenizer=tokenizer(), rank=2, epochs=1, steps=2, every=1, batch_size=2,
+            held_out=0.34, device="cpu", overwrite=True,
+        ),
+        "preference",
     ),
     "search": (
         lambda out: transect.search(tiny("llama"), DATA, out=out, keep=0.7, neurons=(24, 48), lr=1e-3, **TRAIN),
@@ -81,7 +107,7 @@ def states(command, root, into):
     kills = Kills(root, into)
     with kills.recorded():
         command(root)
-    assert len(kills.states) > 20
+    assert len(kills.states) > 15
     return some(kills.states, 8)
 
 
@@ -173,3 +199,36 @@ def tensors_of(folder):
 
 def same_tensors(found, expected):
     return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_a_folder_of_results(tmp_path, name, monkeypatch):
+    """Each state is gone on from, whatever of it was finished, to the same files and nothing beside them."""
+    for verb, plot in (("race", "contest_plot"), ("race_parts", "parts_plot")):
+        quick_plot = lambda frame, path, title: write_text(path, title * 20)  # noqa: E731
+        monkeypatch.setattr(sys.modules[f"transect.verbs.{verb}"], plot, quick_plot)
+    monkeypatch.setattr("transect.pages.site.entries", lambda: entries()[::60])
+    root, alone = tmp_path / "root", name in ("race", "contest")  # whose folder has nothing else in it
+    root.mkdir()
+    if not alone:
+        put_own(root)
+    seen = states(lambda place: KEPT[name](place / "run"), root, tmp_path / "states")
+    names = files(root)
+    for state in seen:
+        KEPT[name](state / "run")
+        assert files(state) == names and (alone or has_own(state))
+        for file in names:
+            written = (root / file).is_file() and file.endswith((".html", ".csv", ".json"))
+            assert not written or read(state / file) == read(root / file), file
+
+
+def read(path):
+    """What a file says but for seconds, dates and checksums of these."""
+    text = path.read_text()
+    if path.suffix == ".csv":
+        table = pd.read_csv(path)
+        return table[[name for name in table if "seconds" not in name]].to_csv()
+    if path.suffix == ".html":
+        return text
+    gone = ("seconds", "forward", "date", "transect.checksum")
+    return {key: value for key, value in json.loads(text).items() if key not in gone}
