@@ -41,7 +41,8 @@ from transect.training import layer_rates, optimizers, parametrizations, penalti
 SEED = 3  # of the run; of a method that has a `seed` of its own, another
 # What takes long at its defaults, made short where every option is given.
 SHORT = {
-    **SMALL, **QUICK, **ADAPTED, "shira": {"rank": 4}, "depth-efficiency": {"prompts": 2, "length": 16, "steps": 2, "cuts": 1},
+    **SMALL, **QUICK, **ADAPTED, "shira": {"rank": 4},
+    "depth-efficiency": {"prompts": 2, "length": 16, "steps": 2, "cuts": 1},
     "fusegpt": {"epochs": 1, "rank": 4}, "causal-trace": {"samples": 2, "facts": 2},
     "rome": {"steps": 2, "rounds": 1, "contexts": 1}, "memit": {"steps": 2, "contexts": 1},
     "ilp": {"trials": 2}, "monarch": {"blocks": 3}, "constrained-ft": {"steps": 2},
