@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from transect.editing.closed_form import damped, rank_one, ridge
+from transect.editing.patch import product
 from transect.editing.scores import neighbourhood_score, rewrite_score
 from transect.errors import TransectError
 
@@ -24,7 +25,7 @@ def test_rank_one_writes_the_value_and_leaves_everything_c_orthogonal_alone():
     moments, keys, targets, weight = problem()
     mean, key = keys[:, 0], keys[:, 0] + 0.1 * keys[:, 1]
     change = targets[:, 0] - weight @ key
-    update = rank_one(change, moments, mean, key)
+    update = product(*rank_one(change, moments, mean, key))
     torch.testing.assert_close((weight + update) @ key, targets[:, 0], rtol=0, atol=1e-10)
     assert torch.linalg.matrix_rank(update) == 1
     direction = torch.linalg.solve(moments, mean)
@@ -35,7 +36,7 @@ def test_rank_one_writes_the_value_and_leaves_everything_c_orthogonal_alone():
 def test_rank_one_moves_the_outputs_on_the_text_least():
     moments, keys, targets, _ = problem()
     key = keys[:, 0]
-    update = rank_one(targets[:, 0], moments, key, key)
+    update = product(*rank_one(targets[:, 0], moments, key, key))
     cost = torch.trace(update @ moments @ update.T)
     generator = torch.Generator().manual_seed(5)
     for _ in range(20):
@@ -55,11 +56,11 @@ def test_rank_one_refuses_a_key_that_the_direction_misses():
 
 def test_ridge_limits_and_its_agreement_with_rank_one():
     moments, keys, targets, _ = problem()
-    torch.testing.assert_close(ridge(targets, keys, moments, 1e-10) @ keys, targets, rtol=0, atol=1e-5)
-    assert ridge(targets, keys, moments, 1e10).norm() < 1e-8
-    alone = ridge(targets[:, :1], keys[:, :1], moments, 1e-9)
-    torch.testing.assert_close(alone, rank_one(targets[:, 0], moments, keys[:, 0], keys[:, 0]), rtol=1e-6, atol=1e-8)
-    updates = [ridge(targets, keys, moments, weight) for weight in (0.01, 0.1, 1.0, 10.0)]
+    torch.testing.assert_close(product(*ridge(targets, keys, moments, 1e-10)) @ keys, targets, rtol=0, atol=1e-5)
+    assert product(*ridge(targets, keys, moments, 1e10)).norm() < 1e-8
+    alone = product(*ridge(targets[:, :1], keys[:, :1], moments, 1e-9))
+    torch.testing.assert_close(alone, product(*rank_one(targets[:, 0], moments, keys[:, 0], keys[:, 0])), rtol=1e-6, atol=1e-8)
+    updates = [product(*ridge(targets, keys, moments, weight)) for weight in (0.01, 0.1, 1.0, 10.0)]
     left = [float((update @ keys - targets).norm()) for update in updates]
     size = [float(update.norm()) for update in updates]
     assert left == sorted(left) and left[0] < left[-1]
@@ -68,7 +69,7 @@ def test_ridge_limits_and_its_agreement_with_rank_one():
 
 def test_ridge_is_the_minimum_of_its_objective():
     moments, keys, targets, _ = problem()
-    update = ridge(targets, keys, moments, 0.3).requires_grad_(True)
+    update = product(*ridge(targets, keys, moments, 0.3)).requires_grad_(True)
     cost = (update @ keys - targets).square().sum() + 0.3 * torch.trace(update @ moments @ update.T)
     (gradient,) = torch.autograd.grad(cost, update)
     assert gradient.abs().max() < 1e-10

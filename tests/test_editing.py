@@ -187,12 +187,12 @@ def test_edited_models_load_in_plain_transformers_in_a_fresh_process(folders, el
 @pytest.mark.parametrize("case", FOLDERS)
 def test_an_edit_on_disk_is_taken_back_bit_for_bit(folders, case, tmp_path):
     root, originals = folders
-    stored = load_file(root / case / "undo.safetensors")
-    assert {name.split(".")[-1] for name in stored} <= {"weight", "bias"} and len(stored) <= 4  # and not every matrix
+    stored = load_file(root / case / "transect-edits" / "neuron-clamp-1.safetensors")
+    changed = {name.split("/")[1] for name in stored if name.startswith("matrices/")}
+    assert changed == {"blocks.1.mlp.up", "blocks.2.mlp.up"}  # and not every matrix
     out = undo_folder(root / case, tmp_path / "back")
     assert_same_on_disk(open_model(out).model, originals[case])
-    assert (root / case / "edit.json").exists()
-    assert not {"edit.json", "edit.md", "undo.safetensors"} & {path.name for path in out.iterdir()}
+    assert (root / case / "transect-edits").exists() and not (out / "transect-edits").exists()
     with pytest.raises(BadCheckpoint, match="holds no edit"):
         undo_folder(out)
 
@@ -216,17 +216,18 @@ def test_undo_in_place_and_of_a_folder_that_was_changed_since(folders, tmp_path)
     before = state_of(one.model)
     edited = edit_specimen(one, NAME, CLAMP)
     folder = edited.save(tmp_path / "edited", one.tokenizer)
-    assert "neuron-clamp" in (folder / "edit.md").read_text()
+    assert "neuron-clamp" in (folder / "transect-edits" / "neuron-clamp-1.md").read_text()
     undo_folder(folder)
     assert_same_on_disk(open_model(folder).model, before)
-    assert not (folder / "edit.json").exists() and not (folder / "undo.safetensors").exists()
+    assert not (folder / "transect-edits").exists()
     folder = edited.save(tmp_path / "again", one.tokenizer)
-    changed = load_file(folder / "model.safetensors")
-    changed["model.norm.weight"][0] += 1e-3
-    save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
+    whole = load_file(folder / "model.safetensors")
+    save_file({**whole, "model.norm.weight": whole["model.norm.weight"] + 1e-3}, folder / "model.safetensors",
+              metadata={"format": "pt"})  # fmt: skip
     with pytest.raises(BadCheckpoint, match="changed since"):
         undo_folder(folder)
-    (folder / "undo.safetensors").write_bytes(b"damaged")
+    save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "transect-edits" / "neuron-clamp-1.safetensors").write_bytes(b"damaged")
     with pytest.raises(BadCheckpoint, match="damaged"):
         undo_folder(folder)
 

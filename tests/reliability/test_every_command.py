@@ -332,7 +332,7 @@ COMMANDS = {
     "compress": (["model"], {"method": "svd-llm"}, ["stream"]),
     "convert": (["model"], {"method": "liger", "train": "lora", "lowers": "own", "lengths": "8,16"}, []),
     "diff": (["model", "model"], {"what": "weights,text"}, []),
-    "edit": (["model"], {"method": "kfac-edit"}, ["undo"]),
+    "edit": (["model"], {"method": "kfac-edit", "name": "mine"}, ["undo", "list_edits", "dependents"]),
     "eval": (["model"], {}, []),
     "inspect": (["model"], {}, []),
     "memorize": (["model"], {"neighbours": "4"}, []),

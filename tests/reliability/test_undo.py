@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -10,19 +11,22 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from transect.anatomy import Anatomy
+from transect.checkpoint import open_model
 from transect.data import Specimen
-from transect.editing import edit_specimen, undo_folder
+from transect.editing import edit_specimen, read_stack, undo_folder
 from transect.errors import BadCheckpoint, TransectError
-from transect.store import keep
+from transect.store import keep, keep_json
 
 from ..models import assert_same_tensors, tiny
 from .damage import JUNK, changed, copied
 from .faults import digest
 
+LIST, PATCH = "transect-edits/stack.json", "transect-edits/one.safetensors"
+
 
 def edited(into, neurons, seed=0):
     one = Specimen(Anatomy(tiny("llama", seed=seed)))
-    return edit_specimen(one, "neuron-clamp", {"neurons": neurons}).save(into)
+    return edit_specimen(one, "neuron-clamp", {"neurons": neurons}, called="one").save(into)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +42,7 @@ def folder(good, tmp_path):
     return copied(good, tmp_path / "m")
 
 
-def refused(folder, match=""):
+def refused(folder, match=None):
     before = digest(folder)
     with pytest.raises(BadCheckpoint, match=match):
         undo_folder(folder)
@@ -46,13 +50,11 @@ def refused(folder, match=""):
 
 
 def test_an_undamaged_one_goes_back(folder):
-    from transect.checkpoint import open_model
-
     assert_same_tensors(open_model(undo_folder(folder)).model, tiny("llama"))
 
 
 @pytest.mark.parametrize("other", ["other-edit", "other-model"])
-@pytest.mark.parametrize("files", [["undo.safetensors"], ["edit.json"], ["undo.safetensors", "edit.json"]])
+@pytest.mark.parametrize("files", [[PATCH], [LIST], [PATCH, LIST]])
 def test_what_belongs_to_another_edit_or_model(good, folder, other, files):
     for name in files:
         (folder / name).write_bytes((good.parent / other / name).read_bytes())
@@ -60,53 +62,87 @@ def test_what_belongs_to_another_edit_or_model(good, folder, other, files):
 
 
 def test_numbers_that_were_changed(folder):
-    content = bytearray((folder / "undo.safetensors").read_bytes())
+    content = bytearray((folder / PATCH).read_bytes())
     content[-3] ^= 1
-    (folder / "undo.safetensors").write_bytes(content)
+    (folder / PATCH).write_bytes(content)
     refused(folder, "checksum")
 
 
 def test_a_file_without_our_marks(folder):
-    save_file(load_file(folder / "undo.safetensors"), folder / "undo.safetensors")
+    save_file(load_file(folder / PATCH), folder / PATCH)
     refused(folder, "something else")
 
 
-@pytest.mark.parametrize("how", ["names", "shapes", "dtypes", "config", "config-type", "added", "added-twice", "note"])
+def test_an_edit_of_an_early_version_is_refused_and_said_so(folder):
+    shutil.rmtree(folder / "transect-edits")
+    (folder / "undo.safetensors").write_bytes(b"")
+    refused(folder, "early version")
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["names", "shapes", "kinds", "rows", "code", "bomb", "config", "config-type", "added", "added-twice", "biases", "note"],
+)  # fmt: skip
 def test_a_file_with_our_marks_that_does_not_fit(folder, how):
     """Somebody who knows the format can make marks; what stands in it is looked at all the same."""
-    of = json.loads((folder / "edit.json").read_text())["undo"]["model"]
-    before = load_file(folder / "undo.safetensors")
-    name = next(iter(before))
-    note = {"config": {}, "added": []}
+    (entry,) = read_stack(folder)
+    held = load_file(folder / PATCH)
+    place = "matrices/blocks.1.mlp.up"
+    note = {"matrices": {"blocks.1.mlp.up": "rows"}, "tensors": {}, "added": [], "biases": [], "config": {}}
     if how == "names":
-        before["model.nowhere.weight"] = before.pop(name)
+        note["matrices"] = {"blocks.7.mlp.up": "rows"}
+        held = {name.replace("blocks.1", "blocks.7"): tensor for name, tensor in held.items()}
     elif how == "shapes":
-        before[name] = before[name].T.contiguous()
-    elif how == "dtypes":
-        before[name] = before[name].double()
+        held[f"{place}/values"] = held[f"{place}/values"].T.contiguous()
+    elif how == "kinds":
+        note["matrices"] = {"blocks.1.mlp.up": "factors"}
+    elif how == "rows":
+        held[f"{place}/rows"] = held[f"{place}/rows"] + 48
+    elif how == "code":
+        held[f"{place}/code"] = held[f"{place}/code"].float()
+    elif how == "bomb":
+        import zlib
+
+        code = zlib.compress(bytes(2**24))
+        held[f"{place}/code"] = torch.frombuffer(bytearray(code), dtype=torch.uint8)
     else:
-        note = {
-            "config": {"config": {"vocab_size": 5}, "added": []}, "note": 7,
-            "config-type": {"config": {"mlp_bias": "__class__"}, "added": []},
-            "added": {"config": {}, "added": ["model.embed_tokens.weight"]},
-            "added-twice": {"config": {}, "added": [name, 7]},
+        note |= {
+            "config": {"config": {"vocab_size": [5, 6]}}, "note": {"matrices": 7},
+            "config-type": {"config": {"mlp_bias": ["__class__", True]}},
+            "added": {"added": ["model.embed_tokens.weight"]}, "added-twice": {"added": [7]},
+            "biases": {"biases": ["model.embed_tokens"]},
         }[how]  # fmt: skip
-    keep(folder / "undo.safetensors", before, of, note)
-    refused(folder, "does not fit")
+    keep(folder / PATCH, held, entry.of, note)
+    refused(folder, "another size" if how == "bomb" else "does not fit")
+
+
+@pytest.mark.parametrize("how", ["nothing", "chain", "names", "paths", "types", "weights"])
+def test_a_list_with_our_marks_that_is_none(folder, how):
+    content = json.loads((folder / LIST).read_text())
+    edits = content["edits"]
+    edits[0] |= {
+        "chain": {"before": "x"}, "paths": {"name": "../one"}, "types": {"writes": 7}, "weights": {"after": "0" * 32}
+    }.get(how, {})  # fmt: skip
+    keep_json(folder / LIST, {"edits": [] if how == "nothing" else edits * (1 + (how == "names"))}, "edits of a model")
+    refused(folder)
 
 
 @settings(max_examples=40, deadline=None)
 @given(random=st.randoms(use_true_random=False))
-def test_any_card_and_any_file(good, tmp_path_factory, random):
+def test_any_list_and_any_file(good, tmp_path_factory, random):
     folder = copied(good, tmp_path_factory.mktemp("undo") / "m")
     if random.random() < 0.5:
-        card = json.loads((folder / "edit.json").read_text())
-        changed(card, random)
-        (folder / "edit.json").write_text(json.dumps(random.choice([card, random.choice(JUNK)])))
+        held = json.loads((folder / LIST).read_text())
+        changed(held, random)
+        held = random.choice([held, random.choice(JUNK)])
+        if isinstance(held, dict) and random.random() < 0.7:
+            keep_json(folder / LIST, held, "edits of a model")
+        else:
+            (folder / LIST).write_text(json.dumps(held))
     else:
-        content = bytearray((folder / "undo.safetensors").read_bytes())
+        content = bytearray((folder / PATCH).read_bytes())
         content[random.randrange(len(content))] ^= 1 << random.randrange(8)
-        (folder / "undo.safetensors").write_bytes(content)
+        (folder / PATCH).write_bytes(content)
     before = digest(folder)
     try:
         undo_folder(folder)
@@ -118,7 +154,7 @@ def test_any_card_and_any_file(good, tmp_path_factory, random):
 
 
 def test_pipes(folder):
-    for name in ("undo.safetensors", "edit.json"):
+    for name in (PATCH, LIST):
         content = (folder / name).read_bytes()
         (folder / name).unlink()
         os.mkfifo(folder / name)

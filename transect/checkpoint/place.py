@@ -16,7 +16,7 @@ from .modeling_file import MODULE
 # Files of an earlier model in the same folder that must not outlive it. Everything else in the folder is kept.
 _MODEL_FILES = re.compile(
     rf"(config|generation_config)\.json|(model|pytorch_model)[^/]*\.(safetensors|bin)(\.index\.json)?|{MODULE}\.py"
-    r"|edit\.(json|md)|undo\.safetensors"  # of an edit of that model, see `transect.editing`
+    r"|transect-edits|edit\.(json|md)|undo\.safetensors"  # edits of that model, see `transect.editing`
     r"|adapter_(config\.json|model\.(safetensors|bin))|adaptation\.json"  # of an adapter, see `transect.adaptation`
     r"|reward_model\.json|category-\d+|router"  # of a reward model, see `transect.preference`
 )

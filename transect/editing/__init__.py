@@ -8,5 +8,9 @@ from .card import Card
 from .journal import Journal
 from .registry import Edit, edit, editing, edits
 from .run import Edited, edit_specimen, undo_folder
+from .stack import Entry, listed, read_stack
 
-__all__ = ["Card", "Edit", "Edited", "Journal", "edit", "edit_specimen", "editing", "edits", "undo_folder"]
+__all__ = [
+    "Card", "Edit", "Edited", "Entry", "Journal", "edit", "edit_specimen", "editing", "edits", "listed", "read_stack",
+    "undo_folder",
+]  # fmt: skip

@@ -45,8 +45,8 @@ def damped(moments: Tensor) -> Tensor:
     return moments + shift * torch.eye(len(moments), dtype=moments.dtype, device=moments.device)
 
 
-def rank_one(change: Tensor, moments: Tensor, mean_key: Tensor, key: Tensor) -> Tensor:
-    """ROME: ΔW with ΔW k = change, of least tr(ΔW C ΔWᵀ) where k = k* (d_out x d_in).
+def rank_one(change: Tensor, moments: Tensor, mean_key: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """ROME: ΔW with ΔW k = change, of least tr(ΔW C ΔWᵀ) where k = k*, as factors (d_out x 1, 1 x d_in).
 
     change: what the output at k is to gain (d_out). mean_key: k* (d_in), the key averaged over contexts. key: k (d_in),
     that of the bare prompt. u = C⁻¹ k* / ||C⁻¹ k*||, ΔW = change uᵀ / (uᵀ k).
@@ -61,15 +61,15 @@ def rank_one(change: Tensor, moments: Tensor, mean_key: Tensor, key: Tensor) -> 
             f"{expected:.2e}: the edit would have to be too large; pass more text, or use fewer "
             "contexts or another layer"
         )
-    return torch.outer(change, direction) / along
+    return change[:, None] / along, direction[None]
 
 
-def ridge(residuals: Tensor, keys: Tensor, moments: Tensor, weight: float) -> Tensor:
-    """MEMIT: ΔW = R Kᵀ (λ C + K Kᵀ)⁻¹ (d_out x d_in), which minimises ||ΔW K - R||² + λ tr(ΔW C ΔWᵀ).
+def ridge(residuals: Tensor, keys: Tensor, moments: Tensor, weight: float) -> tuple[Tensor, Tensor]:
+    """MEMIT: ΔW = R Kᵀ (λ C + K Kᵀ)⁻¹ which minimises ||ΔW K - R||² + λ tr(ΔW C ΔWᵀ).
 
-    residuals: R (d_out x N). keys: K (d_in x N). weight: λ > 0. Computed as R (λ I + Kᵀ C⁻¹ K)⁻¹ Kᵀ C⁻¹, which is the
-    same and stays exact for a small λ.
+    residuals: R (d_out x N). keys: K (d_in x N). weight: λ > 0. Returns the factors R (λ I + Kᵀ C⁻¹ K)⁻¹
+    (d_out x N) and Kᵀ C⁻¹ (N x d_in), whose product is the same and stays exact for a small λ.
     """
     whitened = torch.linalg.solve(moments, keys)
     inner = weight * torch.eye(keys.shape[1], dtype=keys.dtype, device=keys.device) + keys.T @ whitened
-    return torch.linalg.solve(inner, residuals.T).T @ whitened.T
+    return torch.linalg.solve(inner, residuals.T).T, whitened.T

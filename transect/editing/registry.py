@@ -7,7 +7,7 @@ with a default are settings, as a compression method's are. If it raises, the fr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -24,23 +24,35 @@ class Edit(Entry):
 
     measure: what its card shows beside the general loss, before and after: `measure(specimen)`, numbers by name.
     check: `check(specimen, **settings)`, called before any work; raises TransectError.
+    reads: `reads(specimen, **settings)`, names of the parameters that decide what is changed by how much. None for all:
+        right for whatever looks at what the model puts out. An earlier edit of none of them can be taken out from under
+        this one, which is then made again from its patch.
+    of_facts: whether it is the specimen's facts that it rewrites.
     """
 
     family: ClassVar[str] = "edit"
     measure: Measure
     check: Callable[..., None] | None = None
+    reads: Callable[..., Iterable[str]] | None = None
+    of_facts: bool = False
 
 
 _edits: dict[str, Edit] = {}
 
 
 def editing(
-    name: str, *, paper: str, measure: Measure, check: Callable[..., None] | None = None
+    name: str,
+    *,
+    paper: str,
+    measure: Measure,
+    check: Callable[..., None] | None = None,
+    reads: Callable[..., Iterable[str]] | None = None,
+    of_facts: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register an edit; see `Edit` for the fields."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        _edits[name] = Edit(name, paper, function, measure, check)
+        _edits[name] = Edit(name, paper, function, measure, check, reads, of_facts)
         return function
 
     return register

@@ -2,81 +2,106 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ..anatomy import record_of
+from ..anatomy import Anatomy
 from ..checkpoint import check_output, open_model, save
-from ..checkpoint.header import read_stored
 from ..compression.fingerprint import model_fingerprint
 from ..data import Batches, Specimen
-from ..errors import BadCheckpoint
+from ..errors import BadCheckpoint, TransectError
 from ..evaluation import evaluate_loss
 from ..forward import at_rest
-from ..store import Kept, alone, keep, read_json, verified, write_text
+from ..store import alone
 from .card import Card
-from .journal import Journal, restore
-from .registry import edit
-
-CARD, UNDO = "edit.json", "undo.safetensors"
+from .journal import Journal
+from .registry import Edit, edit
+from .stack import Entry, attach, checked_name, entry_named, read_stack, stack_of, take_out, write_stack
 
 
 @dataclass
 class Edited:
-    """A model after an edit, with the card and the way back. Saving the model alone loses the way back: use `save`."""
+    """A model after an edit, with the card and the way back. Saving the model alone loses the way back: use `save`.
+
+    entry: the edit's place in the model's stack of edits.
+    """
 
     model: Any
     card: Card
     journal: Journal
+    entry: Entry
 
     def undo(self) -> Any:
-        """Take the edit back, bit for bit; returns the model."""
+        """Take the edit back, bit for bit; returns the model.
+
+        If others were made since, it is taken out from under them; TransectError where they depend on it.
+        """
+        fingerprint = model_fingerprint(self.model)
+        stack = stack_of(self.model, fingerprint)
+        if any(entry.name == self.entry.name for entry in stack[:-1]):
+            attach(self.model, take_out(Anatomy(self.model), stack, self.entry.name, with_dependents=False))
+            return self.model
         self.journal.undo()
+        attach(self.model, [entry for entry in stack if entry.name != self.entry.name])
         return self.model
 
     def save(self, folder: str | Path, tokenizer: Any = None, *, overwrite: bool = False) -> Path:
-        """Write an ordinary checkpoint with the card (edit.json, edit.md) and undo.safetensors: all, or nothing."""
-        edited = model_fingerprint(self.model)
-        described = {**json.loads(self.card.to_json()), "undo": {"model": edited}}
-
-        def write(folder: Path) -> None:
-            way_back = {"config": self.journal.config, "added": self.journal.added}
-            keep(folder / UNDO, self.journal.before, edited, way_back)
-            write_text(folder / "edit.md", self.card.markdown())
-            write_text(folder / CARD, json.dumps(described, indent=1))
-
-        return save(self.model, folder, tokenizer, overwrite=overwrite, beside=write)
+        """Write an ordinary checkpoint with all edits that are in the model beside it: all, or nothing."""
+        fingerprint = model_fingerprint(self.model)
+        stack = stack_of(self.model, fingerprint)
+        if self.entry.after == fingerprint and not stack:  # taken back by other means, and made again
+            stack = [self.entry]
+        return save(
+            self.model, folder, tokenizer, overwrite=overwrite, beside=lambda inside: write_stack(inside, stack)
+        )
 
 
 def edit_specimen(
-    specimen: Specimen, name: str, settings: Mapping[str, Any], evaluation: Batches | None = None
+    specimen: Specimen, name: str, settings: Mapping[str, Any], evaluation: Batches | None = None, called: str = ""
 ) -> Edited:
     """Edit a model in place. After any error or interruption its weights are bit for bit what they were.
 
-    evaluation: text for the general loss on the card. Default: the specimen's own text, if it has any.
+    evaluation: text for the general loss on the card. Default: the specimen's own text, if it has any. called: the
+    edit's name in the model's stack. Default: the method's with a number.
     Raises TransectError before any change for an unknown edit or setting, or what cannot be done.
     """
     chosen = edit(name)
     complete = chosen.settings(settings)
+    model = specimen.model
+    before_it = model_fingerprint(model)
+    stack = stack_of(model, before_it)
+    called = checked_name(called, stack, name)
     if chosen.check is not None:
         chosen.check(specimen, **complete)
-    model = specimen.model
     journal = Journal(model)
     with at_rest(model, frozen=True):
         try:
             before = _measured(specimen, chosen.measure, evaluation)
+            reads = None if chosen.reads is None else sorted(chosen.reads(specimen, **complete))
             notes = chosen.function(specimen, journal, **complete) or {}
             specimen.anatomy.check_finite()
             after = _measured(specimen, chosen.measure, evaluation)
+            measured = [(key, before[key], after.get(key, float("nan"))) for key in before]
+            card = Card(name, complete, measured, journal.changes(), dict(notes))
+            patch = journal.patch()
         except BaseException:
             journal.undo()
             raise
-    journal.note(name, complete)
-    measured = [(key, before[key], after.get(key, float("nan"))) for key in before]
-    return Edited(model, Card(name, complete, measured, journal.changes(), dict(notes)), journal)
+    journal.note(name, complete, called)
+    entry = Entry(
+        called, datetime.now(UTC).isoformat(timespec="seconds"), _facts(specimen, chosen), card, before_it,
+        model_fingerprint(model), reads if patch.can_be_repeated else None, journal.changed(), patch,
+    )  # fmt: skip
+    attach(model, [*stack, entry])
+    return Edited(model, card, journal, entry)
+
+
+def _facts(specimen: Specimen, chosen: Edit) -> list[str]:
+    facts = specimen.known_facts if chosen.of_facts else ()
+    return [f"{fact.text} {fact.new_answer or fact.answer}" for fact in facts]
 
 
 def _measured(specimen: Specimen, measure: Any, evaluation: Batches | None) -> dict[str, float]:
@@ -88,57 +113,37 @@ def _measured(specimen: Specimen, measure: Any, evaluation: Batches | None) -> d
     return numbers
 
 
-def undo_folder(folder: str | Path, out: str | Path | None = None, *, overwrite: bool = False) -> Path:
-    """Take back the edit that a checkpoint folder holds, bit for bit.
+def undo_folder(
+    folder: str | Path,
+    out: str | Path | None = None,
+    *,
+    name: str = "",
+    dependents: bool = False,
+    overwrite: bool = False,
+) -> Path:
+    """Take an edit that a checkpoint folder holds out again: the newest bit for bit, any as if it had never been made.
 
-    out: where to write the model as it was. Default: in place of the edited one, whose card and undo file then go.
-    Raises BadCheckpoint where the folder holds no edit, its weights are not bit for bit those that the edit left, or
-    the undo file is not what that edit wrote; then nothing has changed.
+    out: where to write the model without it. Default: in place of the one that is there. name: of the edit, see
+    `read_stack`. Default: the newest. dependents: take out the later edits that depend on it too, see `take_out`.
+    Raises TransectError where others depend on it, and BadCheckpoint where the folder holds no edit, its weights are
+    not bit for bit those that the edits left, or a patch is not what its edit wrote; then nothing has changed.
     """
     source = Path(folder).expanduser()
-    for name in (CARD, UNDO):
-        if not (source / name).is_file():
-            raise BadCheckpoint(f"{source} holds no edit that could be taken back: it has no file {name}")
-    described = read_json(source / CARD)
-    try:
-        read_stored(source / UNDO)
-    except BadCheckpoint as error:
-        raise BadCheckpoint(f"the way back is damaged: {error}") from None
+    stack = read_stack(source)
+    chosen = entry_named(stack, name)
     target = source if out is None else check_output(out, overwrite)
     with alone(target):
         opened = open_model(source)
-        edited, noted = model_fingerprint(opened.model), described.get("undo")
-        if not isinstance(noted, dict) or noted.get("model") != edited:
+        if model_fingerprint(opened.model) != stack[-1].after:
             raise BadCheckpoint(
-                f"the weights in {source} were changed since they were edited, so the edit cannot be taken back bit "
-                f"for bit; what they were before it is in {UNDO}"
+                f"the weights in {source} were changed since they were edited, so no edit can be taken back bit for bit"
             )
         try:
-            before = verified(source / UNDO, edited)
+            left = take_out(Anatomy(opened.model), stack, chosen.name, dependents)
         except BadCheckpoint as error:
-            raise BadCheckpoint(f"{source / UNDO} is not what this edit wrote, {error}; nothing was changed") from None
-        config, added = _way_back(opened.model, before, source / UNDO)
-        restore(opened.model, dict(before), config, added)
-        history = record_of(opened.model).history
-        if history and "edit" in history[-1]:
-            history.pop()
-        return save(opened.model, target, opened.tokenizer or opened.processor, overwrite=out is None or overwrite)
-
-
-def _way_back(model: Any, before: Kept, file: Path) -> tuple[dict[str, Any], list[str]]:
-    """The config's entries and the added parameters that an undo file notes; BadCheckpoint unless all of it fits."""
-    parameters, settings = dict(model.named_parameters()), vars(model.config)
-    note = before.note if isinstance(before.note, dict) else {}
-    config, added = note.get("config"), note.get("added")
-    fits = isinstance(config, dict) and all(
-        type(value) is bool and type(settings.get(name)) is bool for name, value in config.items()
-    )
-    fits = fits and isinstance(added, list) and all(
-        isinstance(name, str) and name.endswith(".bias") and name in parameters and name not in before for name in added
-    )  # fmt: skip
-    for name, tensor in before.items() if fits else ():
-        like = parameters.get(name)
-        fits = fits and like is not None and tensor.shape == like.shape and tensor.dtype == like.dtype
-    if not fits:
-        raise BadCheckpoint(f"{file} does not fit the model that lies beside it; nothing was changed")
-    return config, added  # type: ignore[return-value]
+            raise BadCheckpoint(f"{source}: {error}") from None
+        attach(opened.model, left)
+        return save(
+            opened.model, target, opened.tokenizer or opened.processor, overwrite=out is None or overwrite,
+            beside=lambda inside: write_stack(inside, left),
+        )  # fmt: skip

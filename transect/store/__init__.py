@@ -2,7 +2,18 @@
 
 from .exchange import finish_exchange, place_folder
 from .folder import Folder
-from .kept import Kept, carries_mark, keep, keep_json, kept, kept_json, tensor_bytes, verified, without_marks
+from .kept import (
+    Kept,
+    carries_mark,
+    keep,
+    keep_json,
+    kept,
+    kept_json,
+    tensor_bytes,
+    verified,
+    verified_json,
+    without_marks,
+)
 from .lock import alone
 from .text import in_short, parsed, read_any_json, read_json
 from .write import link, remove, replacing, sweep, temporary, write_text
@@ -29,6 +40,7 @@ __all__ = [
     "temporary",
     "tensor_bytes",
     "verified",
+    "verified_json",
     "without_marks",
     "write_text",
 ]

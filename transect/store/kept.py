@@ -77,8 +77,6 @@ def kept(path: Path, of: str) -> Kept | None:
     """What `keep` wrote of the same thing; None if there is nothing, or it is of something else, or damaged."""
     if not os.path.lexists(path):
         return None
-    if not path.is_file():  # a named pipe would be waited for
-        return _unused(path, "it is not a file")
     try:
         return verified(path, of)
     except BadCheckpoint as error:
@@ -88,6 +86,8 @@ def kept(path: Path, of: str) -> Kept | None:
 def verified(path: Path, of: str) -> Kept:
     """As `kept`, for what cannot be computed anew: BadCheckpoint says why it is not used."""
     try:
+        if not path.is_file():  # a named pipe would be waited for
+            raise BadCheckpoint("it is not a file")
         with safe_open(path, "pt") as file:
             marks = dict(file.metadata() or {})
             if marks.get(_OF) != of:
@@ -125,15 +125,25 @@ def kept_json(path: Path, of: str) -> dict[str, Any] | None:
     if not os.path.lexists(path):
         return None
     try:
+        return verified_json(path, of)
+    except BadCheckpoint as error:
+        return _unused(path, str(error))
+
+
+def verified_json(path: Path, of: str) -> dict[str, Any]:
+    """As `kept_json`, for what cannot be computed anew: BadCheckpoint says why it is not used."""
+    try:
         marked = read_json(path)
         value = without_marks(marked)
         if marked.get(_OF) != of:
-            return _unused(path, "it is of something else")
+            raise BadCheckpoint("it is of something else")
         if marked.get(_SUM) != _checksum(of, json.dumps(value, sort_keys=True), ()):
-            return _unused(path, "its checksum is wrong")
+            raise BadCheckpoint("its checksum is wrong")
         return value
-    except (OSError, ValueError, RecursionError) as error:  # BadCheckpoint is a ValueError
-        return _unused(path, f"it is damaged ({in_short(error)})")
+    except BadCheckpoint:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadCheckpoint(f"it is damaged ({in_short(error)})") from error
 
 
 def without_marks(value: Mapping[str, Any]) -> dict[str, Any]:

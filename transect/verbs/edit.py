@@ -23,6 +23,7 @@ def edit(
     model: Any,
     method: str,
     *,
+    name: str = "",
     facts: Any = None,
     choices: Any = None,
     passages: Any = None,
@@ -43,11 +44,12 @@ def edit(
 ) -> Edited:
     """Edit a model in place. `result.card` shows before and after, `result.undo()` takes it back bit for bit.
 
-    model: a Hugging Face model, or the name of one. method: see `transect.edits()`.
+    model: a Hugging Face model, or the name of one. method: see `transect.edits()`. name: what to call the edit in the
+        model's stack of edits, by which it can be taken out again. Default: the method's with a number.
     facts: what to rewrite, see `transect.data.load_facts`; choices, passages: what the edit or its card asks.
     data: text for statistics. eval_data: held-out text for the general loss on the card. The bundled model, called by
         its name, has its own as defaults, except for the facts to rewrite.
-    out: a folder for the result, an ordinary checkpoint, with the card and undo.safetensors beside it.
+    out: a folder for the result, an ordinary checkpoint, with all edits that are in the model beside it.
     sequence_length, sequences, batch_size, special_tokens: of the text, see `transect.data.load`.
     parameters: the edit's. settings: the same by the edit's name, as {"rome": {"layer": 3}}, for a parameter that is
         called as an argument of this function is.
@@ -72,7 +74,7 @@ def edit(
         else held_out_of(eval_data, opened, sequence_length, eval_sequences, batch_size, seed, special_tokens)
     )  # fmt: skip
     with nullcontext() if out is None else alone(Path(out)):
-        edited = edit_specimen(specimen, method, chosen, evaluation)
+        edited = edit_specimen(specimen, method, chosen, evaluation, name)
         if out is not None:
             edited.save(out, opened.tokenizer or opened.processor, overwrite=overwrite)
     return edited

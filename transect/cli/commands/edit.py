@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -21,30 +22,43 @@ from ..printing import print_whole, progress_bar, stdout
 @click.option("--eval", "eval_data", help="Held-out text for the general loss on the card.")
 @click.option("--eval-sequences", type=int, default=64, show_default=True, help="Held-out sequences.")
 @click.option("--out", type=Place(), help="Folder to write the model to.")
-@click.option(
-    "--undo", is_flag=True, help="Take back the edit in the folder MODEL, bit for bit (into --out, or there)."
-)
+@click.option("--name", default="", help="What to call the edit. Default: the method's name with a number.")
+@click.option("--list", "list_edits", is_flag=True, help="Show the edits that the folder MODEL holds, oldest first.")
+@click.option("--undo", is_flag=False, flag_value="", metavar="[NAME]",
+              help="Take an edit out of the folder MODEL (into --out, or there): the newest, or the one of this name.")
+@click.option("--dependents", is_flag=True, help="With --undo, also take out later edits that depend on that one.")
 @shared_options("choices", "passages", "sequence_length", "special_tokens", "sequences", "batch_size", "seed", *LOADING,
                 "overwrite", "json")  # fmt: skip
 @click.pass_context
 def edit(
-    context: click.Context, model: str, method: str | None, out: Path | None, undo: bool, as_json: bool, **options: Any
-) -> None:
+    context: click.Context, model: str, method: str | None, out: Path | None, list_edits: bool, undo: str | None,
+    dependents: bool, as_json: bool, **options: Any,
+) -> None:  # fmt: skip
     """Edit MODEL in closed form or nearly so, show what changed, and write it as an ordinary checkpoint."""
     from ...checkpoint import check_output, open_model
     from ...editing import edit as edit_named
-    from ...editing import undo_folder
+    from ...editing import listed, read_stack, undo_folder
     from ...store import alone
     from ...verbs import edit as edit_model
 
     overwrite = options.pop("overwrite")
-    if undo:
-        if method is not None:
-            raise click.UsageError("--undo takes back what is there; it goes without --method")
-        print_whole(f"{undo_folder(model, out, overwrite=overwrite)}: the edit is taken back")
+    if (undo is not None) + list_edits + (method is not None) > 1:
+        raise click.UsageError("--method, --list and --undo do not go together")
+    if dependents and undo is None:
+        raise click.UsageError("--dependents goes with --undo")
+    if list_edits:
+        stack = read_stack(model)
+        if as_json:
+            click.echo(json.dumps([entry.described() for entry in stack]))
+        else:
+            stdout.print(listed(stack))
+        return
+    if undo is not None:
+        place = undo_folder(model, out, name=undo, dependents=dependents, overwrite=overwrite)
+        print_whole(f"{place}: {undo or 'the newest edit'} is taken out")
         return
     if method is None or out is None:
-        raise click.UsageError("--method and --out are needed (or --undo)")
+        raise click.UsageError("--method and --out are needed (or --list, or --undo)")
     settings = method_settings(context.obj, method)
     chosen = edit_named(method)
     refuse_unused(settings, (method,))
@@ -59,4 +73,4 @@ def edit(
         click.echo(edited.card.to_json())
         return
     stdout.print(edited.card.tables())
-    print_whole(f"{out}: an ordinary checkpoint; `transect edit {out} --undo` takes the edit back")
+    print_whole(f"{out}: an ordinary checkpoint; `transect edit {out} --undo {edited.entry.name}` takes the edit out")

@@ -41,7 +41,7 @@ def check(specimen: Specimen, *, problem: Problem, layers: str, noise: float, **
         down_of(specimen, layer)
 
 
-@editing("constrained-ft", paper="arXiv:2012.00363", measure=measure, check=check)
+@editing("constrained-ft", paper="arXiv:2012.00363", measure=measure, check=check, of_facts=True)
 def constrained_ft(
     specimen: Specimen,
     journal: Journal,

@@ -39,7 +39,7 @@ def check(specimen: Specimen, *, problem: Problem, layers: str, noise: float, **
         refuse_short_text(specimen, down_of(specimen, layer))
 
 
-@editing("memit", paper="arXiv:2210.07229", measure=measure, check=check)
+@editing("memit", paper="arXiv:2210.07229", measure=measure, check=check, of_facts=True)
 def memit(
     specimen: Specimen,
     journal: Journal,
@@ -111,8 +111,7 @@ def spread(
         keys, state, output = rows.at_edit(specimen, [("neurons", layer), ("residual", behind), ("down", layer)])
         missing = (goal - rows.bare(state)) / left
         asked = missing / gain(specimen.anatomy.blocks[layer], rows.bare(output))
-        update = ridge(asked.T, rows.by_kind(keys).T, moment, weight * matrix.shape[1])
-        journal.write(matrix, matrix.weight.double() + update)
+        journal.add(matrix, *ridge(asked.T, rows.by_kind(keys).T, moment, weight * matrix.shape[1]))
     (state,) = rows.at_edit(specimen, [("residual", behind)])
     return float(1 - (goal - rows.bare(state)).norm() / change.norm().clamp_min(1e-30))
 

@@ -57,7 +57,7 @@ def check(specimen: Specimen, *, neurons: str) -> None:
             )
 
 
-@editing("neuron-clamp", paper="arXiv:2501.02688", measure=measure, check=check)
+@editing("neuron-clamp", paper="arXiv:2501.02688", measure=measure, check=check, reads=lambda *_, **__: ())
 def neuron_clamp(specimen: Specimen, journal: Journal, *, neurons: str = "") -> Mapping[str, Any]:
     """Hold MLP neurons at chosen values at every token, in a checkpoint that any program loads.
 
@@ -83,12 +83,9 @@ def neuron_clamp(specimen: Specimen, journal: Journal, *, neurons: str = "") -> 
         journal.set_config(BIAS_ENTRY, True)
     for layer, up in ups.items():
         rows = [neuron for block, neuron in chosen if block == layer]
-        weight = up.weight.clone()
-        weight[rows] = 0
-        bias = None if up.bias is None else up.bias.clone()
-        if bias is not None:
-            bias[rows] = torch.tensor([chosen[layer, neuron] for neuron in rows]).to(bias)
-        journal.write(up, weight, bias)
+        values = torch.tensor([chosen[layer, neuron] for neuron in rows], dtype=torch.float64)
+        bias = None if up.bias is None else values
+        journal.set_rows(up, torch.tensor(rows), torch.zeros(len(rows), up.shape[1]), bias)
     return notes
 
 

@@ -25,7 +25,7 @@ def check(specimen: Specimen, *, problem: Problem, layer: int, noise: float, **o
     refuse_short_text(specimen, down_of(specimen, usual_layer(specimen) if layer < 0 else layer))
 
 
-@editing("rome", paper="arXiv:2202.05262", measure=measure, check=check)
+@editing("rome", paper="arXiv:2202.05262", measure=measure, check=check, of_facts=True)
 def rome(
     specimen: Specimen,
     journal: Journal,
@@ -88,7 +88,6 @@ def rewrite(
 ) -> None:  # fmt: skip
     """Write the requests into one layer, one after the other. moments: C of its down-projection; prefixes: contexts."""
     matrix = down_of(specimen, layer)
-    weight = matrix.weight.double()
     written: dict[int, Tensor] = {}  # keys, by the number of the request; a layer's keys do not depend on its own W
     for turn in range(rounds):
         todo = [number for number, one in enumerate(wanted) if turn == 0 or not fulfilled(specimen, one)]
@@ -102,6 +101,5 @@ def rewrite(
             if others:
                 stack = torch.stack(others)
                 around = moments + protect * stack.T @ stack
-            weight = weight + rank_one(change[0], around, rows.in_context(keys)[0], key)
-            journal.write(matrix, weight)
+            journal.add(matrix, *rank_one(change[0], around, rows.in_context(keys)[0], key))
             written[number] = key

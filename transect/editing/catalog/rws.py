@@ -28,7 +28,7 @@ def check(specimen: Specimen, *, signature: str, strength: float) -> None:
         refuse_other_tensors(read_signature(source), tensors_of(specimen.model))
 
 
-@editing("rws", paper="arXiv:2302.12480", measure=measure, check=check)
+@editing("rws", paper="arXiv:2302.12480", measure=measure, check=check, reads=lambda *_, **__: ())
 def rws(
     specimen: Specimen, journal: Journal, *, signature: str = "", strength: Annotated[float, Range(-10, 10)] = 1.0
 ) -> Mapping[str, Any]:
@@ -41,7 +41,6 @@ def rws(
     strength: what their mean is multiplied by; 0 changes nothing.
     """
     sources = [part.strip() for part in signature.split(",") if part.strip()]
-    present = tensors_of(specimen.model)
     added: dict[str, Any] = {}
     for source in sources:
         for name, tensor in read_signature(source).items():
@@ -49,5 +48,5 @@ def rws(
     for name, tensor in added.items():
         if strength:
             share = strength / len(sources)
-            journal.put(name, present[name].float() + share * tensor.to(present[name].device))
+            journal.shift(name, share * tensor)
     return {"tensors changed": len(added) if strength else 0}
