@@ -46,6 +46,13 @@ def edited(model, tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="module")
+def twice(edited, tmp_path_factory):
+    out = tmp_path_factory.mktemp("twice") / "m"
+    run("edit", edited, *OTHER, "--out", out)
+    return out
+
+
 def run(*words):
     result = CliRunner().invoke(main_group, list(map(str, words)), catch_exceptions=False, standalone_mode=False)
     if result.exception:
@@ -75,16 +82,20 @@ CASES = {
         None, lambda model, root: ["build", "llama", "--hidden", 16, "--blocks", 1, "--heads", 2, "--mixer", "pooling",
                                    "--tokenizer", model, "--out", root / "m"]),
     "undo in place": ("edited", lambda model, root: ["edit", root / "m", "--undo"]),
+    "undo of an older one": (
+        "twice", lambda model, root: ["edit", root / "m", "--undo", "neuron-clamp-1", "--out", root / "back"]),
+    "edit in its own place": (
+        "edited", lambda model, root: ["edit", root / "m", *OTHER, "--name", "two", "--out", root / "m", "--overwrite"]),
     "undo": ("edited", lambda model, root: ["edit", root / "m", "--undo", "--out", root / "back"]),
 }  # fmt: skip
 
 
 @pytest.fixture(params=CASES)
-def case(request, model, edited):
+def case(request, model, edited, twice):
     """What is there before, the command, and the folder that it writes."""
     before, words = CASES[request.param]
-    start = {"model": model, "edited": edited, None: None}[before]
-    return request.param, start, lambda root: words(model, root), "back" if request.param == "undo" else "m"
+    start = {"model": model, "edited": edited, "twice": twice, None: None}[before]
+    return request.param, start, lambda root: words(model, root), "back" if request.param in ("undo", "undo of an older one") else "m"
 
 
 def prepared(root, start):
@@ -111,8 +122,8 @@ def test_killed_at_any_change_and_run_again(case, tmp_path):
         found = tensors(state / out)
         assert same(found, old) or same(found, new)
         command = words(state)
-        if name == "undo in place" and same(found, new):
-            continue  # it has been taken back, and cannot be twice
+        if name in ("undo in place", "edit in its own place") and same(found, new):
+            continue  # it is done, and cannot be twice
         if "--out" in command and same(found, new) and "--overwrite" not in command:
             command.append("--overwrite")
         run(*command)

@@ -37,7 +37,8 @@ def unpacked(code: Tensor, predicted: Tensor) -> Tensor:
     if len(content) != size * count or not reader.eof or reader.unused_data:
         raise BadCheckpoint("what was kept of a weight is of another size")
     planes = np.frombuffer(content, dtype=np.uint8).reshape(size, count)
-    apart = torch.from_numpy(np.ascontiguousarray(planes.T)).view(_WHOLE[size]).flatten()
+    apart = torch.empty(count, dtype=_WHOLE[size])
+    apart.numpy().view(np.uint8).reshape(count, size)[:] = planes.T
     apart = ((apart >> 1) & ~(-1 << (8 * size - 1))) ^ -(apart & 1)
     whole = apart + _ordered(predicted)
     return _flipped(whole).view(predicted.dtype).view(predicted.shape)

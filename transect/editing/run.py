@@ -39,9 +39,8 @@ class Edited:
 
         If others were made since, it is taken out from under them; TransectError where they depend on it.
         """
-        fingerprint = model_fingerprint(self.model)
-        stack = stack_of(self.model, fingerprint)
-        if any(entry.name == self.entry.name for entry in stack[:-1]):
+        stack = stack_of(self.model, model_fingerprint(self.model))
+        if any(entry.name == self.entry.name for entry in stack) and stack[-1] is not self.entry:
             attach(self.model, take_out(Anatomy(self.model), stack, self.entry.name, with_dependents=False))
             return self.model
         self.journal.undo()
@@ -49,11 +48,11 @@ class Edited:
         return self.model
 
     def save(self, folder: str | Path, tokenizer: Any = None, *, overwrite: bool = False) -> Path:
-        """Write an ordinary checkpoint with all edits that are in the model beside it: all, or nothing."""
-        fingerprint = model_fingerprint(self.model)
-        stack = stack_of(self.model, fingerprint)
-        if self.entry.after == fingerprint and not stack:  # taken back by other means, and made again
-            stack = [self.entry]
+        """Write an ordinary checkpoint with all edits that are in the model beside it: all, or nothing.
+
+        If the weights were changed by something else since, there is no way back, and a note says so.
+        """
+        stack = stack_of(self.model, model_fingerprint(self.model))
         return save(
             self.model, folder, tokenizer, overwrite=overwrite, beside=lambda inside: write_stack(inside, stack)
         )

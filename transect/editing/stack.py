@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from ..anatomy import Anatomy, record_of
 from ..compression.fingerprint import model_fingerprint
@@ -253,18 +255,22 @@ def _entry(one: Any, place: Path) -> Entry:
     )  # fmt: skip
 
 
-def listed(stack: Sequence[Entry]) -> Table:
-    """For the terminal."""
-    table = Table("name", "made", "edit", "facts", "changed", box=SIMPLE_HEAD)
+def listed(stack: Sequence[Entry]) -> Group:
+    """For the terminal: a table, and below it what each was about."""
+    table = Table("name", "made", "edit", box=SIMPLE_HEAD)
     table.add_column("patch, KB", justify="right")
-    table.add_column("before -> after")
+    table.add_column("depends on what is changed in", overflow="fold")
     for entry in stack:
-        facts, matrices = entry.facts, [str(row["matrix"]) for row in entry.card.changes]
+        reads = "all weights" if entry.reads is None else _some(entry.reads, 2) or "none"
         table.add_row(
-            entry.name, entry.made[:16].replace("T", " "), entry.card.edit, _some(facts, 3), _some(matrices, 2),
-            f"{entry.bytes / 1000:.1f}", entry.success(),
+            entry.name, entry.made[:16].replace("T", " "), entry.card.edit, f"{entry.bytes / 1000:.1f}", reads
         )  # fmt: skip
-    return table
+    lines = []
+    for entry in stack:
+        matrices = _some([str(row["matrix"]) for row in entry.card.changes], 3)
+        told = [_some(entry.facts, 3), f"in {matrices or 'no matrix'}", entry.success()]
+        lines.append(Text(f" {entry.name}: {'; '.join(filter(None, told))}"))
+    return Group(table, *lines)
 
 
 def _some(texts: Sequence[str], most: int) -> str:

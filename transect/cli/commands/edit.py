@@ -51,7 +51,7 @@ def edit(
         if as_json:
             click.echo(json.dumps([entry.described() for entry in stack]))
         else:
-            stdout.print(listed(stack))
+            print_whole(listed(stack))
         return
     if undo is not None:
         place = undo_folder(model, out, name=undo, dependents=dependents, overwrite=overwrite)
