@@ -92,6 +92,7 @@ MORE_CONFIGS: dict[str, tuple[Any, Any]] = {
     "bert-generation": (tf.BertGenerationConfig(**_TEXT), tf.BertGenerationDecoder),
     "biogpt": (tf.BioGptConfig(**_TEXT), AutoModelForCausalLM),
     "camembert": (tf.CamembertConfig(**_TEXT), AutoModelForMaskedLM),
+    "clip": (tf.CLIPTextConfig(**_TEXT, projection_dim=24), tf.CLIPTextModelWithProjection),
     "cohere2": (tf.Cohere2Config(**_WIDE, sliding_window=8, layer_types=_KINDS), AutoModelForCausalLM),
     "ctrl": (tf.CTRLConfig(vocab_size=VOCABULARY, n_positions=64, n_embd=32, dff=48, n_layer=3, n_head=4),
              AutoModelForCausalLM),

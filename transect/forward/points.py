@@ -8,6 +8,7 @@
 | `heads` | 0 ... L-1 | B x T x (H d_h) | outputs of the heads, side by side: what o reads |
 | `neurons` | 0 ... L-1 | B x T x n | what down reads: act(up x), or act(gate x) * up x |
 | `down` | 0 ... L-1 | B x T x d | output of the matrix down, before a norm of its own: else the same as `mlp` |
+| `o` | 0 ... L-1 | B x T x d | output of the matrix o, before a norm of its own |
 | `up`, `gate` | 0 ... L-1 | B x T x n | outputs of these matrices, before the activation |
 | `q`, `k`, `v` | 0 ... L-1 | B x T x rows | outputs of these matrices, before norms and rotation |
 | `patterns` | 0 ... L-1 | B x H x T x T | attention weights, queries by keys; can be watched, not changed |
@@ -27,9 +28,9 @@ from torch import Tensor, nn
 from ..anatomy import Anatomy, Block
 from ..errors import NotApplicable, TransectError
 
-Point = Literal["residual", "attention", "mlp", "heads", "neurons", "up", "gate", "down", "q", "k", "v", "patterns"]
+Point = Literal["residual", "attention", "mlp", "heads", "neurons", "up", "gate", "down", "q", "k", "v", "o", "patterns"]
 POINTS: tuple[Point, ...] = (
-    "residual", "attention", "mlp", "heads", "neurons", "up", "gate", "down", "q", "k", "v", "patterns",
+    "residual", "attention", "mlp", "heads", "neurons", "up", "gate", "down", "q", "k", "v", "o", "patterns",
 )  # fmt: skip
 
 

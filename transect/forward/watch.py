@@ -32,6 +32,7 @@ class Seen:
     q: dict[int, Tensor] = field(default_factory=dict)
     k: dict[int, Tensor] = field(default_factory=dict)
     v: dict[int, Tensor] = field(default_factory=dict)
+    o: dict[int, Tensor] = field(default_factory=dict)
     patterns: dict[int, Tensor] = field(default_factory=dict)
     ids: Tensor | None = None
     mask: Tensor | None = None

@@ -1,0 +1,5 @@
+"""Diff-QuickFix: one phrase mapped onto another in a text encoder's attention."""
+
+from .diffquickfix import diffquickfix
+
+__all__ = ["diffquickfix"]
