@@ -235,8 +235,10 @@ def inputs(
 
 
 def logits(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+    """The logits, or of a model without a head its last states."""
     with torch.no_grad():
-        return model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+        output = model(**{key: value for key, value in batch.items() if key != "labels"})
+    return output.logits if hasattr(output, "logits") else output.last_hidden_state
 
 
 # How far what is computed from the same numbers may lie apart, as a share of the largest result. A processor picks its

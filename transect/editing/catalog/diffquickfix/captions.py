@@ -130,9 +130,17 @@ def _parts(specimen: Specimen, items: Sequence[Any]) -> list[Sequence[Any]]:
 
 
 def refuse_other_models(specimen: Specimen) -> None:
-    """NotApplicable for what reads no text."""
-    if getattr(specimen.model, "main_input_name", "input_ids") == "pixel_values" and not fills_up(specimen):
-        raise NotApplicable(f"diffquickfix maps phrases of a text, and {type(specimen.model).__name__} reads images")
+    """NotApplicable for what reads no text, or images too and cannot run without."""
+    name = type(specimen.model).__name__
+    if getattr(specimen.model, "main_input_name", "input_ids") == "pixel_values":
+        raise NotApplicable(f"diffquickfix maps phrases of a text, and {name} reads images")
+    try:
+        specimen.model.get_input_embeddings()
+    except NotImplementedError:
+        raise NotApplicable(
+            f"diffquickfix edits a text encoder, and {name} is more than that: open its text tower alone, such as the "
+            "text_encoder folder of a pipeline, or CLIPTextModelWithProjection.from_pretrained"
+        ) from None
 
 
 def meant(fact: Fact) -> str:

@@ -14,7 +14,6 @@ from ....data import Specimen
 from ....errors import NotApplicable, TransectError
 from ....forward import task_of
 from ....parameters import Range
-from ...closed_form import ridge
 from ...journal import Journal
 from ...patch import parameters_of
 from ...registry import editing
@@ -23,7 +22,6 @@ from .captions import captions_of, embeddings, meant, read_by, refuse_other_mode
 from .tracing import traced
 
 _SAMPLES = 10
-_NEGLIGIBLE = {torch.float64: 1e-15}  # singular values of the change, relative to the largest; 1e-7 otherwise
 
 
 def measure(specimen: Specimen) -> dict[str, float]:
@@ -117,19 +115,15 @@ def diffquickfix(
 
 
 def remap(weight: Tensor, keys: Tensor, values: Tensor, penalty: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The change of W (d_out x d_in, float64) as factors, of as many directions as it has in the model's precision.
+    """The change of W (d_out x d_in, float64) as factors, of as many directions as the keys have in the precision dtype.
 
-    keys: K (d_in x N). values: V (d_out x N), without a bias. penalty: λ > 0.
+    keys: K (d_in x N). values: V (d_out x N), without a bias. penalty: λ > 0. With K = U S Qᵀ it is
+    (V - W K) Q S (λ + S²)⁻¹ Uᵀ: near duplicates among the keys do no harm.
     """
-    identity = torch.eye(len(keys), dtype=keys.dtype)
-    if keys.shape[1] <= len(keys):
-        left, right = ridge(values - weight @ keys, keys, identity, penalty)
-        change = left @ right
-    else:
-        change = torch.linalg.solve(penalty * identity + keys @ keys.T, keys @ (values - weight @ keys).T).T
-    u, s, vh = torch.linalg.svd(change, full_matrices=False)
-    rank = int((s > _NEGLIGIBLE.get(dtype, 1e-7) * s[0]).sum())
-    return u[:, :rank] * s[:rank], vh[:rank]
+    u, s, qh = torch.linalg.svd(keys, full_matrices=False)
+    rank = int((s > (1e-13 if dtype == torch.float64 else 1e-7) * s[0]).sum())
+    u, s, qh = u[:, :rank], s[:rank], qh[:rank]
+    return (values - weight @ keys) @ (qh.T * (s / (penalty + s.square()))), u.T
 
 
 def aligned(values: Tensor, count: int) -> Tensor:
