@@ -6,6 +6,9 @@ stands for the first `--alone` facts, each edited alone and taken back; a larger
 together. Efficacy is how papers count: the new answer is more probable than the true one, teacher-forced. Written is
 what the model writes in greedy generation. `other facts` are up to 50 that were not edited and that it knew.
 
+With `--after-another` the facts are edited one after the other instead, each in the model as the last left it: a row
+after 1 and after every ten, where it collapses being what is looked for. Loss is on held-out text.
+
 No target: the columns say what an edit is worth.
 """
 
@@ -19,13 +22,13 @@ from typing import Any
 
 from common import parser, show
 
-from transect.checkpoint import open_model
+from transect.checkpoint import Opened, open_model
 from transect.claims.fact_editing import Bench, row
 from transect.data import Fact, Specimen
 from transect.editing.catalog.memit import chosen as layers_of_memit
 from transect.editing.places import usual_layer
 from transect.evaluation import says
-from transect.verbs.common import specimen_of
+from transect.verbs.common import held_out_of, specimen_of
 
 OTHERS = 50
 COLUMNS = {
@@ -48,6 +51,18 @@ def known_facts(specimen: Specimen, facts: Sequence[Fact], seed: int) -> list[Fa
     return known
 
 
+def one_after_another(bench: Bench, methods: Sequence[str], count: int, text: Any, name: str) -> list[dict[str, Any]]:
+    """A table a method, and its rows."""
+    edited, others = bench.facts[:count], bench.facts[count:][:OTHERS]
+    rows = []
+    for method in methods:
+        found = bench.one_after_another(method, edited, others, text)
+        rows += [{"method": method, **row} for row in found]
+        title = f"{name}: {len(edited)} facts, {method} one after another; {len(others)} others"
+        show(title, list(found[0]), [list(row.values()) for row in found])
+    return rows
+
+
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Edit, print the table, and return its rows."""
     options = parser(__doc__)
@@ -59,6 +74,9 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     options.add_argument("--methods", default="rome,memit")
     options.add_argument("--sizes", help="facts edited together; default 1,10,50")
     options.add_argument("--alone", type=int, help="facts that are edited one at a time; default 10")
+    options.add_argument("--after-another", type=int, metavar="N", help="edit N facts on top of one another")
+    options.add_argument("--heldout", help="text for the loss; default pydoc:heldout")
+    options.add_argument("--heldout-sequences", type=int, help="of it; default 16")
     options.add_argument("--seed", type=int, default=0)
     given = options.parse_args(argv)
     name = given.model or ("organism" if given.quick else "smollm2")
@@ -74,6 +92,13 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     asked = specimen.facts[:40] if given.quick else specimen.facts
     known = known_facts(specimen, asked, given.seed)
     bench = Bench(specimen, known)
+    if given.after_another:
+        opened = Opened(specimen.model, specimen.tokenizer, specimen.tokenizer, name, None)
+        text = held_out_of(
+            given.heldout or ("organism:heldout" if own else "pydoc:heldout"), opened, given.length or (128 if own else 512),
+            given.heldout_sequences or 16, 8, 0, "auto",
+        )  # fmt: skip
+        return one_after_another(bench, given.methods.split(","), given.after_another, text, name)
     rows = []
     for method in given.methods.split(","):
         layers = [usual_layer(specimen)] if method != "memit" else layers_of_memit(specimen, "")

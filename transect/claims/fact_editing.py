@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data import Fact, Specimen
+from ..data import Batches, Fact, Passage, Specimen
 from ..editing import Journal
 from ..editing import edit as registered
 from ..editing.catalog.constrained_ft import constrained_ft
@@ -18,9 +18,10 @@ from ..editing.catalog.rome import rewrite
 from ..editing.closed_form import refuse_short_text, second_moments
 from ..editing.contexts import prefixes_of
 from ..editing.places import down_of, usual_layer
-from ..editing.problems import requests
+from ..editing.problems import Request, requests
 from ..editing.scores import measure, probabilities, scores
 from ..editing.values import Search
+from ..evaluation import evaluate_loss, says
 from ..forward import answer_log_probabilities
 from ..probes.tracing import answered
 from .context import Context
@@ -88,26 +89,58 @@ class Bench:
         before, chances = measure(specimen), probabilities(specimen, wanted)
         journal = Journal(specimen.model)
         try:
-            if name == "constrained-ft":
-                constrained_ft(specimen, journal, **given)
-            else:
-                search = Search(
-                    given["steps"], given["learning_rate"], given["drift"], given["decay"], given["longest"],
-                    given["problem"] == "erasure",
-                )  # fmt: skip
-                if name == "rome":
-                    prefixes = prefixes_of(specimen, given["contexts"])
-                    layer = usual_layer(specimen) if given["layer"] < 0 else given["layer"]
-                    (moments,) = self.moments([layer])
-                    rewrite(
-                        specimen, journal, wanted, layer, moments, prefixes, search, given["protect"], given["rounds"]
-                    )
-                else:
-                    prefixes = prefixes_of(specimen, given["contexts"], LENGTHS)
-                    span = chosen(specimen, given["layers"])
-                    spread(specimen, journal, wanted, span, self.moments(span), prefixes, search, given["weight"])
-            after, left = measure(specimen), self._answered(others)
+            self.write(journal, name, specimen, wanted, given)
+            after, left = measure(specimen), self.answered(others)
             return Outcome(before, after, scores(chances, probabilities(specimen, wanted), wanted[0].lowers), left)
+        finally:
+            journal.undo()
+
+    def write(
+        self, journal: Journal, name: str, specimen: Specimen, wanted: Sequence[Request], given: Mapping[str, Any]
+    ) -> None:
+        """Make an edit on the model as it is. given: all its settings."""
+        if name == "constrained-ft":
+            constrained_ft(specimen, journal, **given)
+            return
+        search = Search(
+            given["steps"], given["learning_rate"], given["drift"], given["decay"], given["longest"],
+            given["problem"] == "erasure",
+        )  # fmt: skip
+        if name == "rome":
+            prefixes = prefixes_of(specimen, given["contexts"])
+            layer = usual_layer(specimen) if given["layer"] < 0 else given["layer"]
+            (moments,) = self.moments([layer])
+            rewrite(specimen, journal, wanted, layer, moments, prefixes, search, given["protect"], given["rounds"])
+        else:
+            prefixes = prefixes_of(specimen, given["contexts"], LENGTHS)
+            span = chosen(specimen, given["layers"])
+            spread(specimen, journal, wanted, span, self.moments(span), prefixes, search, given["weight"])
+
+    def one_after_another(
+        self, name: str, facts: Sequence[Fact], others: Sequence[Fact], text: Batches, every: int = 10
+    ) -> list[dict[str, Any]]:
+        """Edits of one fact each, on top of one another; a row after none, the first, and each `every` of them.
+
+        A row says how many of all facts edited so far the model writes by itself, how many of the last `every`, the
+        other facts that it still answers, and the loss on a held-out text. Afterwards the model is as it was.
+        """
+        given, journal, rows = registered(name).settings({}), Journal(self.specimen.model), []
+        try:
+            for count in range(len(facts) + 1):
+                if count:
+                    one = replace(self.specimen, known_facts=[facts[count - 1]])
+                    self.write(journal, name, one, requests(one, given["problem"], given["noise"]), given)
+                if count not in (0, 1, len(facts)) and count % every:
+                    continue
+                asked = [Passage(fact.text, str(fact.new_answer)) for fact in facts[:count]]
+                said = says(self.specimen, asked) if asked else []
+                last = said[-every:]
+                rows.append({
+                    "edits": count, "all written": sum(said) / len(said) if said else float("nan"),
+                    "newest written": sum(last) / len(last) if last else float("nan"),
+                    "other facts": self.answered(others), "loss": evaluate_loss(self.specimen.model, text).loss,
+                })  # fmt: skip
+            return rows
         finally:
             journal.undo()
 
@@ -116,7 +149,8 @@ class Bench:
         shown = self.specimen.shown(facts, f"{name}, one fact at a time")
         return [self.edited(name, [fact], **settings) for fact in shown]
 
-    def _answered(self, facts: Sequence[Fact]) -> float:
+    def answered(self, facts: Sequence[Fact]) -> float:
+        """Share of facts that the model answers; NaN for none."""
         if not facts:
             return float("nan")
         try:
