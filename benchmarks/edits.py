@@ -95,8 +95,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     if given.after_another:
         opened = Opened(specimen.model, specimen.tokenizer, specimen.tokenizer, name, None)
         text = held_out_of(
-            given.heldout or ("organism:heldout" if own else "pydoc:heldout"), opened, given.length or (128 if own else 512),
-            given.heldout_sequences or 16, 8, 0, "auto",
+            given.heldout or ("organism:heldout" if own else "pydoc:heldout"), opened,
+            given.length or (128 if own else 512), given.heldout_sequences or 16, 8, 0, "auto",
         )  # fmt: skip
         return one_after_another(bench, given.methods.split(","), given.after_another, text, name)
     rows = []

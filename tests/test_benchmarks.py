@@ -111,3 +111,11 @@ def test_multiply_adds_of_a_gram_matrix(benchmark: Any) -> None:
     assert upper(100) == 100 * 100  # one block
     assert upper(256) == 128 * 256 + 128 * 128
     assert upper(1024) == sum(128 * n for n in range(128, 1025, 128))  # 8 blocks
+
+
+def test_facts_edited_one_after_another(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--quick", "--after-another", "2", "--methods", "memit", "--heldout-sequences", "2", "--sequences", "16"]
+    rows = benchmark("edits")(words)
+    assert [row["edits"] for row in rows] == [0, 1, 2] and rows[0]["other facts"] == 1
+    assert all(0 <= row["all written"] <= 1 for row in rows[1:])
+    assert "memit one after another" in capsys.readouterr().out

@@ -59,7 +59,9 @@ def test_ridge_limits_and_its_agreement_with_rank_one():
     torch.testing.assert_close(product(*ridge(targets, keys, moments, 1e-10)) @ keys, targets, rtol=0, atol=1e-5)
     assert product(*ridge(targets, keys, moments, 1e10)).norm() < 1e-8
     alone = product(*ridge(targets[:, :1], keys[:, :1], moments, 1e-9))
-    torch.testing.assert_close(alone, product(*rank_one(targets[:, 0], moments, keys[:, 0], keys[:, 0])), rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(
+        alone, product(*rank_one(targets[:, 0], moments, keys[:, 0], keys[:, 0])), rtol=1e-6, atol=1e-8
+    )
     updates = [product(*ridge(targets, keys, moments, weight)) for weight in (0.01, 0.1, 1.0, 10.0)]
     left = [float((update @ keys - targets).norm()) for update in updates]
     size = [float(update.norm()) for update in updates]

@@ -45,7 +45,9 @@ def test_it_is_the_minimum_and_its_limits_are_the_old_weight_and_the_values(coun
     made = solved(weight, keys, values, 0.01)
     gradient = 0.01 * (made - weight) + (made @ keys - values) @ keys.T
     assert gradient.abs().max() < 1e-11
-    direct = (0.01 * weight + values @ keys.T) @ torch.linalg.inv(0.01 * torch.eye(12, dtype=torch.float64) + keys @ keys.T)
+    direct = (0.01 * weight + values @ keys.T) @ torch.linalg.inv(
+        0.01 * torch.eye(12, dtype=torch.float64) + keys @ keys.T
+    )
     torch.testing.assert_close(made, direct, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(solved(weight, keys, values, 1e9), weight, rtol=0, atol=1e-6)
     if count <= 5:
@@ -118,7 +120,7 @@ def test_a_phrase_that_is_to_mean_itself_changes_nothing_though_there_is_a_bias(
 
 
 def test_the_matrix_gives_what_it_gave_to_the_other_phrase():
-    """With the last token alone and a small penalty, at the token that is edited: W' k = W x, through the model itself."""
+    """With the last token alone and a small penalty, at the token that is edited, W' k = W x in the model itself."""
     for name in ("clip", "bert", "llama"):
         one = specimen(name)
         block = one.anatomy.blocks[0]
@@ -159,7 +161,9 @@ def test_clip_is_pooled_where_transformers_pools_it():
 
 def test_of_a_whole_CLIP_the_text_tower_is_asked_for():
     torch.manual_seed(0)
-    image = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8)
+    image = dict(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8
+    )
     config = tf.CLIPConfig(text_config={**_TEXT, "projection_dim": 24}, vision_config=image, projection_dim=24)
     model = tf.CLIPModel(config).eval()
     with pytest.raises(NotApplicable, match="open its text tower alone"):
@@ -205,7 +209,8 @@ def test_every_decoder(name):
     ("given", "fact", "error", "message"),
     [
         ({"roles": "q"}, {}, TransectError, "some of o, v, k"), ({"roles": ""}, {}, TransectError, "some of o, v, k"),
-        ({"layer": 3}, {}, TransectError, "layer 3 does not exist"), ({}, {"new_answer": None}, BadData, "no new_answer"),
+        ({"layer": 3}, {}, TransectError, "layer 3 does not exist"),
+        ({}, {"new_answer": None}, BadData, "no new_answer"),
         ({"weight": 0}, {}, TransectError, "weight=0 must be"), ({}, {"new_answer": " "}, BadData, "no new_answer"),
         ({"prefixes": "w9 " * 70}, {}, TransectError, "longer than the model's context"),
     ],

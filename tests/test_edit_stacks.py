@@ -1,4 +1,4 @@
-"""Edits on top of one another: patches that are small and exact, and any edit taken out as if it had never been made."""
+"""Edits on top of one another: patches that are small and exact, and any edit taken out as if never made."""
 
 from __future__ import annotations
 
@@ -72,14 +72,16 @@ def test_a_rank_one_change_of_a_matrix_as_large_as_SmolLM2s_takes_a_tenth_of_wha
 @pytest.mark.parametrize("dtype", DTYPES[:3])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "gpt_neox"])
 def test_a_patch_steps_back_bit_for_bit_and_forward_again_to_the_same(name, dtype):
-    """Factors, rows with biases that are added, differences, and matrices that are parts of one, or stored transposed."""
+    """Factors, rows with biases that are added, differences, and matrices that are parts of one or transposed."""
     model = tiny(name, dtype=dtype)
     anatomy, before = Anatomy(model), copy.deepcopy(model)
     first, second = anatomy.blocks[:2]
     generator, journal = torch.Generator().manual_seed(0), Journal(model)
     for matrix in (first.matrix("v"), first.matrix("down"), first.matrix("down"), second.matrix("q")):
         shape = matrix.shape
-        journal.add(matrix, torch.randn(shape[0], 2, generator=generator), torch.randn(2, shape[1], generator=generator))
+        journal.add(
+            matrix, torch.randn(shape[0], 2, generator=generator), torch.randn(2, shape[1], generator=generator)
+        )
     up = second.matrix("up")
     journal.add_bias(up)
     journal.set_rows(up, torch.tensor([3, 5]), torch.zeros(2, up.shape[1]), torch.tensor([1.5, -2.0]))
@@ -193,7 +195,9 @@ def test_edits_that_were_computed_from_others_are_named_and_come_out_with_them(t
     stack = read_stack(folder)
     assert dependents(stack, "first") == ["second", "last"] and dependents(stack, "clamp") == ["last"]
     assert stack[0].facts[0].startswith("w3 w10 w11 w5 ") and stack[2].facts == []
-    with pytest.raises(TransectError, match=r"second, last were computed from weights that first had changed.*--depend"):
+    with pytest.raises(
+        TransectError, match=r"second, last were computed from weights that first had changed.*--depend"
+    ):
         undo_folder(folder, name="first")
     with pytest.raises(TransectError, match="were computed"):
         rome[0].undo()
@@ -205,10 +209,14 @@ def test_edits_that_were_computed_from_others_are_named_and_come_out_with_them(t
     expected = copy.deepcopy(before)
     clamp(expected, "2:5=0")
     left = open_model(folder).model
-    assert all(torch.equal(p, left.get_parameter(name)) for name, p in expected.named_parameters() if "lm_head" not in name)
+    assert all(
+        torch.equal(p, left.get_parameter(name)) for name, p in expected.named_parameters() if "lm_head" not in name
+    )
     undo_folder(folder)
     left = open_model(folder).model
-    assert all(torch.equal(p, left.get_parameter(name)) for name, p in before.named_parameters() if "lm_head" not in name)
+    assert all(
+        torch.equal(p, left.get_parameter(name)) for name, p in before.named_parameters() if "lm_head" not in name
+    )
 
 
 def test_what_an_edit_read_decides_what_depends_on_it(monkeypatch, tmp_path):
@@ -236,7 +244,13 @@ def test_names():
     model = tiny("llama")
     clamp(model, "1:3=0", "mine")
     assert clamp(model, "1:4=0").entry.name == "neuron-clamp-1"
-    for name, message in [("mine", "already"), ("../x", "letters"), ("a b", "letters"), ("-x", "letters"), ("x" * 65, "64")]:
+    for name, message in [
+        ("mine", "already"),
+        ("../x", "letters"),
+        ("a b", "letters"),
+        ("-x", "letters"),
+        ("x" * 65, "64"),
+    ]:
         with pytest.raises(TransectError, match=message):
             clamp(model, "1:5=0", name)
     assert clamp(model, "1:5=0").entry.name == "neuron-clamp-2"
@@ -283,7 +297,12 @@ def test_from_the_command_line(tmp_path):
     assert [one["name"] for one in json.loads(run(folder, "--list", "--json"))] == ["second"]
     assert "the newest edit is taken out" in run(folder, "--undo", "--out", tmp_path / "back")
     assert_same_tensors(open_model(tmp_path / "back").model, tiny("llama"))
-    for words in (["--list", "--undo"], ["--list", "--method", "rome"], ["--dependents"], ["--undo", "--method", "rome"]):
+    for words in (
+        ["--list", "--undo"],
+        ["--list", "--method", "rome"],
+        ["--dependents"],
+        ["--undo", "--method", "rome"],
+    ):
         with pytest.raises(Exception, match="go"):
             run(folder, *words)
 

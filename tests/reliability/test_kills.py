@@ -85,7 +85,8 @@ CASES = {
     "undo of an older one": (
         "twice", lambda model, root: ["edit", root / "m", "--undo", "neuron-clamp-1", "--out", root / "back"]),
     "edit in its own place": (
-        "edited", lambda model, root: ["edit", root / "m", *OTHER, "--name", "two", "--out", root / "m", "--overwrite"]),
+        "edited", lambda model, root: ["edit", root / "m", *OTHER, "--name", "two", "--out", root / "m",
+                                       "--overwrite"]),
     "undo": ("edited", lambda model, root: ["edit", root / "m", "--undo", "--out", root / "back"]),
 }  # fmt: skip
 
@@ -95,7 +96,12 @@ def case(request, model, edited, twice):
     """What is there before, the command, and the folder that it writes."""
     before, words = CASES[request.param]
     start = {"model": model, "edited": edited, "twice": twice, None: None}[before]
-    return request.param, start, lambda root: words(model, root), "back" if request.param in ("undo", "undo of an older one") else "m"
+    return (
+        request.param,
+        start,
+        lambda root: words(model, root),
+        "back" if request.param in ("undo", "undo of an older one") else "m",
+    )
 
 
 def prepared(root, start):

@@ -81,7 +81,8 @@ def test_an_edit_of_an_early_version_is_refused_and_said_so(folder):
 
 @pytest.mark.parametrize(
     "how",
-    ["names", "shapes", "kinds", "rows", "code", "bomb", "config", "config-type", "added", "added-twice", "biases", "note"],
+    ["names", "shapes", "kinds", "rows", "code", "bomb", "config", "config-type", "added", "added-twice", "biases",
+     "note"],
 )  # fmt: skip
 def test_a_file_with_our_marks_that_does_not_fit(folder, how):
     """Somebody who knows the format can make marks; what stands in it is looked at all the same."""

@@ -62,7 +62,9 @@ class Journal:
         if self._kinds.setdefault(name, "factors") != "factors":
             self.write(matrix, matrix.weight.cpu().double() + product(left, right))
             return
-        total = self._sums[name] = product(left, right, self._sums.get(name, torch.zeros_like(before, dtype=torch.float64)))
+        total = self._sums[name] = product(
+            left, right, self._sums.get(name, torch.zeros_like(before, dtype=torch.float64))
+        )
         earlier = self._numbers.get(name)
         self._numbers[name] = {
             "left": left if earlier is None else torch.cat([earlier["left"], left], 1),
@@ -71,7 +73,7 @@ class Journal:
         matrix.write((before.double() + total).to(before.dtype).to(matrix.weight.device))
 
     def set_rows(self, matrix: Matrix, rows: Tensor, values: Tensor, bias: Tensor | None = None) -> None:
-        """Set rows of a matrix (indices, and len(rows) x d_in), and if given their entries of the bias. Raises as `write`."""
+        """Set rows of a matrix (indices, and len(rows) x d_in), and if given their biases. Raises as `write`."""
         self._begin(matrix)
         weight, whole = matrix.weight.clone(), matrix.bias
         weight[rows] = values.to(weight)
@@ -86,7 +88,7 @@ class Journal:
 
     @torch.no_grad()
     def shift(self, name: str, difference: Tensor) -> None:
-        """Add a tensor to a parameter, of whatever shape, that is stored as floating-point numbers. Once a parameter."""
+        """Add a tensor to a parameter, of whatever shape, that is stored as floating-point numbers; once."""
         parameter = self.model.get_parameter(name)
         before = self.before.setdefault(name, parameter.detach().cpu().clone())
         difference = difference.detach().cpu()
@@ -172,10 +174,8 @@ class Journal:
 
     def changed(self) -> list[str]:
         """Names of the parameters whose numbers are others than before, and of those that were added."""
-        return [
-            *(name for name, before in self.before.items() if not torch.equal(before, self.model.get_parameter(name).cpu())),
-            *self.added,
-        ]  # fmt: skip
+        now = {name: self.model.get_parameter(name).detach().cpu() for name in self.before}
+        return [*(name for name, before in self.before.items() if not torch.equal(before, now[name])), *self.added]
 
     def changes(self) -> list[dict[str, Any]]:
         """For each changed tensor: Frobenius norms of the change and of what it was, and the rank of the change."""

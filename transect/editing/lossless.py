@@ -23,7 +23,7 @@ def packed(tensor: Tensor, predicted: Tensor) -> Tensor:
     apart = _ordered(tensor) - _ordered(predicted)  # wraps around, and so does the way back
     apart = (apart << 1) ^ (apart >> (8 * size - 1))  # small ones of either sign have few bits
     planes = np.ascontiguousarray(apart.numpy().view(np.uint8).reshape(-1, size).T)
-    return torch.from_numpy(np.frombuffer(zlib.compress(planes, 6), dtype=np.uint8).copy())
+    return torch.from_numpy(np.frombuffer(zlib.compress(planes.tobytes(), 6), dtype=np.uint8).copy())
 
 
 def unpacked(code: Tensor, predicted: Tensor) -> Tensor:

@@ -92,18 +92,21 @@ class Patch:
             for name, part in getattr(self, table).items():
                 tensors |= {f"{table}/{name}/{key}": tensor for key, tensor in part.numbers.items()}
                 tensors[f"{table}/{name}/code"] = part.code
-        kinds = {table: {name: part.kind for name, part in getattr(self, table).items()} for table in ("matrices", "tensors")}
+        kinds = {
+            table: {name: part.kind for name, part in getattr(self, table).items()} for table in ("matrices", "tensors")
+        }
         return tensors, {**kinds, "added": self.added, "biases": self.biases, "config": self.config}
 
     @staticmethod
     def read(tensors: Mapping[str, Tensor], note: Any, anatomy: Anatomy) -> Patch:
         """What `stored` gave; BadCheckpoint unless all of it fits this model."""
         try:
-            found = Patch(
-                *({name: _part(kind, tensors, f"{table}/{name}/") for name, kind in note[table].items()}
-                  for table in ("matrices", "tensors")),
-                note["added"], note["biases"], {name: (before, after) for name, (before, after) in note["config"].items()},
-            )  # fmt: skip
+            parts = {
+                table: {name: _part(kind, tensors, f"{table}/{name}/") for name, kind in note[table].items()}
+                for table in ("matrices", "tensors")
+            }
+            config = {name: (before, after) for name, (before, after) in note["config"].items()}
+            found = Patch(**parts, added=note["added"], biases=note["biases"], config=config)
             fits = found._fits(anatomy)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError):
             fits = False

@@ -12,7 +12,7 @@ from ..anatomy import Anatomy
 from ..checkpoint import check_output, open_model, save
 from ..compression.fingerprint import model_fingerprint
 from ..data import Batches, Specimen
-from ..errors import BadCheckpoint, TransectError
+from ..errors import BadCheckpoint
 from ..evaluation import evaluate_loss
 from ..forward import at_rest
 from ..store import alone

@@ -10,11 +10,11 @@ if those say the same without it: a later edit that was computed from weights th
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 class Entry:
     """One edit of a stack.
 
-    name: by which it is taken out. made: when, in UTC. facts: texts with what was put in. card: as it was measured then.
+    name: by which it is taken out. made: when, in UTC. facts: texts with what was put in. card: as measured then.
     before, after: fingerprints of the model's weights. reads: names of the parameters that the edit was computed from,
     or None for all. writes: names of those that it changed. patch: itself, or the file that holds it.
     """
@@ -79,7 +79,9 @@ def checked_name(name: str, stack: Sequence[Entry], method: str) -> str:
     if not name:
         return next(one for number in range(1, len(stack) + 2) if (one := f"{method}-{number}") not in taken)
     if not _NAME.fullmatch(name):
-        raise TransectError(f"an edit's name has up to 64 letters, digits, - and _, and begins with none of these: {name!r}")
+        raise TransectError(
+            f"an edit's name has up to 64 letters, digits, - and _, and begins with none of these: {name!r}"
+        )
     if name in taken:
         raise TransectError(f"there is an edit {name!r} in this model already; choose another name")
     return name
@@ -115,9 +117,10 @@ def take_out(anatomy: Anatomy, stack: Sequence[Entry], name: str, with_dependent
     later = dependents(stack, name)
     if later and not with_dependents:
         raise TransectError(
-            f"{', '.join(later)} {'was' if len(later) == 1 else 'were'} computed from weights that {name} had changed, so "
-            f"the model without {name} would not be the one that it was never made on; take {'it' if len(later) == 1 else 'them'} "
-            "out too (--dependents, dependents=True), newest first, and make again what is still wanted"
+            f"{', '.join(later)} {'was' if len(later) == 1 else 'were'} computed from weights that {name} had changed, "
+            f"so the model without {name} would not be the one that it was never made on; take out "
+            f"{'it' if len(later) == 1 else 'them'} too (--dependents, dependents=True), newest first, and make again "
+            "what is still wanted"
         )  # fmt: skip
     going, first = {name, *later}, [entry.name for entry in stack].index(name)
     patches: list[Patch] = [patch_of(entry, anatomy) if n >= first else Patch() for n, entry in enumerate(stack)]
@@ -151,7 +154,9 @@ def patch_of(entry: Entry, anatomy: Anatomy) -> Patch:
         stored = verified(entry.patch, entry.of)
         return Patch.read(dict(stored), stored.note, anatomy)
     except BadCheckpoint as error:
-        raise BadCheckpoint(f"{entry.patch} is not what the edit {entry.name} wrote: {error}; nothing was changed") from None
+        raise BadCheckpoint(
+            f"{entry.patch} is not what the edit {entry.name} wrote: {error}; nothing was changed"
+        ) from None
 
 
 def stack_of(model: Any, fingerprint: str) -> list[Entry]:
@@ -208,8 +213,8 @@ def read_stack(folder: str | Path) -> list[Entry]:
     if not file.is_file():
         if (folder / EARLIER).is_file():
             raise BadCheckpoint(
-                f"{folder} was edited by an early version of Transect, whose {EARLIER} this one does not read: take the "
-                "edit back with that version, or edit the original model again"
+                f"{folder} was edited by an early version of Transect, whose {EARLIER} this one does not read: take "
+                "the edit back with that version, or edit the original model again"
             )
         raise BadCheckpoint(f"{folder} holds no edit that could be taken back: it has no file {FOLDER}/{LIST}")
     try:
@@ -223,7 +228,7 @@ def _parsed(value: Mapping[str, Any], place: Path) -> list[Entry]:
         stack = [_entry(one, place) for one in value["edits"]]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadCheckpoint(f"an edit in it is not described as one ({error})") from None
-    chained = all(later.before == earlier.after for earlier, later in zip(stack, stack[1:], strict=False))
+    chained = all(later.before == earlier.after for earlier, later in pairwise(stack))
     if not stack or not chained or len({entry.name for entry in stack}) < len(stack):
         raise BadCheckpoint("its edits do not follow one another")
     return stack

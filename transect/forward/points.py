@@ -28,7 +28,9 @@ from torch import Tensor, nn
 from ..anatomy import Anatomy, Block
 from ..errors import NotApplicable, TransectError
 
-Point = Literal["residual", "attention", "mlp", "heads", "neurons", "up", "gate", "down", "q", "k", "v", "o", "patterns"]
+Point = Literal[
+    "residual", "attention", "mlp", "heads", "neurons", "up", "gate", "down", "q", "k", "v", "o", "patterns"
+]
 POINTS: tuple[Point, ...] = (
     "residual", "attention", "mlp", "heads", "neurons", "up", "gate", "down", "q", "k", "v", "o", "patterns",
 )  # fmt: skip

@@ -69,8 +69,8 @@ def means_the_other_phrase(context: Context) -> Result:
     mean = _mean(rows)
     told = (
         f"Over {len(rows)} phrases the cosine with the other phrase goes from {mean['likeness before']:.4f} to "
-        f"{mean['likeness after']:.4f} and rises for {nearer:.0%}; the phrase's caption moves by {mean['phrase moved']:.4f} "
-        f"(1 - cosine), neighbours by {mean['neighbours moved']:.4f}, less for {less:.0%}."
+        f"{mean['likeness after']:.4f} and rises for {nearer:.0%}; the phrase's caption moves by "
+        f"{mean['phrase moved']:.4f} (1 - cosine), neighbours by {mean['neighbours moved']:.4f}, less for {less:.0%}."
     )
     return Result(Verdict.HOLDS if min(nearer, less) >= 0.95 else Verdict.DOES_NOT_HOLD, told, [mean])
 

@@ -24,8 +24,13 @@ from ..printing import print_whole, progress_bar, stdout
 @click.option("--out", type=Place(), help="Folder to write the model to.")
 @click.option("--name", default="", help="What to call the edit. Default: the method's name with a number.")
 @click.option("--list", "list_edits", is_flag=True, help="Show the edits that the folder MODEL holds, oldest first.")
-@click.option("--undo", is_flag=False, flag_value="", metavar="[NAME]",
-              help="Take an edit out of the folder MODEL (into --out, or there): the newest, or the one of this name.")
+@click.option(
+    "--undo",
+    is_flag=False,
+    flag_value="",
+    metavar="[NAME]",
+    help="Take an edit out of the folder MODEL (into --out, or there): the newest, or the one of this name.",
+)
 @click.option("--dependents", is_flag=True, help="With --undo, also take out later edits that depend on that one.")
 @shared_options("choices", "passages", "sequence_length", "special_tokens", "sequences", "batch_size", "seed", *LOADING,
                 "overwrite", "json")  # fmt: skip

@@ -81,7 +81,9 @@ def read_by(specimen: Specimen, matrix: Matrix, captions: Sequence[Caption], aft
     found: list[Tensor] = []
     for part in _parts(specimen, captions):
         seen: list[Tensor] = []
-        reader = Reader(Place(matrix.host, before=True, block=specimen.anatomy.block_list[matrix.block.index]), seen.append)
+        reader = Reader(
+            Place(matrix.host, before=True, block=specimen.anatomy.block_list[matrix.block.index]), seen.append
+        )
         try:
             with stopping_behind(specimen.anatomy, matrix.block.index):
                 run(specimen, batch_of(specimen, [one.ids for one in part]))
@@ -146,5 +148,7 @@ def refuse_other_models(specimen: Specimen) -> None:
 def meant(fact: Fact) -> str:
     """The phrase that the subject is to be read as."""
     if not (fact.new_answer or "").strip():
-        raise BadData(f"diffquickfix: {fact.text!r} has no new_answer, and that is the phrase to read {fact.subject!r} as")
+        raise BadData(
+            f"diffquickfix: {fact.text!r} has no new_answer, and that is the phrase to read {fact.subject!r} as"
+        )
     return str(fact.new_answer)

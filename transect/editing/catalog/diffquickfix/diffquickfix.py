@@ -26,7 +26,10 @@ _SAMPLES = 10
 
 def measure(specimen: Specimen) -> dict[str, float]:
     """How like the captions of the phrases are to those of what they are to mean; of a language model its answers."""
-    pairs = [(whole(specimen, one.text), whole(specimen, one.text.replace(one.subject, meant(one)))) for one in specimen.facts]
+    pairs = [
+        (whole(specimen, one.text), whole(specimen, one.text.replace(one.subject, meant(one))))
+        for one in specimen.facts
+    ]
     keys, values = (embeddings(specimen, ids) for ids in zip(*pairs, strict=True))
     found = {"cosine of the phrase and what it is to mean": float(torch.cosine_similarity(keys, values).mean())}
     return found | (answers(specimen) if task_of(specimen.model) == "causal" else {})
@@ -52,7 +55,11 @@ def reads(specimen: Specimen, *, layer: int, **others: Any) -> set[str]:
     behind += [] if norm is None else list(norm.parameters())
     behind += [] if head is None or anatomy.embeddings_tied else list(head.parameters())
     unread = {id(parameter) for parameter in behind}
-    return names - parameters_of(specimen.model, later) - {n for n, p in specimen.model.named_parameters() if id(p) in unread}
+    return (
+        names
+        - parameters_of(specimen.model, later)
+        - {n for n, p in specimen.model.named_parameters() if id(p) in unread}
+    )
 
 
 @editing("diffquickfix", paper="arXiv:2310.13730", measure=measure, check=check, reads=reads, of_facts=True)
@@ -71,10 +78,10 @@ def diffquickfix(
 
     With k_i what the matrix reads at the subject's last token and those behind it, in captions with the subject, and
     v_i = W x_i what it puts out at the same places of the captions with the new answer, W becomes the W' of least
-    Σ ||W' k_i - v_i||² + λ ||W' - W||²: W' = W + Σ (v_i - W k_i) k_iᵀ (λ I + Σ k_i k_iᵀ)⁻¹. All facts are solved together.
-    Captions are the fact's own prompt ("{}" for the bare phrase) and the phrase behind each prefix. Where the captions
-    with the new answer have fewer tokens behind it, their last one is repeated. The bias stays and is in neither side;
-    the released code leaves it in v_i, which adds it twice.
+    Σ ||W' k_i - v_i||² + λ ||W' - W||²: W' = W + Σ (v_i - W k_i) k_iᵀ (λ I + Σ k_i k_iᵀ)⁻¹. All facts are solved
+    together. Captions are the fact's own prompt ("{}" for the bare phrase) and the phrase behind each prefix. Where
+    those with the new answer have fewer tokens behind it, their last one is repeated. The bias stays and is in neither
+    side; the released code leaves it in v_i, which adds it twice.
 
     CLIP's captions are filled up to its context, and the filling counts as tokens behind the phrase, as in the released
     code. Other models are given no filling (ours). Moving the phrase's embedding is not yet changing what a language
@@ -106,7 +113,9 @@ def diffquickfix(
         read, wanted = (read_by(specimen, matrix, captions, after) for captions in (keys, values))
         wanted = [aligned(value, len(key)) for key, value in zip(read, wanted, strict=True)]
         weights = matrix.weight.double().cpu()
-        journal.add(matrix, *remap(weights, torch.cat(read).T, weights @ torch.cat(wanted).T, weight, matrix.weight.dtype))
+        journal.add(
+            matrix, *remap(weights, torch.cat(read).T, weights @ torch.cat(wanted).T, weight, matrix.weight.dtype)
+        )
     moved = 1 - torch.cosine_similarity(before, embeddings(specimen, [*asked, *near]))
     told["1 - cosine, captions of the phrase, from before"] = round(float(moved[: len(asked)].mean()), 6)
     if near:
@@ -115,7 +124,7 @@ def diffquickfix(
 
 
 def remap(weight: Tensor, keys: Tensor, values: Tensor, penalty: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The change of W (d_out x d_in, float64) as factors, of as many directions as the keys have in the precision dtype.
+    """The change of W (d_out x d_in, float64) as factors, of as many directions as the keys have in that dtype.
 
     keys: K (d_in x N). values: V (d_out x N), without a bias. penalty: λ > 0. With K = U S Qᵀ it is
     (V - W K) Q S (λ + S²)⁻¹ Uᵀ: near duplicates among the keys do no harm.
@@ -137,7 +146,9 @@ def chosen(specimen: Specimen, roles: str, layer: int) -> list[Matrix]:
     if not wanted or any(role not in ("o", "v", "k") for role in wanted) or len(set(wanted)) < len(wanted):
         raise TransectError(f"diffquickfix: roles={roles!r} should name some of o, v, k, with commas")
     if layer >= specimen.layers:
-        raise TransectError(f"diffquickfix: layer {layer} does not exist: the model has layers 0 to {specimen.layers - 1}")
+        raise TransectError(
+            f"diffquickfix: layer {layer} does not exist: the model has layers 0 to {specimen.layers - 1}"
+        )
     block = specimen.anatomy.blocks[layer]
     if block.attention is None:
         raise NotApplicable(f"diffquickfix: the attention of layer {layer} was dropped, or is a part")
@@ -145,7 +156,9 @@ def chosen(specimen: Specimen, roles: str, layer: int) -> list[Matrix]:
     for matrix in found:
         if not is_dense(matrix.module):
             kind = type(matrix.module).__name__
-            raise NotApplicable(f"diffquickfix: {matrix.name} is stored as {kind}, not as a matrix that could be written into")
+            raise NotApplicable(
+                f"diffquickfix: {matrix.name} is stored as {kind}, not as a matrix that could be written into"
+            )
     return found
 
 

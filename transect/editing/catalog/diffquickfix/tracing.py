@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ....data import Fact, Specimen
-from ....forward import changed, watch
+from ....forward import watch
 from ....probes.tracing import corrupting, embedding_deviation, subject_noise, subject_span
 from .captions import batch_of, caption, embeddings, run
 
