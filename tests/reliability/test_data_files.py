@@ -6,6 +6,7 @@ import codecs
 import contextlib
 import json
 import os
+import re
 import socket
 
 import pyarrow
@@ -67,6 +68,14 @@ def test_texts_in_damaged_files(suffix, content, llama, tmp_path):
     for path in (tmp_path / f"a{suffix}", tmp_path):
         with pytest.raises(BadData):
             read(path, llama)
+
+
+@pytest.mark.parametrize("name", ["", " "])
+def test_no_name_is_not_the_folder_that_one_is_in(name, llama, tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text(words(40))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BadData, match="is empty"):
+        read(name, llama)
 
 
 @pytest.mark.parametrize("kind", READERS)
@@ -164,7 +173,8 @@ def test_entries_of_the_wrong_type_are_named(kind, data):
     except BadData as error:
         assert f"entry 0 of the {kind} cannot be used" in str(error)
     else:
-        assert value is not None and "None" not in repr(made).replace("new_answer=None", "").replace("end=None", "")
+        absent = re.sub("(new_answer|end|aspect)=None", "", repr(made))
+        assert value is not None and "None" not in absent
 
 
 @pytest.mark.parametrize("row", [

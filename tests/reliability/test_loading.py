@@ -103,3 +103,18 @@ def test_a_gguf_file_of_many_layers_and_one_beside_an_adapter(gguf, tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(BadCheckpoint, match="adapter"):
         open_model(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize("text", [
+    "[1]", "[" * 100_000, '{"model_type": 5}', '{"model_type": "llama", "hidden_size": "x"}', "{}", "", None,
+])  # fmt: skip
+def test_a_config_to_build_from(tmp_path, text):
+    """Not waited for where it is a pipe."""
+    file = tmp_path / "config.json"
+    if text is None:
+        os.mkfifo(file)
+    else:
+        file.write_text(text)
+    for base in (file, tmp_path):
+        with pytest.raises(TransectError):
+            transect.build(str(base), hidden=16, heads=2, blocks=1)

@@ -113,6 +113,7 @@ def unreadable() -> dict[str, Job]:
         for option in ("facts", "choices", "passages"):
             words = ["inspect", "model", "--probes", "causal-trace", f"--{option}", where, "--out", "report"]
             jobs[f"{option} {name}"] = Job(words)
+        jobs[f"build {name}"] = Job(["build", where, "--out", "built"])
         jobs[f"undo {name}"] = Job(["edit", where, "--undo"])
         if where:
             jobs[f"check {name}"] = Job(["check-architecture", where])

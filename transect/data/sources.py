@@ -26,6 +26,8 @@ def rows_of(data: str | Path, organism_tokens: int) -> Iterator[Row]:
         return _organism(str(data).removeprefix(ORGANISM), organism_tokens)
     if str(data).startswith(PYDOC):
         return _pydoc(str(data).removeprefix(PYDOC))
+    if not str(data).strip():  # as a path it would be the folder that one is in
+        raise BadData("the name of the data is empty")
     try:
         path = Path(data).expanduser()
     except RuntimeError as error:  # ~somebody who is not known here

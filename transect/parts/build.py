@@ -13,8 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClas
 from transformers.pytorch_utils import Conv1D
 
 from ..anatomy.architecture import architecture_of
-from ..errors import TransectError
+from ..errors import BadCheckpoint, TransectError
 from ..pretrained import pretrained
+from ..store import read_json
 from .insert import insert
 from .registry import SLOTS, part_named
 
@@ -145,9 +146,12 @@ def config_of(base: str | Path) -> Any:
     path = Path(base)
     try:
         if path.exists():
+            read_json(path / "config.json" if path.is_dir() else path)  # transformers would wait for a pipe
             return pretrained(AutoConfig, path)
         return AutoConfig.for_model(str(base))
-    except (ValueError, OSError, KeyError) as reason:
+    except BadCheckpoint:
+        raise
+    except Exception as reason:  # each kind of config has its own way to fail on what somebody wrote
         raise TransectError(
             f"{str(base)[:200]!r} is no kind of model that transformers knows, such as llama, gpt2 or vit, and no "
             "file or folder of a config"
