@@ -36,6 +36,9 @@ models: .venv/installed
 nightly: .venv/installed
 	OMP_NUM_THREADS=1 EVERY_KILL=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder tests/reliability
 	$(BIN)/python -m tests.reliability.fuzz_loader --inputs 20000
+	if $(BIN)/python -m pip install --quiet --disable-pip-version-check atheris; then \
+	    $(BIN)/python -m tests.reliability.fuzz_loader --atheris -max_total_time=1800; \
+	else echo "atheris has no build for this Python: the loader was not tried under it"; fi
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -15,8 +15,9 @@ from typing import Any
 
 from transect.checkpoint import open_model, save
 from transect.errors import TransectError
+from transect.parts import build_model
 
-from ..models import tiny
+from ..models import VOCABULARY, tiny
 from ..test_checkpoint import change, tokenizer
 
 # What JSON may hold where something else is expected.
@@ -28,10 +29,13 @@ JUNK: list[Any] = [
 
 
 def good_folders(root: Path) -> list[Path]:
-    """One whose config says it all, and one with a structure record, in shards and with a tokenizer."""
+    """One whose config says it all; one with a structure record, in shards; one with parts in its slots."""
     save(tiny("llama"), root / "plain", tokenizer())
     save(change(tiny("llama")), root / "recorded", tokenizer(), max_shard_size="20KB")
-    return [root / "plain", root / "recorded"]
+    parts = {"mixer": "hopfield", "mlp": "hopfield", "norm": "layer", "matrix": "memoryformer", "block": "ultramem-v2"}
+    sizes = dict(hidden=16, blocks=2, heads=2, neurons=24, vocabulary=VOCABULARY, length=32)
+    save(build_model("llama", parts=parts, **sizes), root / "parts", tokenizer())
+    return [root / "plain", root / "recorded", root / "parts"]
 
 
 def damage(folder: Path, random: Random) -> str:

@@ -19,7 +19,7 @@ from .faults import digest
 
 
 @settings(max_examples=60, deadline=None)
-@given(random=st.randoms(use_true_random=False), which=st.integers(0, 1))
+@given(random=st.randoms(use_true_random=False), which=st.integers(0, 2))
 def test_any_damage_gives_a_model_or_an_error(good, tmp_path_factory, random, which):
     place = tmp_path_factory.mktemp("damaged")
     folder = copied(good[which], place / "m")
