@@ -47,7 +47,7 @@ SHORT = {
     "rome": {"steps": 2, "rounds": 1, "contexts": 1}, "memit": {"steps": 2, "contexts": 1},
     "ilp": {"trials": 2}, "monarch": {"blocks": 3}, "constrained-ft": {"steps": 2},
     "neuron-clamp": {"neurons": "0:1=0,2:5=1.5"}, "cola": {"simulations": 4, "inputs": 2},
-    "bigram-subnetworks": {"steps": 5},
+    "bigram-subnetworks": {"steps": 5}, "dense2moe-blocks": {"blocks": 3, "prompt": 4},
     "attention-sae": {"tokens": 2000, "layers": "all"},
     "hftp": {"sentences": "sentences.txt", "skip": 0, "shuffles": 10, "permutations": 100},
     "brain-alignment": {"recording": "recording.csv", "candidates": 1, "permutations": 100},
@@ -67,7 +67,8 @@ VALUES = {
     "device": "cpu", "roles": "q,k,v,o,gate,up,down", "allocation": "uniform",
     "allocations": "uniform", "keep": "0.8", "methods": "svd", "probes": "spectra", "method": None, "out": "out",
     "cache": "statistics.safetensors", "architecture": "architecture.json", "teacher": "model", "train": "full",
-    "behind": "4,8", "record": "recorded", "lr": "1e-4", "steps": "2", "every": "1", "model": "model",
+    "behind": "4,8", "lengths": "8,16", "record": "recorded", "lr": "1e-4", "steps": "2", "every": "1",
+    "model": "model",
 }  # fmt: skip
 
 

@@ -109,7 +109,7 @@ def two_stages(context: Context) -> Result:
 
 
 @claim(
-    "dense2moe/blocks-against-dropping",
+    "dense2moe-blocks/against-dropping",
     method="dense2moe-blocks",
     paper=PAPER,
     statement="After as many steps of distillation, groups of two blocks of which each text chooses one lose less than "
