@@ -12,7 +12,7 @@ from tests.models import inputs, logits, tiny
 from transect import Anatomy
 from transect.data import Specimen, load
 from transect.errors import NotApplicable, TransectError
-from transect.probes import KIND, Quantity, Result, probes, probing, run_probes
+from transect.probes import KIND, Quantity, Result, names_of, probes, probing, run_probes
 from transect.probes import registry as registered
 from transect.store import Folder
 
@@ -178,6 +178,14 @@ def test_every_probe_is_described_and_says_what_its_settings_do():
     for one in probes():
         assert one.title and one.summary.endswith(".") and one.draw is not None
         assert all(parameter.help for parameter in one.parameters), one.name
+
+
+def test_what_trains_something_is_run_where_it_is_asked_for():
+    trained = {one.name for one in probes() if one.trains}
+    assert trained >= {"attention-sae", "bigram-subnetworks"}
+    assert set(names_of(None, [])) == {one.name for one in probes()} - trained
+    assert set(names_of(None, ["attention-sae"])) - set(names_of(None, [])) == {"attention-sae"}
+    assert names_of(["bigram-subnetworks", "lac"], ["spectra"]) == ["bigram-subnetworks", "lac"]
 
 
 def test_inspect_as_a_verb_writes_a_report(tmp_path):

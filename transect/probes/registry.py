@@ -17,13 +17,13 @@ So one pass over the text serves all probes:
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import TransectError
 from ..forward import Point, Seen
-from ..parameters import Parameter, parameters_of, settings_of, summary_of
+from ..parameters import Parameter, listed, parameters_of, settings_of, summary_of
 from .draw import Drawing
 from .result import Result
 
@@ -35,7 +35,8 @@ class Probe:
     """A registered probe.
 
     watches: points of the forward pass that it is sent, see `transect.forward.points`; "logits" for those.
-    draw: its plots, from its Result alone. title: heading of its section in the report.
+    draw: its plots, from its Result alone. title: heading of its section in the report. trains: whether it trains
+    something of its own, which takes minutes: it is run only where it is asked for.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Probe:
     function: Callable[..., Any]
     watches: tuple[str, ...] = ()
     draw: Callable[[Result], list[Drawing]] | None = None
+    trains: bool = False
 
     @property
     def summary(self) -> str:
@@ -78,11 +80,12 @@ def probing(
     paper: str,
     watches: Sequence[Point | str] = (),
     draw: Callable[[Result], list[Drawing]] | None = None,
+    trains: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a probe; see `Probe` for the fields."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        _probes[name] = Probe(name, title, paper, function, tuple(watches), draw)
+        _probes[name] = Probe(name, title, paper, function, tuple(watches), draw, trains)
         return function
 
     return register
@@ -98,6 +101,13 @@ def probe(name: str) -> Probe:
 def probes() -> list[Probe]:
     """All registered probes, by name."""
     return [_probes[name] for name in sorted(_probes)]
+
+
+def names_of(asked: Sequence[str] | None, settings: Collection[str]) -> list[str]:
+    """Those to run: the ones asked for, or all that do not train anything and those that there are settings of."""
+    if asked is not None:
+        return listed(asked)
+    return [one.name for one in probes() if not one.trains or one.name in settings]
 
 
 def drawings(result: Result, of: Probe | None = None) -> list[Drawing]:

@@ -10,9 +10,8 @@ from typing import Annotated, Any
 from ..arguments import checked
 from ..compression.fingerprint import computation_fingerprint
 from ..data import SpecialTokens, Specimen
-from ..parameters import Seed, listed
-from ..probes import KIND, Inspection, Result, probe, run_probes
-from ..probes import probes as all_probes
+from ..parameters import Seed
+from ..probes import KIND, Inspection, Result, names_of, probe, run_probes
 from ..report import INDEX, write_report
 from ..statistics import Progress
 from ..store import Folder, alone
@@ -46,7 +45,8 @@ def inspect(
     """Run probes on a model, which is as before afterwards. Returns their results by name.
 
     model: a Hugging Face model, or the name of one (a folder, a hub name, or `organism`).
-    probes: see `transect.probes.probes()`. Default: all that can say something about this model and data.
+    probes: see `transect.probes.probes()`. Default: all that can say something about this model and data, but for
+        those that train something of their own (a dictionary, a mask) and have no settings here.
     data: text as for `compress`. facts, choices, passages: questions about what the model knows, see
         `transect.data.load_facts`, `load_choices` and `load_passages`. The bundled model, called by its name, has all
         of these as defaults.
@@ -62,7 +62,7 @@ def inspect(
     fail, the first error is raised.
     """
     settings = dict(settings or {})
-    names = [one.name for one in all_probes()] if probes is None else listed(probes)
+    names = names_of(probes, settings)
     for name in [*names, *settings]:
         probe(name).settings(settings.get(name, {}))
     folder = None if out is None else Folder(Path(out).expanduser(), KIND)

@@ -17,7 +17,11 @@ from ..printing import print_whole, progress_bar, stderr
 @main_group.command(cls=ProbeCommand)
 @click.argument("model")
 @click.option("--data", help="Text to look at. Default with the bundled model: organism:calibration.")
-@click.option("--probes", callback=split, help="Comma-separated; see the list below. Default: all.")
+@click.option(
+    "--probes",
+    callback=split,
+    help="Comma-separated; see the list below. Default: all that train nothing of their own, and those with settings.",
+)
 @click.option("--out", type=Place(), required=True,
               help="Folder for the report; an inspection in it is continued.")  # fmt: skip
 @click.option("--sequences", type=int, default=64, show_default=True, help="Sequences, spread evenly over the text.")
@@ -30,13 +34,12 @@ def inspect(
     """Look inside MODEL: its weight matrices, MLP layers, heads and depth, as one HTML report."""
     from ...checkpoint import open_model
     from ...errors import TransectError
-    from ...probes import probe
-    from ...probes import probes as all_probes
+    from ...probes import names_of, probe
     from ...store import alone
     from ...verbs import inspect as inspect_model
 
-    names = [one.name for one in all_probes()] if probes is None else probes
-    settings = method_settings(context.obj, names[0] if len(names) == 1 else None)
+    settings = method_settings(context.obj, probes[0] if probes is not None and len(probes) == 1 else None)
+    names = names_of(probes, settings)
     refuse_unused(settings, names)
     for name in names:
         probe(name).settings(settings.get(name, {}))

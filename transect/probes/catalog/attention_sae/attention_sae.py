@@ -124,7 +124,9 @@ def _tables(result: Result, layers: Sequence[str]) -> list[Drawing]:
     return drawn
 
 
-@probing("attention-sae", title="Sparse features of attention outputs", paper="arXiv:2406.17759", draw=draw)
+@probing(
+    "attention-sae", title="Sparse features of attention outputs", paper="arXiv:2406.17759", draw=draw, trains=True
+)
 def attention_sae(
     specimen: Specimen,
     *,

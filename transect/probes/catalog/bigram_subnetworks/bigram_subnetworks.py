@@ -80,7 +80,11 @@ CAVEATS = (
 
 
 @probing(
-    "bigram-subnetworks", title="The weights that predict from the current token", paper="arXiv:2504.15471", draw=draw
+    "bigram-subnetworks",
+    title="The weights that predict from the current token",
+    paper="arXiv:2504.15471",
+    draw=draw,
+    trains=True,
 )
 def bigram_subnetworks(
     specimen: Specimen,
