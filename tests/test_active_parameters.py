@@ -9,6 +9,9 @@ from transect.anatomy import Anatomy
 from transect.errors import TransectError
 from transect.evaluation import generates_alike, operations_of, parameters, quality_of
 from transect.evaluation.active import ParametersRead
+from transect.evaluation.operations import operations_counted
+from transect.operators.grouped_integer import GroupedInteger
+from transect.operators.int4_kernel import knows
 from transect.parts import insert
 from transect.parts.experts import ExpertsPart, set_active
 
@@ -121,6 +124,17 @@ def test_prompts_may_be_as_long_as_the_model_has_positions_for():
     with pytest.raises(TransectError, match="does not go on with"):
         quality_of(tiny("bert"), [8])
     assert generates_alike(llama)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("bits", "products"), [(3, 1), (4, 1), (8, 2)])
+def test_products_with_packed_integers_are_operations(bits, products):
+    codes = torch.randint(2**bits, (48, 64), generator=torch.Generator().manual_seed(0))
+    one = GroupedInteger.from_codes(codes, torch.ones(48, 2), None, bits, 32).bfloat16()
+    with operations_counted() as counted:
+        one(torch.ones(5, 64, dtype=torch.bfloat16))
+    kernel = products * 2 * 5 * 64 * 48 + 2 * 5 * 2 * 48  # and what zero points add
+    assert counted.get_total_flops() == (kernel if knows(one) else 2 * 5 * 64 * 48)
 
 
 @torch.no_grad()

@@ -73,6 +73,12 @@ def test_a_file_without_our_marks(folder):
     refused(folder, "something else")
 
 
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    for wrong in (undo_folder, read_stack):
+        with pytest.raises(BadCheckpoint, match=f"there is no folder {tmp_path / 'none'}"):
+            wrong(tmp_path / "none")
+
+
 def test_an_edit_of_an_early_version_is_refused_and_said_so(folder):
     shutil.rmtree(folder / "transect-edits")
     (folder / "undo.safetensors").write_bytes(b"")

@@ -12,6 +12,7 @@ from ..anatomy import Anatomy
 from ..data import Specimen
 from ..probes import Result as Found
 from ..probes import run_probes
+from .context import Context
 from .registry import NotApplicable
 
 
@@ -21,6 +22,13 @@ def probed(specimen: Specimen, name: str, **settings: Any) -> Found:
     if name in inspection.refused:
         raise NotApplicable(inspection.refused[name])
     return inspection[name]
+
+
+def probed_once(context: Context, name: str, **settings: Any) -> Found:
+    """What the probe finds in the model at hand, once for all claims of a run."""
+    if name not in context.shared:
+        context.shared[name] = probed(context.specimen, name, **settings)
+    return context.shared[name]
 
 
 def untrained(specimen: Specimen) -> Specimen:

@@ -210,6 +210,8 @@ def read_stack(folder: str | Path) -> list[Entry]:
     """The edits that lie beside a checkpoint, oldest first; BadCheckpoint where there are none, or they are damaged."""
     folder = Path(folder).expanduser()
     file = folder / FOLDER / LIST
+    if not folder.is_dir():
+        raise BadCheckpoint(f"there is no folder {folder}")
     if not file.is_file():
         if (folder / EARLIER).is_file():
             raise BadCheckpoint(

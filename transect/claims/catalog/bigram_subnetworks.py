@@ -19,7 +19,7 @@ from ...probes.catalog.bigram_subnetworks.bigram_subnetworks import (
 )  # fmt: skip
 from ...probes.catalog.bigram_subnetworks.masks import unpacked
 from ..context import Context
-from ..probing import probed, untrained
+from ..probing import probed, probed_once, untrained
 from ..registry import Result, Verdict, claim
 
 PAPER = "arXiv:2504.15471"
@@ -42,9 +42,10 @@ def sufficient(context: Context) -> Result:
     well.
     """
     found = _found(context)
+    fresh = probed(untrained(context.specimen), METHOD, steps=STEPS)
     share, r = _by_kind(found, "kept"), _by_kind(found, "correlation")
     rows = [{"model": "trained", **row} for row in _rows(found)]
-    rows += [{"model": "random weights", **row} for row in _rows(_of_random(context))]
+    rows += [{"model": "random weights", **row} for row in _rows(fresh)]
     holds = share[FOUND] <= MOST and r[FOUND] >= AGREES and all(r[FOUND] > r[kind] for kind in (FULL, LARGEST, RANDOM))
     other = rows[len(KINDS) + KINDS.index(FOUND)]
     return Result(
@@ -133,17 +134,7 @@ def first_block(context: Context) -> Result:
 
 
 def _found(context: Context) -> Found:
-    """The probe's result on the model at hand, once for all claims."""
-    if METHOD not in context.shared:
-        context.shared[METHOD] = probed(context.specimen, METHOD, steps=STEPS)
-    return _with_some(context.shared[METHOD])
-
-
-def _of_random(context: Context) -> Found:
-    return probed(untrained(context.specimen), METHOD, steps=STEPS)
-
-
-def _with_some(found: Found) -> Found:
+    found = probed_once(context, METHOD, steps=STEPS)
     if not int(found["weights"]):
         raise NotApplicable("the masks ended with no weight kept: there is no subnetwork to judge")
     return found

@@ -12,7 +12,7 @@ import torch
 from ...probes import Result as Found
 from ...probes.catalog.bricks.sparsity import MASKED, below
 from ..context import Context
-from ..probing import probed, untrained
+from ..probing import probed, probed_once, untrained
 from ..registry import Result, Verdict, claim
 
 PAPER = "arXiv:2409.02877"
@@ -167,10 +167,7 @@ def _kinds(context: Context) -> str:
 
 
 def _found(context: Context) -> Found:
-    """The probe's result on the model at hand, once for all claims."""
-    if METHOD not in context.shared:
-        context.shared[METHOD] = probed(context.specimen, METHOD, functions=_kinds(context), **SETTINGS)
-    return context.shared[METHOD]
+    return probed_once(context, METHOD, functions=_kinds(context), **SETTINGS)
 
 
 def _losses(found: Found) -> list[dict[str, float]]:
