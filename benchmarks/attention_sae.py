@@ -114,6 +114,7 @@ def judged(anatomy: Anatomy, layer: int, dictionary: Dictionary, text: Batches) 
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Train both ways, judge both on held-out text, and print the table."""
     made = parser(__doc__)
     made.add_argument("--model", default="organism")
     made.add_argument("--data", default="organism:calibration")

@@ -157,12 +157,18 @@ def test_a_part_is_asked_for_nothing_that_no_user_could_choose(kind, entries, tm
             opening(tmp_path / "m")
 
 
-@pytest.mark.parametrize("kind", ["mixer.strided", "mixer.fixed"])
-def test_a_pattern_wider_than_the_text_takes_no_memory_for_what_is_not_there(kind):
-    narrow, wide = (built(kind) for _ in range(2))
-    for block in wide.model.layers:
-        block.self_attn.part.stride = 2**20
-    for block in narrow.model.layers:
-        block.self_attn.part.stride = 12
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [("strided", ["stride"]), ("fixed", ["stride"]), ("longformer", ["window"]), ("bigbird", ["window"]),
+     ("reformer", ["window"]), ("routing", ["window"]), ("transformer-xl", ["segment", "memory"]),
+     ("compressive", ["segment", "memory", "compressed"]), ("compressive", ["memory", "compressed"])],
+)  # fmt: skip
+def test_a_pattern_wider_than_the_text_takes_no_memory_for_what_is_not_there(kind, names):
+    narrow, wide = (built(f"mixer.{kind}") for _ in range(2))
+    for model, size in ((wide, 2**20), (narrow, 12)):
+        for block in model.model.layers:
+            for name in names:
+                assert hasattr(block.self_attn.part, name)
+                setattr(block.self_attn.part, name, size)
     with memory(2**29):
         torch.testing.assert_close(wide(TOKENS).logits, narrow(TOKENS).logits)

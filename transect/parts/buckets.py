@@ -61,6 +61,7 @@ def within_buckets(q: Tensor, k: Tensor, v: Tensor, buckets: Tensor, window: int
     q, k, v: B x heads x N x size, q scaled. buckets: rounds x B x heads x N.
     """
     rounds, count = len(buckets), q.shape[2]
+    window = min(window, count)  # of what is there
     ahead = 0 if causal else window
     order = buckets.argsort(dim=-1, stable=True)
     places = torch.arange(count, device=q.device)

@@ -40,13 +40,15 @@ class Compressive(TransformerXL):
         self.compressed, self.rate = compressed, rate
 
     def gathered(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor) -> Tensor:
-        count, size, rate = q.shape[2], self.segment, self.rate
-        each, before = size // rate, self.memory // rate + self.compressed  # means of a segment, and in front of it
-        at, keys = (positions_of(count, size, before, 0, q.device) for before in (0, self.memory))
+        count, rate = q.shape[2], self.rate
+        compressed = min(self.compressed, -(-count // rate))  # of what is there, as the others
+        size, memory = (min(one, -(-count // rate) * rate) for one in (self.segment, self.memory))
+        each, before = size // rate, memory // rate + compressed  # means of a segment, and in front of it
+        at, keys = (positions_of(count, size, before, 0, q.device) for before in (0, memory))
         means = (in_blocks(one[..., -self.head_size :], rate).mean(-2) for one in (k, v))
-        old_k, old_v = (surrounding(one, each, before, 0)[:, :, : len(at), : self.compressed] for one in means)
-        last = positions_of(-(-count // size) * each, each, before, 0, q.device)[:, : self.compressed] * rate + rate - 1
-        k, v = (torch.cat([old, self._behind_memory(one, count)], 3) for old, one in ((old_k, k), (old_v, v)))
+        old_k, old_v = (surrounding(one, each, before, 0)[:, :, : len(at), :compressed] for one in means)
+        last = positions_of(-(-count // size) * each, each, before, 0, q.device)[:, :compressed] * rate + rate - 1
+        k, v = (torch.cat([old, self._behind_memory(one, size, memory)], 3) for old, one in ((old_k, k), (old_v, v)))
         keys = torch.cat([last, keys], dim=1)
         return blocked(q, k, v, at, keys, real_at(real, keys), self._behind)[:, :, :count]
 

@@ -41,7 +41,8 @@ class Longformer(SparseAttention):
         return near | (drawn[row] == block[..., None]).any(-1)
 
     def gathered(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor) -> Tensor:
-        count, size, few = q.shape[2], self.window, min(self.global_tokens, q.shape[2])
+        count = q.shape[2]
+        size, few = min(self.window, count), min(self.global_tokens, count)  # of what is there
         ahead = 0 if self.causal else size
         at = positions_of(count, size, 0, 0, q.device)  # blocks x window
         beside = positions_of(count, size, size, ahead, q.device)

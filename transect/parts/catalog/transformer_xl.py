@@ -42,16 +42,17 @@ class TransformerXL(SparseAttention):
         return q, k, v
 
     def gathered(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor) -> Tensor:
-        count, size = q.shape[2], self.segment
-        at, keys = (positions_of(count, size, before, 0, q.device) for before in (0, self.memory))
-        k, v = (self._behind_memory(one, count) for one in (k, v))
+        count = q.shape[2]
+        size, memory = min(self.segment, count), min(self.memory, count)  # of what is there
+        at, keys = (positions_of(count, size, before, 0, q.device) for before in (0, memory))
+        k, v = (self._behind_memory(one, size, memory) for one in (k, v))
         return blocked(q, k, v, at, keys, real_at(real, keys), self._behind)[:, :, :count]
 
-    def _behind_memory(self, one: Tensor, count: int) -> Tensor:
+    def _behind_memory(self, one: Tensor, segment: int, memory: int) -> Tensor:
         """Each segment's keys or values behind those of its memory (B x heads x blocks x (memory + segment) x size)."""
         old = one[..., -self.head_size :]
-        memory = surrounding(old, self.segment, self.memory, 0)[..., : self.memory, :]
-        return torch.cat([memory, in_blocks(one[..., : self.head_size], self.segment)], dim=3)
+        before = surrounding(old, segment, memory, 0)[..., :memory, :]
+        return torch.cat([before, in_blocks(one[..., : self.head_size], segment)], dim=3)
 
     def mixing_flops(self, length: int) -> int:
         return 4 * length * min(self.segment + self.memory, length) * self._inner
