@@ -6,7 +6,6 @@ from tests.models import logits, tiny
 from tests.test_hftp import TOKENIZER, random
 from transect.anatomy import Anatomy
 from transect.data import Specimen, load
-from transect.data.recordings import Recording, load_recording
 from transect.errors import BadData, TransectError
 from transect.forward import watch
 from transect.probes import drawings, run_probes
@@ -23,6 +22,7 @@ from transect.probes.catalog.brain_alignment.banded import (
 from transect.probes.catalog.brain_alignment.brain_alignment import split
 from transect.probes.catalog.brain_alignment.ceiling import from_repeats, from_subjects
 from transect.probes.catalog.brain_alignment.features import delayed, features_of, kernel_of, windows
+from transect.probes.catalog.brain_alignment.recordings import Recording, load_recording
 from transect.probes.catalog.brain_alignment.significance import BLOCK, block_p, false_discovery
 
 N = 90

@@ -13,12 +13,12 @@ from transformers import PreTrainedTokenizerFast
 
 from transect.anatomy import Anatomy
 from transect.data import Batches, Specimen
-from transect.data.functions import Instance, load_functions
 from transect.errors import BadData, TransectError
 from transect.evaluation import evaluate_loss
 from transect.forward import changed, watch
 from transect.probes import drawings, run_probes
 from transect.probes.catalog.bricks.experts import by_chance, enrichment, groups_of, threshold
+from transect.probes.catalog.bricks.functions import Instance, load_functions
 from transect.probes.catalog.bricks.pruning import chosen, overlaps, ranked
 from transect.probes.catalog.bricks.scores import average_precisions, mean_sizes, tokenised
 from transect.probes.catalog.bricks.sparsity import LEVELS, MASKED, Sizes, changes, masked_losses, without_smallest

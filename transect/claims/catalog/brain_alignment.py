@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ...data import Specimen
-from ...data.recordings import Recording
 from ...probes.catalog.brain_alignment.banded import candidates_for, contributions, correlations, fit
 from ...probes.catalog.brain_alignment.ceiling import LEAST, from_repeats
 from ...probes.catalog.brain_alignment.features import features_of, kernel_of
+from ...probes.catalog.brain_alignment.recordings import Recording
 from ...probes.catalog.brain_alignment.significance import block_p
 from ..context import Context
 from ..probing import untrained

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ....data import Specimen
-from ....data.recordings import FORMAT, Recording, load_recording
 from ....errors import BadData, NotApplicable, TransectError
 from ....parameters import Range
 from ...draw import Drawing, Table, bars, heatmap, lines
@@ -19,6 +18,7 @@ from ...result import Quantity, Result
 from .banded import apart, candidates_for, contributions, correlations, fit
 from .ceiling import LEAST, from_repeats, from_subjects
 from .features import features_of, kernel_of, pace_of
+from .recordings import FORMAT, Recording, load_recording
 from .significance import BLOCK, block_p, false_discovery
 
 Ceiling = Literal["repeats", "subjects"]
@@ -140,7 +140,7 @@ def brain_alignment(
     number of words and letters, which any feature of words knows; λ from 10⁻³ to 10⁴ of a kernel's mean diagonal.
     Memory: (states + bands) x samples² numbers at most a few at a time; time: samples³ for each layer and candidate.
 
-    recording: a file of words and responses, see `transect.data.recordings`. Needed.
+    recording: a file, .csv (a row a sample: its `words`, and a column of numbers a channel) or .npz. Needed.
     first_delay: samples from a word to the first response that it explains; 0 for recordings without a lag.
     last_delay: samples to the last one.
     bands: how many bands of neighbouring layers share a penalty.

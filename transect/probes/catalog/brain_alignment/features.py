@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from ....data import Specimen
-from ....data.recordings import Recording
 from ....errors import BadData
 from ....forward import run_body, to_device, watch
 from ...places import wide
 from ...words import word_tokens
+from .recordings import Recording
 
 _BATCH = 4  # windows
 

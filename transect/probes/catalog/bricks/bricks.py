@@ -12,7 +12,6 @@ from torch import Tensor
 from ....anatomy import Block
 from ....data import Specimen
 from ....data.batches import evenly_spaced
-from ....data.functions import Instance, load_functions
 from ....errors import BadData, NotApplicable
 from ....parameters import Range
 from ...draw import Drawing, Table, heatmap, lines
@@ -20,6 +19,7 @@ from ...registry import Looking, probing
 from ...result import Quantity, Result
 from .bricks_findings import about_functions, about_sparsity
 from .experts import TOP, by_chance, enrichment, groups_of
+from .functions import Instance, load_functions
 from .pruning import Fill, Rank, chosen, losses_by_kind, overlaps, pruned_losses, ranked
 from .scores import Texts, average_precisions, mean_sizes, tokenised
 from .sparsity import INDICATORS, LEVELS, MASKED, RANDOM, Sizes, masked_losses

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ....anatomy import Block
 from ....data import Specimen
-from ....data.functions import Instance
 from ....errors import BadData
 from ....forward import inputs_of, to_device, watch
 from ...neurons import wide
+from .functions import Instance
 
 ROWS = 16  # texts in one pass
 ENTRIES = 2**22  # numbers that are sorted at once

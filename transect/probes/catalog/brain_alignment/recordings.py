@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import BadData
-from .sources import check_file
+from ....data.sources import check_file
+from ....errors import BadData
 
 FORMAT = (
     ".npz with `responses` (samples x channels, or repeats x samples x channels), `words`, `onsets` (seconds from the "

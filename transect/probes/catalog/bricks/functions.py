@@ -12,10 +12,10 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from ..errors import BadData
-from .containers import items_of
-from .questions import text_in
-from .sources import json_entries, rows_of
+from ....data.containers import items_of
+from ....data.questions import text_in
+from ....data.sources import json_entries, rows_of
+from ....errors import BadData
 
 EACH = 200  # texts of each kind of the built-in sets
 MODULES = (
@@ -75,8 +75,8 @@ def _instance(entry: Any) -> Instance:
 
 def _of_organism() -> Iterator[Instance]:
     """Different documents of each kind, as many as are found, at most 200."""
-    from ..organism import World
-    from ..organism.documents import MIX
+    from ....organism import World
+    from ....organism.documents import MIX
 
     world, rng = World(), Random("functions")
     for kind in MIX:
