@@ -148,3 +148,16 @@ def test_operations_are_those_that_eager_attention_and_a_loop_over_experts_have(
             model.set_experts_implementation(experts)
         counts.append([(one.flops, one.decode_flops) for one in quality_of(model, [8, 32])])
     assert counts[0] == counts[1] and counts[0][0] < counts[0][1]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "everything"), [("llama", True), ("gpt2", True), ("mixtral", False)])
+def test_a_token_that_reads_everything_stands_for_all(name, everything):
+    model = tiny(name)
+    with ParametersRead(model) as read:
+        model(torch.tensor([[3]]), use_cache=True)
+    assert read.everything is everything
+    model = transect.compress(tiny(name), "rtn", 0.5)
+    with ParametersRead(model) as read:
+        model(torch.tensor([[3]]), use_cache=True)
+    assert read.everything is everything

@@ -28,6 +28,7 @@ class ParametersRead(TorchDispatchMode):
             self._stored.setdefault(_where(parameter), []).append(parameter)
         self._whole: set[int] = set()  # storages of which every number was read
         self._parts: dict[int, Tensor] = {}  # of others: which numbers were
+        self._tables: set[int] = set()  # storages that rows were looked up in, of which others may be at the next token
         self._operators: set[nn.Module] = set()
         self._handles: list[Any] = []
 
@@ -65,6 +66,13 @@ class ParametersRead(TorchDispatchMode):
                     read += int(_inside(self._parts[where], parameter).sum())
         return read
 
+    @property
+    def everything(self) -> bool:
+        """Whether nothing is left to read but rows of tables: another token can read no more and no less."""
+        own = {_where(parameter) for module in self._operators for parameter in module.parameters()}
+        coded = {module for module in self.model.modules() if isinstance(module, Operator)}
+        return coded == self._operators and self._stored.keys() == self._whole | self._tables | own
+
     def _runs(self, module: nn.Module, args: Any) -> None:
         self._operators.add(module)
 
@@ -80,6 +88,8 @@ class ParametersRead(TorchDispatchMode):
             return
         if where not in self._parts:
             self._parts[where] = torch.zeros(size, dtype=torch.bool, device=tensor.device)
+        if look_up is _rows:
+            self._tables.add(where)
         seen = _inside(self._parts[where], tensor)
         if look_up is None:
             seen.fill_(True)

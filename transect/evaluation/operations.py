@@ -85,6 +85,8 @@ def operations_of(model: Any, prompt_tokens: int | None = None) -> Operations:
             with ParametersRead(model) as read:
                 model(token.view(1, 1), past_key_values=output.past_key_values, use_cache=True)
             written.append(read.count)
+            if read.everything:
+                break
         return Operations(flops, kept, sum(written) / len(written))
 
 
