@@ -207,6 +207,7 @@ def test_help_and_version():
     assert set(main_group.commands) == {
         "adapt", "build", "compress", "compare", "eval", "race", "methods", "claims", "recover", "inspect", "edit",
         "check-architecture", "search", "prefer", "memorize", "convert", "diff", "catalogue", "merge",
+        "study",
     }  # fmt: skip
     for command in main_group.commands:
         assert command in run("--help").stdout and "Usage:" in run(f"{command} -h").stdout

@@ -23,7 +23,7 @@ with _importing():
     from .sizing import searchers
     from .training import layer_rates, optimizers, parametrizations, penalties
     from .verbs import adapt, build, catalogue, check_claims, compare, compress, convert, diff, edit, evaluate, inspect
-    from .verbs import memorize, merge, prefer, race, race_parts, recover, search  # isort: skip
+    from .verbs import memorize, merge, prefer, race, race_parts, recover, search, study  # isort: skip
     from .version import __version__
 
 __all__ = [
@@ -32,5 +32,6 @@ __all__ = [
     "conversions", "convert", "diff", "edit", "edits", "evaluate", "inspect",
     "layer_rates", "memorize", "merge", "mergings", "methods", "objectives", "optimizers", "parametrizations",
     "penalties", "prefer", "race",
-    "race_parts", "recover", "register_architecture", "search", "searchers", "undo_folder",
+    "race_parts", "recover", "register_architecture", "search", "searchers", "study",
+    "undo_folder",
 ]  # fmt: skip

@@ -48,6 +48,7 @@ RIGHT: dict[str, dict[str, Any]] = {
     "race_parts": {"base": "llama", "task": "induction", "mixer": ["pooling"], "out": "out"},
     "recover": {"data": DATA},
     "search": {"data": DATA},
+    "study": {"name": "one-layer-knowledge"},
 }  # fmt: skip
 UNCHECKED = {"model", "data", "eval_data", "facts", "choices", "passages", "tokenizer", "teacher", "architecture",
              "other", "forgets", "models", "curve", "merge.base"}  # fmt: skip

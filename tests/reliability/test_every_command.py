@@ -36,6 +36,7 @@ from transect.errors import TransectError
 from transect.merging import mergings
 from transect.probes import probes
 from transect.sizing import searchers
+from transect.studies import studies
 from transect.training import layer_rates, optimizers, parametrizations, penalties
 
 SEED = 3  # of the run; of a method that has a `seed` of its own, another
@@ -282,6 +283,15 @@ def test_comparisons(name, command, tmp_path):
     line = ["diff", "model", "model", "--what", name, "--data", "text.txt", *asked]
     found = json.loads(command(*line, "--sequences", 4, "--sequence-length", 16))
     assert not found["failed"] and {*found["findings"], *found["refused"]} == {name}
+
+
+@pytest.mark.parametrize("entry", studies(), ids=ids(studies()))
+def test_studies(entry, command, tmp_path):
+    """Each is small enough with the settings in `SHORT`, and takes every one of its settings."""
+    values, words = given(entry, True)
+    found = json.loads(command("study", entry.name, "--out", tmp_path / "out", "--json", *words))
+    assert found["findings"] and values.items() <= found["settings"].items()
+    assert all((tmp_path / "out" / name).exists() for name in ("index.html", *entry.files))
 
 
 @pytest.mark.parametrize("complete", [False, True], ids=["plain", "options"])

@@ -90,6 +90,14 @@ def limited() -> dict[str, Job]:
     return jobs
 
 
+def narrow() -> dict[str, Job]:
+    """Every command that writes, with no more memory than it has when it begins, which is enough for some."""
+    no_more = NO_MEMORY.replace("8 * 2**20", "0")
+    return {
+        f"{name} in what it has": Job([*words, "--out", f"narrow-{name}"], no_more) for name, words in WRITERS.items()
+    }
+
+
 def unwritable() -> dict[str, Job]:
     """Outputs that are no folder, and cannot become one."""
     jobs = {}
@@ -147,6 +155,7 @@ def unheard() -> dict[str, Job]:
     return jobs
 
 
+NARROW = narrow()
 JOBS = limited() | unwritable() | unreadable() | wrong() | unheard()
 
 
@@ -162,7 +171,7 @@ def ended(place, forks):
         os.chdir(here)
     (place / "long.txt").write_text(" ".join(f"w{i % 50 + 3}" for i in range(50_000)))
     before = set(os.listdir(place))
-    made = {name: forks.run(job, place) for name, job in JOBS.items()}
+    made = {name: forks.run(job, place) for name, job in (JOBS | NARROW).items()}
     return made, set(os.listdir(place)) - before
 
 
@@ -179,6 +188,14 @@ def test_one_line_says_what_cannot_be_done(name, ended):
         assert len(lines) == 1 and lines[0].startswith("error: "), end
     else:  # wrong usage
         assert lines[0].startswith("Usage: ") and lines[-1].startswith("Error: ") and len(lines) == 3, end
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_memory_is_enough_or_one_line_says_that_it_is_not(name, ended):
+    end = ended[0][name]
+    lines = [line for line in end.err.splitlines() if line.strip()]
+    if end.code != 0:
+        assert end.code == 1 and len(lines) == 1 and lines[0].startswith("error: ") and "memory" in lines[0], end
 
 
 @pytest.mark.parametrize(
@@ -202,7 +219,9 @@ def test_nothing_half_written_is_left(ended, place):
                ".room-recover.recovery", ".room-adapt.adaptation", ".room-convert.conversion",
                ".room-memorize.memory", ".room-search.search", ".room-prefer.preference",
                "room-compare", "room-race", "room-contest"}  # by the next run  # fmt: skip
-    assert ended[1] <= resumed
+    narrow = {name.replace("room", "narrow") for name in resumed}
+    finished = {f"narrow-{name}" for name in WRITERS if ended[0][f"{name} in what it has"].code == 0}
+    assert ended[1] <= resumed | narrow | finished
 
 
 def test_the_machine_is_told_from_a_fault_of_ours():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import time
 
@@ -27,62 +28,108 @@ from ..test_checkpoint import tokenizer
 
 DATA = torch.randint(3, VOCABULARY, (4, 8), generator=torch.Generator().manual_seed(5))
 
-# A user's own methods, registered where every process of the run imports them, which leave the model as it is: the
-# first ends its process as the system does where memory runs out, but only once; the second never comes to an end. One
-# process at a time shows it, and each takes seconds to start.
+# What every process of the run imports. The first piece of work ends its process as the system does where memory runs
+# out, but only once; the second never comes to an end. One process at a time shows it, and each takes seconds to start.
 SCRIPT = """
 import logging, os, signal, sys, time
 from pathlib import Path
 import torch
 import transect
 from transect.pool.processes import run_in_processes
-from transect.compression.registry import slicing
 
 HERE = Path(sys.argv[1])
+
+def die_once():
+    if not (HERE / "died").exists():
+        (HERE / "died").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def wait():
+    (HERE / "waiting").touch()
+    time.sleep(600)
+{own}
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    sys.modules["{runs}"].run_in_processes = lambda load, groups, workers, *rest: run_in_processes(
+        load, groups, 1, *rest
+    )
+    data = (torch.arange(96) % 60 + 3).view(12, 8)
+    {call}
+"""
+METHODS = """
+from transect.compression.registry import slicing
 
 def check(block, keep): pass
 
 @slicing("once", paper="ours", check=check)
 def once(block, statistics, keep):
     "Die the first time."
-    if not (HERE / "died").exists():
-        (HERE / "died").touch()
-        os.kill(os.getpid(), signal.SIGKILL)
+    die_once()
 
 @slicing("endless", paper="ours", check=check)
 def endless(block, statistics, keep):
     "Wait."
-    (HERE / "waiting").touch()
-    time.sleep(600)
-
-if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    comparing, several = sys.modules["transect.comparison.compare"], run_in_processes
-    comparing.run_in_processes = lambda load, groups, workers, *rest: several(load, groups, 1, *rest)
-    data = (torch.arange(32) % 60 + 3).view(4, 8)
-    transect.compare(str(HERE / "model"), ["once", "endless"], [0.5], data, data, HERE / "run", workers=2)
+    wait()
 """
+TRIALS = """
+from transect.contest.{module} import {worker} as Worker
+computed = Worker.compute
+
+def compute(self, trial):
+    if "{second}" in str(trial):
+        wait()
+    if "{first}" in str(trial):
+        die_once()
+    return computed(self, trial)
+
+Worker.compute = compute
+"""
+# A command with workers -> its own part of the script, the module that spreads the work, the call, the files of what is
+# done when the second piece of work begins, and what is said of the first.
+SPREAD = {
+    "compare": (
+        METHODS, "transect.comparison.compare",
+        "transect.compare(str(HERE / 'model'), ['once', 'endless'], [0.5], data, data, HERE / 'run', workers=2)",
+        {"rows/dense.json", "rows/once_uniform_0.5.json"}, r"once at 0.5 \(uniform\)",
+    ),
+    "race": (
+        TRIALS.format(module="worker", worker="Worker", first="shira", second="lora"), "transect.contest.trials",
+        "transect.race(str(HERE / 'model'), ['shira', 'lora'], data, data, HERE / 'run', workers=2, rates=(1.0,), "
+        "seeds=1, shares=(0.2,), batch_size=4, device='cpu')",
+        {"trials/base.json", "trials/shira_0.2_0.001_0.json"}, "shira at 0.2, rate 0.001, seed 0",
+    ),
+    "race of parts": (
+        TRIALS.format(module="parts.worker", worker="PartsWorker", first="pooling", second="base"),
+        "transect.contest.trials",
+        "transect.race_parts('llama', 'induction', HERE / 'run', mixer=('pooling', 'base'), workers=2, hidden=16, "
+        "blocks=1, heads=2, steps=2, batch_size=4, held_out=8, seeds=1, rates=(1e-3,), lengths=())",
+        {"trials/mixer_pooling_0.001_0.json"}, "pooling, rate 0.001, seed 0",
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no kills on this system")
-def test_a_killed_worker_costs_a_second_try_and_a_killed_parent_takes_its_workers_along(tmp_path, forks):
+@pytest.mark.parametrize("which", SPREAD)
+def test_a_killed_worker_costs_a_second_try_and_a_killed_parent_takes_its_workers_along(which, tmp_path, forks):
+    own, runs, call, done, said = SPREAD[which]
     save(tiny("llama"), tmp_path / "model")
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    rows = tmp_path / "run" / "rows"
+    script, place = tmp_path / "script.py", tmp_path / "run"
+    script.write_text(SCRIPT.format(own=own, runs=runs, call=call))
     run_it = f"import runpy\nsys.argv[1:] = [{str(tmp_path)!r}]\nrunpy.run_path({str(script)!r}, run_name='__main__')"
     run = forks.start(Job(before=run_it, seconds=300), tmp_path)
-    forks.wait_until(run, lambda: (rows / "once_uniform_0.5.json").exists() and (tmp_path / "waiting").exists())
+    forks.wait_until(run, lambda: (tmp_path / "waiting").exists() and all((place / name).exists() for name in done))
     children = psutil.Process(run).children(recursive=True)
     os.kill(run, signal.SIGKILL)
     assert forks.ended().code == -signal.SIGKILL
     assert children
     _, alive = psutil.wait_procs(children, timeout=60)
     assert not alive
-    assert "once at 0.5 (uniform): its process was ended by SIGKILL (out of memory?); it is tried again" in forks.err()
-    losses = {path.name: json.loads(path.read_text())["loss"] for path in rows.iterdir()}
-    assert set(losses) == {"dense.json", "once_uniform_0.5.json"}
-    assert losses["once_uniform_0.5.json"] == pytest.approx(losses["dense.json"], rel=1e-5)
+    assert re.search(rf"{said}: its process was ended by SIGKILL \(out of memory\?\); it is tried again", forks.err())
+    folder = next(iter(done)).partition("/")[0]
+    assert {f"{folder}/{path.name}" for path in (place / folder).iterdir()} == done
+    if which == "compare":  # the method has changed nothing
+        losses = [json.loads((place / name).read_text())["loss"] for name in done]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_a_row_is_tried_twice_and_the_rest_of_its_group_goes_on():

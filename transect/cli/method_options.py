@@ -100,6 +100,15 @@ class ConversionCommand(MethodCommand):
         return tuple((f"For {group}", [one for one in conversions() if one.group == group]) for group in groups)
 
 
+class StudyCommand(MethodCommand):
+    """The same for studies."""
+
+    def sections(self) -> Sequence[tuple[str, Sequence[Any]]]:
+        from ..studies import studies
+
+        return (("Studies and their parameters", studies()),)
+
+
 class MergeCommand(MethodCommand):
     """The same for ways to merge."""
 

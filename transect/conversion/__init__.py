@@ -4,12 +4,10 @@ A conversion is where a part's numbers come from: exactly where algebra allows i
 where it does not.
 """
 
-from .catalog import load as _load
+from . import catalog  # noqa: F401 - importing one registers it
 from .convert import KIND, Plan, convert_anatomy
 from .registry import Calibration, Conversion, conversion, conversion_named, conversions
 from .stage import Stage
-
-_load()
 
 __all__ = [
     "KIND", "Calibration", "Conversion", "Plan", "Stage", "conversion", "conversion_named", "conversions",

@@ -3,10 +3,8 @@
 Each comparison is a probe of a pair, and goes through the frame of probes: the same results, files and report.
 """
 
-from .catalog import load as _load
+from . import catalog  # noqa: F401 - importing one registers it
 from .pair import Pair, pair_of
 from .registry import comparison, comparisons
-
-_load()
 
 __all__ = ["Pair", "comparison", "comparisons", "pair_of"]

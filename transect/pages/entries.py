@@ -13,6 +13,7 @@ PURPOSES = {
     "sharing": "Share out the bytes that are kept, before the method runs (--allocation)",
     "ranking": "Choose the ranks of low-rank methods by the loss that they cost (--allocation)",
     "probe": "Look inside (inspect)",
+    "study": "Study what small models trained for it show (study)",
     "adapter": "Fine-tune it: what is trained (adapt --method)",
     "parametrization": "Fine-tune it in other numbers, and put it together afterwards (adapt --method)",
     "objective": "Fine-tune it: what is lowered (adapt --objective)",
@@ -42,6 +43,7 @@ COMMANDS = {
         "transect compress MODEL --method svd-llm --allocation NAME --keep 0.7 --data calib.txt --out small/",
     ),
     "probe": "transect inspect MODEL --probes NAME --data sample.txt --out report/",
+    "study": "transect study NAME --out report/",
     "adapter": "transect adapt MODEL --method NAME --data new.txt --forgets old.txt --out adapted/",
     "parametrization": "transect adapt MODEL --method NAME --data new.txt --out adapted/",
     "objective": "transect adapt MODEL --method lora --objective NAME --data rows.jsonl --out adapted/",
@@ -60,7 +62,7 @@ COMMANDS = {
 
 
 def entries() -> list[Any]:
-    """Every registered method, allocation, probe, conversion, edit, part and way to adapt or search."""
+    """Every registered method, allocation, probe, study, conversion, edit, part and way to adapt or search."""
     from ..adaptation import adapters
     from ..compression import allocations, methods
     from ..conversion import conversions
@@ -70,7 +72,8 @@ def entries() -> list[Any]:
     from ..parts import parts
     from ..probes import probes
     from ..sizing import searchers
+    from ..studies import studies
     from ..training import layer_rates, optimizers, parametrizations, penalties
 
     ways = (*adapters(), *parametrizations(), *objectives(), *optimizers(), *layer_rates(), *penalties(), *searchers())
-    return [*methods(), *allocations(), *probes(), *conversions(), *mergings(), *edits(), *ways, *parts()]
+    return [*methods(), *allocations(), *probes(), *studies(), *conversions(), *mergings(), *edits(), *ways, *parts()]

@@ -29,7 +29,16 @@ class Table:
     rows: Sequence[Sequence[Any]]
 
 
-Drawing = Plot | Table
+@dataclass(frozen=True)
+class Listing:
+    """Text that is shown as it stands, such as a program, with a heading and a sentence on how to read it."""
+
+    title: str
+    note: str
+    text: str
+
+
+Drawing = Plot | Table | Listing
 
 
 def lines(

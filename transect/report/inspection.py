@@ -1,4 +1,4 @@
-"""The report of an inspection: one HTML page that needs no network, with its plots and the raw data beside it."""
+"""The report of an inspection or a study: one HTML page that needs no network, its plots and the raw data beside it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 from markupsafe import Markup
 
 from ..data import Specimen
-from ..probes import Drawing, Failure, Inspection, Plot, Probe, Result, drawings, probe
+from ..errors import TransectError
+from ..probes import Drawing, Failure, Inspection, Listing, Plot, Probe, Result, drawings, probe
 from ..store import Folder, write_text
+from ..studies import Study
 
 INDEX = "index.html"
 
@@ -27,11 +29,27 @@ def write_report(
 
     named: gives the probe of a name. lead: what the page is about, a sentence under its heading.
     """
+    return _write(folder, found, _model(specimen) | {"lead": lead}, named)
+
+
+def write_study(folder: Folder, study: Study, result: Result, seed: int, device: str) -> Path:
+    """The same page for a study, with its settings where a model's sizes would stand; returns its path."""
+    facts = [*result.settings.items(), ("seed", seed), ("device", device)]
+    head = {"name": study.title, "lead": study.summary, "facts": facts, "files": study.files}
+    found = Inspection({study.name: result})
+    path = _write(folder, found, head, lambda name: study)
+    if found.failed:
+        raise TransectError(f"{found.failed[study.name].message}; {path} says where")
+    return path
+
+
+def _write(folder: Folder, found: Inspection, head: Mapping[str, Any], named: Callable[[str], Probe]) -> Path:
+    """head: what the top of the page says of the model."""
     environment = Environment(loader=PackageLoader("transect.report"), autoescape=select_autoescape())
     sections = [_section(named(name), result, found.failed) for name, result in found.items()]
     plots = any("figure" in drawing for section in sections for drawing in section["drawings"])
     page = environment.get_template("inspection.html").render(
-        model=_model(specimen) | {"lead": lead}, sections=sections, plots=plots,
+        model=head, sections=sections, plots=plots,
         refused=list(found.refused.items()), failed=list(found.failed.items()),
         plotly=_plotly() if plots else "",
     )  # fmt: skip
@@ -99,6 +117,8 @@ def _drawing(identifier: str, drawing: Drawing) -> Mapping[str, Any]:
     if isinstance(drawing, Plot):
         figure = json.dumps(json.loads(drawing.figure.to_json()))
         return {**described, "figure": Markup(figure.replace("<", "\\u003c"))}
+    if isinstance(drawing, Listing):
+        return {**described, "listing": drawing.text}
     numeric = [
         bool(drawing.rows) and all(isinstance(row[column], (int, float)) for row in drawing.rows)
         for column in range(len(drawing.columns))

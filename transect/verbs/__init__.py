@@ -18,8 +18,9 @@ from .race import race
 from .race_parts import race_parts
 from .recover import recover
 from .search import search
+from .study import study
 
 __all__ = [
     "adapt", "build", "catalogue", "check_claims", "compare", "compress", "convert", "diff", "edit", "evaluate",
-    "inspect", "memorize", "merge", "prefer", "race", "race_parts", "recover", "search",
+    "inspect", "memorize", "merge", "prefer", "race", "race_parts", "recover", "search", "study",
 ]  # fmt: skip

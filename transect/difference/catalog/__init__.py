@@ -1,10 +1,5 @@
 """The comparisons of two models: every module and folder in here."""
 
-import importlib
-import pkgutil
+from ...modules import import_all
 
-
-def load() -> None:
-    """Import all of them, which registers them."""
-    for module in pkgutil.iter_modules(__path__):
-        importlib.import_module(f"{__name__}.{module.name}")
+import_all(__name__, __path__)
