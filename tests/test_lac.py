@@ -231,5 +231,5 @@ def test_the_claim_compares_phases_with_halves():
     result = claims(["lac/phases"])[0].function(Context(model, text, text))
     row = next(row for row in result.numbers if row["alpha"] == 0.8)
     clear = row["prompt and generated"] > max(row["halves of prompts"], row["halves of generated"])
-    assert result.verdict == (Verdict.HOLDS if clear else Verdict.DOES_NOT_HOLD)
+    assert result.verdict == (Verdict.of(clear))
     assert [row["alpha"] for row in result.numbers] == [0.0, 0.2, 0.5, 0.8]

@@ -221,10 +221,10 @@ def test_claims_compare_with_an_untrained_model(name):
     fewer = all(row["active"] < min(0.5, row["active before training"]) for row in result.numbers)
     mass = all(row["95 % of the sum"] < row["95 % of the sum before training"] for row in result.numbers)
     fewer &= name == "opt" or mass
-    assert result.verdict == (Verdict.HOLDS if fewer else Verdict.DOES_NOT_HOLD)
+    assert result.verdict == (Verdict.of(fewer))
     assert ("extension" in result.explanation) == (name == "llama")
     healthy = all(row["never active"] < 0.05 and row["median share of tokens"] < 0.5 for row in alive.numbers)
-    assert alive.verdict == (Verdict.HOLDS if healthy else Verdict.DOES_NOT_HOLD)
+    assert alive.verdict == (Verdict.of(healthy))
 
 
 def test_a_classifier_with_all_of_its_neurons_is_an_ordinary_one():
@@ -275,13 +275,13 @@ def test_claims_about_training_say_what_their_numbers_say(monkeypatch):
     width, labels, sparse = (one.result for one in run_claims(tiny("llama"), None, text, names))
     narrow, wide = width.numbers
     judged = wide["active"] < narrow["active"] and wide["active neurons"] > narrow["active neurons"]
-    assert width.verdict == (Verdict.HOLDS if judged else Verdict.DOES_NOT_HOLD)
+    assert width.verdict == (Verdict.of(judged))
     drawn = [row for row in labels.numbers if row["labels"] == "random"]
     judged = all(row["active"] < min(0.5, row["active before training"]) for row in drawn)
-    assert len(drawn) == 2 and labels.verdict == (Verdict.HOLDS if judged else Verdict.DOES_NOT_HOLD)
+    assert len(drawn) == 2 and labels.verdict == (Verdict.of(judged))
     dense, few, dense_noisy, few_noisy = sparse.numbers
     assert [row["label noise"] for row in sparse.numbers] == [0, 0, 0.4, 0.4] and few["neurons"] != dense["neurons"]
     judged = few["accuracy"] >= dense["accuracy"] - 0.01 and few_noisy["accuracy"] > dense_noisy["accuracy"]
     judged &= few["ECE"] <= dense["ECE"]
-    assert sparse.verdict == (Verdict.HOLDS if judged else Verdict.DOES_NOT_HOLD)
+    assert sparse.verdict == (Verdict.of(judged))
     assert all("not about the model under study" in one.explanation for one in (width, labels, sparse))

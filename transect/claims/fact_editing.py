@@ -204,7 +204,7 @@ def efficacy(context: Context, name: str) -> Result:
         f"{many['neighbours generated before']:.1%} of cases before, are still in "
         f"{single['neighbours generated']:.1%} and {many['neighbours generated']:.1%}"
     )
-    return Result(Verdict.HOLDS if min(shares) >= ENOUGH else Verdict.DOES_NOT_HOLD, f"{told}.", [single, many])
+    return Result(Verdict.of(min(shares) >= ENOUGH), f"{told}.", [single, many])
 
 
 def spares_neighbours(context: Context, name: str, **settings: Any) -> Result:
@@ -228,7 +228,7 @@ def spares_neighbours(context: Context, name: str, **settings: Any) -> Result:
         f"facts, with a neighbourhood score of {ours['neighbourhood score']:.4f} (1: untouched); after fine-tuning "
         f"without a bound of {free['new generated']:.1%}, with {free['neighbourhood score']:.4f}."
     )
-    return Result(Verdict.HOLDS if works and spares else Verdict.DOES_NOT_HOLD, told, rows)
+    return Result(Verdict.of(works and spares), told, rows)
 
 
 def erases_and_amplifies(context: Context, name: str) -> Result:
@@ -262,7 +262,7 @@ def erases_and_amplifies(context: Context, name: str) -> Result:
         f"model itself writes it for {one['true generated']:.0%}, before for {one['true generated before']:.0%}"
         for one in rows
     )
-    return Result(Verdict.HOLDS if holds else Verdict.DOES_NOT_HOLD, f"{told[0].upper()}{told[1:]}.", rows)
+    return Result(Verdict.of(holds), f"{told[0].upper()}{told[1:]}.", rows)
 
 
 _TRUE, _WRITTEN = "probability of the true answer", "generated: true answer"

@@ -27,6 +27,11 @@ class Verdict(StrEnum):
     NOT_APPLICABLE = "not applicable"
     FAILED = "failed"
 
+    @staticmethod
+    def of(holds: object) -> Verdict:
+        """HOLDS where that is true, not empty and not 0; else DOES_NOT_HOLD."""
+        return Verdict.HOLDS if holds else Verdict.DOES_NOT_HOLD
+
 
 @dataclass(frozen=True)
 class Result:

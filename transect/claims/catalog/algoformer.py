@@ -46,7 +46,7 @@ def features(context: Context) -> Result:
     holds = mean["algoformer"] < mean["loop of all"]
     told = ", ".join(f"{name} {value:.4f}" for name, value in mean.items())
     return Result(
-        Verdict.HOLDS if holds else Verdict.DOES_NOT_HOLD,
+        Verdict.of(holds),
         f"Squared error over all examples, in units of the answers' variance: {told}; least squares on the true "
         f"features {best['least squares']:.4f}, the answer 0 {best['nothing']:.4f}",
         rows,

@@ -85,7 +85,7 @@ def stable_scores(context: Context) -> Result:
         if (values := [row[kind] for row in numbers if kind in row])
     }
     told = "; ".join(f"mean rank correlation of {kind} {value:.3f}" for kind, value in means.items())
-    verdict = Verdict.HOLDS if all(value > 0.9 for value in means.values()) else Verdict.DOES_NOT_HOLD
+    verdict = Verdict.of(all(value > 0.9 for value in means.values()))
     return Result(verdict, f"{count} sequences each; {told}", numbers)
 
 

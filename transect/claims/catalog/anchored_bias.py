@@ -161,7 +161,7 @@ def spread(context: Context) -> Result:
     holds = change < 0
     if holds and abs(change) < CLEAR * error:
         told += f". The fall is within {CLEAR} standard errors of 0"
-    return Result(Verdict.HOLDS if holds else Verdict.DOES_NOT_HOLD, told, study.rows)
+    return Result(Verdict.of(holds), told, study.rows)
 
 
 @claim(
@@ -185,7 +185,7 @@ def bias_rate(context: Context) -> Result:
         f"there {wrong:.1%} and {new_wrong:.1%}, accuracy where it is right {right:.1%} and {new_right:.1%}, "
         f"perplexity {math.exp(loss):.4f} and {math.exp(new_loss):.4f} ({dearer:+.2%})"
     )
-    return Result(Verdict.HOLDS if holds else Verdict.DOES_NOT_HOLD, told, study.rows)
+    return Result(Verdict.of(holds), told, study.rows)
 
 
 @claim(
@@ -207,7 +207,7 @@ def consistency(context: Context) -> Result:
     error = ((before * (1 - before) + after * (1 - after)) / count) ** 0.5
     if abs(after - before) < CLEAR * error:
         told += f". The difference is within {CLEAR} standard errors ({error:.1%}) of 0"
-    return Result(Verdict.HOLDS if after > before else Verdict.DOES_NOT_HOLD, told, study.rows)
+    return Result(Verdict.of(after > before), told, study.rows)
 
 
 @claim(
@@ -232,7 +232,7 @@ def attention_swap(context: Context) -> Result:
     )
     if TOLD_EDIT in study.given:
         told += f"; the published edit of one neuron, told the same, {study.given[TOLD_EDIT].accuracy:.1%}"
-    return Result(Verdict.HOLDS if after > max(before, control) else Verdict.DOES_NOT_HOLD, told, study.rows)
+    return Result(Verdict.of(after > max(before, control)), told, study.rows)
 
 
 def silence(specimen: Specimen, journal: Journal, neurons: list[tuple[int, int]]) -> None:

@@ -65,7 +65,7 @@ def nowag_p_beside_wanda(context: Context) -> Result:
     added = found.worse_loss - context.dense.loss
     share = abs(found.difference) / added if added > 0 else float("inf")
     told = f"They differ by {found.difference:+.4f}, and Wanda adds {added:.4f}: a share of {share:.3f}"
-    verdict = Verdict.HOLDS if share < _ALIKE else Verdict.DOES_NOT_HOLD
+    verdict = Verdict.of(share < _ALIKE)
     return beside_dense(context, Result(verdict, told, [asdict(found)]))
 
 

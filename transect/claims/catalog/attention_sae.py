@@ -51,7 +51,7 @@ def sparse_and_faithful(context: Context) -> Result:
         f"{len(rows)} weights, and {len(enough)} of them recover {RECOVERED:.0%} with at most {FEW:.0%} active."
     )
     holds = bool(enough) and len(better) == len(rows)
-    return Result(Verdict.HOLDS if holds else Verdict.DOES_NOT_HOLD, told, rows)
+    return Result(Verdict.of(holds), told, rows)
 
 
 @claim(
@@ -87,7 +87,7 @@ def polysemantic_heads(context: Context) -> Result:
         raise NotApplicable(f"no head has {LEAST} features that are active on this text")
     share = several / judged
     told = f"{several} of {judged} heads ({share:.0%}) have features of at least two kinds among their top ten."
-    return Result(Verdict.HOLDS if share >= POLYSEMANTIC else Verdict.DOES_NOT_HOLD, told, rows)
+    return Result(Verdict.of(share >= POLYSEMANTIC), told, rows)
 
 
 def _found(context: Context, weight: float, layers: str = "middle") -> Found:

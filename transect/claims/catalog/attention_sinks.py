@@ -86,7 +86,7 @@ def _result(found: dict[str, dict[str, Any]], table: list[dict[str, Any]]) -> Re
         )
     able = [name for name, one in found.items() if name != PLAIN and all(_wanted(one, plain).values())]
     said = f"All as claimed at: {', '.join(able)}." if able else "At no weight all five are as claimed."
-    return Result(Verdict.HOLDS if able else Verdict.DOES_NOT_HOLD, f"{said} {told}.", table)
+    return Result(Verdict.of(able), f"{said} {told}.", table)
 
 
 def _wanted(one: dict[str, Any], plain: dict[str, Any]) -> dict[str, bool]:

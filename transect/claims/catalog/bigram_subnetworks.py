@@ -49,7 +49,7 @@ def sufficient(context: Context) -> Result:
     holds = share[FOUND] <= MOST and r[FOUND] >= AGREES and all(r[FOUND] > r[kind] for kind in (FULL, LARGEST, RANDOM))
     other = rows[len(KINDS) + KINDS.index(FOUND)]
     return Result(
-        Verdict.HOLDS if holds else Verdict.DOES_NOT_HOLD,
+        Verdict.of(holds),
         f"{share[FOUND]:.1%} of the weights have r = {r[FOUND]:.3f}; the whole model {r[FULL]:.3f}, as many of the "
         f"largest {r[LARGEST]:.3f}, as many random ones {r[RANDOM]:.3f}. In a model with random weights "
         f"{other['share']:.1%} have r = {other['r']:.3f}. {float(found['seen']):.0%} of the pairs were in the table.",
@@ -69,7 +69,7 @@ def necessary(context: Context) -> Result:
     loss = _by_kind(found, "loss")
     own, random = loss[WITHOUT] - loss[FULL], loss[WITHOUT_RANDOM] - loss[FULL]
     return Result(
-        Verdict.HOLDS if own > random else Verdict.DOES_NOT_HOLD,
+        Verdict.of(own > random),
         f"Without the {_by_kind(found, 'kept')[FOUND]:.1%} of the subnetwork the loss rises by {own:.3f} nats, without "
         f"as many random weights by {random:.3f}, from {loss[FULL]:.3f}.",
         _rows(found),
@@ -102,7 +102,7 @@ def first_mlp(context: Context) -> Result:
     best = max(rows, key=lambda row: row["kept"])
     first = next(row for row in rows if row["layer"] == min(mlps) and row["sublayer"] != "attention")
     return Result(
-        Verdict.HOLDS if best is first else Verdict.DOES_NOT_HOLD,
+        Verdict.of(best is first),
         f"The densest is the {best['sublayer']} of layer {best['layer']} with {best['kept']:.1%}; the first MLP has "
         f"{first['kept']:.1%}, and {first['weights'] / max(1, int(found['weights'])):.0%} of all kept weights.",
         rows,
@@ -130,7 +130,7 @@ def first_block(context: Context) -> Result:
         for name, curve in curves.items()
     )
     holds = all(int(step.argmax()) == 0 and float(step[0]) > 0 for step in steps.values())
-    return Result(Verdict.HOLDS if holds else Verdict.DOES_NOT_HOLD, f"{told}.", rows)
+    return Result(Verdict.of(holds), f"{told}.", rows)
 
 
 def _found(context: Context) -> Found:

@@ -141,7 +141,7 @@ def planted(context: Context) -> Result:
         for number, layer in enumerate(made.layers)
     ]  # fmt: skip
     return Result(
-        Verdict.HOLDS if holds else Verdict.DOES_NOT_HOLD,
+        Verdict.of(holds),
         f"Of {CHANNELS} channels that mix layer {made.layers[0]} or {made.layers[1]}, {by_score:.1%} get the right one "
         f"by blocks of the training samples and {by_part:.1%} by R² held out. r is {float(r.mean()):.3f} on average, "
         f"that of the signal itself {known:.3f}, the ceiling {float(ceiling.mean()):.3f}; r over the ceiling is "
@@ -192,7 +192,7 @@ def trained_features(context: Context) -> Result:
         for row in rows
     )
     return Result(
-        Verdict.HOLDS if holds else Verdict.DOES_NOT_HOLD,
+        Verdict.of(holds),
         f"Trained against untrained, on {len(held_out)} samples held out: {listed}.",
         rows,
     )

@@ -51,7 +51,7 @@ def specialised(context: Context) -> Result:
         ]  # fmt: skip
     own, other = (sum(row[key] for row in rows[: len(rows) // 2]) * 2 / len(rows) for key in ("own", "others"))
     return Result(
-        Verdict.HOLDS if gaps[0] > 0 and gaps[1] < gaps[0] / 100 else Verdict.DOES_NOT_HOLD,
+        Verdict.of(gaps[0] > 0 and gaps[1] < gaps[0] / 100),
         f"The perplexity rises by {own:.0%} on the own kind and by {other:.0%} on others (means over {len(rows) // 2} "
         f"kinds), without as many random neurons by {float(found['random rise'].mean()):.1%}. In the model with random "
         f"weights own and others differ by {gaps[1]:.2%}.",
@@ -81,7 +81,7 @@ def scores(context: Context) -> Result:
     away = max(abs(row["mean"] - row["base rate"]) for row in rows)
     worst = min(rows, key=lambda row: row["best"])
     return Result(
-        Verdict.HOLDS if told and away <= NEAR else Verdict.DOES_NOT_HOLD,
+        Verdict.of(told and away <= NEAR),
         f"The lowest best score is that of {worst['kind']}: {worst['best']:.2f}, with shuffled labels "
         f"{worst['best with shuffled labels']:.2f}. The mean over neurons is at most {away:.3f} from the base rate.",
         rows,
@@ -103,7 +103,7 @@ def few_neurons(context: Context) -> Result:
     by_activation = float(losses[0, MASKED.index(0.7)] - losses[0, 0])
     by_output = float(losses[1, MASKED.index(0.8)] - losses[1, 0])
     return Result(
-        Verdict.HOLDS if share >= 0.8 and max(by_activation, by_output) < ALMOST_NOTHING else Verdict.DOES_NOT_HOLD,
+        Verdict.of(share >= 0.8 and max(by_activation, by_output) < ALMOST_NOTHING),
         f"{share:.0%} of the neurons are below a fifth of the largest. The loss of {float(losses[0, 0]):.3f} changes "
         f"by {by_activation:+.3f} nats with 70 % at zero by activation, by {by_output:+.3f} with 80 % by output.",
         _losses(found),
@@ -155,7 +155,7 @@ def separate(context: Context) -> Result:
     mean = sum(row["overlap"] for row in rows) / len(rows)
     most = max(rows, key=lambda row: row["overlap"])
     return Result(
-        Verdict.HOLDS if mean < chance else Verdict.DOES_NOT_HOLD,
+        Verdict.of(mean < chance),
         f"Two kinds share {mean:.1%} of their neurons on average; random sets {chance:.1%}. Most share {most['kind']} "
         f"and {most['other']}: {most['overlap']:.1%}.",
         rows,

@@ -61,7 +61,7 @@ def _compared(specimen: Specimen, kind: Kind, better: str, worse: str) -> Result
     holds = difference > 2 * error
     clean, corrupted = (sum(getattr(one, name) for one in traces) / len(traces) for name in ("clean", "corrupted"))
     return Result(
-        Verdict.HOLDS if holds else Verdict.DOES_NOT_HOLD,
+        Verdict.of(holds),
         f"{len(traces)} known facts, p(answer) {clean:.3f} clean and {corrupted:.3f} with noise. The best layer gains "
         f"{best[better].mean():.3f} at {better} and {best[worse].mean():.3f} at {worse}: a difference of "
         f"{difference:+.3f} ± {error:.3f} (standard error over facts).",

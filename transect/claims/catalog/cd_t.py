@@ -34,7 +34,7 @@ def circuit(context: Context) -> Result:
     ]
     holds = bool((recovered > random).all())
     return Result(
-        Verdict.HOLDS if holds else Verdict.DOES_NOT_HOLD,
+        Verdict.of(holds),
         f"{int(sizes[-1])} heads recover {float(recovered[-1]):.0%} of the answer's logit, random sets of as many "
         f"{float(random[-1]):.0%}; the circuit is better at {int((recovered > random).sum())} of {len(rows)} sizes.",
         rows,
@@ -79,7 +79,7 @@ def ablation(context: Context) -> Result:
         )
     mean = sum(row["rank correlation"] for row in rows) / len(rows)
     return Result(
-        Verdict.HOLDS if mean > 0.5 else Verdict.DOES_NOT_HOLD,
+        Verdict.of(mean > 0.5),
         f"Over {len(made.nodes)} heads by position the rank correlation of score and effect is {mean:.2f}, the "
         f"mean of {len(rows)} prompts.",
         rows,
@@ -123,7 +123,7 @@ def copying(context: Context) -> Result:
     ]
     places = [1 + order.index(place) for place in known]
     return Result(
-        Verdict.HOLDS if min(places) <= 3 else Verdict.DOES_NOT_HOLD,
+        Verdict.of(min(places) <= 3),
         f"Of {len(order)} heads, those that copy are at place "
         + ", ".join(f"{place} ({layer}.{head})" for place, (layer, head) in zip(places, known, strict=True))
         + " by score.",

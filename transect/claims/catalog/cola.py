@@ -31,7 +31,7 @@ def shorter(context: Context) -> Result:
     if one.right < LEAST:
         raise NotApplicable(f"the model answers {one.right} of the questions rightly, and {LEAST} are needed")
     return Result(
-        Verdict.HOLDS if one.shorter > 0.75 and one.shorter > one.shorter_by_random else Verdict.DOES_NOT_HOLD,
+        Verdict.of(one.shorter > 0.75 and one.shorter > one.shorter_by_random),
         f"Of {one.right} questions answered rightly, {one.shorter:.0%} have a right path of fewer layers (mean length "
         f"of the shortest {one.lengths[0]:.2f} of {context.specimen.layers}), and {one.shorter_by_random:.0%} by as "
         "many random paths.",
@@ -56,7 +56,7 @@ def corrected(context: Context) -> Result:
     guessed = 0.0 if isnan(one.corrected_by_chance) else one.corrected_by_chance  # one answer leaves nothing to guess
     beaten = one.corrected > max(guessed, one.corrected_by_random)
     return Result(
-        Verdict.HOLDS if one.corrected > 0.6 and beaten else Verdict.DOES_NOT_HOLD,
+        Verdict.of(one.corrected > 0.6 and beaten),
         f"Of {one.wrong} questions ({kind}) answered wrongly, {one.corrected:.0%} have some right path, "
         f"{one.corrected_by_random:.0%} by as many random paths, and {one.corrected_by_chance:.0%} would be hit by as "
         "many different guesses.",

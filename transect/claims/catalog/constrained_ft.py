@@ -36,7 +36,7 @@ def bounded(context: Context) -> Result:
         f"without a bound of {free['new generated']:.1%}, with {free['neighbourhood score']:.4f}. At least 95 % are "
         f"reached with: {', '.join(better) or 'none of the bounds tried'}."
     )
-    return Result(Verdict.HOLDS if holds else Verdict.DOES_NOT_HOLD, told, [*rows, free])
+    return Result(Verdict.of(holds), told, [*rows, free])
 
 
 @claim(

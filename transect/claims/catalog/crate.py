@@ -67,7 +67,7 @@ def layer_by_layer(context: Context) -> Result:
     told = ", ".join(f"{key} {count}" for key, count in falls.items())
     holds = min(falls["rate"], falls["not zero"]) > (BLOCKS - 1) / 2
     return Result(
-        Verdict.HOLDS if holds else Verdict.DOES_NOT_HOLD,
+        Verdict.of(holds),
         f"Of {BLOCKS - 1} steps from block to block it falls in: {told} (trained on {source}).",
         table,
     )

@@ -72,7 +72,7 @@ def means_the_other_phrase(context: Context) -> Result:
         f"{mean['likeness after']:.4f} and rises for {nearer:.0%}; the phrase's caption moves by "
         f"{mean['phrase moved']:.4f} (1 - cosine), neighbours by {mean['neighbours moved']:.4f}, less for {less:.0%}."
     )
-    return Result(Verdict.HOLDS if min(nearer, less) >= 0.95 else Verdict.DOES_NOT_HOLD, told, [mean])
+    return Result(Verdict.of(min(nearer, less) >= 0.95), told, [mean])
 
 
 @claim(
@@ -96,4 +96,4 @@ def first_layer(context: Context) -> Result:
         f"At equal size layer 0 moves the caption by {first['phrase moved']:.4f} (1 - cosine) and layer {middle} by "
         f"{other['phrase moved']:.4f}, over {len(pairs)} phrases; layer 0 by more for {more:.0%}."
     )
-    return Result(Verdict.HOLDS if more > 0.5 else Verdict.DOES_NOT_HOLD, told, [first, other])
+    return Result(Verdict.of(more > 0.5), told, [first, other])

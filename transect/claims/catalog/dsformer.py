@@ -58,7 +58,7 @@ def weight_error(context: Context) -> Result:
     held = sum(row["held"] for row in numbers)
     told = ", ".join(f"{row['dsformer']:.3f} against {row['svd']:.3f} at {row['keep']:g}" for row in numbers)
     return Result(
-        Verdict.HOLDS if held == len(numbers) else Verdict.DOES_NOT_HOLD,
+        Verdict.of(held == len(numbers)),
         f"Lower in the mean over the matrices at {held} of {len(numbers)} budgets: {told}",
         numbers,
     )

@@ -61,7 +61,7 @@ def learned_codes(context: Context) -> Result:
     told = f"Margin of learned codes {means['learned']:.4f}, of random ones {means['random']:.4f}: more by "
     told += f"{float(gains.mean()):.4f} ± {error:.4f}, in {int((gains > 0).sum())} of {len(gains)} heads and draws. "
     told += f"Label error {left['learned']:.3f} and {left['random']:.3f}"
-    return Result(Verdict.HOLDS if gains.mean() > _CLEAR * error else Verdict.DOES_NOT_HOLD, told, rows)
+    return Result(Verdict.of(gains.mean() > _CLEAR * error), told, rows)
 
 
 def margin(z: Tensor, codes: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ def trained_codes(context: Context) -> Result:
         held.append(more > _CLEAR * error)
     told = ", ".join(f"{row['way']} {row['trained']:.4f} (untrained {row['converted']:.4f})" for row in rows)
     told += f"; as it was {context.dense.loss:.4f}"
-    return Result(Verdict.HOLDS if all(held) else Verdict.DOES_NOT_HOLD, told, rows)
+    return Result(Verdict.of(all(held)), told, rows)
 
 
 def _read_signs(anatomy: Anatomy) -> None:

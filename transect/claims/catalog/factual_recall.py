@@ -62,7 +62,7 @@ def task_head(context: Context) -> Result:
     difference, error = _mean_and_error(torch.cat(differences))
     holds = difference > 2 * error and top >= 2 * control
     return Result(
-        Verdict.HOLDS if holds else Verdict.DOES_NOT_HOLD,
+        Verdict.of(holds),
         f"On {len(torch.cat(drops))} facts of {len(drops)} prompts, removing the top head lowers p(answer) by "
         f"{top:.3f}, another head of its layer by {control:.3f} on average: a difference of {difference:+.3f} "
         f"± {error:.3f} (standard error over facts).",
@@ -93,7 +93,7 @@ def reading_head(context: Context) -> Result:
     constant = sum(row["attention to the subject"] > 0.99 for row in rows)
     note = f" For {constant} it always attends to the subject, so that its share hardly varies." if constant else ""
     return Result(
-        Verdict.HOLDS if len(positive) == len(rows) else Verdict.DOES_NOT_HOLD,
+        Verdict.of(len(positive) == len(rows)),
         f"The correlation is positive for {len(positive)} of {len(rows)} prompts: "
         + ", ".join(f"{row['head']} {row['correlation']:+.2f}" for row in rows) + f".{note}",
         rows,
@@ -126,7 +126,7 @@ def mlp_answers(context: Context) -> Result:
         said += (
             ". The split fits badly, so that nearly all of the output counts as the MLP's own: little follows from it"
         )
-    return Result(Verdict.HOLDS if holds else Verdict.DOES_NOT_HOLD, f"By prompt: {said}.", rows)
+    return Result(Verdict.of(holds), f"By prompt: {said}.", rows)
 
 
 _SPLIT = ("explained", "own logit", "heads logit", "component logit", "own raises", "heads raise")
@@ -159,7 +159,7 @@ def function_application(context: Context) -> Result:
                 rows.append(row | {name: float(values[number, column]) for name, values in mean.items()})
     if not any(row["direction"] == "heads" and row["applied first"] >= 0 for row in rows):
         raise NotApplicable("no head that lowers the metric writes before the MLP that answers")
-    return Result(Verdict.HOLDS if all(acts) else Verdict.DOES_NOT_HOLD, " ".join(said), rows)
+    return Result(Verdict.of(all(acts)), " ".join(said), rows)
 
 
 @claim(
@@ -188,7 +188,7 @@ def last_layer_suppression(context: Context) -> Result:
         for name, a, b in zip(changes, chosen.mean(1), reported.mean(1), strict=True)
     ]
     return Result(
-        Verdict.HOLDS if holds else Verdict.DOES_NOT_HOLD,
+        Verdict.of(holds),
         f"The last MLP (layer {last}) adds {pull:+.2f} ± {pull_error:.2f} to the answer's logit, on {len(facts)} known "
         f"facts{'' if pull < 0 else ': no suppression was found'}. The best change on one half, {list(changes)[best]}, "
         f"changes p(answer) on the other by {gain:+.4f} ± {error:.4f}.",

@@ -80,9 +80,7 @@ def rates(context: Context) -> Result:
         })  # fmt: skip
     told = "; ".join(f"{row['rates']}: {row['loss']:.4f}" for row in table)
     lower = mean_of(found[FARMS]).loss < plain.loss
-    return Result(
-        Verdict.HOLDS if lower else Verdict.DOES_NOT_HOLD, f"Loss after training on {source}, by rates: {told}.", table
-    )
+    return Result(Verdict.of(lower), f"Loss after training on {source}, by rates: {told}.", table)
 
 
 def _trained(context: Context, training: Batches, way: str, seed: int) -> Measured:

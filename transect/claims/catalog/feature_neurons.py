@@ -64,7 +64,7 @@ def own_token(context: Context) -> Result:
     )
     by_output = rows[-1]
     return Result(
-        Verdict.HOLDS if holds else Verdict.DOES_NOT_HOLD,
+        Verdict.of(holds),
         f"Mean change of the log-probability of the own token of {judged[0]['neurons']} neurons, against that of "
         f"random neurons with as large an output: {listed}. Decoded by what they write instead (columns of down), it "
         f"is {by_output['own token, nats']:+.3f} against {by_output['random neurons, nats']:+.3f}.",
@@ -115,7 +115,7 @@ def stable(context: Context) -> Result:
     judged = numbers[RATES.index(JUDGED)]
     listed = ", ".join(f"{row['kept, up']:.1%} at {row['rate']:g}" for row in numbers)
     return Result(
-        Verdict.HOLDS if judged["kept, up"] > KEPT else Verdict.DOES_NOT_HOLD,
+        Verdict.of(judged["kept, up"] > KEPT),
         f"After {STEPS} steps at a learning rate of {JUDGED:g} {judged['kept, up']:.1%} of the up-projection neurons "
         f"keep their top token ({judged['kept by chance, up']:.1%} by chance). The loss went from "
         f"{judged['loss on the text before']:.4f} to {judged['loss on the text after']:.4f} on the text itself and "

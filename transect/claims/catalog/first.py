@@ -133,4 +133,4 @@ def penalty(context: Context) -> Result:
     values = [row["expected to run"] for row in rows]
     holds = all(later < earlier for earlier, later in itertools.pairwise(values))
     told = f"Of {routers} routed blocks, expected to run: {', '.join(f'{value:.3f}' for value in values)}"
-    return Result(Verdict.HOLDS if holds else Verdict.DOES_NOT_HOLD, told, rows)
+    return Result(Verdict.of(holds), told, rows)

@@ -52,7 +52,7 @@ def weight_error(context: Context) -> Result:
             "matrices_nearer_than_svd": nearer, "fwsvd_loss": losses.better_loss, "svd_loss": losses.worse_loss,
             "difference": losses.difference, "standard_error": losses.standard_error, "clear": losses.clear,
         })  # fmt: skip
-    verdict = Verdict.HOLDS if held == len(KEEPS) else Verdict.DOES_NOT_HOLD
+    verdict = Verdict.of(held == len(KEEPS))
     return Result(verdict, f"A larger weight error and a lower loss at {held} of {len(KEEPS)} budgets.", numbers)
 
 

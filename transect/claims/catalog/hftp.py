@@ -64,7 +64,7 @@ def trained(context: Context) -> Result:
         for name in MODELS
     )
     return Result(
-        Verdict.HOLDS if holds else Verdict.DOES_NOT_HOLD,
+        Verdict.of(holds),
         f"{mean['trained', 'tagged']:.0f} of {SIZES['blocks'] * SIZES['neurons']} neurons are tagged in the trained "
         f"model, {mean['trained', 'tagged, exchanged']:.0f} with the conditions exchanged. Contrast, {told} (means "
         f"over {len(SEEDS)} seeds). A control that keeps the rhythm of kinds of words leaves "
@@ -147,7 +147,7 @@ def rhythm(context: Context) -> Result:
     holds = mine["tagged"] > mine["tagged, exchanged"]
     holds &= all(mine[key] > fresh[key] for key in ("contrast, sentence", "contrast, phrase"))
     return Result(
-        Verdict.HOLDS if holds else Verdict.DOES_NOT_HOLD,
+        Verdict.of(holds),
         f"{mine['tagged']} of {mine['neurons']} neurons are tagged, {mine['tagged, exchanged']} with the conditions "
         f"exchanged. Sentences take {mine['contrast, sentence']:.1%} more of a neuron's power than in the control, and "
         f"{fresh['contrast, sentence']:.1%} with random weights; phrases {mine['contrast, phrase']:.1%} and "
@@ -179,7 +179,7 @@ def analogous(context: Context) -> Result:
         for name, one in zip(found.labels["layer"], shares, strict=True)
     ]
     return Result(
-        Verdict.HOLDS if rho > 0.5 else Verdict.DOES_NOT_HOLD,
+        Verdict.of(rho > 0.5),
         f"Over {len(shares)} layers the shares of both kinds have a rank correlation of {rho:.2f}; "
         f"{int(found['count'][:, 0].sum())} neurons follow sentences alone and {int(found['count'][:, 1].sum())} "
         "phrases alone.",

@@ -127,7 +127,7 @@ def fewer_operations(context: Context) -> Result:
     before, after = _judge(_base(STEPS), asked), _judge(_converted(STEPS, TURNS, 0.5), asked)
     ratio, lost = before.flops / after.flops, before.accuracy - after.accuracy
     return Result(
-        Verdict.HOLDS if ratio >= _GAIN and lost < _POINTS else Verdict.DOES_NOT_HOLD,
+        Verdict.of(ratio >= _GAIN and lost < _POINTS),
         f"{ratio:.2f} times as cheap, {after.kept:.0%} of the patches kept, for {lost:.1f} points of "
         f"{before.accuracy:.1f} % accuracy on {TESTED} images; one seed.",
         [{"model": name, **one._asdict()} for name, one in (("as it was", before), ("converted", after))],
@@ -147,7 +147,7 @@ def penalty(context: Context) -> Result:
     rises = all(one.kept <= other.kept for one, other in pairwise(found))
     told = ", ".join(f"{one.kept:.0%} at {tau:g}" for tau, one in zip(PENALTIES, found, strict=True))
     return Result(
-        Verdict.HOLDS if rises and found[0].kept < found[-1].kept else Verdict.DOES_NOT_HOLD,
+        Verdict.of(rises and found[0].kept < found[-1].kept),
         f"Patches kept, mean over groups: {told}.",
         [{"penalty": tau, **one._asdict()} for tau, one in zip(PENALTIES, found, strict=True)],
     )
@@ -179,7 +179,7 @@ def where(context: Context) -> Result:
     learned, attention, chance = (row["accuracy"] for row in rows)
     holds = learned > attention >= chance and mass > area
     return Result(
-        Verdict.HOLDS if holds else Verdict.DOES_NOT_HOLD,
+        Verdict.of(holds),
         f"Accuracy {learned:.1f} % by the interpreters, {attention:.1f} % by attention, {chance:.1f} % at random; "
         f"{mass:.0%} of the first group's scores lie on the digit, which is {area:.0%} of the patches, and the best "
         f"patch is on it in {hits:.0%} of {TESTED} images.",

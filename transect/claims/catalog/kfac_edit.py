@@ -185,7 +185,7 @@ def forgets_passages(context: Context) -> Result:
     )
     if not study.bundled:
         told += ". Open-book accuracy was not measured: there are no such questions for this model"
-    return Result(Verdict.HOLDS if holds else Verdict.DOES_NOT_HOLD, told, rows)
+    return Result(Verdict.of(holds), told, rows)
 
 
 @claim(
@@ -232,7 +232,7 @@ def beats_svd(context: Context) -> Result:
         f"In {roles} of blocks {layers}, less recitation than the SVD at equal loss at {better} of {len(RHOS)} rho, "
         f"more at {worse}. Between two ranks, the SVD's recitation is interpolated in the loss"
     )
-    return Result(Verdict.HOLDS if better and not worse else Verdict.DOES_NOT_HOLD, told, rows)
+    return Result(Verdict.of(better and not worse), told, rows)
 
 
 @claim(
@@ -263,4 +263,4 @@ def what_suffers(context: Context) -> Result:
     told = (
         f"In {roles} of blocks {layers}, with {ASKED} questions of each kind (standard errors up to 2.5 points), {told}"
     )
-    return Result(Verdict.HOLDS if holds else Verdict.DOES_NOT_HOLD, told, rows)
+    return Result(Verdict.of(holds), told, rows)

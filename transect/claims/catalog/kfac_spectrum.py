@@ -39,7 +39,7 @@ def recited_text_is_flat(context: Context) -> Result:
     above = int((recited[:, -1] > shuffled[:, -1]).sum())
     more = means["recited"][-1] > means["shuffled"][-1]
     return Result(
-        Verdict.HOLDS if rising and more else Verdict.DOES_NOT_HOLD,
+        Verdict.of(rising and more),
         f"Recited passages over text: {means['recited'][0]:.2f} in the top tenth of the directions, "
         f"{means['recited'][-1]:.2f} in the flat half. The same words in another order, which the model does not know: "
         f"{means['shuffled'][0]:.2f} and {means['shuffled'][-1]:.2f}; in the flat half the recited ones load more at "

@@ -44,7 +44,7 @@ def phases(context: Context) -> Result:
     noise = max(halves)
     clear = [row["alpha"] for row in rows if row[names[0]] > max(row[names[3]], row[names[4]])]
     return Result(
-        Verdict.HOLDS if between > noise else Verdict.DOES_NOT_HOLD,
+        Verdict.of(between > noise),
         f"At alpha 0.8 the share of active tokens differs by {between:.4f} a layer between the phases, and by less "
         f"than {noise:.4f} between 95 % of random halves of one phase. The text's own tokens at the places of the "
         f"generated ones differ by {text:.4f} from the prompts and by {other:.4f} from the generated ones"

@@ -51,7 +51,7 @@ def lstm_learns_sooner(context: Context) -> Result:
             })  # fmt: skip
     sooner = [row["normed_steps"] < row["plain_steps"] for row in numbers]
     return Result(
-        Verdict.HOLDS if all(sooner) else Verdict.DOES_NOT_HOLD,
+        Verdict.of(all(sooner)),
         f"Sooner in {sum(sooner)} of {len(sooner)} pairs of trainings of {STEPS} steps: to the plain cell's last loss "
         f"in {mean(row['normed_steps'] for row in numbers):.0f} steps against "
         f"{mean(row['plain_steps'] for row in numbers):.0f}, at the mean",
@@ -123,7 +123,7 @@ def small_batches(context: Context) -> Result:
         for row in numbers
     )
     return Result(
-        Verdict.HOLDS if holds else Verdict.DOES_NOT_HOLD,
+        Verdict.of(holds),
         f"In batches of {BATCHES[0]} against {BATCHES[1]}, {EXAMPLES} examples each, over {len(SEEDS)} seeds: {told}",
         numbers,
     )

@@ -94,7 +94,7 @@ def window_and_gate(context: Context) -> Result:
     whole = _way(context, "whole").after
     rows = [_row(name, _way(context, name), whole) for name in ways]
     held = [row["more than whole"] > _CLEAR * row["standard_error"] for row in rows[1:3]]
-    return Result(Verdict.HOLDS if all(held) else Verdict.DOES_NOT_HOLD, f"{_told(rows)}, {STEPS} steps each", rows)
+    return Result(Verdict.of(all(held)), f"{_told(rows)}, {STEPS} steps each", rows)
 
 
 @claim(
@@ -113,7 +113,7 @@ def recovers(context: Context) -> Result:
            "standard_error": error, "closed": closed}  # fmt: skip
     told = f"From {dense.loss:.3f} to {found.before.loss:.3f} converted and {found.after.loss:.3f} tuned: {closed:.0%} "
     told += f"of the gap closed in {STEPS} steps"
-    return Result(Verdict.HOLDS if lost > _CLEAR * error and closed > 0.5 else Verdict.DOES_NOT_HOLD, told, [row])
+    return Result(Verdict.of(lost > _CLEAR * error and closed > 0.5), told, [row])
 
 
 @claim(
@@ -132,4 +132,4 @@ def window_most(context: Context) -> Result:
     first = rows[0]["way"] == "no window"
     clear = rows[0]["more than whole"] > _CLEAR * rows[0]["standard_error"]
     told = f"Worst first: {_told(rows)}; whole {whole.loss:.3f}"
-    return Result(Verdict.HOLDS if first and clear else Verdict.DOES_NOT_HOLD, told, rows)
+    return Result(Verdict.of(first and clear), told, rows)

@@ -100,4 +100,4 @@ def where_it_is_redundant(context: Context) -> Result:
         {"block": block.index, "attention": float(a), "mlp": float(m)}
         for block, a, m in zip(blocks, attention, mlp, strict=True)
     ]
-    return Result(Verdict.HOLDS if holds else Verdict.DOES_NOT_HOLD, told, numbers)
+    return Result(Verdict.of(holds), told, numbers)

@@ -79,7 +79,7 @@ def informs_editing(context: Context) -> Result:
             f"tracing peak {peak}"
         )
     told = f"{len(bench.facts)} facts in {len(editable)} of {layers} layers, window {window}. {'. '.join(parts)}."
-    return Result(Verdict.HOLDS if max(gains) < _GAIN else Verdict.DOES_NOT_HOLD, told, rows)
+    return Result(Verdict.of(max(gains) < _GAIN), told, rows)
 
 
 def explained(scores: Tensor, effects: Tensor) -> tuple[float, float, float, float, float]:

@@ -54,7 +54,7 @@ def better_start(context: Context) -> Result:
     beaten = [way for way in others if found[best].loss < found[way].loss]
     told = ", ".join(f"{way} {one.loss:.3f}" for way, one in found.items())
     return Result(
-        Verdict.HOLDS if len(beaten) == len(others) else Verdict.DOES_NOT_HOLD,
+        Verdict.of(len(beaten) == len(others)),
         f"Held-out loss after {_last(STEPS)} steps end to end (of {STEPS} in all; random: those alone): {told}. The "
         f"teacher's is {context.dense.loss:.3f}. Trained on {source}.",
         table,

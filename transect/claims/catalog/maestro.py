@@ -55,7 +55,7 @@ def half_rank(context: Context) -> Result:
     held = costs[ORDERED] < costs[PLAIN] and costs[ORDERED] <= costs[DENSE]
     told = ", ".join(f"{way} {found[way][0][JUDGED].loss:.4f} ({costs[way]:+.4f})" for way in found)
     return Result(
-        Verdict.HOLDS if held else Verdict.DOES_NOT_HOLD,
+        Verdict.of(held),
         f"Loss at half the rank, and what the cut costs, from {context.dense.loss:.4f}: {told}",
         rows,
     )

@@ -106,7 +106,7 @@ def as_trained_alone(context: Context) -> Result:
         for row in rows
     )
     return Result(
-        Verdict.HOLDS if close and far else Verdict.DOES_NOT_HOLD,
+        Verdict.of(close and far),
         f"Loss of nested models: {told}. It {'falls' if falls else 'does not always fall'} with size",
         rows,
     )
@@ -144,7 +144,7 @@ def mixtures(context: Context) -> Result:
     furthest = max(row["more, in %"] for row in rows if row["order"] == "rising")
     held = furthest <= 100 * MARGIN and of["rising"] <= min(of["falling"], of["any"])
     return Result(
-        Verdict.HOLDS if held else Verdict.DOES_NOT_HOLD,
+        Verdict.of(held),
         f"Rising widths are at most {furthest:+.2f} % from the line; mean loss "
         + ", ".join(f"{order} {loss:.4f}" for order, loss in of.items()),
         rows,
@@ -165,7 +165,7 @@ def consistency(context: Context) -> Result:
     nested = _agreement(_top(context, models.nested, small), _top(context, models.nested, large))
     alone = _agreement(_top(context, models.alone[NEURONS[0]]), _top(context, models.alone[NEURONS[-1]]))
     return Result(
-        Verdict.HOLDS if nested > alone else Verdict.DOES_NOT_HOLD,
+        Verdict.of(nested > alone),
         f"S and XL agree at {nested:.1%} of the positions when nested, at {alone:.1%} when trained alone",
         [{"models": "nested", "agreement": nested}, {"models": "trained alone", "agreement": alone}],
     )

@@ -61,7 +61,7 @@ def fitted(context: Context) -> Result:
         held += [longer["error"] < shorter["error"] for shorter, longer in pairwise(rows)]
         numbers += rows
     return Result(
-        Verdict.HOLDS if all(held) else Verdict.DOES_NOT_HOLD,
+        Verdict.of(all(held)),
         f"{sum(held)} of {len(held)} comparisons are as said; errors are relative to those of the mean output",
         numbers,
     )
@@ -107,7 +107,7 @@ def near_dense(context: Context) -> Result:
                         "standard_error": standard_error})  # fmt: skip
     held = [row["tables"] <= 1.03 * row["mlp"] for row in numbers]
     return Result(
-        Verdict.HOLDS if all(held) else Verdict.DOES_NOT_HOLD,
+        Verdict.of(all(held)),
         f"Within 3 % from {sum(held)} of {len(held)} seeds, after {STEPS} steps",
         numbers,
     )

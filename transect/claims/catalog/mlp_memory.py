@@ -37,7 +37,7 @@ def below_base(context: Context) -> Result:
     gain, error = losses["imitating"].minus(losses["base"])
     better, its = losses["imitating"].minus(losses["next token"])
     return Result(
-        Verdict.HOLDS if gain < 0 and better < 0 else Verdict.DOES_NOT_HOLD,
+        Verdict.of(gain < 0 and better < 0),
         f"The memory changes the loss by {gain:+.4f} ± {error:.4f}, and imitation by {better:+.4f} ± {its:.4f}",
         numbers,
     )

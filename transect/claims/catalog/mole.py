@@ -75,7 +75,7 @@ def conflicting_tasks(context: Context) -> Result:
         f"standard error {one.minus(other)[1]:.4f}) and {most.loss:.4f} of rank {EXPERTS * RANK}"
         for task, one, other, most in zip(TASKS, ours, same, larger, strict=True)
     )
-    return Result(Verdict.HOLDS if lower and near else Verdict.DOES_NOT_HOLD, f"Loss in nats a word, {told}.", rows)
+    return Result(Verdict.of(lower and near), f"Loss in nats a word, {told}.", rows)
 
 
 def _row(name: str, found: tuple[list[Measured], dict[str, Any]], ours: tuple[list[Measured], Any]) -> dict[str, Any]:

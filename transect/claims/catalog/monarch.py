@@ -60,7 +60,7 @@ def trained_mlp(context: Context) -> Result:
         )  # fmt: skip
     held = [row["difference"] <= 0 for row in numbers]
     return Result(
-        Verdict.HOLDS if all(held) else Verdict.DOES_NOT_HOLD,
+        Verdict.of(all(held)),
         f"No higher from {sum(held)} of {len(held)} seeds, after {STEPS} steps of {BATCH} sequences",
         numbers,
     )

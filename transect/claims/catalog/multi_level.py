@@ -67,9 +67,7 @@ def cycle(context: Context) -> Result:
         )
         for way, found in means.items()
     )
-    return Result(
-        Verdict.HOLDS if held else Verdict.DOES_NOT_HOLD, f"{told} (means of {len(SEEDS)} seeds, {source})", rows
-    )
+    return Result(Verdict.of(held), f"{told} (means of {len(SEEDS)} seeds, {source})", rows)
 
 
 def _fresh(context: Context, seed: int, length: int) -> Any:

@@ -41,7 +41,7 @@ def falls_with_training(context: Context) -> Result:
     shares = [float(one["nuclear_share"].nanmean()) for one in (trained, random)]
     contrary = (shares[0] - shares[1]) * difference < 0
     return Result(
-        Verdict.HOLDS if difference < -2 * error else Verdict.DOES_NOT_HOLD,
+        Verdict.of(difference < -2 * error),
         f"Over {len(apart)} texts the matrix nuclear norm is {float(trained['mnn'].nanmean()):.4f} trained and "
         f"{float(random['mnn'].nanmean()):.4f} random, a difference of {difference:+.4f} ± {error:.4f}; the exact "
         f"nuclear norm is {shares[0]:.1%} and {shares[1]:.1%} of its ceiling"
@@ -70,7 +70,7 @@ def ranks_as_exact(context: Context) -> Result:
         for name, row in zip(("mnn_share", "nuclear_share"), both, strict=True)
     ]
     return Result(
-        Verdict.HOLDS if correlation > 0.8 else Verdict.DOES_NOT_HOLD,
+        Verdict.of(correlation > 0.8),
         f"Rank correlation {correlation:.2f} over {both.shape[1]} texts; above 0.8 is asked for",
         numbers,
     )

@@ -73,7 +73,7 @@ def eight_bits(context: Context) -> Result:
     rise, error = measured.minus(context.dense)
     share = rise / context.dense.loss
     return Result(
-        Verdict.HOLDS if share <= 0.005 else Verdict.DOES_NOT_HOLD,
+        Verdict.of(share <= 0.005),
         f"{measured.loss:.4f} against {context.dense.loss:.4f} ± {error:.4f}: {share:+.2%}",
         [{"loss": measured.loss, "dense": context.dense.loss, "above": rise, "standard error": error}],
     )

@@ -58,7 +58,7 @@ def reach(result: Found, multiplicity: int) -> tuple[float, float]:
 
 def verdict(holds: bool) -> Verdict:
     """HOLDS or not."""
-    return Verdict.HOLDS if holds else Verdict.DOES_NOT_HOLD
+    return Verdict.of(holds)
 
 
 @claim(

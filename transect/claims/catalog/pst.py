@@ -44,7 +44,7 @@ def learned_scores(context: Context) -> Result:
         )
     difference, error = ours.minus(found[MAGNITUDE][0])
     return Result(
-        Verdict.HOLDS if difference < 0 else Verdict.DOES_NOT_HOLD,
+        Verdict.of(difference < 0),
         f"At {SPARSITY:.0%} sparsity {ours.loss:.4f} against {found[MAGNITUDE][0].loss:.4f} ({difference:+.4f}, "
         f"standard error {error:.4f}), from {context.dense.loss:.4f} of the dense model",
         rows,

@@ -126,5 +126,5 @@ def _result(rows: list[dict[str, Any]], failed: list[str], ways: tuple[str, ...]
         f"{row['target']} of {row['keys']} keys: " + ", ".join(f"{way} {row[way]:.2f}" for way in ways) for row in rows
     )
     against = f" Not so for {', '.join(failed)}." if failed else ""
-    verdict = Verdict.DOES_NOT_HOLD if failed else Verdict.HOLDS
+    verdict = Verdict.of(not failed)
     return Result(verdict, f"Errors over the variance, from {EXAMPLES} examples: {told}.{against}", rows)

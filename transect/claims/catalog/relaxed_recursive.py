@@ -115,7 +115,7 @@ def rank(context: Context) -> Result:
     falls = [all(one[key] > other[key] for one, other in pairwise(rows)) for key in ("distance", "loss")]
     told = ", ".join(f"{row['distance']:.3f} (loss {row['loss']:.4f}) at rank {row['rank']}" for row in rows)
     return Result(
-        Verdict.HOLDS if all(falls) else Verdict.DOES_NOT_HOLD,
+        Verdict.of(all(falls)),
         f"Distance of the last states: {told}; dense loss {context.dense.loss:.4f}",
         rows,
     )

@@ -115,7 +115,7 @@ def robustness_transfers(context: Context) -> Result:
             f"{name}: {rows[0][name]:.3f} -> {few[name]:.3f}, robust training {robust[name]:.3f}, clean "
             f"{rows[0]['clean']:.3f} -> {few['clean']:.3f}"
         )
-    return Result(Verdict.HOLDS if all(verdicts) else Verdict.DOES_NOT_HOLD, "; ".join(words), rows)
+    return Result(Verdict.of(all(verdicts)), "; ".join(words), rows)
 
 
 @claim(
@@ -139,7 +139,7 @@ def shallow_layers(context: Context) -> Result:
         half = gains[len(layers) // 2 - 1]
         verdicts.append(half >= 0.5 * gains[-1] > 0)
         words.append(f"{name}: {half:+.3f} by the first half of the layers, {gains[-1]:+.3f} by all")
-    return Result(Verdict.HOLDS if all(verdicts) else Verdict.DOES_NOT_HOLD, "; ".join(words), rows)
+    return Result(Verdict.of(all(verdicts)), "; ".join(words), rows)
 
 
 @claim(
@@ -160,7 +160,7 @@ def discriminative(context: Context) -> Result:
     same = [row["cosine"] for row in rows if row["first half"] == row["second half"]]
     different = [row["cosine"] for row in rows if row["first half"] != row["second half"]]
     return Result(
-        Verdict.HOLDS if min(same) > max(different) else Verdict.DOES_NOT_HOLD,
+        Verdict.of(min(same) > max(different)),
         f"same corruption {', '.join(f'{one:.3f}' for one in same)}; different ones "
         f"{', '.join(f'{one:.3f}' for one in different)}",
         rows,

@@ -42,7 +42,7 @@ def selects(context: Context) -> Result:
         held += [chosen < max(errors.values()), chosen <= median(errors.values()), chosen < mlp]
         numbers.append({"function": name, "selected": chosen, "mlp": mlp, **errors})
     return Result(
-        Verdict.HOLDS if all(held) else Verdict.DOES_NOT_HOLD,
+        Verdict.of(all(held)),
         f"{sum(held)} of {len(held)} comparisons (worst family, median family, MLP on {len(TARGETS)} functions) are as "
         f"said, of means over {len(SEEDS)} seeds",
         numbers,

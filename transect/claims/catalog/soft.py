@@ -54,7 +54,7 @@ def as_accurate(context: Context) -> Result:
     failed += [] if mean["soft"] > mean["performer"] else ["performer"]
     told = ", ".join(f"{way} {value:.1f} %" for way, value in mean.items())
     against = f" Not so against {' and '.join(failed)}." if failed else ""
-    verdict = Verdict.DOES_NOT_HOLD if failed else Verdict.HOLDS
+    verdict = Verdict.of(not failed)
     return Result(verdict, f"Accuracy on {TESTED} digits, {len(SEEDS)} seeds: {told}.{against}", rows)
 
 

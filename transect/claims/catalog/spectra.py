@@ -35,7 +35,7 @@ def heavier_than_random(context: Context) -> Result:
     ]
     holds = lower > 0.9 * len(trained)
     return Result(
-        Verdict.HOLDS if holds else Verdict.DOES_NOT_HOLD,
+        Verdict.of(holds),
         f"{lower} of {len(trained)} matrices have a smaller tail exponent than a random one of their shape (windows of "
         f"{rows} x {rows}); mean {_mean(trained):.3f} against {_mean(random):.3f}. More than nine in ten are asked for",
         numbers,
@@ -68,7 +68,7 @@ def no_shape_bias(context: Context) -> Result:
         ranges[kind] = max(exponents) - min(exponents)
     holds = ranges["windows"] < 0.2 * ranges["whole"]
     return Result(
-        Verdict.HOLDS if holds else Verdict.DOES_NOT_HOLD,
+        Verdict.of(holds),
         f"Over {len(shapes)} shapes Hill's exponent of Gaussian matrices spans {ranges['whole']:.3f}, and with windows "
         f"of {rows} x {rows} {ranges['windows']:.3f}. Less than a fifth is asked for",
         numbers,

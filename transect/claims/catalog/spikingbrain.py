@@ -62,7 +62,7 @@ def windows_keep_more(context: Context) -> Result:
     held = [row["less than linear"] > _CLEAR * row["standard_error"] for row in rows[:2]]
     told = ", ".join(f"{row['way']} {row['trained']:.3f} (untrained {row['converted']:.3f})" for row in rows)
     told += f"; as it was {context.dense.loss:.3f}"
-    return Result(Verdict.HOLDS if all(held) else Verdict.DOES_NOT_HOLD, told, rows)
+    return Result(Verdict.of(all(held)), told, rows)
 
 
 @claim(
@@ -79,7 +79,7 @@ def spikes_cost_less(context: Context) -> Result:
     added = {name: row[name] - dense.loss for name in ("spikes", "hybrid")}
     held = added["spikes"] < 0.5 * added["hybrid"]
     told = f"Spikes add {added['spikes']:.4f} to {dense.loss:.3f}, the hybrid after {STEPS} steps {added['hybrid']:.4f}"
-    return Result(Verdict.HOLDS if held else Verdict.DOES_NOT_HOLD, told, [row])
+    return Result(Verdict.of(held), told, [row])
 
 
 @claim(
@@ -98,4 +98,4 @@ def finer_spikes(context: Context) -> Result:
     sparse = "sparsity of three planes"
     held = all(fine["loss"] < coarse["loss"] and fine[sparse] < coarse[sparse] for coarse, fine in pairs)
     told = ", ".join(f"k {row['k']:g}: loss {row['loss']:.4f}, sparsity {row[sparse]:.3f}" for row in rows)
-    return Result(Verdict.HOLDS if held else Verdict.DOES_NOT_HOLD, f"{told}; as it was {context.dense.loss:.4f}", rows)
+    return Result(Verdict.of(held), f"{told}; as it was {context.dense.loss:.4f}", rows)

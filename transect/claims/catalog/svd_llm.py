@@ -69,7 +69,7 @@ def output_error(context: Context) -> Result:
         f"Equal to {_TOLERANCE:g} in {close} of {len(relative)} matrices at {_KEEP:g}; the worst is off by "
         f"{relative[worst]:.2g} ({worst}). Part of what is dropped is the method's shrinkage."
     )
-    return Result(Verdict.HOLDS if close == len(relative) else Verdict.DOES_NOT_HOLD, told, numbers)
+    return Result(Verdict.of(close == len(relative)), told, numbers)
 
 
 @torch.no_grad()

@@ -55,7 +55,7 @@ def leading(context: Context) -> Result:
         return Result(Verdict.NOT_APPLICABLE, reason, rows)
     against = f" Not below {' and '.join(failed)}." if failed else ""
     chance = f" Within {_CLEAR} standard errors: {' and '.join(unclear)}." if unclear else ""
-    verdict = Verdict.DOES_NOT_HOLD if failed else Verdict.HOLDS
+    verdict = Verdict.of(not failed)
     return Result(verdict, f"From {context.dense.loss:.4f}, by what is trained: {told}.{against}{chance}", rows)
 
 

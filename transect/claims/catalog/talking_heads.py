@@ -29,7 +29,7 @@ def outliers(context: Context) -> Result:
     heads = float(found["heads"].max()) * scale
     holds = rows[0]["x random"] > heads and rows[0]["standard deviations"] > 3
     return Result(
-        Verdict.HOLDS if holds else Verdict.DOES_NOT_HOLD,
+        Verdict.of(holds),
         f"The best component scores {rows[0]['x random']:.1f} times random and is {rows[0]['standard deviations']:.1f} "
         f"standard deviations above its writer's mean; the best whole head scores {heads:.1f} times. Three standard "
         "deviations are our threshold.",
@@ -56,7 +56,7 @@ def removal(context: Context) -> Result:
     ]
     more = int((removed > control).sum())
     return Result(
-        Verdict.HOLDS if more == len(rows) else Verdict.DOES_NOT_HOLD,
+        Verdict.of(more == len(rows)),
         f"The loss rises by {float(removed.mean()):.4f} nats without a channel's component and by "
         f"{float(control.mean()):.4f} without another; more in {more} of {len(rows)} channels.",
         rows,
@@ -96,7 +96,7 @@ def induction(context: Context) -> Result:
     ]
     best = min(rows, key=lambda row: row["place"])
     return Result(
-        Verdict.HOLDS if best["place"] == 1 else Verdict.DOES_NOT_HOLD,
+        Verdict.of(best["place"] == 1),
         f"{best['pair']} is at place {best['place']} of {int((scores > 0).sum())} pairs of heads.",
         rows,
     )

@@ -36,7 +36,7 @@ def both_ingredients(context: Context) -> Result:
     falls = all(wide < narrow for narrow, wide in pairwise(whole)) and whole[-1] < NEAR
     needs = min(shares[False, True]) > FAR and min(shares[True, False]) > FAR
     return Result(
-        Verdict.HOLDS if falls and needs else Verdict.DOES_NOT_HOLD,
+        Verdict.of(falls and needs),
         f"Error as a share of the target's spread, from width {WIDTHS[0]} to {WIDTHS[-1]}: {whole[0]:.2f} to "
         f"{whole[-1]:.3f} with both, {shares[False, True][-1]:.2f} without attention and {shares[True, False][-1]:.2f} "
         "without positions",

@@ -35,7 +35,7 @@ def below_dense(context: Context) -> Result:
                         "difference": difference, "standard_error": error})  # fmt: skip
     held = [row["difference"] < 0 for row in numbers]
     return Result(
-        Verdict.HOLDS if all(held) else Verdict.DOES_NOT_HOLD,
+        Verdict.of(all(held)),
         f"Lower from {sum(held)} of {len(held)} seeds, after {STEPS} steps",
         numbers,
     )

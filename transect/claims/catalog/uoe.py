@@ -62,7 +62,7 @@ def fewer_active(context: Context) -> Result:
         held.append(abs(losses[0] - context.dense.loss) < 1e-3 * context.dense.loss)
         held += [more < fewer for more, fewer in pairwise(losses)]
     return Result(
-        Verdict.HOLDS if all(held) else Verdict.DOES_NOT_HOLD,
+        Verdict.of(all(held)),
         f"{sum(held)} of {len(held)} comparisons are as said. Dense loss {context.dense.loss:.4f}.",
         numbers,
     )

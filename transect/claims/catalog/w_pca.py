@@ -85,7 +85,7 @@ def _judged(trained: Any, scores: Any, widths: list[int], tables: Any, source: s
     behind = table.loc[f"W-PCA, {_PLACES['post']}"]
     partial = float(table.loc[f"W-PCA, {_PLACES['pre']}", "partial_tau"])
     return Result(
-        Verdict.HOLDS if ours > 0 and ours > plain else Verdict.DOES_NOT_HOLD,
+        Verdict.of(ours > 0 and ours > plain),
         f"{len(names)} architectures, on {source}: Kendall's tau with the losses {ours:+.3f} for W-PCA before the "
         f"activation, {float(behind['tau']):+.3f} behind it, {plain:+.3f} for parameters alone, "
         f"{float(table.loc['width', 'tau']):+.3f} for the width alone; at a fixed number of "

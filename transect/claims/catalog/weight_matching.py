@@ -86,7 +86,7 @@ def barrier(context: Context) -> Result:
         })  # fmt: skip
     before, after = (row["barrier"] for row in rows)
     return Result(
-        Verdict.HOLDS if after < FAR * before else Verdict.DOES_NOT_HOLD,
+        Verdict.of(after < FAR * before),
         f"the barrier is {before:.4f} nats before and {after:.4f} after {done.sweeps} sweeps; held against {FAR:g} of "
         f"it ({LANGUAGE_STEPS} steps of training each)",
         rows,
@@ -121,7 +121,7 @@ def width(context: Context) -> Result:
     falls = all(one > other for one, other in itertools.pairwise(after))
     small = after[-1] < 0.1 * rows[-1]["barrier as they are"]
     return Result(
-        Verdict.HOLDS if falls and small else Verdict.DOES_NOT_HOLD,
+        Verdict.of(falls and small),
         f"aligned barriers {', '.join(f'{one:.4f}' for one in after)} nats at widths {', '.join(map(str, WIDTHS))}; "
         "held against falling with the width, and a tenth of the barrier before at the largest",
         rows,
@@ -152,7 +152,7 @@ def leading_directions(context: Context) -> Result:
     more = all(row["R_0.3"] - row["R_0.3 before"] > row["R_0"] - row["R_0 before"] > 0 for row in rows)
     little = all(row["distance, of that before"] > 0.5 for row in rows)
     return Result(
-        Verdict.HOLDS if more and little else Verdict.DOES_NOT_HOLD,
+        Verdict.of(more and little),
         "R_0.3 rises by " + ", ".join(f"{row['R_0.3'] - row['R_0.3 before']:.2f}" for row in rows) + ", R_0 by "
         + ", ".join(f"{row['R_0'] - row['R_0 before']:.2f}" for row in rows) + "; the distance falls to "
         + ", ".join(f"{row['distance, of that before']:.2f}" for row in rows) + " of that before, held against half",
@@ -177,7 +177,7 @@ def three_models(context: Context) -> Result:
         })  # fmt: skip
     lower = all(row["barrier, both matched to the first"] < FAR * row["barrier as they are"] for row in rows)
     return Result(
-        Verdict.HOLDS if lower else Verdict.DOES_NOT_HOLD,
+        Verdict.of(lower),
         "from " + ", ".join(f"{row['barrier as they are']:.3f}" for row in rows) + " to "
         + ", ".join(f"{row['barrier, both matched to the first']:.3f}" for row in rows)
         + f" nats at widths {', '.join(map(str, WIDTHS))}; held against {FAR:g} of it",

@@ -76,7 +76,7 @@ def halves(context: Context) -> Result:
         f"Where it is skipped, a layer of the first half changes predictions by {here[0]:.4f}, of the second "
         f"{here[1]:.4f}; the change at later tokens is {ratio[0]:.3f} and {ratio[1]:.3f} of that"
     )
-    return Result(Verdict.HOLDS if holds else Verdict.DOES_NOT_HOLD, ". ".join(told) + ".", rows)
+    return Result(Verdict.of(holds), ". ".join(told) + ".", rows)
 
 
 @claim(
@@ -112,7 +112,7 @@ def lens(context: Context) -> Result:
         "it behind layer 0."
     )
     holds = all(share > 0.5 for share in shares)
-    return Result(Verdict.HOLDS if holds else Verdict.DOES_NOT_HOLD, told, rows)
+    return Result(Verdict.of(holds), told, rows)
 
 
 @claim(
@@ -156,7 +156,7 @@ def cross_model(context: Context) -> Result:
         f"{source}."
     )
     rows = map_rows(deep, shallow, before, after)
-    return Result(Verdict.HOLDS if chosen < random else Verdict.DOES_NOT_HOLD, told, rows)
+    return Result(Verdict.of(chosen < random), told, rows)
 
 
 def map_rows(deep: int, shallow: int, before: Found, after: Found) -> list[dict[str, Any]]:

@@ -77,7 +77,7 @@ def hops(context: Context) -> Result:
         f"{error:.3f}). The right name comes first of the names in {rows[0]['right, of the names in the prompt']:.0%} "
         f"and {rows[-1]['right, of the names in the prompt']:.0%} of the prompts."
     )
-    return Result(Verdict.HOLDS if slope <= 2 * error else Verdict.DOES_NOT_HOLD, told, rows)
+    return Result(Verdict.of(slope <= 2 * error), told, rows)
 
 
 def question(generator: random.Random, steps: int) -> tuple[str, list[str]]:

@@ -88,7 +88,7 @@ def best(context: Context) -> Result:
         for name, points in curves.items()
     )
     falls = peaks[SINGLE] < curves[SINGLE][-1][0]
-    verdict = Verdict.HOLDS if falls and peaks[JOINED] > peaks[SINGLE] else Verdict.DOES_NOT_HOLD
+    verdict = Verdict.of(falls and peaks[JOINED] > peaks[SINGLE])
     why = "" if falls else " The single scorer's does not fall, so that nothing can fall later."
     return Result(verdict, f"True reward, {told}.{why}", rows)
 
@@ -109,7 +109,7 @@ def _more_accurate(ours: str, other: str) -> Result:
     told = ", ".join(f"{row['scorer']} {row['accuracy']:.4f}" for row in rows)
     chance = "" if abs(gain) >= _CLEAR * error else f" It is within {_CLEAR} standard errors."
     return Result(
-        Verdict.HOLDS if gain > 0 else Verdict.DOES_NOT_HOLD,
+        Verdict.of(gain > 0),
         f"Share of clean pairs that are right: {told}; difference {gain:+.4f}, standard error {error:.4f}.{chance}",
         [*rows, {"scorer": "difference", "accuracy": gain, "standard error": error}],
     )

@@ -56,7 +56,7 @@ def dimensions(context: Context) -> Result:
     holds &= max(abs(random["language"]), abs(random["meaning"])) < CHANGE
     enough = [f"{row['share']:.0%}" for row in rows if row["swapped"] == SWAPS[1] and row["language"] >= CHANGE]
     return Result(
-        Verdict.HOLDS if holds else Verdict.DOES_NOT_HOLD,
+        Verdict.of(holds),
         f"Swapping the top {SHARES[0]:.0%} gives the other language's word {top['language']:+.4f} of probability "
         f"and takes {top['meaning']:+.4f} from the word in any language; as many random ones "
         f"{random['language']:+.4f} and {random['meaning']:+.4f}; all dimensions {rows[2]['language']:+.4f} and "
@@ -120,7 +120,7 @@ def dominant(context: Context) -> Result:
     before = unequal["meaning"] < unequal["overtakes"]
     passes, shrinks = unequal["gap"] > 0, equal["gap"] < unequal["gap"]
     return Result(
-        Verdict.HOLDS if before and passes and shrinks else Verdict.DOES_NOT_HOLD,
+        Verdict.of(before and passes and shrinks),
         f"From C to B after {MIXES[0]:.0%} of A in the running text: the meaning is right from layer "
         f"{unequal['meaning']} on, B stays above A from layer {unequal['overtakes']} on, and the gap between A and B "
         f"in the middle layers is {unequal['gap']:+.3f} of their probability; after {MIXES[1]:.0%} of A "

@@ -49,7 +49,7 @@ def training(context: Context) -> Result:
     holds &= sharp or bool((mass < mass_before).all())
     denser = [row["layer"] for row in rows if row["95 % of the sum"] >= row["95 % of the sum before training"]]
     return Result(
-        Verdict.HOLDS if holds else Verdict.DOES_NOT_HOLD,
+        Verdict.of(holds),
         f"Active (here: {'not zero' if sharp else 'above 5 % of the largest, an extension to smooth activations'}) "
         f"are {float(after.mean()):.1%} of the neurons, at most {float(after.max()):.1%} in a layer; with random "
         f"weights {float(before.mean()):.1%}. 95 % of the sum of sizes is held by {float(mass.mean()):.1%}, with "
@@ -85,7 +85,7 @@ def alive(context: Context) -> Result:
     ]
     worst, median = max(row["never active"] for row in rows), max(row["median share of tokens"] for row in rows)
     return Result(
-        Verdict.HOLDS if worst < HEALTHY and median < 0.5 else Verdict.DOES_NOT_HOLD,
+        Verdict.of(worst < HEALTHY and median < 0.5),
         f"At most {worst:.1%} of a layer's neurons were never active on {context.calibration.tokens} tokens, and "
         f"half of a layer's neurons are active for at most {median:.1%} of them "
         + ("(not zero)." if found["sharp"] else "(above 5 % of the token's largest: an extension to smooth ones)."),

@@ -58,7 +58,7 @@ def width(context: Context) -> Result:
     more = sum(wider["active neurons"] > one["active neurons"] for one, wider in pairs)
     first, last = rows[0], rows[-1]
     return Result(
-        Verdict.HOLDS if fewer == more == len(pairs) else Verdict.DOES_NOT_HOLD,
+        Verdict.of(fewer == more == len(pairs)),
         f"From {first['neurons']} to {last['neurons']} neurons the active share goes from {first['active']:.1%} to "
         f"{last['active']:.1%}, their number from {first['active neurons']:.0f} to {last['active neurons']:.0f}. "
         f"The share falls at {fewer} and the number rises at {more} of {len(pairs)} doublings (mean over "
@@ -96,7 +96,7 @@ def labels(context: Context) -> Result:
     mean = {name: mean_over(rows, "active", labels=name) for name in ("right", "random")}
     worst = max(row["active"] for row in rows if row["labels"] == "random")
     return Result(
-        Verdict.HOLDS if holds else Verdict.DOES_NOT_HOLD,
+        Verdict.of(holds),
         f"After {STEPS} steps on random labels {mean['random']:.1%} of the neurons are active, at most {worst:.1%} "
         f"in a layer; with the right labels {mean['right']:.1%}; before training "
         f"{mean_over(rows, 'active before training'):.1%}. {weak(mean['random'])}{OWN}",
@@ -143,7 +143,7 @@ def sparse(context: Context) -> Result:
         )
     ]  # fmt: skip
     return Result(
-        Verdict.HOLDS if kept and robust and calibrated else Verdict.DOES_NOT_HOLD,
+        Verdict.of(kept and robust and calibrated),
         f"{'; '.join(told)} (means over {len(SEEDS)} seeds). {OWN}",
         rows,
     )

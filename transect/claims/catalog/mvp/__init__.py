@@ -52,7 +52,7 @@ def exchanged(context: Context) -> Result:
         f"{_mean(head, 'clean'):.3f}; before any training mvp is right about {_mean(ours, 'zero-shot'):.3f}."
     )
     holds = statistics.fmean(gain) > 0 and clean >= -NEAR
-    return Result(Verdict.HOLDS if holds else Verdict.DOES_NOT_HOLD, told, _rows(found))
+    return Result(Verdict.of(holds), told, _rows(found))
 
 
 @claim(
@@ -75,7 +75,7 @@ def causes(context: Context) -> Result:
     told = ", ".join(f"{name} {value:.3f}" for name, value in robust.items())
     holds = between and gain > 0 and without < gain / 2
     explanation = f"Robust accuracy: {told}. Gain over the head {gain:+.3f}, without pre-training {without:+.3f}."
-    return Result(Verdict.HOLDS if holds else Verdict.DOES_NOT_HOLD, explanation, _rows(found))
+    return Result(Verdict.of(holds), explanation, _rows(found))
 
 
 Found = Mapping[str, Sequence[Mapping[str, float]]]

@@ -53,7 +53,7 @@ def pruning(context: Context) -> Result:
         holds &= all(one < sparser for one, sparser in pairwise(medians[: len(SPARSITIES)]))
         told.append(f"of {name} {', '.join(f'{one:.3g}' for one in medians)}")
     return Result(
-        Verdict.HOLDS if holds else Verdict.DOES_NOT_HOLD,
+        Verdict.of(holds),
         f"Median condition number with {', '.join(f'{one:.0%}' for one in SHOWN)} pruned: {'; '.join(told)}.",
         rows,
     )
@@ -99,7 +99,7 @@ def robustness(context: Context) -> Result:
     safer = papers["gain under attack"] > _CLEAR * papers["standard error"]
     told = "; ".join(f"{row['added']} {row['condition, classifier']:.3g}, {row['under attack']:.1%}" for row in rows)
     return Result(
-        Verdict.HOLDS if better and safer else Verdict.DOES_NOT_HOLD,
+        Verdict.of(better and safer),
         f"The classifier's condition number and the accuracy under attack, by what is added: {told}. The paper's gains "
         f"{papers['gain under attack']:+.1%} ± {papers['standard error']:.1%} over {len(SEEDS)} seeds.",
         rows,
