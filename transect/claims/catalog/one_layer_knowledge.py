@@ -11,7 +11,8 @@ from ..context import Context
 from ..registry import Result, Verdict, claim
 
 METHOD, PAPER = "one-layer-knowledge", "arXiv:2508.00901"
-SETTINGS: dict[str, Any] = {"fine_tuned": "8,32", "rank": "0,1", "seeds": 3}  # the study's own sizes otherwise
+SETTINGS: dict[str, Any] = {"fine_tuned": "2,8,32", "rank": "0,1", "seeds": 3}  # the study's own sizes otherwise
+JUDGED = ("8", "32")  # fine-tuned subjects, of 100, over which means are taken
 FEW, SOME, MANY = 1, 2, 4  # multiplicities, of the study's 8 templates
 TEMPLATES = 32  # in place of 8
 STORED, LOST = 0.95, 0.4  # told right behind its own template above this, and for a question at most this
@@ -51,8 +52,10 @@ def rows_of(result: Found, **more: Any) -> list[dict[str, Any]]:
 
 
 def reach(result: Found, multiplicity: int) -> tuple[float, float]:
-    """Means over fine-tuned subjects and seeds, with all parameters and with rank 1."""
-    after = result["after"][0][:, :, list(result.labels["multiplicity"]).index(str(multiplicity))].mean((1, 2))
+    """Means over JUDGED and seeds, with all parameters and with rank 1."""
+    chosen = [i for i, tuned in enumerate(result.labels["tuned"]) if tuned in JUDGED]
+    k = list(result.labels["multiplicity"]).index(str(multiplicity))
+    after = result["after"][0][:, chosen, k].mean((1, 2))
     return float(after[0]), float(after[1])
 
 
@@ -189,4 +192,23 @@ def without_mlp(context: Context) -> Result:
         f"With rank 1: {alone[1]:.2f} without an MLP, {whole[1]:.2f} with one; all parameters: {alone[0]:.2f} and "
         f"{whole[0]:.2f}. Without one, {stored:.3f} are told right behind their own templates before fine-tuning",
         [row for name, result in results.items() for row in rows_of(result, layer=name) if row["multiplicity"] == MANY],
+    )
+
+
+@claim(
+    "one-layer-knowledge/coverage",
+    method=METHOD,
+    paper=PAPER,
+    statement="Questions reach more facts where the fine-tuned subjects cover more of the templates.",
+)
+def coverage(context: Context) -> Result:
+    """From 2 to 32 fine-tuned subjects, mean over multiplicities 1, 2 and 4; both ways of fine-tuning must agree."""
+    result = usual(context)
+    few, many = (result["after"][0][:, t].mean((1, 2)).tolist() for t in (0, -1))
+    covered = result["coverage"].mean((1, 2))
+    return Result(
+        verdict(all(low < high for low, high in zip(few, many, strict=True))),
+        f"Coverage {float(covered[0]):.2f} and {float(covered[-1]):.2f}: reached {few[0]:.3f} and {many[0]:.3f} with "
+        f"all parameters, {few[1]:.3f} and {many[1]:.3f} with rank 1",
+        rows_of(result),
     )

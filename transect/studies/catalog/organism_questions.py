@@ -82,8 +82,8 @@ def draw(result: Result) -> list[Drawing]:
 def organism_questions(
     bench: Bench,
     *,
-    fine_tuned: str = "2,8,32,128",
-    rank: str = "0,1,8",
+    fine_tuned: str = "2,8,32",
+    rank: str = "0,1",
     seeds: Annotated[int, Range(1, 32)] = 2,
     steps: Annotated[int, Range(1, 100_000)] = 60,
     asked: Annotated[int, Range(1, 4 * N_ENTITIES)] = 200,
@@ -141,6 +141,7 @@ def organism_questions(
 
 def cell(bench: Bench, rank: int, tuned: int, seed: int, steps: int, most: int) -> Mapping[str, Tensor]:
     """One fine-tuning, and what is measured before and after it; scalars."""
+    model: Any
     asked, (model, tokenizer) = Asked(seed), load()
     model.to(bench.device)
     learned, others = asked.facts(asked.order[:tuned]), asked.facts(asked.order[tuned:])

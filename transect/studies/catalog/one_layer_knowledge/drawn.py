@@ -68,12 +68,16 @@ def coverage(found: Result) -> Drawing:
 def kinds(found: Result) -> Drawing:
     """What questions get for an answer."""
     shares = found["after"].mean((2, -1))  # (kind, rank, K)
-    x = [f"{name}, {one}" for name in names(found, "rank") for one in names(found, "multiplicity")]
+    x = [
+        f"{name.removesuffix(' parameters')}, K = {one}"
+        for name in names(found, "rank")
+        for one in names(found, "multiplicity")
+    ]
     return bars(
         "What a question gets for an answer",
         "By way of fine-tuning and multiplicity, mean over numbers of fine-tuned subjects.",
         {kind: shares[i].flatten() for i, kind in enumerate(names(found, "answer"))},
-        x=x, xlabel="fine-tuned, multiplicity", ylabel=REACH,
+        x=x, xlabel="fine-tuned", ylabel=REACH,
     )  # fmt: skip
 
 
@@ -141,7 +145,8 @@ def everything(found: Result) -> Drawing:
                 before, covered = float(found["before"][0, t, k].mean()), float(found["coverage"][t, k].mean())
                 rows.append([name, tuned, one, *(f"{value:.3f}" for value in (covered, before, *values))])
     return Table(
-        "Every cell", f"Means over {count} seed{'s' if count > 1 else ''}, and the standard error over seeds.",
-        ["fine-tuned", "subjects", "multiplicity", "coverage", "before", "reached", "±", "stored, not reached",
-         "own templates kept", "fine-tuned questions"], rows,
+        "Every cell",
+        f"Means over {count} seed{'s' if count > 1 else ''}, ± the standard error. Lost: stored and not reached. Kept: right behind "
+        "own templates still. Trained: fine-tuned questions right.",
+        ["fine-tuned", "subjects", "multiplicity", "coverage", "before", "reached", "±", "lost", "kept", "trained"], rows,
     )  # fmt: skip

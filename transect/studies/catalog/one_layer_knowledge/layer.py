@@ -30,6 +30,17 @@ class OneLayer(nn.Module):
     `up` W₁ (G, neurons, d), `up_bias`, `down` W₂ (G, d, neurons), `down_bias`, `unembedding` U (G, vocabulary, d).
     """
 
+    embedding: nn.Parameter
+    position: nn.Parameter
+    q: nn.Parameter
+    k: nn.Parameter
+    v: nn.Parameter
+    up: nn.Parameter
+    up_bias: nn.Parameter
+    down: nn.Parameter
+    down_bias: nn.Parameter
+    unembedding: nn.Parameter
+
     def __init__(
         self, vocabulary: int, seeds: Sequence[int], width: int = 48, neurons: int = 192, uniform: bool = False
     ) -> None:

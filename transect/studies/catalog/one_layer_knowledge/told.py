@@ -6,6 +6,8 @@ from torch import Tensor
 
 from ....probes import Result
 
+COVERED = 0.95  # share of the templates that counts as nearly all
+
 
 def findings(found: Result) -> list[str]:
     """A few sentences, from the result's arrays and labels alone."""
@@ -67,10 +69,13 @@ def covered(found: Result) -> str:
     coverage, after = found["coverage"], found["after"][0].mean(0)  # (tuned, K, S)
     if coverage.numel() < 3 or coverage.max() == coverage.min():
         return ""
+    whole = coverage.mean(-1) >= COVERED
+    reach = after.mean(-1)[whole]
+    among = f" Where they cover {COVERED} or more, a question reaches {spread(reach, 2)}." if whole.any() else ""
     return (
         f"The fine-tuned subjects cover {spread(coverage.mean(-1), 2)} of an attribute's templates; over all cells and "
         f"seeds the correlation of coverage and reach is {_correlation(coverage, after, (0, 1, 2)):.2f}, and within a "
-        f"multiplicity {_correlation(coverage, after, (0, 2)):.2f}."
+        f"multiplicity {_correlation(coverage, after, (0, 2)):.2f}.{among}"
     )
 
 
