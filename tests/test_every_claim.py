@@ -78,6 +78,11 @@ SHORT = {
     "catalog.hftp.STEPS": 2, "catalog.hftp.SEEDS": (0,), "catalog.hftp.SHUFFLES": 10, "catalog.hftp.PERMUTATIONS": 100,
     "catalog.brain_alignment.CHANNELS": 6, "catalog.brain_alignment.PERMUTATIONS": 100,
     "catalog.weight_matching.LANGUAGE_STEPS": 2, "catalog.weight_matching.POINTS": 5, "catalog.rws.STEPS": 5,
+    "catalog.one_layer_knowledge.SETTINGS": {
+        "fine_tuned": "2,8,32", "rank": "0,1", "seeds": 1, "subjects": 40, "width": 8, "neurons": 8, "steps": 2,
+        "full_steps": 2, "low_rank_steps": 2,
+    },
+    "catalog.organism_questions.SETTINGS": {"fine_tuned": "1,2", "rank": "0,1", "seeds": 1, "steps": 1, "asked": 4},
 }  # fmt: skip
 QUICK = {
     "armor": {"rounds": 2}, "cospadi": {"iterations": 1}, "cospadi-shared": {"iterations": 1},

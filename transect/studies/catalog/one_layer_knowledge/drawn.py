@@ -146,7 +146,8 @@ def everything(found: Result) -> Drawing:
                 rows.append([name, tuned, one, *(f"{value:.3f}" for value in (covered, before, *values))])
     return Table(
         "Every cell",
-        f"Means over {count} seed{'s' if count > 1 else ''}, ± the standard error. Lost: stored and not reached. Kept: right behind "
-        "own templates still. Trained: fine-tuned questions right.",
-        ["fine-tuned", "subjects", "multiplicity", "coverage", "before", "reached", "±", "lost", "kept", "trained"], rows,
+        f"Means over {count} seed{'s' if count > 1 else ''}, ± the standard error. Lost: stored and not reached. Kept: "
+        "still right behind own templates. Trained: fine-tuned questions right.",
+        ["fine-tuned", "subjects", "multiplicity", "coverage", "before", "reached", "±", "lost", "kept", "trained"],
+        rows,
     )  # fmt: skip
