@@ -5,6 +5,8 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
+import torch
+
 from ...probes import Result as Found
 from ...studies import run_study, study_named
 from ..context import Context
@@ -202,13 +204,22 @@ def without_mlp(context: Context) -> Result:
     statement="Questions reach more facts where the fine-tuned subjects cover more of the templates.",
 )
 def coverage(context: Context) -> Result:
-    """From 2 to 32 fine-tuned subjects, mean over multiplicities 1, 2 and 4; both ways of fine-tuning must agree."""
+    """From 2 to 32 fine-tuned subjects, mean over multiplicities 1, 2 and 4.
+
+    With both ways of fine-tuning the rise must be more than twice its standard error over seeds, in pairs.
+    """
     result = usual(context)
-    few, many = (result["after"][0][:, t].mean((1, 2)).tolist() for t in (0, -1))
-    covered = result["coverage"].mean((1, 2))
+    after, covered = result["after"][0].mean(2), result["coverage"].mean((1, 2))  # (rank, tuned, seed), (tuned)
+    rise = after[:, -1] - after[:, 0]
+    count = rise.shape[-1]
+    error = rise.std(-1) / count**0.5 if count > 1 else torch.zeros(len(rise))
+    told = "; ".join(
+        f"{name}: {float(after[r, 0].mean()):.3f} and {float(after[r, -1].mean()):.3f}, a rise of "
+        f"{float(rise[r].mean()):.3f} ± {float(error[r]):.3f}"
+        for r, name in enumerate(result.labels["rank"])
+    )
     return Result(
-        verdict(all(low < high for low, high in zip(few, many, strict=True))),
-        f"Coverage {float(covered[0]):.2f} and {float(covered[-1]):.2f}: reached {few[0]:.3f} and {many[0]:.3f} with "
-        f"all parameters, {few[1]:.3f} and {many[1]:.3f} with rank 1",
+        verdict(bool((rise.mean(-1) > 2 * error).all())),
+        f"Coverage {float(covered[0]):.2f} and {float(covered[-1]):.2f}. Reached with {told}",
         rows_of(result),
     )
