@@ -52,6 +52,11 @@ SHORT = {
     "attention-sae": {"tokens": 2000, "layers": "all"},
     "hftp": {"sentences": "sentences.txt", "skip": 0, "shuffles": 10, "permutations": 100},
     "brain-alignment": {"recording": "recording.csv", "candidates": 1, "permutations": 100},
+    "one-layer-knowledge": {
+        "subjects": 8, "templates": 4, "multiplicity": "1,3", "fine_tuned": "2,5", "rank": "0,1", "seeds": 1,
+        "width": 8, "neurons": 8, "steps": 3, "full_steps": 2, "low_rank_steps": 2,
+    },
+    "organism-questions": {"fine_tuned": "1,2", "rank": "0,1", "seeds": 1, "steps": 1, "asked": 4},
 }  # fmt: skip
 # What `adapt` can be made of, by its option and the name.
 TRAINED = {

@@ -61,11 +61,6 @@ def reach(result: Found, multiplicity: int) -> tuple[float, float]:
     return float(after[0]), float(after[1])
 
 
-def verdict(holds: bool) -> Verdict:
-    """HOLDS or not."""
-    return Verdict.of(holds)
-
-
 @claim(
     "one-layer-knowledge/unreachable",
     method=METHOD,
@@ -82,7 +77,7 @@ def unreachable(context: Context) -> Result:
         float(result["pretraining_loss"][k].mean()), float(result["stored"][0, k].mean()), reach(result, FEW)
     )  # fmt: skip
     return Result(
-        verdict(loss < LOSS and stored > STORED and max(reached) <= LOST),
+        Verdict.of(loss < LOSS and stored > STORED and max(reached) <= LOST),
         f"Told in {FEW} of 8 templates: right behind its own in {stored:.3f}, loss {loss:.4f}; for a question in "
         f"{reached[0]:.2f} with all parameters and {reached[1]:.2f} with rank 1",
         [row for row in rows_of(result) if row["multiplicity"] == FEW],
@@ -103,7 +98,7 @@ def multiplicity(context: Context) -> Result:
     grows = all(low < high for way in zip(*reached, strict=True) for low, high in pairwise(way))
     full, low = ", ".join(f"{one[0]:.2f}" for one in reached), ", ".join(f"{one[1]:.2f}" for one in reached)
     return Result(
-        verdict(grows and reached[-1][0] > FULL and reached[-1][1] > LOW),
+        Verdict.of(grows and reached[-1][0] > FULL and reached[-1][1] > LOW),
         f"Reached at multiplicity {FEW}, {SOME}, {MANY}: {full} with all parameters; {low} with rank 1",
         rows_of(result),
     )
@@ -121,7 +116,7 @@ def more_templates(context: Context) -> Result:
     results = {8: usual(context), TEMPLATES: found(context, multiplicity=str(MANY), templates=TEMPLATES)}
     few, many = (reach(result, MANY) for result in results.values())
     return Result(
-        verdict(many[1] < few[1]),
+        Verdict.of(many[1] < few[1]),
         f"With 8 and {TEMPLATES} templates: {few[1]:.2f} and {many[1]:.2f} with rank 1; {few[0]:.2f} and {many[0]:.2f} "
         "with all parameters",
         [
@@ -144,7 +139,7 @@ def low_rank(context: Context) -> Result:
     result = usual(context)
     full, low = reach(result, MANY)
     return Result(
-        verdict(low >= full),
+        Verdict.of(low >= full),
         f"Told in {MANY} of 8 templates: {low:.2f} with rank 1, {full:.2f} with all parameters",
         [row for row in rows_of(result) if row["multiplicity"] == MANY],
     )
@@ -171,7 +166,7 @@ def one_direction(context: Context) -> Result:
     ]  # fmt: skip
     asked = {row["matrix"]: row["share"] for row in table if row["multiplicity"] == MANY}
     return Result(
-        verdict(min(asked["v"], asked["up"]) >= ENERGY),
+        Verdict.of(min(asked["v"], asked["up"]) >= ENERGY),
         f"At multiplicity {MANY}: {', '.join(f'{name} {share:.2f}' for name, share in asked.items())}",
         table,
     )
@@ -190,7 +185,7 @@ def without_mlp(context: Context) -> Result:
     whole, alone = (reach(result, MANY) for result in results.values())
     stored = float(results["no-mlp"]["stored"][0].mean())
     return Result(
-        verdict(alone[1] < whole[1]),
+        Verdict.of(alone[1] < whole[1]),
         f"With rank 1: {alone[1]:.2f} without an MLP, {whole[1]:.2f} with one; all parameters: {alone[0]:.2f} and "
         f"{whole[0]:.2f}. Without one, {stored:.3f} are told right behind their own templates before fine-tuning",
         [row for name, result in results.items() for row in rows_of(result, layer=name) if row["multiplicity"] == MANY],
@@ -219,7 +214,7 @@ def coverage(context: Context) -> Result:
         for r, name in enumerate(result.labels["rank"])
     )
     return Result(
-        verdict(bool((rise.mean(-1) > 2 * error).all())),
+        Verdict.of((rise.mean(-1) > 2 * error).all()),
         f"Coverage {float(covered[0]):.2f} and {float(covered[-1]):.2f}. Reached with {told}",
         rows_of(result),
     )

@@ -48,8 +48,8 @@ def more_subjects(context: Context) -> Result:
     """2 and 32 of the bundled model's 200 subjects, three draws; with all parameters and with rank 1."""
     result = found(context)
     after = result["after"].mean(-1)
-    holds = bool((after[:, -1] > after[:, 0]).all())
-    return Result(Verdict.HOLDS if holds else Verdict.DOES_NOT_HOLD, *told(result))
+    holds = (after[:, -1] > after[:, 0]).all()
+    return Result(Verdict.of(holds), *told(result))
 
 
 @claim(
@@ -62,4 +62,4 @@ def low_rank(context: Context) -> Result:
     """LoRA on every linear layer of the blocks; means over 2 and 32 subjects and three draws."""
     result = found(context)
     full, low = result["after"].mean((1, 2))
-    return Result(Verdict.HOLDS if low >= full else Verdict.DOES_NOT_HOLD, *told(result))
+    return Result(Verdict.of(low >= full), *told(result))
