@@ -94,7 +94,7 @@ def trend(found: Result) -> Drawing:
         "Trend line only: exp(-x) with x = N_f K² ln|R| / (2|R|²). Its assumptions (nearly orthogonal embeddings, "
         "sizes) are not those of these models and its constants are unknown, so points above it refute nothing.",
         groups | {"exp(-x), a trend line": (line, (-line).exp())}, xlabel="N_f K² ln|R| / (2|R|²)",
-        ylabel="share of questions answered wrong",
+        ylabel="share answered wrong",
     )  # fmt: skip
 
 
