@@ -174,6 +174,8 @@ class ProgramModel(nn.Module):
             scale = sizes.labels**-0.5
             self.classifier = nn.Parameter(torch.randn(sizes.categorical, sizes.values, sizes.labels) * scale)
             self.numerical_classifier = nn.Parameter(torch.randn(sizes.numerical, sizes.labels) * scale)
+        for one in self.parameters():
+            one.requires_grad_(one.numel() > 0)  # where there are no heads or MLPs of a kind
         self.register_buffer("embedding", 20 * torch.eye(sizes.vocabulary, sizes.values) - 10, persistent=False)
         self.register_buffer("bias", relative_bias(sizes.length).float(), persistent=False)
         self.register_buffer("sizes_stored", torch.tensor([int(one) for one in astuple(sizes)]))

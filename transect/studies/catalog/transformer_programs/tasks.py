@@ -42,7 +42,8 @@ class Labelled:
 
     def said(self) -> list[list[str]]:
         """The words of each sequence, without padding."""
-        return [[self.words[one] for one in row if one] for row in self.inputs.tolist()]
+        rows: list[list[int]] = self.inputs.tolist()
+        return [[self.words[one] for one in row if one] for row in rows]
 
 
 @dataclass(frozen=True)

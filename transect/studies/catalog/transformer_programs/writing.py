@@ -65,6 +65,11 @@ _CLASSIFIER = """
     return labels
 
 
+# Of each label, in 1/UNIT nat: for the values of a variable, or for each that a variable counts.
+SCORES = {
+ENTRIES
+}
+
 if __name__ == "__main__":
     import sys
 
@@ -89,13 +94,12 @@ def decompiled(model: ProgramModel, words: Sequence[str], labels: Sequence[str])
             defined, called = _head(step) if isinstance(step, Head) else _table(step)
             functions += ["", "", *defined]
             calls.append(f"    {called}")
+    scores = _CLASSIFIER.replace("UNIT", f"{UNIT:,}").replace("ENTRIES", "\n".join(_scores(found)))
     text = [
         '"""A transformer program: `run` labels a sequence as the model does that it was written from."""', "",
-        f"PAD = {words[0]!r}", f"LENGTH = {found.length}", *_wrapped("LABELS = [", map(repr, labels), "]"), "",
-        f"# Of each label, in 1/{UNIT:,} nat: for the values of a variable, or for each that a variable counts.",
-        "SCORES = {", *_scores(found), "}", (_SELECT_BEFORE if found.causal else _SELECT) + _HELPERS.rstrip(),
-        *functions, _RUN.rstrip(), *calls, "", *_named("categorical", found.categorical),
-        *_named("numerical", found.numerical), _CLASSIFIER,
+        f"PAD = {words[0]!r}", f"LENGTH = {found.length}", *_wrapped("LABELS = [", map(repr, labels), "]"),
+        (_SELECT_BEFORE if found.causal else _SELECT) + _HELPERS.rstrip(), *functions, _RUN.rstrip(), *calls, "",
+        *_named("categorical", found.categorical), *_named("numerical", found.numerical), scores,
     ]  # fmt: skip
     return "\n".join(text)
 
