@@ -77,6 +77,8 @@ SHORT = {
     "catalog.attention_sae.LEAST": 1,
     "catalog.hftp.STEPS": 2, "catalog.hftp.SEEDS": (0,), "catalog.hftp.SHUFFLES": 10, "catalog.hftp.PERMUTATIONS": 100,
     "catalog.brain_alignment.CHANNELS": 6, "catalog.brain_alignment.PERMUTATIONS": 100,
+    "catalog.transformer_programs.SETTINGS": {"samples": 60, "epochs": 1, "hidden": 4},
+    "catalog.transformer_programs.LONGER": {}, "catalog.transformer_programs.SEEDS": 1,
     "catalog.weight_matching.LANGUAGE_STEPS": 2, "catalog.weight_matching.POINTS": 5, "catalog.rws.STEPS": 5,
     "catalog.one_layer_knowledge.SETTINGS": {
         "fine_tuned": "2,8,32", "rank": "0,1", "seeds": 1, "subjects": 40, "width": 8, "neurons": 8, "steps": 2,

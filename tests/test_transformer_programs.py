@@ -329,7 +329,7 @@ def test_a_seed_that_diverges_is_reported_and_the_others_are_kept(monkeypatch):
     monkeypatch.setattr(fitting, "sequence_losses", losses)
     result = transect.study("transformer-programs", task="hist", **SMALL)
     assert result["loss"].isnan().any(1).tolist() == result["measures"].isnan().all(1).tolist() == [False, True]
-    assert "seed 0, labels" in result.findings[0] and "of seed 1 stopped being finite" in result.findings[-1]
+    assert "hist: seed 0, the best of 2" in result.findings[0] and "of seed 1 stopped being finite" in result.findings[-1]
     with pytest.raises(Diverged, match="in every seed: lower the rate"):
         transect.study("transformer-programs", task="hist", **SMALL)
 

@@ -12,8 +12,8 @@ from ..registry import Result, Verdict, claim
 NAME, PAPER = "transformer-programs", "arXiv:2306.01128"
 SEEDS = 3  # that are tried, one after the other, until one is good enough
 SOLVED, INDUCED, AGREE = 0.95, 0.99, 0.99
-SETTINGS: dict[str, Any] = {"samples": 5000, "batch": 256, "epochs": 120}
-LONGER = {"epochs": 240}  # for induction, which the released code trains twice as long
+SETTINGS: dict[str, Any] = {"samples": 5000, "batch": 256, "epochs": 60}
+LONGER = {"epochs": 120}  # for induction, which the released code trains twice as long
 SHAPES: dict[str, dict[str, Any]] = {
     "hist": {"layers": 1, "heads": 2, "numerical_heads": 2, "mlps": 1, "numerical_mlps": 1},
     "reverse": {"layers": 2, "heads": 4, "numerical_heads": 0, "mlps": 2, "numerical_mlps": 0},
@@ -24,7 +24,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "dyck-2": {"layers": 2, "heads": 2, "numerical_heads": 2, "mlps": 1, "numerical_mlps": 1},
     "induction": {"layers": 2, "heads": 1, "numerical_heads": 0, "mlps": 0, "numerical_mlps": 0},
 }
-SHORT = 0.25  # of the epochs, where a task is learned only so that its program can be compared
+SHORT = 0.25  # of the epochs, where only the program is compared
 
 
 @claim(
@@ -94,14 +94,12 @@ def hardening(context: Context) -> Result:
     "every word.",
 )  # fmt: skip
 def exact(context: Context) -> Result:
-    """The models of the other claims, and one for each further task, trained a quarter as long.
+    """A model a task, trained a quarter as long as for the other claims, which show the same of theirs.
 
     Compared on validation and test sequences, at all words, also where nothing is asked.
     """
-    rows = [_tried(context, task, SOLVED) for task in ("reverse", "hist", "sort")]
-    rows += [_tried(context, "induction", INDUCED), _run(context, "double_hist", 0, SEEDS, {"layers": 2})]
     short = {"epochs": max(1, round(SHORT * SETTINGS["epochs"]))}
-    rows += [_run(context, task, 0, 1, short) for task in ("most_freq", "dyck-1", "dyck-2")]
+    rows = [_run(context, task, 0, 1, short) for task in SHAPES]
     least = min(min(row["program as hardened"], row["program, tested"]) for row in rows)
     return Result(
         Verdict.HOLDS if least == 1 else Verdict.DOES_NOT_HOLD,

@@ -21,7 +21,7 @@ def gumbel(temperature: float) -> Sample:
         # Many choices among few: over the first dimension of two a softmax takes a tenth of the time, and this noise a
         # quarter of torch's.
         chances = torch.rand_like(logits).clamp_min_(torch.finfo(logits.dtype).tiny)
-        noisy = (logits - (-chances.log_()).log_()) / temperature
+        noisy = (logits - chances.log_().neg_().log_()) / temperature
         return noisy.flatten(0, -2).T.softmax(0).T.unflatten(0, noisy.shape[:-1])
 
     return sample

@@ -191,8 +191,9 @@ def _told(task: str, first: int, found: Sequence[Trained], measures: Tensor, bes
     text = kept.program.splitlines()
     same = float(measures[:, 4:].nan_to_num(1).min())
     findings = [
-        f"{task}: the best of {len(found)} seeds on validation sequences, seed {first + best}, labels "
-        f"{accuracy[best]:.2%} of the others' words right once hardened; the median seed {accuracy.nanmedian():.2%}.",
+        f"{task}: seed {first + best}, the best of {len(found)} on the validation sequences, labels "
+        f"{accuracy[best]:.2%} of the words of the test sequences right once hardened; the median seed "
+        f"{accuracy.nanmedian():.2%}.",
         f"Before hardening it labels {measures[best, 0]:.2%} of the validation words right, hardened "
         f"{measures[best, 1]:.2%}; both predict the same label for {measures[best, 3]:.2%} of them.",
         f"The programs give the label of the hardened models for {same:.2%} of all words, in every seed"
