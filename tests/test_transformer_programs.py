@@ -300,7 +300,7 @@ def test_training_lowers_the_loss_and_the_study_goes_on_from_what_it_kept(tmp_pa
     found = fit(sizes, data, epochs=30, batch=100, rate=0.05, seed=0)
     again = fit(sizes, data, epochs=30, batch=100, rate=0.05, seed=0)
     assert all(torch.equal(found[name], again[name]) for name in found)
-    losses = found.pop("training_loss")
+    losses = found["training_loss"]
     assert len(losses) == 30 and losses[-1] < 0.8 * losses[0]
     model = ProgramModel.of(found)
     assert torch.equal(sampled(model, data.inputs, 1), sampled(model, data.inputs, 1))
@@ -313,7 +313,6 @@ def test_training_lowers_the_loss_and_the_study_goes_on_from_what_it_kept(tmp_pa
     assert program.splitlines() == list(first.labels["line"])
     best = int(first["measures"][:, 1].argmax())
     tensors = load_file(out / f"made/seed-{best}.safetensors")
-    tensors.pop("training_loss")
     data = drawn("hist", SMALL["samples"], 0)
     assert decompiled(hardened(ProgramModel.of(tensors)), data.words, data.labels) == program
     assert (first["reads"] >= -1).all() and "program.py" in (out / "index.html").read_text()
@@ -329,7 +328,9 @@ def test_a_seed_that_diverges_is_reported_and_the_others_are_kept(monkeypatch):
     monkeypatch.setattr(fitting, "sequence_losses", losses)
     result = transect.study("transformer-programs", task="hist", **SMALL)
     assert result["loss"].isnan().any(1).tolist() == result["measures"].isnan().all(1).tolist() == [False, True]
-    assert "hist: seed 0, the best of 2" in result.findings[0] and "of seed 1 stopped being finite" in result.findings[-1]
+    assert (
+        "hist: seed 0, the best of 2" in result.findings[0] and "of seed 1 stopped being finite" in result.findings[-1]
+    )
     with pytest.raises(Diverged, match="in every seed: lower the rate"):
         transect.study("transformer-programs", task="hist", **SMALL)
 
@@ -355,3 +356,7 @@ def test_what_cannot_be_is_said_before_any_work(settings, said, tmp_path):
         drawn("magic", 50, 0)
     with pytest.raises(TransectError, match="has 9 words, and this model has 7 positions"):
         ProgramModel(SIZES)(torch.ones(1, 9, dtype=torch.long))
+    with pytest.raises(TransectError, match="only a hardened model"):
+        decompiled(ProgramModel(SIZES), ["<pad>"] * 6, ["a"] * 5)
+    with pytest.raises(TransectError, match="of no transformer program: x"):
+        ProgramModel.of({"x": torch.ones(1)})

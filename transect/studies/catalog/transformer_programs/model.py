@@ -183,10 +183,15 @@ class ProgramModel(nn.Module):
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> ProgramModel:
-        """The model whose `state_dict` this is, from a file or not."""
+        """The model whose `state_dict` is among these tensors, such as those of a file in a study's `made`.
+
+        Raises TransectError where it is not.
+        """
+        if "sizes_stored" not in tensors:
+            raise TransectError(f"these tensors are of no transformer program: {', '.join(tensors)[:200]}")
         *numbers, causal = tensors["sizes_stored"].tolist()
         model = cls(Sizes(*numbers, causal=bool(causal)))
-        model.load_state_dict(dict(tensors))
+        model.load_state_dict({name: tensors[name] for name in model.state_dict()})
         return model
 
     def stream(self, ids: Tensor, sample: Sample = largest) -> tuple[Tensor, Tensor]:

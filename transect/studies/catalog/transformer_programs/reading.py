@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .model import Block, Lookups, ProgramModel
+from ....errors import TransectError
+from .model import UNIT, Block, Lookups, ProgramModel
 
 Value = str | int
 LARGEST = 1 << 12  # a count, of which two are the input of a table
@@ -91,8 +92,13 @@ class Read:
 
 
 def read(model: ProgramModel, words: Sequence[str]) -> Read:
-    """Everything of a hardened model. words: by id, the first is padding, which no position holds."""
+    """Everything of a hardened model. words: by id, the first is padding, which no position holds.
+
+    Raises TransectError for a model that is not hardened.
+    """
     sizes = model.sizes
+    if model.unit != UNIT:
+        raise TransectError("only a hardened model can be read as a program: give hardened(model)")
     categorical = [
         Variable("token", range(1, sizes.vocabulary), words),
         Variable("position", range(sizes.length)),

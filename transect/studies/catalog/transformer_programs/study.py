@@ -156,7 +156,7 @@ def measured(tensors: dict[str, Tensor], chosen: Labelled, tested: Labelled, see
     loss = tensors["training_loss"]
     if not loss.isfinite().all():
         return Trained(torch.full((len(MEASURES),), torch.nan, dtype=torch.float64), loss, "", [])
-    model = ProgramModel.of({name: one for name, one in tensors.items() if name != "training_loss"})
+    model = ProgramModel.of(tensors)
     hard = hardened(model)
     program = decompiled(hard, chosen.words, chosen.labels)
     soft, predictions = sampled(model, chosen.inputs, seed), predicted(hard, chosen.inputs)
