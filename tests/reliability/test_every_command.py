@@ -57,6 +57,10 @@ SHORT = {
         "width": 8, "neurons": 8, "steps": 3, "full_steps": 2, "low_rank_steps": 2,
     },
     "organism-questions": {"fine_tuned": "1,2", "rank": "0,1", "seeds": 1, "steps": 1, "asked": 4},
+    "transformer-programs": {
+        "task": "hist", "samples": 60, "layers": 1, "heads": 1, "numerical_heads": 1, "mlps": 1, "numerical_mlps": 1,
+        "hidden": 4, "epochs": 2, "seeds": 2,
+    },
 }  # fmt: skip
 # What `adapt` can be made of, by its option and the name.
 TRAINED = {

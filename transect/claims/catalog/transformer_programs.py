@@ -40,7 +40,7 @@ def solved(context: Context) -> Result:
     rows = [_tried(context, task, SOLVED) for task in ("reverse", "hist", "sort")]
     told = ", ".join(f"{row['task']} {row['hardened, tested']:.1%} (seed {row['seed']})" for row in rows)
     holds = all(row["hardened, tested"] >= SOLVED for row in rows)
-    return Result(Verdict.HOLDS if holds else Verdict.DOES_NOT_HOLD, f"The best seeds: {told}", rows)
+    return Result(Verdict.of(holds), f"The best seeds: {told}", rows)
 
 
 @claim(
@@ -53,7 +53,7 @@ def induction(context: Context) -> Result:
     row = _tried(context, "induction", INDUCED)
     holds = row["hardened, tested"] >= INDUCED
     return Result(
-        Verdict.HOLDS if holds else Verdict.DOES_NOT_HOLD,
+        Verdict.of(holds),
         f"Seed {row['seed']} labels {row['hardened, tested']:.1%} right",
         [row],
     )
@@ -68,7 +68,7 @@ def depth(context: Context) -> Result:
     rows = [_run(context, "double_hist", 0, SEEDS, {"layers": layers}) for layers in (1, 2)]
     one, two = (row["hardened, tested"] for row in rows)
     return Result(
-        Verdict.HOLDS if one < two else Verdict.DOES_NOT_HOLD,
+        Verdict.of(one < two),
         f"Of the words {one:.1%} are labelled right by one layer, {two:.1%} by two",
         rows,
     )
@@ -85,7 +85,7 @@ def hardening(context: Context) -> Result:
     rows.append(_tried(context, "induction", INDUCED))
     holds = all(row["hardened as sampled"] >= AGREE for row in rows)
     told = ", ".join(f"{row['task']} {row['hardened as sampled']:.1%}" for row in rows)
-    return Result(Verdict.HOLDS if holds else Verdict.DOES_NOT_HOLD, f"The same label: {told}", rows)
+    return Result(Verdict.of(holds), f"The same label: {told}", rows)
 
 
 @claim(
@@ -102,7 +102,7 @@ def exact(context: Context) -> Result:
     rows = [_run(context, task, 0, 1, short) for task in SHAPES]
     least = min(min(row["program as hardened"], row["program, tested"]) for row in rows)
     return Result(
-        Verdict.HOLDS if least == 1 else Verdict.DOES_NOT_HOLD,
+        Verdict.of(least == 1),
         f"Of {len(rows)} tasks the program that differs most gives {least:.2%} of the words the model's label",
         rows,
     )
