@@ -79,6 +79,9 @@ SHORT = {
     "catalog.brain_alignment.CHANNELS": 6, "catalog.brain_alignment.PERMUTATIONS": 100,
     "catalog.transformer_programs.SETTINGS": {"samples": 60, "epochs": 1, "hidden": 4},
     "catalog.transformer_programs.LONGER": {}, "catalog.transformer_programs.SEEDS": 1,
+    "catalog.model_zoo_phases.SETTINGS": {
+        "widths": "4,8", "temperatures": "512,1024", "epochs": 1, "products": 2, "curve_epochs": 1,
+    },
     "catalog.weight_matching.LANGUAGE_STEPS": 2, "catalog.weight_matching.POINTS": 5, "catalog.rws.STEPS": 5,
     "catalog.one_layer_knowledge.SETTINGS": {
         "fine_tuned": "2,8,32", "rank": "0,1", "seeds": 1, "subjects": 40, "width": 8, "neurons": 8, "steps": 2,

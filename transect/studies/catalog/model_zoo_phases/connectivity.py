@@ -39,7 +39,10 @@ def straight(first: Mapping[str, Tensor], last: Mapping[str, Tensor]) -> Path:
 
 
 def mode_connectivity(values: Tensor) -> float:
-    """mc of what was measured at evenly spaced t (points), a loss or an error; see the top of the file."""
+    """mc of what was measured at evenly spaced t (points), a loss or an error; see the top of the file.
+
+    The ends count, too: where they differ by more than anything in between, mc is below 0 by half of that.
+    """
     middle = (values[0] + values[-1]) / 2
     return float(middle - values[(values - middle).abs().argmax()])
 

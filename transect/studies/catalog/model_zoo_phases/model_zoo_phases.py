@@ -35,6 +35,7 @@ def model_zoo_phases(
     epochs: Annotated[int, Range(1, 100_000)] = 60,
     noise: Annotated[float, Range(0, 1)] = 0.1,
     products: Annotated[int, Range(1, 100_000)] = 100,
+    curve_epochs: Annotated[int, Range(0, 100_000)] = 100,
     high: Annotated[float, Range(0, 1, above=True)] = 0.10,
     near: Annotated[float, Range(0, 1, above=True)] = 0.05,
 ) -> Result:
@@ -51,11 +52,13 @@ def model_zoo_phases(
     temperature: what it is, `batch-size` or `learning-rate`.
     temperatures: its values, in any order; default 8,32,128,512, or 0.01,0.03,0.1,0.3.
     batch_size: where the learning rate is the temperature.
-    rate: the largest, where the batch size is the temperature; 0 for the task's own (0.1 for digits, 0.003 for text).
+    rate: the largest, where the batch size is the temperature; 0 for the task's own (0.03 for digits, 0.003 for text).
     seeds: models of a cell. All pairs of them are compared.
     epochs: passes over the training data; the zoo's 150 take their time.
     noise: share of the training labels that are wrong, so that fitting them all is over-fitting.
     products: with the Hessian, at most, for an eigenvalue and for a trace; their stop rules may need fewer.
+    curve_epochs: passes over the training data for the curve between two seeds. The zoo has 10, which are 3,900 steps
+        there and 120 on digits: too few to tell a barrier from a curve that is not trained yet.
     high: a training loss above this share of the initial loss is high.
     near: an mc of no more than this share of the initial loss is near 0.
     """
@@ -69,7 +72,7 @@ def model_zoo_phases(
     for width in loads:
         material.build(width, bench.seed)
     made = phase_map(
-        recipe(material, temperature, batch_size, rate, epochs, products, bench.device), loads, hot,
+        recipe(material, temperature, batch_size, rate, epochs, products, curve_epochs, bench.device), loads, hot,
         range(bench.seed, bench.seed + seeds), once=bench.once, progress=bench.progress,
     )  # fmt: skip
     placed = made.placed(high=high, near=near)

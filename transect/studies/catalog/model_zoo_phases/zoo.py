@@ -70,7 +70,7 @@ class Recipe:
     `transect.errors.Diverged` from it is noted on the map. loss, error: see `Loss`; the error counts wrong answers.
     outputs: see `Outputs`. training, held_out: batches; the curves are trained on the first. curved: the training and
     the held-out batches for the Hessian (the zoo: 10 of 64 each; how they are cut makes no difference), default all.
-    products: with the Hessian, at most, for an eigenvalue and for a trace.
+    products: with the Hessian, at most, for an eigenvalue and for a trace. curve_epochs: of training a curve.
     match: (a, b) -> b with its units in the order that lies closest to a's; without it nothing is matched.
     """
 
@@ -83,6 +83,7 @@ class Recipe:
     held_out: Sequence[Any]
     curved: tuple[Sequence[Any], Sequence[Any]] | None = None
     products: int = 100
+    curve_epochs: int = 10
     match: Callable[[Any, Any], nn.Module] | None = None
 
 
@@ -218,7 +219,7 @@ def _of_one(model: nn.Module, recipe: Recipe) -> dict[str, Tensor]:
 
 def _of_pair(first: nn.Module, second: nn.Module, recipe: Recipe) -> dict[str, Tensor]:
     """Connectivity, averages and similarity of two models."""
-    joined = bezier_connectivity(first, second, recipe.loss, recipe.training)
+    joined = bezier_connectivity(first, second, recipe.loss, recipe.training, epochs=recipe.curve_epochs)
     found = {
         "connectivity": joined.connectivity,
         "error_connectivity": mode_connectivity(_errors(first, second, joined, recipe)),
