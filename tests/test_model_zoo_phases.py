@@ -15,9 +15,11 @@ from transect.store import Folder
 from transect.studies import KIND, run_study, study_named
 from transect.studies.catalog.model_zoo_phases import (
     Cell,
+    Measures,
     Recipe,
     bezier,
     bezier_connectivity,
+    cell_of,
     estimate_norms,
     hessian_trace,
     hessian_vector_product,
@@ -300,11 +302,11 @@ def test_models_that_do_not_fit_are_refused():
     batches = [examples(8)]
     with pytest.raises(TransectError, match=r"'0.bias' is \(6,\) in one and \(7,\) in the other"):
         bezier_connectivity(network(width=6), network(width=7), cross_entropy, batches)
-    recipe = Recipe(lambda *_: network(), lambda *_: None, cross_entropy, wrong, lambda m, b: m(b[0]), batches, batches)
+    measures = Measures(cross_entropy, wrong, lambda model, batch: model(batch[0]), batches, batches)
     with pytest.raises(TransectError, match="the same parameters"):
-        measured([network(width=6), network(width=7)], recipe)
+        measured([network(width=6), network(width=7)], measures)
     with pytest.raises(TransectError, match="give two"):
-        measured([network()], recipe)
+        measured([network()], measures)
     with pytest.raises(TransectError, match="nothing to measure"):
         mean_loss(network(), cross_entropy, [])
 
@@ -396,10 +398,8 @@ def recipe_of(trained, diverges=()):
             for one in model.parameters():
                 one.mul_(temperature)
 
-    return Recipe(
-        lambda load, seed: network(seed, load, torch.float32), train, cross_entropy, wrong,
-        lambda model, batch: model(batch[0]), batches, batches, products=5,
-    )  # fmt: skip
+    measures = Measures(cross_entropy, wrong, lambda model, batch: model(batch[0]), batches, batches, products=5)
+    return Recipe(lambda load, seed: network(seed, load, torch.float32), train, measures)
 
 
 def test_a_map_of_a_recipe_of_ones_own_goes_on_where_it_was(monkeypatch):
@@ -410,7 +410,7 @@ def test_a_map_of_a_recipe_of_ones_own_goes_on_where_it_was(monkeypatch):
             kept[name] = make()
         return kept[name]
 
-    def stop(*args):
+    def stop(*args, **settings):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -427,8 +427,11 @@ def test_a_map_of_a_recipe_of_ones_own_goes_on_where_it_was(monkeypatch):
     models = [recipe_of([]).build(2, seed) for seed in (0, 1)]
     for model in models:
         recipe_of([]).train(model, 2, 0.5, 0)
-    for name, value in measured(models, recipe_of([])).items():
+    found = measured(models, recipe_of([]).measures)
+    for name, value in found.items():
         torch.testing.assert_close(made.figures[name][0, 0], value)
+    cell = cell_of({**found, "initial_loss": made.figures["initial_loss"][0, 0]})
+    assert phase_of(cell, made.similar) == made.placed()[0][0]
 
 
 def test_a_map_needs_seeds_and_places():

@@ -21,7 +21,7 @@ from ....tasks.digits import shuffled
 from ....training import Machine, Problem, Run, Schedule, State, own_loss, train
 from .losses import Loss
 from .similarity import Outputs
-from .zoo import Recipe
+from .zoo import Measures, Recipe
 
 Rows = Mapping[str, Tensor]  # examples by name, the first dimension counts them
 Temperature = Literal["batch-size", "learning-rate"]
@@ -35,7 +35,7 @@ class Material:
     """training, held_out: what `labels` asks for, beside what the model reads. build: (width, seed) -> a model.
 
     optimizer: name, options and rate of its own. curved: how many examples the Hessian is of. For the others see
-    `Recipe`.
+    `Measures`.
     """
 
     training: Rows
@@ -136,7 +136,7 @@ def recipe(
 
     temperature: which of the two it is; the other is the same everywhere. rate: 0 for the material's own. It rises in a
     line for 30 % of the steps and falls along a cosine (the zoo's one-cycle), and gradients are not clipped. products,
-    curve_epochs: see `Recipe`.
+    curve_epochs: see `Measures`.
     """
     training, held_out = (
         {name: one.to(device) for name, one in part.items()} for part in (material.training, material.held_out)
@@ -165,11 +165,11 @@ def recipe(
         train(problem, Run(schedule, Machine(device), State(None)), {})
 
     curved = cut(training, material.curved)[:1], cut(held_out, material.curved)[:1]
-    return Recipe(
-        lambda width, seed: material.build(width, seed).to(device), trained, material.loss, material.error,
-        material.outputs, cut(training, MEASURED), cut(held_out, MEASURED), curved, products, curve_epochs,
-        material.match,
+    measures = Measures(
+        material.loss, material.error, material.outputs, cut(training, MEASURED), cut(held_out, MEASURED), curved,
+        products, curve_epochs, material.match,
     )  # fmt: skip
+    return Recipe(lambda width, seed: material.build(width, seed).to(device), trained, measures)
 
 
 def refuse_batch(size: int, material: Material) -> None:

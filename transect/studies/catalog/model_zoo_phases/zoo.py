@@ -63,19 +63,16 @@ _CELL = ("initial_loss", "training_loss", "connectivity", "similarity", "sharpne
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How models of a cell are made, and what they are measured by.
+class Measures:
+    """What models are measured by.
 
-    build: (load, seed) -> an untrained model. train: (model, load, temperature, seed) trains it in place; a
-    `transect.errors.Diverged` from it is noted on the map. loss, error: see `Loss`; the error counts wrong answers.
-    outputs: see `Outputs`. training, held_out: batches; the curves are trained on the first. curved: the training and
-    the held-out batches for the Hessian (the zoo: 10 of 64 each; how they are cut makes no difference), default all.
-    products: with the Hessian, at most, for an eigenvalue and for a trace. curve_epochs: of training a curve.
-    match: (a, b) -> b with its units in the order that lies closest to a's; without it nothing is matched.
+    loss, error: see `Loss`; the error counts wrong answers. outputs: see `Outputs`. training, held_out: batches; the
+    curves are trained on the first. curved: the training and the held-out batches for the Hessian (the zoo: 10 of 64
+    each; how they are cut makes no difference), default all. products: with the Hessian, at most, for an eigenvalue and
+    for a trace. curve_epochs: of training a curve. match: (a, b) -> b with its units in the order that lies closest to
+    a's; without it nothing is matched.
     """
 
-    build: Callable[[Any, int], nn.Module]
-    train: Callable[[nn.Module, Any, Any, int], None]
     loss: Loss
     error: Loss
     outputs: Outputs
@@ -88,6 +85,16 @@ class Recipe:
 
 
 @dataclass(frozen=True)
+class Recipe:
+    """How models of a cell are made: build(load, seed) gives an untrained one, train(model, load, temperature, seed)
+    trains it in place; a `transect.errors.Diverged` from it is noted on the map. measures: see `Measures`."""
+
+    build: Callable[[Any, int], nn.Module]
+    train: Callable[[nn.Module, Any, Any, int], None]
+    measures: Measures
+
+
+@dataclass(frozen=True)
 class PhaseMap:
     """figures: what `ABOUT` lists, each load x temperature (x t for curves); NaN where a training diverged."""
 
@@ -97,7 +104,7 @@ class PhaseMap:
 
     def cell(self, row: int, column: int) -> Cell:
         """The cell of a load and a temperature, by their places."""
-        return Cell(*(float(self.figures[name][row, column]) for name in _CELL))
+        return cell_of({name: self.figures[name][row, column] for name in _CELL})
 
     @property
     def similar(self) -> float:
@@ -147,6 +154,11 @@ def phase_map(
     return PhaseMap(list(loads), list(temperatures), figures)
 
 
+def cell_of(figures: Mapping[str, Tensor]) -> Cell:
+    """A cell from figures by the names of `ABOUT`, such as those of `measured` with the initial loss."""
+    return Cell(*(float(figures[name]) for name in _CELL))
+
+
 def check_seeds(seeds: Sequence[int]) -> None:
     """TransectError unless there are two or more different ones."""
     if len(set(seeds)) < max(2, len(seeds)):
@@ -157,7 +169,7 @@ def check_seeds(seeds: Sequence[int]) -> None:
 
 def _cell(recipe: Recipe, load: Any, temperature: Any, seeds: Sequence[int], once: Once) -> Mapping[str, Tensor]:
     """Train the cell's models, and measure them; of those that diverged, only where they began."""
-    place, models = f"{load}-{temperature}", []
+    place, models, by = f"{load}-{temperature}", [], recipe.measures
     for seed in seeds:
         kept = once(f"model-{place}-{seed}", lambda seed=seed: _trained(recipe, load, temperature, seed))
         if kept:
@@ -166,8 +178,8 @@ def _cell(recipe: Recipe, load: Any, temperature: Any, seeds: Sequence[int], onc
             models.append(model)
 
     def measure() -> Mapping[str, Tensor]:
-        before = [mean_loss(recipe.build(load, seed), recipe.loss, recipe.training) for seed in seeds]
-        found = measured(models, recipe) if len(models) == len(seeds) else {}
+        before = [mean_loss(recipe.build(load, seed), by.loss, by.training) for seed in seeds]
+        found = measured(models, by) if len(models) == len(seeds) else {}
         return {"initial_loss": torch.tensor(statistics.fmean(before), dtype=torch.float64), **found}
 
     return once(f"cell-{place}", measure)
@@ -183,69 +195,69 @@ def _trained(recipe: Recipe, load: Any, temperature: Any, seed: int) -> dict[str
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
-def measured(models: Sequence[nn.Module], recipe: Recipe) -> dict[str, Tensor]:
+def measured(models: Sequence[nn.Module], by: Measures) -> dict[str, Tensor]:
     """All figures of `ABOUT` but the initial loss, of models of one recipe: means over models, or over pairs of them.
 
-    For models that are there already, such as a user's checkpoints of several seeds, `build` and `train` of the recipe
-    are not called. Scalars, and (points) for what is along a curve; float64.
+    They are trained already, such as checkpoints of several seeds. Scalars, and (points) for what is along a curve;
+    float64.
     Raises TransectError for fewer than two models, and for models of different shapes.
     """
     if len(models) < 2:
         raise TransectError(f"connectivity and similarity compare models: give two of one recipe, not {len(models)}")
     for other in models[1:]:
         check_alike(models[0], other)
-    each = [_of_one(model, recipe) for model in models]
-    pairs = [_of_pair(*pair, recipe) for pair in itertools.combinations(models, 2)]
+    each = [_of_one(model, by) for model in models]
+    pairs = [_of_pair(*pair, by) for pair in itertools.combinations(models, 2)]
     return {
         name: torch.stack([one[name] for one in rows]).mean(dim=0) for rows in (each, pairs) for name in rows[0]
     }  # fmt: skip
 
 
-def _of_one(model: nn.Module, recipe: Recipe) -> dict[str, Tensor]:
+def _of_one(model: nn.Module, by: Measures) -> dict[str, Tensor]:
     """Losses, errors and curvature of one model."""
-    seen, unseen = recipe.curved or (recipe.training, recipe.held_out)
+    seen, unseen = by.curved or (by.training, by.held_out)
     found = {
-        "training_loss": mean_loss(model, recipe.loss, recipe.training),
-        "training_error": mean_loss(model, recipe.error, recipe.training),
-        "held_out_loss": mean_loss(model, recipe.loss, recipe.held_out),
-        "held_out_error": mean_loss(model, recipe.error, recipe.held_out),
-        "sharpness": top_eigenvalue(model, recipe.loss, seen, steps=recipe.products).value,
-        "trace": hessian_trace(model, recipe.loss, seen, probes=recipe.products).value,
-        "held_out_sharpness": top_eigenvalue(model, recipe.loss, unseen, steps=recipe.products).value,
-        "held_out_trace": hessian_trace(model, recipe.loss, unseen, probes=recipe.products).value,
+        "training_loss": mean_loss(model, by.loss, by.training),
+        "training_error": mean_loss(model, by.error, by.training),
+        "held_out_loss": mean_loss(model, by.loss, by.held_out),
+        "held_out_error": mean_loss(model, by.error, by.held_out),
+        "sharpness": top_eigenvalue(model, by.loss, seen, steps=by.products).value,
+        "trace": hessian_trace(model, by.loss, seen, probes=by.products).value,
+        "held_out_sharpness": top_eigenvalue(model, by.loss, unseen, steps=by.products).value,
+        "held_out_trace": hessian_trace(model, by.loss, unseen, probes=by.products).value,
     }
     return _tensors(found)
 
 
-def _of_pair(first: nn.Module, second: nn.Module, recipe: Recipe) -> dict[str, Tensor]:
+def _of_pair(first: nn.Module, second: nn.Module, by: Measures) -> dict[str, Tensor]:
     """Connectivity, averages and similarity of two models."""
-    joined = bezier_connectivity(first, second, recipe.loss, recipe.training, epochs=recipe.curve_epochs)
+    joined = bezier_connectivity(first, second, by.loss, by.training, epochs=by.curve_epochs)
     found = {
         "connectivity": joined.connectivity,
-        "error_connectivity": mode_connectivity(_errors(first, second, joined, recipe)),
+        "error_connectivity": mode_connectivity(_errors(first, second, joined, by)),
         "line_connectivity": mode_connectivity(joined.on_the_line),
-        "averaged_error": _averaged(first, second, recipe),
-        "similarity": output_similarity(first, second, recipe.outputs, recipe.held_out),
-        "debiased_similarity": output_similarity(first, second, recipe.outputs, recipe.held_out, debiased=True),
+        "averaged_error": _averaged(first, second, by),
+        "similarity": output_similarity(first, second, by.outputs, by.held_out),
+        "debiased_similarity": output_similarity(first, second, by.outputs, by.held_out, debiased=True),
     }
-    if recipe.match is not None:
-        moved = recipe.match(first, second)
+    if by.match is not None:
+        moved = by.match(first, second)
         line = straight(_numbers(first), _numbers(moved))
-        along = losses_along(line, first, recipe.loss, recipe.training)
+        along = losses_along(line, first, by.loss, by.training)
         found["matched_connectivity"] = mode_connectivity(along)
-        found["matched_error"] = _averaged(first, moved, recipe)
+        found["matched_error"] = _averaged(first, moved, by)
     return {**_tensors(found), "curve": joined.losses, "line": joined.on_the_line}
 
 
-def _errors(first: nn.Module, second: nn.Module, joined: Joined, recipe: Recipe) -> Tensor:
+def _errors(first: nn.Module, second: nn.Module, joined: Joined, by: Measures) -> Tensor:
     path = bezier(_numbers(first), joined.bend, _numbers(second))
-    return losses_along(path, first, recipe.error, recipe.training)
+    return losses_along(path, first, by.error, by.training)
 
 
-def _averaged(first: nn.Module, second: nn.Module, recipe: Recipe) -> float:
+def _averaged(first: nn.Module, second: nn.Module, by: Measures) -> float:
     """The held-out error half way on the straight line."""
     line = straight(_numbers(first), _numbers(second))
-    return float(losses_along(line, first, recipe.error, recipe.held_out, 3, recipe.training)[1])
+    return float(losses_along(line, first, by.error, by.held_out, 3, by.training)[1])
 
 
 def _numbers(model: nn.Module) -> dict[str, Tensor]:
