@@ -82,7 +82,7 @@ def model_zoo_phases(
     }  # fmt: skip
     numbers = torch.tensor([[PHASES.index(one.phase) for one in row] for row in placed])
     quantities["phase"] = Quantity(numbers, axes[:2], "", f"phase: 0 to {len(PHASES) - 1} are {', '.join(PHASES)}")
-    findings, caveats = told(made, placed, temperature)
+    findings, caveats = told(made, placed, temperature, noise)
     labels = {"width": list(map(str, loads)), "temperature": [f"{one:g}" for one in hot], "phase": list(PHASES)}
     return Result(quantities, findings, caveats, labels)
 

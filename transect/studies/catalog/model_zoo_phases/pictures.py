@@ -25,7 +25,7 @@ class Shown:
 
 MAPS = (
     Shown("training_loss", "Training loss", "High where models are too small, or trainings short or noisy.", log=True),
-    Shown("held_out_error", "Held-out error", "What a user wants low: held against the phases below."),
+    Shown("held_out_error", "Held-out error", "What a user wants low: held against the phases above."),
     Shown("sharpness", "Sharpness", "Largest Hessian eigenvalue, by magnitude; if large, the loss is steep.", log=True),
     Shown("trace", "Trace of the Hessian", "Sharpness summed over all directions, by magnitude.", log=True),
     Shown(

@@ -16,8 +16,10 @@ from .zoo import PhaseMap
 WORDS = {"batch-size": "batch size", "learning-rate": "learning rate"}
 
 
-def told(made: PhaseMap, placed: Sequence[Sequence[Placed]], temperature: str) -> tuple[list[str], list[str]]:
-    """Findings and caveats of a map."""
+def told(
+    made: PhaseMap, placed: Sequence[Sequence[Placed]], temperature: str, noise: float
+) -> tuple[list[str], list[str]]:
+    """Findings and caveats of a map. noise: share of the training labels that are wrong."""
     figures, word = made.figures, WORDS[temperature]
     where: dict[str, list[str]] = {}
     for width, row in zip(made.loads, placed, strict=True):
@@ -45,7 +47,7 @@ def told(made: PhaseMap, placed: Sequence[Sequence[Placed]], temperature: str) -
         f"{_correlation(loss, sharp)}."
     )
     findings.append(_of_averages(made, placed))
-    return findings, _CAVEATS
+    return findings, [*_CAVEATS, *([_NOISY] if noise else [])]
 
 
 _CAVEATS = [
@@ -55,6 +57,12 @@ _CAVEATS = [
     "CKA of logits over few classes is soon near 1, and too high for few examples; the unbiased one stands beside it.",
     "The stop rules of eigenvalue and trace may end early. Two seeds are one pair: give more for what is to last.",
 ]
+
+
+_NOISY = (
+    "Where training labels are wrong, a network that tells the right ones has a training loss that may count as high: "
+    "phase II can then be the one that generalises, and a small loss the one that is over-fitted."
+)
 
 
 def _of_averages(made: PhaseMap, placed: Sequence[Sequence[Placed]]) -> str:
@@ -71,8 +79,8 @@ def _of_averages(made: PhaseMap, placed: Sequence[Sequence[Placed]]) -> str:
     parts = []
     for phase, rows in sorted(costs.items()):
         means = torch.tensor(rows).mean(dim=0).tolist()
-        after = f" ({means[1]:+.1%} after weight matching)" if len(means) > 1 else ""
-        parts.append(f"{means[0]:+.1%}{after} in phase {phase} ({counts[phase]} cells)")
+        after = f" ({100 * means[1]:+.1f} after weight matching)" if len(means) > 1 else ""
+        parts.append(f"{100 * means[0]:+.1f} points{after} in phase {phase} ({counts[phase]} cells)")
     return f"The average of two seeds' numbers changes the held-out error by {', '.join(parts)}."
 
 
