@@ -36,7 +36,7 @@ from transect.errors import TransectError
 from transect.merging import mergings
 from transect.probes import probes
 from transect.sizing import searchers
-from transect.studies import studies
+from transect.studies import studies, study_named
 from transect.training import layer_rates, optimizers, parametrizations, penalties
 
 SEED = 3  # of the run; of a method that has a `seed` of its own, another
@@ -55,6 +55,9 @@ SHORT = {
     "one-layer-knowledge": {
         "subjects": 8, "templates": 4, "multiplicity": "1,3", "fine_tuned": "2,5", "rank": "0,1", "seeds": 1,
         "width": 8, "neurons": 8, "steps": 3, "full_steps": 2, "low_rank_steps": 2,
+    },
+    "model-zoo-phases": {
+        "widths": "4,8", "temperatures": "512,1024", "epochs": 1, "products": 2, "curve_epochs": 1,
     },
     "organism-questions": {"fine_tuned": "1,2", "rank": "0,1", "seeds": 1, "steps": 1, "asked": 4},
     "transformer-programs": {
@@ -328,6 +331,11 @@ def test_mergings(entry, complete, command, tmp_path):
 # Conversions of other models than the one that these commands are tried on.
 CONVERTED_FROM_OTHERS = {"ia-red2", "rms-norms", "sret", "symmetrize-attention"}
 
+
+def spelled_short(name):
+    return spelled(study_named(name), SHORT[name])
+
+
 # A command: its arguments, what it needs beside `VALUES`, and flags that do not go with the others.
 COMMANDS = {
     "adapt": (
@@ -370,6 +378,7 @@ COMMANDS = {
         [],
     ),
     "recover": (["model"], {"how": "distill"}, []),
+    "study": (["organism-questions", *spelled_short("organism-questions")], {}, []),
     "search": (["model"], {"neurons": "24,48", "heads": "1,2", "depth": "2,3", "hidden": "16,32"}, []),
 }  # fmt: skip
 

@@ -61,6 +61,8 @@ WRITERS = {
         "none",
     ],
 }
+WRITERS["study"] = ["study", "organism-questions", "--fine-tuned", "1", "--rank", "1", "--seeds", "1", "--steps", "1",
+                    "--asked", "4"]  # fmt: skip
 CACHED = ["compress", "model", "--method", "svd-llm", "--keep", "0.7", *DATA]
 EVAL = ["eval", "model", "--data", "text.txt"]
 NO_ROOM = "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))"

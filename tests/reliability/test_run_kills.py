@@ -57,6 +57,21 @@ KEPT = {
         ["fwsvd/below-svd", "fwsvd/weight-error"], tiny("llama"), DATA, DATA, record=out
     ),
     "race": lambda out: transect.race(tiny("llama"), ["lora", "full"], DATA, DATA, out, steps=2, every=1, **MATRICES),
+    "study": lambda out: transect.study(
+        "one-layer-knowledge",
+        out=out,
+        subjects=8,
+        templates=4,
+        multiplicity="1,3",
+        fine_tuned="2,5",
+        rank="0,1",
+        seeds=1,
+        width=8,
+        neurons=8,
+        steps=3,
+        full_steps=2,
+        low_rank_steps=2,
+    ),
     "contest": lambda out: transect.race_parts("llama", "induction", out, mixer=("pooling", "base"), **SMALL),
 }
 # Every other command that trains: what it is called with, and the folder of its unfinished work.

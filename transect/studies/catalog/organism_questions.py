@@ -22,7 +22,7 @@ from ...parameters import Range
 from ...probes import Drawing, Quantity, Result, Table
 from ...probes.draw import lines
 from ...training import Machine, Problem, Run, Schedule, State, own_loss, train
-from ..numbers import whole_numbers
+from ..numbers import numbers
 from ..registry import Bench, studying
 
 FULL, LOW = 1e-3, 1e-2  # rates of AdamW, those of `one-layer-knowledge`
@@ -103,7 +103,7 @@ def organism_questions(
     asked: at most so many of the other subjects' facts are asked for.
     """
     owner = "organism-questions"
-    tuned, ranks = whole_numbers(owner, "fine_tuned", fine_tuned, 1), whole_numbers(owner, "rank", rank)
+    tuned, ranks = numbers(owner, "fine_tuned", fine_tuned, int, 1), numbers(owner, "rank", rank, int)
     if tuned[-1] >= N_ENTITIES:
         raise TransectError(f"{owner}: {tuned[-1]} fine-tuned subjects of {N_ENTITIES} leave none to ask about")
     targets = targets_of(Anatomy(load()[0]), None)

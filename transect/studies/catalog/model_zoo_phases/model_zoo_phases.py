@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
-from ....errors import TransectError
 from ....parameters import Range
 from ....probes import Quantity, Result
+from ...numbers import numbers
 from ...registry import Bench, studying
 from .pictures import draw
 from .recipes import MATERIALS, Temperature, recipe, refuse_batch
 from .told import told
 from .zoo import ABOUT, phase_map
 
+NAME = "model-zoo-phases"
+SLOWEST = 1e-12  # a learning rate
 TEMPERATURES = {"batch-size": "8,32,128,512", "learning-rate": "0.01,0.03,0.1,0.3"}
 PHASES = ("I", "II", "III", "IV-A", "IV-B", "IV", "diverged")
 
 
-@studying("model-zoo-phases", title="Phases of a training recipe", paper="arXiv:2504.18072", draw=draw)
+@studying(NAME, title="Phases of a training recipe", paper="arXiv:2504.18072", draw=draw)
 def model_zoo_phases(
     bench: Bench,
     *,
@@ -63,10 +64,12 @@ def model_zoo_phases(
     near: an mc of no more than this share of the initial loss is near 0.
     """
     material = MATERIALS[task](noise, bench.seed)
-    loads = listed_numbers(widths, "widths", int)
-    hot = listed_numbers(temperatures or TEMPERATURES[temperature], "temperatures",
-                         int if temperature == "batch-size" else float)  # fmt: skip
-    hot.sort(reverse=temperature == "batch-size")  # from cold to hot
+    loads = numbers(NAME, "widths", widths, int, 1)
+    asked = temperatures or TEMPERATURES[temperature]
+    if temperature == "batch-size":
+        hot: list[float] = [*reversed(numbers(NAME, "temperatures", asked, int, 1))]  # from cold to hot
+    else:
+        hot = numbers(NAME, "temperatures", asked, float, SLOWEST)
     for size in hot if temperature == "batch-size" else [batch_size]:
         refuse_batch(int(size), material)
     for width in loads:
@@ -80,24 +83,11 @@ def model_zoo_phases(
     quantities = {
         name: Quantity(values, axes[: values.dim()], *ABOUT[name]) for name, values in made.figures.items()
     }  # fmt: skip
-    numbers = torch.tensor([[PHASES.index(one.phase) for one in row] for row in placed])
-    quantities["phase"] = Quantity(numbers, axes[:2], "", f"phase: 0 to {len(PHASES) - 1} are {', '.join(PHASES)}")
+    found = torch.tensor([[PHASES.index(one.phase) for one in row] for row in placed])
+    quantities["phase"] = Quantity(found, axes[:2], "", f"phase: 0 to {len(PHASES) - 1} are {', '.join(PHASES)}")
     findings, caveats = told(made, placed, temperature, noise)
     labels = {"width": list(map(str, loads)), "temperature": [f"{one:g}" for one in hot], "phase": list(PHASES)}
     return Result(quantities, findings, caveats, labels)
-
-
-def listed_numbers(given: str, name: str, kind: Callable[[str], float]) -> list:
-    """Different numbers above 0 from a text such as 4,16,64, from small to large; TransectError for anything else."""
-    try:
-        found = sorted({kind(part) for part in given.split(",")})
-    except (ValueError, OverflowError):
-        found = []
-    if not found or not found[0] > 0 or not found[-1] < 2**20:
-        raise TransectError(
-            f"model-zoo-phases: {name}={given[:100]!r} should be numbers above 0, with commas in between"
-        )
-    return found
 
 
 def phases_of(result: Result) -> list[list[str]]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ....errors import TransectError
 from ....parameters import Range
 from ....probes import Quantity, Result
-from ...numbers import whole_numbers
+from ...numbers import numbers
 from ...registry import Bench, studying
 from .asking import PARTS, POINTS, Asking
 from .drawn import draw
@@ -69,7 +69,7 @@ def one_layer_knowledge(
     low_rank_steps: of fine-tuning low-rank factors, at ten times the rate.
     """
     counts, tuned, ranks = (
-        whole_numbers("one-layer-knowledge", name, text, low)
+        numbers("one-layer-knowledge", name, text, int, low)
         for name, text, low in (("multiplicity", multiplicity, 1), ("fine_tuned", fine_tuned, 1), ("rank", rank, 0))
     )
     facts = [Facts(subjects, attributes, templates, bench.seed + number) for number in range(seeds)]
