@@ -487,7 +487,7 @@ def test_the_study_of_a_learning_rate_and_of_text(monkeypatch):
     ("settings", "why"),
     [
         ({"seeds": 1}, "seeds"), ({"temperatures": "8,4096"}, "4096 examples is not to be had: there are 1437"),
-        ({"temperature": "learning-rate", "batch_size": 2000}, "2000 examples"), ({"widths": "4,x"}, "whole numbers of"),
+        ({"temperature": "learning-rate", "batch_size": 2000}, "2000 examples"), ({"widths": "4,x"}, "whole numbers"),
         ({"widths": "0,4"}, "whole numbers of"), ({"temperatures": "8,nan"}, "whole numbers"),
         ({"temperature": "learning-rate", "temperatures": "nan"}, "is numbers of"), ({"widths": ""}, "whole numbers"),
         ({"task": "text", "widths": "6"}, "multiple of 4"),

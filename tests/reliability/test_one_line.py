@@ -220,7 +220,7 @@ def test_nothing_half_written_is_left(ended, place):
     resumed = {"room-inspect", "room-diff", "room-catalogue", "files-catalogue", ".room-stream.streaming",
                ".room-recover.recovery", ".room-adapt.adaptation", ".room-convert.conversion",
                ".room-memorize.memory", ".room-search.search", ".room-prefer.preference",
-               "room-compare", "room-race", "room-contest"}  # by the next run  # fmt: skip
+               "room-compare", "room-race", "room-contest", "room-study", "files-study"}  # by the next run  # fmt: skip
     narrow = {name.replace("room", "narrow") for name in resumed}
     finished = {f"narrow-{name}" for name in WRITERS if ended[0][f"{name} in what it has"].code == 0}
     assert ended[1] <= resumed | narrow | finished
