@@ -55,7 +55,7 @@ def causal_trace(
     window: Annotated[int, Range(0, 1000)] = 0,
     noise: Annotated[float, Range(0, 100)] = 3.0,
     samples: Annotated[int, Range(1, 1000)] = 10,
-    facts: Annotated[int, Range(1, 100000)] = 100,
+    facts: Annotated[int, Range(1, 100000)] = 30,
 ) -> Result:
     """Destroy the subject of known facts with noise, and see which clean activations bring the answer back.
 
@@ -69,7 +69,8 @@ def causal_trace(
     window: how many layers are restored together. 0: the share of the paper's main analysis, 5 of 28, at least 1.
     noise: standard deviation of the noise, in standard deviations of the embeddings' entries.
     samples: draws of the noise.
-    facts: how many facts at most; of more that the model knows, a choice at random, so that no kind prevails.
+    facts: how many facts at most (ours; each takes seconds on a model of 135 M parameters, and the findings give their
+        standard errors); of more that the model knows, a choice at random, so that no kind prevails.
     """
     specimen.require_causal()
     layers = specimen.layers
