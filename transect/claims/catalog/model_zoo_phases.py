@@ -73,7 +73,7 @@ def sharpness(context: Context) -> Result:
         )  # fmt: skip
     medians = float(sharp[small].median()), float(sharp[~small].median())
     return Result(
-        Verdict.HOLDS if medians[0] < medians[1] and related > 0 else Verdict.DOES_NOT_HOLD,
+        Verdict.of(medians[0] < medians[1] and related > 0),
         f"median sharpness {medians[0]:.3g} in {int(small.sum())} cells of small training loss, {medians[1]:.3g} in "
         f"the {int((~small).sum())} others; rank correlation of loss and sharpness {related:.2f}",
         rows,
@@ -94,7 +94,7 @@ def best_cell(context: Context) -> Result:
     phases = phases_of(found)
     phase, counts = phases[row][column], sum(row.count("IV-B") for row in phases)
     return Result(
-        Verdict.HOLDS if phase == "IV-B" else Verdict.DOES_NOT_HOLD,
+        Verdict.of(phase == "IV-B"),
         f"the best cell, width {found.labels['width'][row]} at batch size {found.labels['temperature'][column]}, with "
         f"accuracy {1 - float(error[row, column]):.4f}, is in phase {phase}; {counts} cells are in IV-B",
         _cells(found, ("held_out_error", "training_loss", "connectivity", "similarity")),
@@ -116,7 +116,7 @@ def curve(context: Context) -> Result:
         row |= {"highest on the line": float(line), "highest on the curve": float(bent)}
     lower = int((highest[1] <= highest[0]).sum())
     return Result(
-        Verdict.HOLDS if lower == len(rows) else Verdict.DOES_NOT_HOLD,
+        Verdict.of(lower == len(rows)),
         f"the highest loss is lower along the curve in {lower} of {len(rows)} cells: on average "
         f"{float(highest[0].nanmean()):.3f} nats along the line and {float(highest[1].nanmean()):.3f} along the curve",
         rows,
@@ -135,7 +135,7 @@ def matched(context: Context) -> Result:
     before, after = found["line_connectivity"].flatten(), found["matched_connectivity"].flatten()
     larger = int((after > before).sum())
     return Result(
-        Verdict.HOLDS if larger == len(before) else Verdict.DOES_NOT_HOLD,
+        Verdict.of(larger == len(before)),
         f"mc is larger in {larger} of {len(before)} cells: on average {float(before.nanmean()):.3f} nats before, "
         f"{float(after.nanmean()):.3f} after",
         _cells(found, ("line_connectivity", "matched_connectivity", "averaged_error", "matched_error")),
@@ -150,7 +150,7 @@ def _monotone(found: Found, name: str, rises: bool) -> Result:
     steps = [sign * (other - one) > 0 for one, other in itertools.pairwise(means)]
     single = (sign * (values[1:] - values[:-1]) > 0).sum(dim=1).tolist()
     return Result(
-        Verdict.HOLDS if all(steps) else Verdict.DOES_NOT_HOLD,
+        Verdict.of(all(steps)),
         f"{', '.join(f'{one:.4g}' for one in means)} at widths {', '.join(widths)}, the mean over temperatures; at "
         f"{', '.join(map(str, single))} of {values.shape[1]} temperatures it {'rises' if rises else 'falls'} from one "
         "width to the next",
