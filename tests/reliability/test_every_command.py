@@ -57,7 +57,8 @@ SHORT = {
         "width": 8, "neurons": 8, "steps": 3, "full_steps": 2, "low_rank_steps": 2,
     },
     "model-zoo-phases": {
-        "widths": "4,8", "temperatures": "512,1024", "epochs": 1, "products": 2, "curve_epochs": 1,
+        "widths": "4,8", "temperatures": "512,1024", "epochs": 1, "products": 2, "curve_epochs": 1, "seeds": 2,
+        "batch_size": 512,
     },
     "organism-questions": {"fine_tuned": "1,2", "rank": "0,1", "seeds": 1, "steps": 1, "asked": 4},
     "transformer-programs": {
