@@ -10,13 +10,15 @@ from .architecture import (
     register_architecture,
     verify_with,
 )
+from .attention import Attention
 from .body import model_in, refuse_encoder_decoder
 from .matrix import Matrix
 from .mixture import Expert, ExpertMatrix, Experts, experts_apart
+from .mlp import MLP
 from .record import StructureRecord, record_of
 from .storage import Stacked
 from .surgery import SkipAttention, set_attribute
-from .view import MLP, Anatomy, Attention, Block
+from .view import Anatomy, Block
 
 __all__ = [
     "MLP", "Anatomy", "Architecture", "Attention", "Block", "Expert", "ExpertMatrix", "ExpertPaths", "Experts",

@@ -24,11 +24,15 @@ SOURCE = {
 
 
 class Home(Protocol):
-    """What a matrix knows of the block that it stands in: see `view.Block`, which is the one there is."""
+    """What matrices and sublayers know of the block that they stand in: see `view.Block`, which is the one there is."""
 
     index: int
     anatomy: Any
     model: Any
+    path: str
+
+    @property
+    def module(self) -> nn.Module: ...
 
     @property
     def head_size(self) -> int: ...
@@ -40,6 +44,10 @@ class Home(Protocol):
     def mlp(self) -> Any: ...
 
     def find(self, role: str) -> Matrix: ...
+
+    def matrix(self, role: str) -> Matrix: ...
+
+    def refuse_dropping_sublayers(self) -> None: ...
 
 
 @dataclass(frozen=True)
