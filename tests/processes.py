@@ -122,7 +122,8 @@ class Forks:
     def wait_until(self, process: int, happened: Callable[[], bool]) -> None:
         """Wait for something that the job does; it must not end before."""
         while not happened():
-            assert psutil.pid_exists(process), self.err()
+            if not psutil.pid_exists(process):
+                raise AssertionError(self.ended().err)  # heard, so that the next job is not taken for this one
             time.sleep(0.02)
 
     def out(self) -> str:

@@ -13,7 +13,7 @@ from transect.claims import Verdict, claims
 from transect.claims.records import Record, records_in, write_record
 from transect.errors import TransectError
 from transect.pages import COMMANDS, PURPOSES, entries
-from transect.pages.verdicts import verdicts_document
+from transect.pages.verdicts import table_by_purpose, verdicts_document, with_table
 from transect.store import Folder
 
 
@@ -112,8 +112,10 @@ def test_the_shipped_verdicts_are_of_claims_as_they_stand_and_the_document_is_ma
         claim = known[record.claim]
         assert (record.method, record.paper, record.statement) == (claim.method, claim.paper, claim.statement)
         assert record.result.verdict != Verdict.FAILED and record.settings["seed"] == 0
-    written = (Path(__file__).parent.parent / "docs/claims.md").read_text(encoding="utf-8")
-    assert written == verdicts_document(shipped)  # else: python -m transect.pages.verdicts docs/claims.md
+    here = Path(__file__).parent.parent
+    written, readme = ((here / name).read_text(encoding="utf-8") for name in ("docs/claims.md", "README.md"))
+    assert written == verdicts_document(shipped)  # else: python -m transect.pages.verdicts docs/claims.md README.md
+    assert readme == with_table(readme, shipped)
 
 
 def test_a_cell_of_the_document_is_one_line_and_one_column():
@@ -121,3 +123,25 @@ def test_a_cell_of_the_document_is_one_line_and_one_column():
     row = verdicts_document([record, replace(record, model="other", verdict="does not hold")]).splitlines()
     assert "| `a/b`: One \\| two lines. (arXiv:1) | holds | It \\| is. |" in row
     assert "## `organism`: 1 hold" in row and "## `other`: 1 do not hold" in row
+
+
+def test_the_table_counts_what_holds_by_purpose_and_stands_between_its_marks():
+    records = [
+        Record(claim, claim.partition("/")[0], "arXiv:1", "", model, verdict, "", settings={"seed": 0})
+        for claim, model, verdict in [
+            ("rome/a", "organism", "holds"), ("rome/b", "organism", "does not hold"), ("rome/c", "organism", "failed"),
+            ("lac/a", "organism", "holds"), ("lac/b", "organism", "not applicable"), ("rome/a", "other", "holds"),
+            ("layer-norm/a", "organism", "does not hold"),
+        ]
+    ]  # fmt: skip
+    lines = table_by_purpose(records).splitlines()
+    assert lines[2:] == [
+        "| Look inside (inspect) | 1 of 1 | `lac` 1 of 1 |",
+        "| Change what it knows or does (edit) | 1 of 2 | `rome` 1 of 2 |",
+        "| Know what is behind it | 0 of 1 | `layer-norm` 0 of 1 |",
+    ]
+    text = with_table("a\n<!-- verdicts -->\nold\n<!-- end of verdicts -->\nz", records)
+    assert text == "\n".join(["a", "<!-- verdicts -->", *lines, "<!-- end of verdicts -->", "z"])
+    assert with_table(text, records) == text
+    with pytest.raises(TransectError, match="which are not there"):
+        with_table("no marks", records)

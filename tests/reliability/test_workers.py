@@ -96,7 +96,7 @@ SPREAD = {
         TRIALS.format(module="worker", worker="Worker", first="shira", second="lora"), "transect.contest.trials",
         "transect.race(str(HERE / 'model'), ['shira', 'lora'], data, data, HERE / 'run', workers=2, rates=(1.0,), "
         "seeds=1, shares=(0.2,), batch_size=4, device='cpu')",
-        {"trials/base.json", "trials/shira_0.2_0.001_0.json"}, "shira at 0.2, rate 0.001, seed 0",
+        {"trials/base.json", "trials/shira_0.2_0.0003_0.json"}, "shira at 0.2, rate 0.0003, seed 0",
     ),
     "race of parts": (
         TRIALS.format(module="parts.worker", worker="PartsWorker", first="pooling", second="base"),

@@ -1,4 +1,7 @@
-"""The recorded verdicts as one document of tables: `python -m transect.pages.verdicts docs/claims.md`."""
+"""The recorded verdicts as a document of tables, and as one table by purpose in another text.
+
+`python -m transect.pages.verdicts docs/claims.md README.md` makes both anew.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,19 @@ from pathlib import Path
 
 from ..claims import Verdict
 from ..claims.records import Record, records_in
+from ..errors import TransectError
 from ..store import write_text
+from .entries import PURPOSES, entries
 
+BEGIN, END = "<!-- verdicts -->", "<!-- end of verdicts -->"
+BUNDLED = "organism"
+OTHER = "Know what is behind it"  # claims of papers whose method is a command, or none
 COUNTED = {Verdict.HOLDS: "hold", Verdict.DOES_NOT_HOLD: "do not hold", Verdict.NOT_APPLICABLE: "not applicable"}
 HEAD = """# What the papers claim, and what was measured
 
 Made from the verdicts that come with the package (`transect/claims/recorded`) by `python -m transect.pages.verdicts
-docs/claims.md`; nothing here is typed by hand. `transect claims NAME --model MODEL` measures them on your model, and
-`transect catalogue --out site/` shows the numbers behind each.
+docs/claims.md README.md`; nothing here is typed by hand. `transect claims NAME --model MODEL` measures them on your
+model, and `transect catalogue --out site/` shows the numbers behind each.
 """
 
 
@@ -36,10 +44,38 @@ def verdicts_document(records: Sequence[Record]) -> str:
     return "\n".join(lines)
 
 
+def table_by_purpose(records: Sequence[Record]) -> str:
+    """Markdown: for what a user wants to do, how many claims of each method hold on the bundled model, of how many."""
+    family = {entry.name: entry.family for entry in entries()}
+    purposes = [*dict.fromkeys(PURPOSES.values()), OTHER]
+    groups: dict[str, dict[str, list[bool]]] = {purpose: {} for purpose in purposes}
+    for record in sorted(records, key=lambda record: record.claim):
+        if record.model == BUNDLED and record.verdict in (Verdict.HOLDS, Verdict.DOES_NOT_HOLD):
+            purpose = PURPOSES.get(family.get(record.method, ""), OTHER)
+            groups[purpose].setdefault(record.method, []).append(record.verdict == Verdict.HOLDS)
+    lines = ["| to | claims that hold | of each |", "| :--- | :--- | :--- |"]
+    for purpose, found in groups.items():
+        held, asked = (sum(count(one) for one in found.values()) for count in (sum, len))
+        each = ", ".join(f"`{method}` {sum(one)} of {len(one)}" for method, one in found.items())
+        lines += [f"| {purpose} | {held} of {asked} | {each} |"] if found else []
+    return "\n".join(lines)
+
+
+def with_table(text: str, records: Sequence[Record]) -> str:
+    """The text with that table between its marks."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise TransectError(f"the table of verdicts goes between {BEGIN!r} and {END!r}, which are not there")
+    return f"{before}{begin}\n{table_by_purpose(records)}\n{end}{after}"
+
+
 def _cell(text: str) -> str:
     """The text on one line, and no end of a column in it."""
     return " ".join(text.split()).replace("|", "\\|")
 
 
 if __name__ == "__main__":
-    write_text(Path(sys.argv[1]), verdicts_document(records_in()))
+    shipped, table = records_in(), Path(sys.argv[2])
+    write_text(Path(sys.argv[1]), verdicts_document(shipped))
+    write_text(table, with_table(table.read_text(encoding="utf-8"), shipped))
