@@ -46,7 +46,7 @@ def verdicts_document(records: Sequence[Record]) -> str:
 
 def table_by_purpose(records: Sequence[Record]) -> str:
     """Markdown: for what a user wants to do, how many claims of each method hold on the bundled model, of how many."""
-    family = {entry.name: entry.family for entry in entries()}
+    family = {entry.name: entry.family for entry in reversed(entries())}  # a conversion before the part of its name
     purposes = [*dict.fromkeys(PURPOSES.values()), OTHER]
     groups: dict[str, dict[str, list[bool]]] = {purpose: {} for purpose in purposes}
     for record in sorted(records, key=lambda record: record.claim):
