@@ -3,23 +3,27 @@
 Mixers: a layer alone, of the same width and heads, on one sequence; softmax is torch's own attention, causal. The
 crossover is the shortest of the measured lengths from which on the mixer is faster than softmax at every longer one.
 MLPs: forward and backward over 1,024 positions, with as many neurons as give the parameters of the gated MLP.
+The slot: a Llama whose attention was replaced by the softmax part with the same weights, over the untouched model.
 
 Targets: every mixer whose cost is below N² is faster than softmax from some length on, and at the longest at least
-three times; where that is not so, the table shows it.
+three times; where that is not so, the table shows it. The slot costs at most 3 %, and its logits are equal to 1e-6.
 """
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from statistics import median
 from typing import Any
 
 import torch
-from common import parser, show, verdict
+from common import alternate, llama, parser, ratio, show, token_batches, verdict
+from low_rank import decode, prefill
 from torch import nn
 
-from transect.parts import Around, parts
+from transect.anatomy import Anatomy
+from transect.parts import Around, insert, parts
 from transect.parts.part import Mixer
 from transect.parts.registry import PartEntry
 
@@ -154,8 +158,37 @@ def mlps(width: int, positions: int, times: int) -> list[list[Any]]:
     return rows
 
 
+def slot(width: int, blocks: int, positions: int, times: int) -> list[list[Any]]:
+    """Reading, writing and a step of training of a model with softmax in its slot, each over the untouched model."""
+    plain = llama(width, blocks, positions=positions + 16)
+    filled = copy.deepcopy(plain)
+    insert(filled, "mixer", "softmax")
+    roles = ["q", "k", "v", "o"]
+    for into, matrix in zip(Anatomy(filled).matrices(roles), Anatomy(plain).matrices(roles), strict=True):
+        into.write(matrix.weight)
+    ids = token_batches(1, 1, positions).batches[0]["input_ids"]
+    with torch.no_grad():
+        logits, expected = filled(ids).logits, plain(ids).logits
+    apart = float((logits - expected).abs().max() / expected.abs().max())
+
+    def train(model: Any) -> None:
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+
+    rows = []
+    for name, run in {
+        "prefill": torch.no_grad()(lambda model: prefill(model, ids)),
+        "16 tokens more": torch.no_grad()(lambda model: decode(model, ids, 16)),
+        "training step": train,
+    }.items():
+        found = alternate({"filled": lambda run=run: run(filled), "plain": lambda run=run: run(plain)}, times)
+        over = ratio(found, "filled", "plain")
+        rows.append([name, over, verdict(over <= 1.03), apart, verdict(apart <= 1e-6)])
+    return rows
+
+
 def main(arguments: list[str] | None = None) -> list[list[Any]]:
-    """Print both tables; the mixers' rows."""
+    """Print the tables; the mixers' rows."""
     given = parser(__doc__).parse_args(arguments)
     width, lengths = (32, [32, 64]) if given.quick else (256, [256, 1024, 4096, 16384])
     times = given.repeats or (1 if given.quick else 3)
@@ -170,6 +203,11 @@ def main(arguments: list[str] | None = None) -> list[list[Any]]:
     ]
     show(f"Mixers of width {width}: time over that of softmax attention", headings, rows)
     for size in (width,) if given.quick else (256, 1024):
+        show(
+            f"Softmax in its slot over the untouched Llama of width {size}, {64 if given.quick else 1024} positions",
+            ["", "time", "<= 1.03", "largest difference of logits / largest logit", "<= 1e-6"],
+            slot(size, 2, 64 if given.quick else 1024, 2 if given.quick else 15),
+        )  # fmt: skip
         show(
             f"Mixers of width {size} over softmax attention, {64 if given.quick else 1024} positions",
             ["mixer", "parameters", "forward", "training step", "operations"],

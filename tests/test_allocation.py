@@ -71,6 +71,10 @@ def test_no_allocation_exceeds_the_budget(shapes, keep, name):
         assert set(ranks.values()) == {None}
 
 
+def test_a_share_a_rounding_below_everything_is_everything():
+    assert [rank_of_share("a", (4, 4), share) for share in (1.0, 1 - 1e-16, 1 - 1e-13, 0.999)] == [None, None, None, 1]
+
+
 @pytest.mark.parametrize("keep", [0.3, 0.5, 0.7, 0.9])
 def test_global_is_close_to_the_best_choice_and_beats_uniform(keep):
     """Against all combinations of two small matrices."""

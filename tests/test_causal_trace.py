@@ -7,6 +7,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+import transect
 from tests.models import CAUSAL, VOCABULARY, tiny
 from transect.anatomy import Anatomy
 from transect.claims import claims
@@ -145,6 +146,33 @@ def test_batches_do_not_matter(monkeypatch):
     single = trace(specimen, specimen.facts[0], kind="attention")
     torch.testing.assert_close(whole.effects, single.effects, rtol=1e-9, atol=1e-13)
     assert single.corrupted == pytest.approx(whole.corrupted, rel=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "block"])
+@pytest.mark.parametrize("name", CAUSAL)
+def test_tokens_in_front_are_left_out_and_change_nothing(name, kind, monkeypatch):
+    specimen = specimen_of(name, tokens=2)
+    fact, asked = specimen.facts[0], dict(kind=kind, window=2, samples=3)
+    runs = Runs(specimen, fact, kind, 1.0, 2, 0)
+    assert [runs._behind_token(token).start for token in (0, 2, 5)] == [0, 2, 5]
+    found = trace(specimen, fact, **asked)
+    monkeypatch.setattr("transect.probes.tracing.first_of", lambda *given: None)
+    whole = trace(specimen, fact, **asked)
+    assert Runs(specimen, fact, kind, 1.0, 2, 0)._behind_token(5).start == 0
+    torch.testing.assert_close(found.effects, whole.effects, rtol=1e-8, atol=1e-12)
+
+
+def test_where_layers_choose_among_all_tokens_all_are_run(monkeypatch):
+    """Blocks that process half of the first tokens choose others if some are missing."""
+    specimen = specimen_of("llama")
+    settings = {"p-mod": {"targets": 5, "decay": "alternate", "mean": 0.5}}
+    model = transect.convert(specimen.model, "p-mod", torch.randint(1, 40, (8, 16)), settings=settings, steps=0).model
+    routed = Specimen(Anatomy(model), tokenizer(), known_facts=specimen.facts)
+    found = trace(routed, routed.facts[0], samples=3)
+    monkeypatch.setattr("transect.probes.tracing.first_of", lambda *given: None)
+    whole = trace(routed, routed.facts[0], samples=3)
+    assert whole.effects.abs().max() > 1e-6
+    torch.testing.assert_close(found.effects, whole.effects, rtol=1e-8, atol=1e-12)
 
 
 def test_windows_are_cut_off_at_both_ends():

@@ -8,6 +8,7 @@ from .head import backpropagate, logits_at, scored
 from .lens import Lens
 from .mode import at_rest
 from .objective import Batch, inputs_of, predictions, real_positions, run_body, summed_loss, task_of, to_device
+from .past import first_of, run_and_keep
 from .points import POINTS, Point, eager_attention
 from .watch import Seen, watch
 from .wide import computing_wide
@@ -31,6 +32,7 @@ __all__ = [
     "continuations",
     "eager_attention",
     "feeds_of",
+    "first_of",
     "inputs_of",
     "logits_at",
     "next_logits",
@@ -38,6 +40,7 @@ __all__ = [
     "put_out",
     "real_positions",
     "recitations",
+    "run_and_keep",
     "run_at",
     "run_block",
     "run_blocks",

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from ..anatomy import Anatomy
 from .objective import Batch, inputs_of, to_device
@@ -76,18 +77,19 @@ def _stand_ins(anatomy: Anatomy, first: int = 0, give: Tensor | None = None) -> 
 
 
 @torch.no_grad()
-def feeds_of(anatomy: Anatomy, batches: Iterable[Batch]) -> list[Feed]:
+def feeds_of(anatomy: Anatomy, batches: Iterable[Batch], past: Cache | None = None) -> list[Feed]:
     """What enters the first block, for each batch. Runs the embedding, but no block.
 
     A block's other arguments depend on the batch's values (padding, positions), so they are those of each batch;
-    tensors that turn out equal are kept once.
+    tensors that turn out equal are kept once. past: of earlier positions, which the batches go on from (`first_of`).
     """
     model = anatomy.model
+    more = {} if past is None else {"past_key_values": past}
     known: dict[Any, list[Tensor]] = {}
     feeds = []
     for batch in batches:
         with _stand_ins(anatomy) as stand_ins:
-            model.base_model(**inputs_of(model, batch, body=True))
+            model.base_model(**inputs_of(model, batch, body=True), **more)
         calls = [stand_in.call for stand_in in stand_ins if stand_in.call is not None]
         hidden = stand_ins[0].hidden
         assert hidden is not None

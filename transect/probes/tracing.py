@@ -13,10 +13,23 @@ from torch import Tensor
 
 from ..data import Fact, Specimen
 from ..errors import BadData, NotApplicable
-from ..forward import Feed, Point, Seen, changed, feeds_of, put_out, recitations, run_blocks, run_body, watch
+from ..forward import (
+    Feed,
+    Point,
+    Seen,
+    changed,
+    feeds_of,
+    first_of,
+    put_out,
+    recitations,
+    run_and_keep,
+    run_at,
+    watch,
+)  # fmt: skip
 
 Kind = Literal["mlp", "attention", "block"]
 _TOKENS = 2048  # in one forward pass
+_ROWS = 64  # whose logits stand at once
 
 
 class Trace(NamedTuple):
@@ -90,8 +103,9 @@ class Runs:
 
     noise: standard deviation of what is added to each entry of the subject's embeddings. prompt: number of tokens T of
     the prompt. subject: (first, last + 1) of its tokens. clean: probability of the answer, the product over its tokens.
-    corrupted: what enters each block in the noisy runs, and last what leaves the last (samples x tokens x d): a run is
-    the same up to the first block in which something is restored, and is computed from there on.
+    corrupted: what enters each block in the noisy runs, and last what leaves the last (samples x tokens x d). A run
+    differs from those only behind the first block and the first token at which something is restored, and only that
+    is computed.
     """
 
     def __init__(self, specimen: Specimen, fact: Fact, kind: Kind, noise: float, samples: int, seed: int) -> None:
@@ -103,12 +117,12 @@ class Runs:
         self.noise = subject_noise(specimen, fact, noise, samples, seed).to(specimen.model.device)
         self.point: Point = "residual" if kind == "block" else kind
         self.after = 1 if kind == "block" else 0  # what block l puts out is what enters l + 1
-        self._feeds: dict[int, Feed] = {}
-        clean = self._seen({})
+        self._behind: dict[int, _Behind] = {}
+        clean, _ = self._seen({})
         self.clean = float(self._answer(clean.residual[specimen.layers]))
         activations: dict[int, Tensor] = getattr(clean, self.point)
         self.activations = {layer - self.after: tensor for layer, tensor in activations.items() if layer >= self.after}
-        noisy = self._seen({("residual", 0): corrupting(self.noise, self.subject)}, samples)
+        noisy, self._cache = self._seen({("residual", 0): corrupting(self.noise, self.subject)}, samples)
         self.corrupted = [noisy.residual[layer] for layer in range(specimen.layers + 1)]
 
     @torch.no_grad()
@@ -117,46 +131,66 @@ class Runs:
 
         restore: n x T x L, True where a token's activation of a layer is set to its value in the clean run.
         """
-        touched, layers = restore.any(1), self.specimen.layers
-        first = torch.where(touched.any(1), touched.int().argmax(1), layers)
-        out = torch.empty(len(restore), len(self.noise), dtype=torch.float64)
-        step = max(1, _TOKENS // (len(self.noise) * len(self.ids)))
-        for layer in first.unique().tolist():
-            for runs in (first == layer).nonzero()[:, 0].split(step):
-                where = restore[runs].repeat_interleave(len(self.noise), 0).to(self.ids.device)
-                out[runs] = self._answer(self._restored(layer, where)).view(len(runs), -1).cpu()
+        layers, draws = restore.any(1), len(self.noise)
+        token = _first(restore.any(2), self.prompt - 1)
+        block = _first(layers, self.specimen.layers)
+        out = torch.empty(len(restore), draws, dtype=torch.float64)
+        for start in token.unique().tolist():
+            behind = self._behind_token(start)
+            runs = (token == start).nonzero()[:, 0]
+            runs = runs[block[runs].argsort(stable=True)]
+            for some in runs.split(max(1, _TOKENS // (draws * (len(self.ids) - 1 - behind.start)))):
+                hidden = self._restored(behind, block[some].tolist(), restore[some])
+                out[some] = self._answer(hidden).view(len(some), draws).cpu()
         return out
 
     @torch.no_grad()
-    def _seen(self, changes: dict[tuple[str, int], Any], rows: int = 1) -> Seen:
-        """One pass of the whole body, copies of the fact in a batch."""
+    def _seen(self, changes: dict[tuple[str, int], Any], rows: int = 1) -> tuple[Seen, Any]:
+        """One pass of the whole body, copies of the fact in a batch, and the cache that it leaves."""
         anatomy = self.specimen.anatomy
         with changed(anatomy, changes), watch(anatomy, ["residual", self.point]) as seen:
-            run_body(self.specimen.model, self._batch(rows))
-        return seen
+            cache = run_and_keep(self.specimen.model, self._batch(rows))
+        return seen, cache
 
-    def _restored(self, first: int, where: Tensor) -> Tensor:
-        """What the last block leaves (B x tokens x d) in noisy runs, every draw in turn, from block `first` on.
+    def _restored(self, behind: _Behind, blocks: list[int], restore: Tensor) -> Tensor:
+        """What the last block leaves (n samples x tokens x d) in noisy runs, every draw in turn.
 
-        where: B x T x L, True where something is restored: nothing in front of that block.
+        blocks: where each run begins to differ, in ascending order: it joins the batch there. restore: n x T x L.
         """
-        hidden = self.corrupted[first].repeat(len(where) // len(self.noise), 1, 1)
-        if first == self.specimen.layers:
-            return hidden
+        layers, draws = self.specimen.layers, len(self.noise)
+        where = restore[:, behind.start :].repeat_interleave(draws, 0).to(self.ids.device)
         changes = {
-            (self.point, layer + self.after): _restoring(where[..., layer], clean)
+            (self.point, layer + self.after): _restoring(where[..., layer], clean[:, behind.start :])
             for layer, clean in self.activations.items()
             if where[..., layer].any()
         }
-        behind = changes.pop(("residual", self.specimen.layers), None)  # the blocks alone run, no norm behind them
+        last = changes.pop(("residual", layers), None)  # the blocks alone run, no norm behind them
+        hidden = self.corrupted[0][:0, behind.start :]
         with changed(self.specimen.anatomy, changes):
-            hidden = run_blocks(self.specimen.anatomy, self._feed(len(hidden)), first, hidden)
-        return hidden if behind is None else behind(hidden)
+            for layer in range(blocks[0], layers + 1):
+                joining = self.corrupted[layer][:, behind.start :].repeat(blocks.count(layer), 1, 1)
+                hidden = torch.cat([hidden, joining])
+                if layer < layers:
+                    hidden = behind.run(layer, hidden)
+        return hidden if last is None else last(hidden)
 
-    def _feed(self, rows: int) -> Feed:
-        if rows not in self._feeds:
-            (self._feeds[rows],) = feeds_of(self.specimen.anatomy, [self._batch(rows)])
-        return self._feeds[rows]
+    @torch.no_grad()
+    def _behind_token(self, start: int) -> _Behind:
+        """The blocks on the tokens from `start` on, as they are in the noisy runs; on all where the model has no cache
+        of keys and values that gives the same (one whose layers choose among tokens sees others then)."""
+        if start not in self._behind:
+            anatomy, noisy = self.specimen.anatomy, self.corrupted
+            past = first_of(self._cache, start, len(self.ids) - 1) if start else None
+            behind = _Behind(anatomy, self.ids[:-1], 0 if past is None else start, past)
+            if past is not None:
+                hidden = noisy[0][:, start:]
+                for layer in range(self.specimen.layers):
+                    hidden = behind.run(layer, hidden)
+                expected = noisy[-1][:, start:]
+                if float((hidden - expected).norm()) > torch.finfo(hidden.dtype).eps ** 0.5 * float(expected.norm()):
+                    behind = _Behind(anatomy, self.ids[:-1], 0, None)
+            self._behind[start] = behind
+        return self._behind[start]
 
     def _batch(self, rows: int) -> dict[str, Tensor]:
         return {"input_ids": self.ids[:-1].expand(rows, -1)}
@@ -164,12 +198,36 @@ class Runs:
     @torch.no_grad()
     def _answer(self, hidden: Tensor) -> Tensor:
         """Probability of the answer (B), its tokens given one after the other. hidden: what the last block leaves."""
+        return torch.cat([self._answer_of(rows) for rows in hidden.split(_ROWS)])
+
+    def _answer_of(self, hidden: Tensor) -> Tensor:
         answer = self.ids[self.prompt :]
         batch = {"input_ids": self.ids[self.prompt - 1 : -1].expand(len(hidden), -1)}
         with put_out(self.specimen.anatomy, hidden[:, -len(answer) :]):
             logits = self.specimen.model(**batch, use_cache=False).logits
         chosen = answer.expand(len(hidden), -1)[..., None]
         return logits.double().log_softmax(-1).gather(-1, chosen)[..., 0].sum(1).exp()
+
+
+class _Behind:
+    """The blocks on copies of a sequence's tokens from `start` on; past: those in front, for which nothing is run."""
+
+    def __init__(self, anatomy: Any, ids: Tensor, start: int, past: Any) -> None:
+        self.anatomy, self.ids, self.start, self.past = anatomy, ids, start, past
+        self._feeds: dict[int, Feed] = {}
+
+    def run(self, layer: int, hidden: Tensor) -> Tensor:
+        """The residual stream (B x tokens x d) after a block."""
+        rows = len(hidden)
+        if rows not in self._feeds:
+            batch = {"input_ids": self.ids[self.start :].expand(rows, -1)}
+            (self._feeds[rows],) = feeds_of(self.anatomy, [batch], self.past)
+        return run_at(self.anatomy, self._feeds[rows], layer, hidden)
+
+
+def _first(marked: Tensor, none: int) -> Tensor:
+    """Where in each row (n x places) the first mark is; `none` in a row without."""
+    return torch.where(marked.any(1), marked.int().argmax(1), none)
 
 
 def corrupting(noise: Tensor, subject: tuple[int, int]) -> Any:
@@ -188,10 +246,11 @@ def corrupting(noise: Tensor, subject: tuple[int, int]) -> Any:
 
 
 def _restoring(where: Tensor, clean: Tensor) -> Any:
-    """A change that sets tokens (B x T, True) to their clean activations (1 x at least T x d)."""
+    """A change that sets tokens (B x T, True) to their clean activations (1 x at least T x d), of the first rows."""
 
     def restore(x: Tensor) -> Tensor:
-        mask = torch.nn.functional.pad(where, (0, x.shape[1] - where.shape[1]))  # the answer's tokens stay as they are
+        more = x.shape[1] - where.shape[1]  # the answer's tokens stay as they are
+        mask = torch.nn.functional.pad(where[: len(x)], (0, more))
         return torch.where(mask[..., None], clean, x)
 
     return restore

@@ -74,15 +74,18 @@ def total_bytes(tables: Sequence[RankTable], ranks: Ranks) -> int:
     return sum(table.bytes_at(ranks[table.name]) for table in tables)
 
 
+_UP = 1 + 1e-12  # what division has rounded down is not lost
+
+
 def uniform_rank(shape: tuple[int, int], keep: float) -> int:
     """The rank at which r (m + n) numbers are at most `keep` of m n."""
     m, n = shape
-    return int(keep * m * n * (1 + 1e-12) // (m + n))
+    return int(keep * m * n * _UP // (m + n))
 
 
 def rank_of_share(name: str, shape: tuple[int, int], share: float) -> int | None:
     """The rank that a share of a matrix's bytes pays for; None (dense) for all of them, OutOfReach for less than 1."""
-    if share == 1:
+    if share * _UP >= 1:
         return None
     rank = uniform_rank(shape, share)
     if rank < 1:
