@@ -75,12 +75,15 @@ for line in sys.stdin:
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 WITH_TRANSECT = """
-import tempfile
+import os, tempfile, torch, types
+import pandas, matplotlib.figure, plotly.graph_objects, plotly.offline, sklearn.datasets  # each takes half a second
 import transect.claims, transect.verbs, transect.streaming, transect.recovery, peft
+import transect.adaptation.adapt, transect.report.conversion
 from transect.cli import main
 from tests.models import tiny
 transect.evaluation.speed.BUDGET = 0.01  # as in conftest.py
 os.fsync = os.fstat
+torch.cuda.traceback = types.SimpleNamespace(format_stack=list)
 with tempfile.TemporaryDirectory() as folder:  # opened once, since much is imported only then
     transect.checkpoint.save(tiny("llama"), folder + "/model")
     transect.checkpoint.open_model(folder + "/model")

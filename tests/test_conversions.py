@@ -111,7 +111,8 @@ def test_it_comes_back_from_a_folder_and_generates(entry, name, tmp_path):
 
 @pytest.mark.parametrize("name", CAUSAL)
 @pytest.mark.parametrize("entry", [one for one in FOR_CAUSAL if one.name in EXACT], ids=lambda entry: entry.name)
-def test_it_is_the_model_as_it_was_where_it_says_so(entry, name):
+def test_it_is_the_model_as_it_was_where_it_says_so(entry, name, monkeypatch):
+    monkeypatch.setattr("transect.conversion.convert.generates_alike", lambda model: None)  # asked above
     found = converted(entry, name, EXACT[entry.name])
     if found is not None and name not in MORE.get(entry.name, ()):
         batch = inputs(name)
@@ -124,7 +125,8 @@ def test_it_is_the_model_as_it_was_where_it_says_so(entry, name):
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize("entry", FOR_CAUSAL, ids=lambda entry: entry.name)
-def test_padding_changes_nothing_and_nothing_peeks(entry, name):
+def test_padding_changes_nothing_and_nothing_peeks(entry, name, monkeypatch):
+    monkeypatch.setattr("transect.conversion.convert.generates_alike", lambda model: None)  # asked above
     found = converted(entry, name)
     if found is None:
         return
@@ -149,8 +151,8 @@ def test_its_training_goes_on_after_an_interruption(entry, tmp_path):
     given = dict(SMALL.get(entry.name, {}))
     options = dict(steps=4, epochs=2, every=1, batch_size=2, held_out=0.25, settings={entry.name: given})
     data = DATA if entry.causal else inputs("vit", batch=8)
-    whole = transect.convert(tiny(name), entry.name, data, **options).model
-    for stop in (1, 3):
+    done = transect.convert(tiny(name), entry.name, data, **options)
+    for stop in (1, 3) if len(done.outcome["stages"]) > 1 else (3,):
         seen = []
 
         def interrupt(check, stop=stop, seen=seen):
@@ -162,7 +164,7 @@ def test_its_training_goes_on_after_an_interruption(entry, tmp_path):
         with pytest.raises(KeyboardInterrupt):
             transect.convert(tiny(name), entry.name, data, checkpoint=folder, on_check=interrupt, **options)
         resumed = transect.convert(tiny(name), entry.name, data, checkpoint=folder, **options).model
-        assert_same_tensors(resumed, whole)
+        assert_same_tensors(resumed, done.model)
         assert not folder.exists()
 
 
@@ -247,7 +249,7 @@ def test_without_transect_it_is_the_same_model(tmp_path):
     """Every conversion, by the modeling file in its folder alone, in a fresh process; it writes the same, too."""
     asked = dict(max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0)
     expected = {}
-    for name, entries in {"llama": FOR_CAUSAL, "gpt2": FOR_CAUSAL, "cohere": [conversion_named("liger")]}.items():
+    for name, entries in {"llama": FOR_CAUSAL, "gpt2": FOR_CAUSAL[::3], "cohere": [conversion_named("liger")]}.items():
         for entry in entries:
             found = converted(entry, name)
             if found is not None:

@@ -20,23 +20,38 @@ def at_rest(*models: Any, frozen: bool = False) -> Iterator[None]:
     for gradients as before. A module that was put in meanwhile takes the mode of the module around it. torch's own
     random numbers go on as if nothing had been drawn. May be nested.
     """
-    # Weak references: a matrix that is replaced meanwhile must not be kept in memory.
-    modes = [WeakKeyDictionary((module, module.training) for module in model.modules()) for model in models]
+    modes = [_modes_of(model) for model in models]
     gradients = [(p, p.requires_grad) for model in models for p in model.parameters()] if frozen else []
-    devices = {p.device for model in models for p in model.parameters() if p.device.type not in ("cpu", "meta")}
+    every = (p for model in models for p in model.parameters()) if torch.accelerator.is_available() else ()
+    devices = {p.device for p in every if p.device.type not in ("cpu", "meta")}
     kind = next((device.type for device in devices), "cuda")
     with torch.random.fork_rng([d for d in devices if d.type == kind], device_type=kind):
         try:
-            for model in models:
-                model.eval()
+            for model, mode in zip(models, modes, strict=True):
+                if mode is not None:
+                    model.eval()
                 if frozen:
                     model.requires_grad_(False)
             yield
         finally:
             for model, mode in zip(models, modes, strict=True):
-                _restore(model, mode, model.training)
+                if mode is not None:
+                    _restore(model, mode, model.training)
+                elif any(module.training for module in model.modules()):
+                    model.eval()
             for parameter, flag in gradients:
                 parameter.requires_grad_(flag)
+
+
+def _modes_of(model: nn.Module) -> WeakKeyDictionary[nn.Module, bool] | None:
+    """The mode of every module; None where all are in evaluation mode, as they mostly are.
+
+    By weak references: a matrix that is replaced meanwhile must not be kept in memory.
+    """
+    modules = list(model.modules())
+    if not any(module.training for module in modules):
+        return None
+    return WeakKeyDictionary((module, module.training) for module in modules)
 
 
 def _restore(module: nn.Module, modes: WeakKeyDictionary[nn.Module, bool], around: bool) -> None:
