@@ -45,7 +45,8 @@ class Attention(Mixer):
 
     def for_queries(self, *kept: Tensor) -> Iterator[Tensor]:
         """Keys or values, each head's as often as there are heads of queries that read it."""
-        return (one.repeat_interleave(self.heads // self.key_value_heads, dim=1) for one in kept)
+        times = self.heads // self.key_value_heads
+        return (one if times == 1 else one.repeat_interleave(times, dim=1) for one in kept)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, around: Around) -> Tensor:
         """What the queries read of the values (B x heads x N x head size)."""
@@ -59,12 +60,17 @@ class Attention(Mixer):
         return self.o_proj(y.transpose(1, 2).flatten(2).to(x.dtype))
 
 
-def with_past(k: Tensor, v: Tensor, real: Tensor | None, state: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys and values so far, with which of them are real; they are kept with the positions in dimension 2."""
-    real = k.new_ones(k.shape[0], k.shape[2], dtype=torch.bool) if real is None else real
-    for name, tensor, dim in (("k", k, 2), ("v", v, 2), ("real", real, 1)):
-        state[name] = torch.cat([state[name], tensor], dim=dim) if name in state else tensor
-    return state["k"], state["v"], state["real"]
+def with_past(
+    k: Tensor, v: Tensor, real: Tensor | None, state: dict[str, Tensor]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Keys and values so far, with which of them are real (None: all); kept with the positions in dimension 2."""
+    if real is not None or "real" in state:
+        shape, before = (k.shape[0], k.shape[2]), state["k"].shape[2] if "k" in state else 0
+        past = state["real"] if "real" in state else k.new_ones(k.shape[0], before, dtype=torch.bool)
+        state["real"] = torch.cat([past, k.new_ones(shape, dtype=torch.bool) if real is None else real], dim=1)
+    for name, tensor in (("k", k), ("v", v)):
+        state[name] = torch.cat([state[name], tensor], dim=2) if name in state else tensor
+    return state["k"], state["v"], state.get("real")
 
 
 def seen_by(queries: int, keys: int, causal: bool, real: Tensor | None, device: torch.device) -> Tensor | None:

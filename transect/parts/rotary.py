@@ -15,6 +15,8 @@ def rotated(x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
     if rotary is None:
         return x
     cos, sin = (angles.unsqueeze(1).to(x.dtype) for angles in rotary)
-    turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-    first, second = turned.chunk(2, dim=-1)
-    return torch.cat([turned * cos + torch.cat([-second, first], dim=-1) * sin, rest], dim=-1)
+    if cos.shape[-1] < x.shape[-1]:
+        turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+        return torch.cat([rotated(turned, rotary), rest], dim=-1)
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin

@@ -52,8 +52,9 @@ class SparseAttention(Attention):
         y = self.gathered(q, k, v, real.take_along_dim(order, dim=1))
         return y.take_along_dim(order.argsort(dim=1)[:, None, :, None], dim=2)
 
-    def _go_on(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor) -> Tensor:
+    def _go_on(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None) -> Tensor:
         """Attention of the last positions' queries to all so far; what none of them sees is not read."""
+        real = k.new_ones(k.shape[0], k.shape[2], dtype=torch.bool) if real is None else real
         number = real.cumsum(dim=1) - 1
         at = number[:, -q.shape[2] :, None]
         mask = self.sees(at, number[:, None], k.shape[2]) & real[:, None]

@@ -108,11 +108,13 @@ class HopfieldLayer(MLPPart):
         self.o_proj = nn.Linear(inner, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        q = self.q_proj(self.norm(x)).unflatten(-1, (self.heads, 1, -1))  # ... x heads x 1 x size
-        keys, values = (one.unflatten(-1, (self.heads, -1)).transpose(0, 1) for one in (self.keys, self.values))
-        q = retrieved(q, keys, self.beta, self.updates, None)
-        y = association(q, keys, self.beta, None) @ values
-        return self.o_proj(y.flatten(-3))
+        q = self.q_proj(self.norm(x)).flatten(0, -2)
+        q, keys, values = (
+            one.unflatten(-1, (self.heads, -1)).transpose(0, 1)[None] for one in (q, self.keys, self.values)
+        )  # 1 x heads x positions (or neurons) x size: every position of the batch reads the same patterns
+        for stored in (*[keys] * self.updates, values):
+            q = functional.scaled_dot_product_attention(q, keys, stored, scale=self.beta)
+        return self.o_proj(q[0].transpose(0, 1).flatten(1)).view_as(x)
 
     @property
     def flops(self) -> int:

@@ -41,7 +41,7 @@ class HeadGroup(nn.Module):
         if around.state is not None:
             k, v, real = with_past(k, v, real, around.state)
         mask = seen_by(q.shape[2], k.shape[2], causal, real, q.device)
-        k, v = (one.repeat_interleave(self.repeats, dim=1) for one in (k, v))
+        k, v = (one if self.repeats == 1 else one.repeat_interleave(self.repeats, dim=1) for one in (k, v))
         alone = mask is None and causal and q.shape[2] == k.shape[2]
         y = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=alone)
         return self.o_proj(y.transpose(1, 2).flatten(2).to(x.dtype))
