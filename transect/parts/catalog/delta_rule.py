@@ -54,10 +54,9 @@ class DeltaRule(Attention):
         self.norm = nn.RMSNorm(head_size, eps=1e-5)
 
     def mix(self, x: Tensor, around: Around) -> Tensor:
-        joined = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
         real = None if around.real is None else around.real[..., None]
         q, k, v = (
-            self.by_heads(one) for one in functional.silu(self._convolved(joined, real, around.state)).chunk(3, dim=-1)
+            self.by_heads(functional.silu(one)) for one in self._convolved(self._maps(x, real), around.state)
         )  # B x h x N x head size
         q, k = (functional.normalize(wide(one), dim=-1) for one in (q, k))
         beta, log_decay = wide(self.beta(x)).sigmoid(), None
@@ -74,19 +73,24 @@ class DeltaRule(Attention):
             around.state["memory"] = memory
         return self.o_proj(self.norm(y.transpose(1, 2)).to(x.dtype).flatten(2))
 
-    def _convolved(self, x: Tensor, real: Tensor | None, state: dict[str, Tensor] | None) -> Tensor:
-        """Each channel of x (B x N x 3 inner) with its values just before; zeros in front and at padding."""
+    def _maps(self, x: Tensor, real: Tensor | None) -> list[Tensor]:
+        """What queries, keys and values are made of (B x N x inner each), zeros at padding."""
+        maps = [one(x) for one in (self.q_proj, self.k_proj, self.v_proj)]
+        return maps if real is None or self.taps == 1 else [one * real for one in maps]
+
+    def _convolved(self, maps: list[Tensor], state: dict[str, Tensor] | None) -> list[Tensor]:
+        """Each channel with its values just before, zeros in front; the last of these are kept."""
         if self.taps == 1:
-            return x
-        x = x if real is None else x * real
-        before = state["before"] if state else x.new_zeros(x.shape[0], self.taps - 1, x.shape[2])
-        longer = torch.cat([before, x], dim=1)
+            return maps
+        lags, last = self.taps - 1, state.get("before") if state is not None else None
         if state is not None:
-            state["before"] = longer[:, 1 - self.taps :]
-        y, weights = torch.zeros_like(x), self.convolution.to(x.dtype)
-        for tap, weight in enumerate(weights):
-            y = torch.addcmul(y, longer[:, tap : tap + x.shape[1]], weight)
-        return y
+            ends = torch.cat([one[:, -lags:] for one in maps], dim=-1)
+            state["before"] = ends if last is None else torch.cat([last, ends], dim=1)[:, -lags:]
+            missing = lags - state["before"].shape[1]
+            state["before"] = functional.pad(state["before"], (0, 0, missing, 0))
+        before = [None] * 3 if last is None else last.chunk(3, dim=-1)
+        weights = self.convolution.to(maps[0].dtype).chunk(3, dim=-1)
+        return [_taps(*one) for one in zip(maps, weights, before, strict=True)]
 
     @property
     def flops(self) -> int:
@@ -95,3 +99,14 @@ class DeltaRule(Attention):
     def mixing_flops(self, length: int) -> int:
         chunk, size = min(length, CHUNK), self.head_size
         return length * self.heads * (8 * chunk * size + 8 * size**2 + 2 * size**3 // chunk)
+
+
+def _taps(x: Tensor, weights: Tensor, before: Tensor | None) -> Tensor:
+    """Σ_l w_l x_{t-l} by channels of x (B x N x c). weights: taps x c, newest last. before: in front of x."""
+    y, count = x * weights[-1], x.shape[1]
+    for lag, weight in enumerate(weights[:-1].flip(0), 1):
+        y[:, lag:].addcmul_(x[:, : max(0, count - lag)], weight)
+        if before is not None:
+            first = before.shape[1] - lag
+            y[:, :lag].addcmul_(before[:, first : first + min(lag, count)], weight)
+    return y
