@@ -1,8 +1,6 @@
 """Every part through the frame: where it stands, what it may see, generation, round trips, bad input."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -207,7 +205,7 @@ def test_the_slot_adds_nothing_to_softmax_attention():
     assert torch.equal(a, b)
 
 
-def test_checkpoints_run_where_transect_is_not_installed(tmp_path):
+def test_checkpoints_run_where_transect_is_not_installed(tmp_path, elsewhere):
     """With every part, all in one process."""
     sums = {}
     for kind in ENTRIES | IMAGES_ALONE:
@@ -217,17 +215,15 @@ def test_checkpoints_run_where_transect_is_not_installed(tmp_path):
     torch.save({kind: read_by(kind) for kind in ENTRIES | IMAGES_ALONE}, tmp_path / "read.pt")
     autos = {kind: auto_of(kind).__name__ for kind in ENTRIES | IMAGES_ALONE}
     code = (
-        "import json, sys; sys.modules['transect'] = None\n"
-        "import torch, transformers\n"
+        "import json, torch, transformers\nsys.modules['transect'] = None\n"
         f"read = torch.load({str(tmp_path / 'read.pt')!r})\n"
         f"def total(kind, auto):\n    folder = {str(tmp_path)!r} + '/' + kind\n"
         "    model = getattr(transformers, auto).from_pretrained(folder, trust_remote_code=True)\n"
         "    return model(**read[kind]).logits.double().sum().item()\n"
         f"print(json.dumps({{kind: total(kind, auto) for kind, auto in {autos}.items()}}))"
     )
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr[-600:]
-    assert json.loads(ran.stdout) == {kind: pytest.approx(total, abs=1e-2) for kind, total in sums.items()}
+    found = json.loads(elsewhere.python(code).splitlines()[-1])
+    assert found == {kind: pytest.approx(total, abs=1e-2) for kind, total in sums.items()}
 
 
 def test_what_does_not_fit_is_one_error_before_anything_changes():

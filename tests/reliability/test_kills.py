@@ -28,7 +28,7 @@ from .faults import Failing, Kills, some
 
 CLAMP = ["--method", "neuron-clamp", "--neurons", "1:3=0,2:7=0"]
 
-MOST = 15  # changes that are tried
+MOST = 10  # changes that are tried
 OTHER = ["--method", "neuron-clamp", "--neurons", "2:9=0"]
 
 
