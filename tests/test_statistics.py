@@ -269,8 +269,8 @@ def test_two_processes_give_the_result_of_one(tmp_path, forks):
     two = Statistics.load(out, "two")[0].state()
     one = collect(Anatomy(tiny("llama")), batches("llama", 5), EVERYTHING).state()
     assert one.keys() == two.keys()
-    for name, tensor in one.items():
-        torch.testing.assert_close(two[name], tensor, rtol=1e-6, atol=1e-6)
+    for name, tensor in one.items():  # of the largest number: the other processes may have another attention kernel
+        torch.testing.assert_close(two[name], tensor, rtol=1e-5, atol=1e-5 * float(tensor.abs().max()))
 
 
 def test_what_follows_from_the_sums_is_made_once_until_they_change():
