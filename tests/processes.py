@@ -40,8 +40,11 @@ class Ended:
 
 
 _FORKS = """
-import gc, json, os, resource, signal, sys, traceback
+import gc, json, os, resource, signal, sys, threading, traceback
+import tqdm
 gc.disable()  # as in conftest.py
+# Bars take turns by a lock that all forks share: one that is killed while it draws would hold up all that follow.
+tqdm.tqdm.set_lock(threading.RLock())
 exec(sys.argv[1])
 gc.collect()
 gc.freeze()
