@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from transect.parts import fused
 from transect.parts.recurrence import decayed_recurrence, delta_recurrence, value_decayed_recurrence
 
 
@@ -158,3 +159,75 @@ def test_decay_of_the_values_has_the_loop_s_gradients_in_float32_too(strength):
         found.append([leaf.grad.double() for leaf in leaves])
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3 * float(theirs.abs().max()))
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """As on a GPU with the package: the kernels that were started, and a function that sets what they do."""
+    started, does = [], {}
+
+    def load(family, name):
+        def run(q, k, v, *, g, scale, initial_state, output_final_state):
+            started.append(name)
+            assert scale == 1.0 and output_final_state and all(one.is_contiguous() for one in (q, k, v))
+            if g is None:
+                g = q.new_zeros(*q.shape[:3], 1)
+            given = (one.transpose(1, 2) for one in (q, k, v, g if g.dim() == 4 else g[..., None]))
+            before = q.new_zeros(len(q), q.shape[2], q.shape[3], v.shape[3]) if initial_state is None else initial_state
+            y, after = does["run"](*given, before)
+            return y.transpose(1, 2).contiguous(), after
+
+        return run
+
+    monkeypatch.setattr("transect.parts.fused._runs", lambda q: q.dtype == torch.float32)
+    monkeypatch.setattr("transect.parts.fused._load", load)
+    fused._passes.cache_clear()
+    yield started, lambda run: does.update(run=run)
+    fused._passes.cache_clear()
+
+
+@pytest.mark.parametrize("channels, name", [(0, "chunk_simple_gla"), (1, "chunk_simple_gla"), (5, "chunk_gla")])
+def test_a_kernel_that_computes_the_same_is_used(gpu, channels, name, caplog):
+    started, does = gpu
+    does(lambda q, k, v, g, state: looped(q, k, v, g.expand(*g.shape[:3], q.shape[-1]), state))
+    draw = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(2, 3, 70, 5, generator=draw) for _ in range(2))
+    v, state = torch.randn(2, 3, 70, 4, generator=draw), torch.randn(2, 3, 5, 4, generator=draw)
+    log_decay = -torch.rand(2, 3, 70, channels, generator=draw) if channels else None
+    with torch.inference_mode():
+        y, after = decayed_recurrence(q, k, v, log_decay, state)
+    assert set(started) == {name} and not caplog.records
+    tried = len(started)
+    decay = q.new_zeros(q.shape) if log_decay is None else log_decay.expand(q.shape)
+    expected, last = looped(q, k, v, decay, state)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(after, last)
+    decayed_recurrence(q, k, v, log_decay)
+    assert len(started) == tried + 1  # compared once for all heads of this size
+    decayed_recurrence(q[:, :, :1], k[:, :, :1], v[:, :, :1], log_decay if log_decay is None else log_decay[:, :, :1])
+    decayed_recurrence(q.double(), k.double(), v.double())
+    assert len(started) == tried + 1  # nor for a step, or in float64
+
+
+def wrong(q, k, v, g, state):
+    y, after = looped(q, k, v, g.expand(*g.shape[:3], q.shape[-1]), state)
+    return y, after * (1 + 1e-3)
+
+
+def failing(*given):
+    raise AssertionError("does not support float32")
+
+
+@pytest.mark.parametrize("run, said", [(wrong, "off by 2.0e-03"), (failing, "does not support float32")])
+def test_a_kernel_that_does_not_is_not_used_and_that_is_said_once(gpu, run, said, caplog):
+    started, does = gpu
+    does(run)
+    q, k, v = (torch.randn(1, 2, 70, 4) for _ in range(3))
+    log_decay = -torch.rand(1, 2, 70, 4)
+    y, after = decayed_recurrence(q, k, v, log_decay)
+    expected, last = looped(q, k, v, log_decay, q.new_zeros(1, 2, 4, 4))
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(after, last, rtol=1e-4, atol=1e-4)
+    tried = len(started)
+    decayed_recurrence(q, k, v, log_decay)
+    assert len(started) == tried and len(caplog.records) == 1 and said in caplog.records[0].getMessage()

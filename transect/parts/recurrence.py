@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .fused import fused
 from .precision import wide
 
 CHUNK = 64  # positions that are computed as attention
@@ -29,26 +30,36 @@ def decayed_recurrence(
     None where nothing is forgotten. state: before the first position; default zeros. chunk: positions that are computed
     as attention, a power of 2.
     The decay from j to i is the quotient of two products of decays. Where these would leave float32, chunks are halved
-    until they do not; what a half reads of the half before it has factors of at most 1.
+    until they do not; what a half reads of the half before it has factors of at most 1. On a GPU it may be a fused
+    kernel that does it, see `fused`.
     """
     with torch.autocast(q.device.type, enabled=False):
-        batch, count = q.shape[:2], q.shape[2]
-        q, k, v = (_chunks(tensor, chunk) for tensor in (q, k, v))
-        near, read, write, keeps = None, q, k, q.new_ones(len(q), 1, 1)
-        if log_decay is not None:
-            log_decay = _chunks(log_decay, chunk)
-            since = log_decay.cumsum(dim=1)  # Σ of the chunk's log decays up to each position
-            grown, safe = since.exp(), _safe_length(log_decay, since)
-            read, keeps = q * grown, grown[:, -1:].mT
-            if safe < q.shape[1]:
-                near = _within(q, k, v, log_decay, safe)
-                added = (k * _until_end(log_decay).exp()).mT @ v  # of each chunk to the state
-            else:
-                write = k * (-since).exp()  # k / grown has 1 / grown² in its gradient, which overflows
-        if near is None:
-            near, added = (read @ write.mT).tril() @ v, keeps * (write.mT @ v)
-        before, state = _carried(added, keeps, state, batch, torch.addcmul)
-        return _positions(torch.baddbmm(near, read, before), batch, count), state
+        if kernel := fused(q, v, log_decay, _in_chunks):
+            return kernel(q, k, v, log_decay, state)
+        return _in_chunks(q, k, v, log_decay, state, chunk)
+
+
+def _in_chunks(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor | None, chunk: int = CHUNK
+) -> tuple[Tensor, Tensor]:
+    """`decayed_recurrence`, in torch."""
+    batch, count = q.shape[:2], q.shape[2]
+    q, k, v = (_chunks(tensor, chunk) for tensor in (q, k, v))
+    near, read, write, keeps = None, q, k, q.new_ones(len(q), 1, 1)
+    if log_decay is not None:
+        log_decay = _chunks(log_decay, chunk)
+        since = log_decay.cumsum(dim=1)  # Σ of the chunk's log decays up to each position
+        grown, safe = since.exp(), _safe_length(log_decay, since)
+        read, keeps = q * grown, grown[:, -1:].mT
+        if safe < q.shape[1]:
+            near = _within(q, k, v, log_decay, safe)
+            added = (k * _until_end(log_decay).exp()).mT @ v  # of each chunk to the state
+        else:
+            write = k * (-since).exp()  # k / grown has 1 / grown² in its gradient, which overflows
+    if near is None:
+        near, added = (read @ write.mT).tril() @ v, keeps * (write.mT @ v)
+    before, state = _carried(added, keeps, state, batch, torch.addcmul)
+    return _positions(torch.baddbmm(near, read, before), batch, count), state
 
 
 def value_decayed_recurrence(
