@@ -179,11 +179,11 @@ def gpu(monkeypatch):
 
         return run
 
-    monkeypatch.setattr("transect.parts.fused._runs", lambda q: q.dtype == torch.float32)
-    monkeypatch.setattr("transect.parts.fused._load", load)
-    fused._passes.cache_clear()
+    monkeypatch.setattr("transect.parts.fused._can_run", lambda q: q.dtype == torch.float32)
+    monkeypatch.setattr("transect.parts.fused._fla", load)
+    fused._fused_passes.cache_clear()
     yield started, lambda run: does.update(run=run)
-    fused._passes.cache_clear()
+    fused._fused_passes.cache_clear()
 
 
 @pytest.mark.parametrize("channels, name", [(0, "chunk_simple_gla"), (1, "chunk_simple_gla"), (5, "chunk_gla")])

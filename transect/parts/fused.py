@@ -21,26 +21,28 @@ from torch import Tensor
 from .precision import wide
 
 _logger = logging.getLogger(__name__)
-_EQUAL = 1e-4  # of the largest number
-_LEAST = 64  # positions; fewer are a step of generation, where starting a kernel is what takes the time
+_FUSED_ERROR = 1e-4  # of the largest number
+_FUSED_FROM = 64  # positions; fewer are a step of generation, where starting a kernel is what takes the time
 
 Recurrence = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor]]
 
 
 def fused(q: Tensor, v: Tensor, log_decay: Tensor | None, ours: Recurrence) -> Recurrence | None:
     """The kernel that computes what `ours` does for such q, v and decays (B x h x N x size each); None without one."""
-    if not _runs(q) or q.shape[2] < _LEAST:
+    if not _can_run(q) or q.shape[2] < _FUSED_FROM:
         return None
     channels = 0 if log_decay is None else log_decay.shape[-1]
-    if not _passes(q.shape[-1], v.shape[-1], channels, q.device, ours):
+    if not _fused_passes(q.shape[-1], v.shape[-1], channels, q.device, ours):
         return None
-    return kernel
+    return fused_kernel
 
 
-def kernel(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor]:
+def fused_kernel(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """As `recurrence.decayed_recurrence`. One decay of a head has a kernel of its own, which runs without any, too."""
     of_channels = log_decay is not None and log_decay.shape[-1] > 1
-    run = _load("gla", "chunk_gla") if of_channels else _load("simple_gla", "chunk_simple_gla")
+    run = _fla("gla", "chunk_gla") if of_channels else _fla("simple_gla", "chunk_simple_gla")
     q, k, v = (_by_positions(one) for one in (q, k, v))
     decays = None if log_decay is None else _by_positions(log_decay)
     if decays is not None and not of_channels:
@@ -55,38 +57,41 @@ def _by_positions(one: Tensor) -> Tensor:
     return wide(one).transpose(1, 2).contiguous()
 
 
-def _runs(q: Tensor) -> bool:
+def _can_run(q: Tensor) -> bool:
     return q.is_cuda and q.dtype != torch.float64 and find_spec("fla") is not None
 
 
-def _load(family: str, name: str) -> Callable[..., tuple[Tensor, Tensor]]:
+def _fla(family: str, name: str) -> Callable[..., tuple[Tensor, Tensor]]:
     return getattr(import_module(f"fla.ops.{family}"), name)
 
 
 @cache
-def _passes(d_k: int, d_v: int, channels: int, device: torch.device, ours: Recurrence) -> bool:
+def _fused_passes(d_k: int, d_v: int, channels: int, device: torch.device, ours: Recurrence) -> bool:
     """Whether the kernel is as good as ours. channels: of the decays; 0 without, 1 for one of each head."""
     try:
         apart = max(
-            _apart(theirs, own)
+            _fused_apart(theirs, own)
             for strength in ((0.05, 3.0) if channels else (0.0,))
             for theirs, own in zip(
-                *(_tried(one, d_k, d_v, channels, strength, device) for one in (kernel, ours)), strict=True
+                *(_fused_results(one, d_k, d_v, channels, strength, device) for one in (fused_kernel, ours)),
+                strict=True,
             )
         )
     except Exception as error:
         _logger.warning("flash-linear-attention is not used for heads of %d and %d: %s", d_k, d_v, error)
         return False
-    if apart > _EQUAL:
+    if apart > _FUSED_ERROR:
         _logger.warning(
             "flash-linear-attention is not used for heads of %d and %d: it is off by %.1e of the largest number, "
             "above %.0e; TRITON_F32_DEFAULT=ieee in the environment keeps its products in float32",
-            d_k, d_v, apart, _EQUAL,
+            d_k, d_v, apart, _FUSED_ERROR,
         )  # fmt: skip
-    return apart <= _EQUAL
+    return apart <= _FUSED_ERROR
 
 
-def _tried(one: Recurrence, d_k: int, d_v: int, channels: int, strength: float, device: torch.device) -> list[Tensor]:
+def _fused_results(
+    one: Recurrence, d_k: int, d_v: int, channels: int, strength: float, device: torch.device
+) -> list[Tensor]:
     """Outputs, states and gradients on the same random numbers: 2 sequences of two and a half chunks, 2 heads."""
     draw = torch.Generator().manual_seed(0)
     sizes = [(160, d_k), (160, d_k), (160, d_v), (d_k, d_v), *([(160, channels)] if channels else [])]
@@ -100,6 +105,6 @@ def _tried(one: Recurrence, d_k: int, d_v: int, channels: int, strength: float, 
     return [y.detach(), after.detach(), *gradients]
 
 
-def _apart(one: Tensor, other: Tensor) -> float:
+def _fused_apart(one: Tensor, other: Tensor) -> float:
     apart = ((one - other).abs().max() / other.abs().max().clamp_min(1e-30)).item()
     return apart if apart == apart else float("inf")  # NaN is no agreement
