@@ -44,6 +44,7 @@ def assert_same_table(found, expected):
      "settings": {"cospadi": {"iterations": 2}}},
     {"methods": ("svd-llm", "kfac-svd"), "allocations": ("uniform", "global", "farms", "similarity")},
     {"methods": ("kfac-svd", "svd-llm", "amp"), "sequential": True},
+    {"methods": ("mixed",), "settings": {"mixed": {"structures": "integer"}}, "keep": (0.4, 0.3)},
     {"methods": ("svd-llm", "modegpt"), "dtype": "bfloat16", "keep": (0.5,), "also": {"other": HELD_OUT.flip(1)}},
 ])  # fmt: skip
 def test_the_table_is_that_of_a_comparison_in_memory(options, folder, tmp_path):
@@ -116,7 +117,8 @@ def test_another_run_is_not_gone_on_with(folder, tmp_path):
     ({"workers": 2}, "workers cannot be combined"),
     ({"facts": "common"}, "facts cannot be combined"),
     ({"allocations": ["ilp"]}, "neither ilp"),
-    ({"methods": ["mixed"]}, "which mixed changes as a whole"),
+    ({"methods": ["llm-drop"]}, "which llm-drop changes as a whole"),
+    ({"methods": ["mixed"]}, "with --mixed.structures integer"),
     ({"methods": ["modegpt+gptq4"]}, "cannot be streamed"),
 ])  # fmt: skip
 def test_what_needs_the_whole_model_is_refused_before_any_work(options, reason, folder, tmp_path, monkeypatch):

@@ -42,6 +42,7 @@ DATA = torch.randint(3, VOCABULARY, (10, 12), generator=torch.Generator().manual
         ("llama", "kfac-svd", {"allocation": "uniform"}),
         ("llama", "kfac-svd", {"allocation": "global"}), ("llama", "svd-llm", {"sequential": True}),
         ("llama", "kfac-svd", {"sequential": True, "allocation": "global"}), ("gpt2", "kfac-svd", {}),
+        ("llama", "mixed", {"structures": "integer"}), ("gpt2", "mixed", {"structures": "integer"}),
         ("gemma3", "svd-llm", {}), ("phi3", "svd-llm", {"sequential": True}), ("gpt_neox", "kfac-svd", {}),
     ],
 )  # fmt: skip
@@ -110,7 +111,8 @@ def test_writing_resumes_with_the_structure_of_finished_shards(folder, tmp_path,
 def test_what_streaming_refuses(folder, tmp_path):
     source = folder("llama")
     for options, message in (
-        ({"allocation": "ilp"}, "whole model"), ({"keep": 0.001}, "leaves no rank"), ({"data": None}, "calibration"),
+        ({"allocation": "ilp"}, "whole model"), ({"method": "mixed"}, "mixed.structures integer"),
+        ({"keep": 0.001}, "leaves no rank"), ({"data": None}, "calibration"),
     ):  # fmt: skip
         given = {"method": "svd-llm", "keep": 0.5, "data": DATA} | options
         with pytest.raises(TransectError, match=message):

@@ -26,10 +26,12 @@ from ..store import Folder, keep_json, kept_json
 from ..streaming import StreamedModel
 from ..streaming.passes import backward_pass, forward_pass
 from ..streaming.plan import (
+    choice_of,
     compress_block,
     factorize_blocks,
     feeds_of_source,
     planned_compressor,
+    priced_blocks,
     ranks_of,
     score_blocks,
     shown,
@@ -107,6 +109,7 @@ class _StreamedWorker:
         labels = sorted(statistic.label for statistic in plan.needs)
         self.work = Workspace(folder / BLOCKS, plan.of("blocks", *labels), "what a comparison keeps of each block")
         self._tables: dict[str, tuple[list[RankTable], float]] = {}
+        self._options: dict[str, tuple[list[list[Any]], float]] = {}
         self._scores: dict[str, dict[str, float]] = {}
 
     def prepare(self) -> None:
@@ -173,8 +176,17 @@ class _StreamedWorker:
         return self._measured(anatomy, texts, dense_bytes, seconds)
 
     def _planned(self, recipe: Recipe) -> tuple[dict[str, Any], float]:
-        """Ranks or scores of the dense model's matrices, and the seconds that the row would have spent up to there."""
+        """Ranks, options or scores of the dense model's matrices, and the seconds that the row would have spent on them
+        and before.
+        """
         chosen, seconds = recipe.registered, self.seconds_of_statistics if recipe.registered.collects else 0.0
+        if chosen.by_block is not None:
+            if recipe.method not in self._options:
+                started = time.perf_counter()
+                options = priced_blocks(self.source, recipe, self.work, self.progress)
+                self._options[recipe.method] = options, time.perf_counter() - started
+            options, pricing = self._options[recipe.method]
+            return choice_of(self.source, recipe, options), seconds + pricing
         ranking = is_ranking(recipe.allocation)
         if ranking or self.plan.is_factorized(recipe.method):
             if recipe.method not in self._tables:

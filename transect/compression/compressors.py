@@ -91,6 +91,23 @@ class SliceCompressor:
             check_finite(matrices, self.method)
 
 
+@dataclass(frozen=True)
+class ChoiceCompressor:
+    """numbers: of the options that are taken in each block, by its index; see `ByBlock`."""
+
+    method: Method
+    settings: Mapping[str, Any]
+    numbers: Mapping[int, Sequence[int]]
+
+    def __call__(self, block: Block, matrices: Sequence[Matrix], statistics: Statistics | None) -> None:
+        assert self.method.by_block is not None
+        options = self.method.by_block.options(block, statistics, **self.settings)
+        for number in self.numbers[block.index]:
+            options[number].put(block)
+        round_matrices(block.matrices(), self.method, statistics)
+        check_finite(block.matrices(), self.method)
+
+
 def compressor_of(
     anatomy: Anatomy,
     matrices: Sequence[Matrix],

@@ -39,7 +39,7 @@ class Method:
     needs: the statistics that it is given. data: it runs the model on the calibration data themselves, so it must be
         given some even where it needs no statistic. refit: its result can be refitted by least squares afterwards.
     plan: what finds out, before any work, how large the result may be; see the decorators.
-    prepare: what a restructuring does once for all budgets; see there.
+    prepare: what a restructuring does once for all budgets; see there. by_block: how it is streamed, if it can be.
     allocation: how its budget is shared out where the user names no allocation.
     even: what a matrix's size leaves over of its share is not spent on leaving others dense.
     note: what a user should know beside the numbers of a table, a sentence without its full stop.
@@ -55,6 +55,7 @@ class Method:
     data: bool = False
     plan: Callable[..., Any] | None = None
     prepare: Callable[..., Any] | None = None
+    by_block: ByBlock | None = None
     allocation: str = "uniform"
     even: bool = False
     note: str = ""
@@ -95,6 +96,21 @@ class Size:
 
     bytes: int
     chosen: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class ByBlock:
+    """How a restructuring that only chooses, for each matrix, among ways to store it is done one block at a time.
+
+    check: `check(**settings)`; raises TransectError for settings with which it cannot be.
+    options: `options(block, statistics, **settings)`, the ways for a block that has its weights, in the same order each
+        time; each has `bytes`, and a `put(block)` that changes the block.
+    choose: `choose(options, budget)`, those of all blocks that are taken; OutOfReach where nothing is so small.
+    """
+
+    check: Callable[..., None]
+    options: Callable[..., Sequence[Any]]
+    choose: Callable[[Sequence[Any], float], Sequence[Any]]
 
 
 _methods: dict[str, Method] = {}
@@ -172,6 +188,7 @@ def restructuring(
     needs: Sequence[Statistic] = (),
     data: bool = False,
     prepare: Callable[..., Any] | None = None,
+    by_block: ByBlock | None = None,
 ) -> Register:
     """Register `function(anatomy, calibration, keep, **settings) -> None`: it changes the model as a whole, in place.
 
@@ -182,8 +199,10 @@ def restructuring(
     prepare: `prepare(anatomy, calibration, **settings)`, what does not depend on the budget; the function is given the
         result behind `keep` (None at keep 1). A comparison calls it once for all budgets, on the dense model, which
         stays as it is: the function may then be given a copy of that.
+    by_block: what `--stream` goes by; without it, it is refused.
     """
-    return _register("restructuring", name, paper, needs, plan=check, data=data, prepare=prepare)
+    more = {"data": data, "prepare": prepare, "by_block": by_block}
+    return _register("restructuring", name, paper, needs, plan=check, **more)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from ..anatomy import Block
 from ..compression import Factorization, Method, Recipe
 from ..compression.allocation import RankTable, allocate_ranks, allocation_named, is_ranking, needs_measure, share_out
 from ..compression.allocation.registry import scores_of
-from ..compression.compressors import Compressor, RankCompressor, compressor_of
+from ..compression.compressors import ChoiceCompressor, Compressor, RankCompressor, compressor_of
 from ..compression.frame import factorize_matrix, rank_table
 from ..compression.sequential import block_statistics
 from ..errors import TransectError
@@ -31,7 +31,11 @@ def check_streams(recipe: Recipe) -> None:
     if needs_measure(recipe.allocation) or recipe.refit:
         raise TransectError("--stream never has the whole model in memory: it takes neither ilp allocation nor refit")
     if recipe.registered.family == "restructuring":
-        raise TransectError(f"--stream never has the whole model in memory, which {recipe.method} changes as a whole")
+        if recipe.registered.by_block is None:
+            raise TransectError(
+                f"--stream never has the whole model in memory, which {recipe.method} changes as a whole"
+            )
+        recipe.registered.by_block.check(**recipe.registered.settings(recipe.settings))
     rounding = recipe.registered.rounding
     if rounding is not None and rounding.method.needs and recipe.registered.family == "slicing":
         raise TransectError(
@@ -58,11 +62,14 @@ def statistics_of(work: Workspace, index: int) -> Statistics:
 def make_compressor(
     source: StreamedModel, recipe: Recipe, work: Workspace, progress: Progress | None
 ) -> Compressor:  # fmt: skip
-    """What compresses each block. Spectra for a ranking, or scores, take one more pass over the blocks.
+    """What compresses each block. Spectra for a ranking, scores, or options take one more pass over the blocks.
 
     What came of that pass is kept, since what it went by goes block by block when the blocks are compressed.
     """
-    if work.done("plan") is None and is_ranking(recipe.allocation):
+    if work.done("plan") is None and recipe.registered.by_block is not None:
+        work.write_json("plan", 0, choice_of(source, recipe, priced_blocks(source, recipe, work, progress)))
+        work.advance("plan", 0)
+    elif work.done("plan") is None and is_ranking(recipe.allocation):
         tables = factorize_blocks(source, recipe.registered, recipe.settings, work, FACTORS, progress)
         work.write_json("plan", 0, ranks_of(recipe, tables))
         work.advance("plan", 0)
@@ -74,7 +81,12 @@ def make_compressor(
 
 
 def planned_compressor(source: StreamedModel, recipe: Recipe, planned: dict[str, Any]) -> Compressor:
-    """planned: ranks by matrix name, where the allocation is a ranking; otherwise scores, if it goes by any."""
+    """planned: ranks by matrix name, where the allocation is a ranking; numbers of options by block, for a method that
+    chooses among them; otherwise scores, if it goes by any.
+    """
+    if recipe.registered.by_block is not None:
+        numbers = {int(index): of_block for index, of_block in planned.items()}
+        return ChoiceCompressor(recipe.registered, recipe.settings, numbers)
     if is_ranking(recipe.allocation):
         return RankCompressor(recipe.registered, recipe.settings, planned)
     anatomy = source.anatomy
@@ -133,6 +145,32 @@ def ranks_of(recipe: Recipe, tables: Sequence[RankTable]) -> dict[str, int | Non
     """Each matrix's rank, by a ranking."""
     found = allocate_ranks(recipe.allocation, tables, recipe.structure_keep, None, recipe.allocation_settings)
     return dict(found)
+
+
+def priced_blocks(
+    source: StreamedModel, recipe: Recipe, work: Workspace, progress: Progress | None
+) -> list[list[Any]]:  # fmt: skip
+    """Each block's options, what they would put in place left away: it is made again when one is taken."""
+    by_block, found = recipe.registered.by_block, []
+    assert by_block is not None
+    for block in shown(source, f"{recipe.method}, options", progress):
+        statistics = statistics_of(work, block.index)
+        with source.block(block.index):
+            found.append([replace(one, put=_not_put) for one in by_block.options(block, statistics, **recipe.settings)])
+    return found
+
+
+def _not_put(block: Block) -> None:
+    raise AssertionError("this option was only priced")
+
+
+def choice_of(source: StreamedModel, recipe: Recipe, options: Sequence[Sequence[Any]]) -> dict[str, list[int]]:
+    """The numbers of the options that are taken, by block index. options: of each block."""
+    by_block = recipe.registered.by_block
+    assert by_block is not None
+    every = [one for of_block in options for one in of_block]
+    taken = set(map(id, by_block.choose(every, recipe.keep * source.anatomy.matrix_bytes())))
+    return {str(i): [n for n, one in enumerate(of_block) if id(one) in taken] for i, of_block in enumerate(options)}
 
 
 def score_blocks(

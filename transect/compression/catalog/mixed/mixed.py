@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
-from ....anatomy import Anatomy, Matrix
-from ....errors import OutOfReach
+from ....anatomy import Anatomy, Block, Matrix
+from ....errors import OutOfReach, TransectError
 from ....statistics import InputCovariance, InputMean, OutputGradientCovariance, Statistics, key_of
 from ...allocation import rank_of_share
 from ...copying import working_copy
 from ...dictionary_learning import dictionary_size
 from ...divergence import Divergence
 from ...factorized import SEARCH_SEQUENCES
-from ...registry import Calibration, Range, restructuring
+from ...registry import ByBlock, Calibration, Range, restructuring
 from ...sizes import dense_bytes
-from ...weighted_svd import shrink
+from ...weighted_svd import Factorization, shrink
 from .integers import integer_low_rank_options, integer_options, least_integer_bytes
 from .options import (
     RATIO,
@@ -108,17 +108,8 @@ def price(
 ) -> Prices:
     """All options of a dense model but dictionaries. What is put in their place is computed when one is taken."""
 
-    def metric(matrix: Matrix, inputs: float = input_shrinkage, gradients: float = gradient_shrinkage) -> Metric:
-        return Metric(
-            matrix,
-            shrink(_value(calibration.statistics, matrix, _INPUTS), inputs),
-            shrink(_value(calibration.statistics, matrix, _GRADIENTS), gradients),
-            _value(calibration.statistics, matrix, _MEAN),
-        )
-
-    def rounding(matrix: Matrix) -> Metric:
-        return metric(matrix, *_ROUNDING)
-
+    metric = _metric_of(calibration.statistics, input_shrinkage, gradient_shrinkage)
+    rounding = _metric_of(calibration.statistics, *_ROUNDING)
     prices = Prices([], {}, metric)
     for block in calibration.shown(anatomy.blocks, "options"):
         metrics = [metric(matrix) for matrix in block.matrices()]
@@ -130,8 +121,7 @@ def price(
                 prices.losses[one.matrix.name] = made.losses()
                 found += low_rank_options(one.matrix, made.losses(), metric, _LOW_RANK_SHARES)
             if structures in ("all", "integer"):
-                found += integer_options(one.matrix, rounding)
-                found += integer_low_rank_options(one.matrix, made, _LOW_RANK_SHARES, metric, rounding)
+                found += _integers(one.matrix, made, metric, rounding)
         if structures in ("all", "narrow"):
             if not block.has_experts:
                 found += narrow_mlp_options(metrics, metric, _NEURON_SHARES, ridge=1e-2)
@@ -141,7 +131,37 @@ def price(
     return prices
 
 
-@restructuring("mixed", paper="Transect's own", needs=[_INPUTS, _GRADIENTS, _MEAN], check=check, prepare=price)
+def _integers(matrix: Matrix, made: Factorization, metric: MetricOf, rounding: MetricOf) -> Iterator[Option]:
+    """As integers, and with low-rank factors of integers. made: its KFAC-SVD."""
+    yield from integer_options(matrix, rounding)
+    yield from integer_low_rank_options(matrix, made, _LOW_RANK_SHARES, metric, rounding)
+
+
+def check_streams(*, structures: str, **settings: object) -> None:
+    """Integers are chosen by prices alone; for the other structures whole models are measured, or refitted."""
+    if structures != "integer":
+        raise TransectError(
+            f"--stream never has the whole model in memory, which mixed with structures={structures} measures, refits; "
+            "stream it with --mixed.structures integer (integers, corrected ones and low rank of integers)"
+        )
+
+
+def block_options(
+    block: Block, statistics: Statistics, *, input_shrinkage: float, gradient_shrinkage: float, **settings: object
+) -> list[Option]:
+    """The options of a block's matrices among integers, as `price` has them."""
+    metric, rounding = _metric_of(statistics, input_shrinkage, gradient_shrinkage), _metric_of(statistics, *_ROUNDING)
+    metrics = [metric(matrix) for matrix in block.matrices()]
+    found = [dense(one) for one in metrics]
+    for one in metrics:
+        found += _integers(one.matrix, factorized(one), metric, rounding)
+    return found
+
+
+@restructuring(
+    "mixed", paper="Transect's own", needs=[_INPUTS, _GRADIENTS, _MEAN], check=check, prepare=price,
+    by_block=ByBlock(check_streams, block_options, choose),
+)  # fmt: skip
 def mixed(
     anatomy: Anatomy,
     calibration: Calibration,
@@ -175,7 +195,7 @@ def mixed(
     gets without them, and where no integers of that size lose a tenth of what low rank does; those that are chosen are
     learned to the end.
 
-    structures: which may be used; matrices may always stay dense.
+    structures: which may be used; matrices may always stay dense. With `integer` it can be streamed.
     refit_outputs: whether to refit to the dense outputs afterwards.
     iterations: most rounds of dictionary learning.
     input_shrinkage: A becomes (1 - a) A + a mean(diag A) I, as in kfac-svd; 0.01 for integers.
@@ -208,6 +228,18 @@ def mixed(
         _put(anatomy, [option])
     if reference is not None:
         refit_to_dense(anatomy, reference, list(calibration.batches), calibration.progress)
+
+
+def _metric_of(statistics: Statistics, inputs: float, gradients: float) -> MetricOf:
+    def metric(matrix: Matrix) -> Metric:
+        return Metric(
+            matrix,
+            shrink(_value(statistics, matrix, _INPUTS), inputs),
+            shrink(_value(statistics, matrix, _GRADIENTS), gradients),
+            _value(statistics, matrix, _MEAN),
+        )
+
+    return metric
 
 
 def _value(statistics: Statistics, matrix: Matrix, statistic: object) -> torch.Tensor:
