@@ -15,8 +15,8 @@ from transect.data import Specimen, load
 from transect.editing import edit_specimen
 from transect.editing.catalog import rome as rome_file
 from transect.editing.closed_form import rank_one
-from transect.editing.places import layers_of
 from transect.errors import NotApplicable, TransectError
+from transect.parameters import block_numbers
 
 
 def bad(case: str) -> tuple[Specimen, dict[str, Any]]:
@@ -83,7 +83,7 @@ def test_layers_that_do_not_exist(edit: str, settings: dict[str, Any]):
     ("text", "layers"), [("1", [1]), ("0-1", [0, 1]), ("2, 0-1,1", [0, 1, 2]), ("0,2", [0, 2]), ("all", [0, 1, 2])]
 )
 def test_layers_as_they_are_written(text: str, layers: list[int]):
-    assert layers_of(specimen_of(), text) == layers
+    assert block_numbers(text, range(3)) == layers
 
 
 def test_an_error_on_the_way_takes_everything_back(monkeypatch: pytest.MonkeyPatch):

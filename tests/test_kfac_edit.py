@@ -267,7 +267,7 @@ def test_half_precision_keeps_its_dtype():
     [
         ({"rho": 0}, "rho must be above 0"),
         ({"rho": 1.5}, "from 0 to 1"),
-        ({"layers": "9"}, "layers 0 to 2"),
+        ({"layers": "9"}, "blocks 0 to 2"),
         ({"layers": "2-1"}, "do not exist"),
         ({"layers": "late"}, "numbers and ranges"),
         ({"roles": "up,mlp"}, "should name some of"),

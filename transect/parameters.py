@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sized
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -103,6 +103,34 @@ def settings_of(function: Callable[..., Any], owner: str, given: Mapping[str, An
         )
     chosen = {name: parameter.default for name, parameter in known.items()}
     return chosen | {name: known[name].accept(value, owner) for name, value in given.items()}
+
+
+def pieces(text: str) -> list[str]:
+    """What stands between the commas of a setting such as "q, k"."""
+    return [piece.strip() for piece in text.split(",") if piece.strip()]
+
+
+def block_numbers(text: str, blocks: Sized) -> list[int]:
+    """Blocks written as "2", "1-3" (ends included) or "0,2-3", counted from 0, ascending; all for "all" and "".
+
+    blocks: those of the model. Raises TransectError for anything else, and for blocks that do not exist.
+    """
+    count = len(blocks)
+    if text.strip() in ("", "all"):
+        return list(range(count))
+    found: set[int] = set()
+    for piece in map(str.strip, text.split(",")):
+        first, dash, last = piece.partition("-")
+        try:
+            low, high = int(first), int(last if dash else first)
+        except ValueError:
+            raise TransectError(
+                f'layers must be numbers and ranges with commas between, such as "0,2-3", or "all", got {shown(text)}'
+            ) from None
+        if not 0 <= low <= high < count:
+            raise TransectError(f"layers {piece} do not exist: the model has blocks 0 to {count - 1}")
+        found |= set(range(low, high + 1))
+    return sorted(found)
 
 
 @dataclass(frozen=True)

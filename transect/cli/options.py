@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from ..errors import TransectError
+from ..parameters import pieces
 from ..store import read_any_json
 
 
@@ -31,7 +32,7 @@ def split(context: click.Context, parameter: click.Parameter, value: str | None)
     """Callback: the parts of a comma-separated option; None if it is not given."""
     if value is None:
         return None
-    parts = [part.strip() for part in value.split(",") if part.strip()]
+    parts = pieces(value)
     if not parts:
         raise click.BadParameter("at least one is needed")
     return parts

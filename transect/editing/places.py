@@ -16,29 +16,6 @@ def usual_layer(specimen: Specimen) -> int:
     return max(0, specimen.layers // 3 - 1)
 
 
-def layers_of(specimen: Specimen, text: str) -> list[int]:
-    """Layers written as "2", "1-3" (ends included), "0,2-3" or "all", counted from 0, ascending.
-
-    Raises TransectError for anything else, and for layers that do not exist.
-    """
-    count = specimen.layers
-    if text == "all":
-        return list(range(count))
-    found: set[int] = set()
-    for part in text.split(","):
-        first, _, last = part.strip().partition("-")
-        try:
-            numbers = range(int(first), int(last or first) + 1)
-        except ValueError:
-            raise TransectError(
-                f'layers must be numbers and ranges with commas in between, such as "0,2-3", or "all", got {text!r}'
-            ) from None
-        if not numbers or numbers[-1] >= count:
-            raise TransectError(f"layers {part.strip()} do not exist: the model has layers 0 to {count - 1}")
-        found |= set(numbers)
-    return sorted(found)
-
-
 def down_of(specimen: Specimen, layer: int) -> Matrix:
     """The down-projection of a layer; an error where it is gone, or not stored as a matrix."""
     if not 0 <= layer < specimen.layers:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from ...anatomy import Anatomy
 from ...errors import TransectError
-from ..layers import layers_of
+from ...parameters import block_numbers
 from ..registry import Calibration, Range, conversion
 from ..stage import Stage
 
@@ -17,7 +17,7 @@ def looped(anatomy: Anatomy, loop: str) -> list[int]:
     if not loop.strip():
         third = max(1, count // 3)
         return list(range((count - third) // 2, (count - third) // 2 + third))
-    found = layers_of(anatomy, loop)
+    found = block_numbers(loop, anatomy.blocks)
     if found != list(range(found[0], found[-1] + 1)):
         raise TransectError(f"algoformer: the loop's blocks should follow one another, such as 2-5, not {loop!r}")
     return found

@@ -13,17 +13,17 @@ from ...anatomy.storage import dense
 from ...data import Batches
 from ...errors import TransectError
 from ...forward import at_rest, run_body, to_device
+from ...parameters import block_numbers
 from ...parts import Around, insert
 from ...parts.catalog.ecoformer import EcoFormer
 from ...parts.projection import Projection
 from ..attention import Trained, check_is_softmax, put_projection, trained_projections
-from ..layers import layers_of
 from ..registry import Calibration, Range, conversion
 from ..stage import Stage
 
 
 def _check(anatomy: Anatomy, layers: str, **_: Any) -> None:
-    check_is_softmax(anatomy, layers_of(anatomy, layers))
+    check_is_softmax(anatomy, block_numbers(layers, anatomy.blocks))
 
 
 def _parts(anatomy: Anatomy) -> list[EcoFormer]:
@@ -88,7 +88,7 @@ def ecoformer(
     hash_rate: of that descent.
     layers: only these blocks, such as 0-5,7; default all.
     """
-    numbers = layers_of(anatomy, layers)
+    numbers = block_numbers(layers, anatomy.blocks)
     _first_batch(calibration.batches, anchors, similar)
     trained = {number: trained_projections(anatomy.blocks[number]) for number in numbers}
     shared = {number: shared_projection(anatomy.blocks[number], found) for number, found in trained.items()}

@@ -12,9 +12,9 @@ from ...data import Batches
 from ...errors import TransectError
 from ...forward.mode import at_rest
 from ...forward.objective import run_body, to_device
+from ...parameters import block_numbers
 from ...parts import insert
 from ...parts.catalog.first import First
-from ..layers import layers_of
 from ..registry import Calibration, Range, conversion
 from ..routed import check_reach, check_routed, parts_around
 from ..stage import Stage
@@ -24,7 +24,7 @@ ROUNDS = 3  # in which thresholds are found: what is skipped changes what later 
 
 def _chosen(anatomy: Anatomy, layers: str) -> list[int]:
     """The blocks that get a router: those named, by default all but the first and the last."""
-    return layers_of(anatomy, layers) if layers.strip() else list(range(1, len(anatomy.blocks) - 1))
+    return block_numbers(layers, anatomy.blocks) if layers.strip() else list(range(1, len(anatomy.blocks) - 1))
 
 
 def _check(anatomy: Anatomy, layers: str, skip: float, **_: Any) -> None:

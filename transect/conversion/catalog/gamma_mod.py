@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 from ...anatomy import Anatomy
 from ...errors import TransectError
 from ...forward.attention_rank import attention_ranks
+from ...parameters import block_numbers
 from ...parts import insert
-from ..layers import layers_of
 from ..registry import Calibration, Range, conversion
 from ..routed import check_reach, check_routed, loss_behind
 from ..stage import Stage
@@ -16,7 +16,7 @@ from ..stage import Stage
 
 def _candidates(anatomy: Anatomy, layers: str) -> list[int]:
     """The blocks that may be converted: those named, by default the released rule, all but 0, 1, 2 and the last."""
-    return layers_of(anatomy, layers) if layers.strip() else list(range(3, len(anatomy.blocks) - 1))
+    return block_numbers(layers, anatomy.blocks) if layers.strip() else list(range(3, len(anatomy.blocks) - 1))
 
 
 def _check(anatomy: Anatomy, layers: str, lowest: int, **_: Any) -> None:

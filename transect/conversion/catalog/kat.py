@@ -12,10 +12,10 @@ from torch import Tensor
 from ...anatomy import Anatomy
 from ...anatomy.storage import dense
 from ...errors import TransectError
+from ...parameters import block_numbers
 from ...parts import insert
 from ...parts.catalog.kat import COEFFICIENTS, DENOMINATOR, NUMERATOR, Rational
 from ..inputs import inputs_of_modules
-from ..layers import layers_of
 from ..mlp import check_mlps, fill, trained_mlp
 from ..registry import Calibration, Range, conversion
 from ..stage import Stage
@@ -52,7 +52,7 @@ def fit_rational(x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _check(anatomy: Anatomy, groups: int, layers: str) -> None:
-    chosen = layers_of(anatomy, layers)
+    chosen = block_numbers(layers, anatomy.blocks)
     check_mlps(anatomy, chosen)
     for number in chosen:
         for channels in trained_mlp(anatomy.blocks[number]).up.shape:
@@ -83,7 +83,7 @@ def kat(
     groups: of neighbouring channels that share a denominator; it divides the widths of stream and MLP.
     layers: only these blocks, such as 0-5,7; default all.
     """
-    chosen = layers_of(anatomy, layers)
+    chosen = block_numbers(layers, anatomy.blocks)
     functions: dict[int, Any] = {number: trained_mlp(anatomy.blocks[number]).activation for number in chosen}
     seen = {} if calibration.data is None else inputs_of_modules(anatomy, functions, calibration.data)
     worst = 0.0

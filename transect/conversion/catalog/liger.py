@@ -6,15 +6,15 @@ from typing import Annotated, Any, Literal
 
 from ...anatomy import Anatomy
 from ...errors import TransectError
+from ...parameters import block_numbers
 from ..attention import check_is_softmax, put_mixer
-from ..layers import layers_of
 from ..registry import Calibration, Range, conversion
 from ..stage import Stage
 
 
 def _chosen(anatomy: Anatomy, layers: str, keep_every: int) -> list[int]:
     """The blocks that are converted: of those named, all but every `keep_every`-th of the model."""
-    return [n for n in layers_of(anatomy, layers) if not keep_every or (n + 1) % keep_every]
+    return [n for n in block_numbers(layers, anatomy.blocks) if not keep_every or (n + 1) % keep_every]
 
 
 def _check(anatomy: Anatomy, layers: str, keep_every: int, alpha: float, beta: float, gates: int, **_: Any) -> None:

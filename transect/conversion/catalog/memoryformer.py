@@ -10,17 +10,17 @@ from ...anatomy import Anatomy
 from ...anatomy.architecture import MATRIX_ROLES
 from ...anatomy.storage import is_dense, shape_of
 from ...errors import TransectError
+from ...parameters import block_numbers, pieces
 from ...parts import insert
 from ...parts.catalog.memoryformer import fit_tables
 from ...parts.insert import places
 from ..inputs import inputs_of_modules
-from ..layers import layers_of
 from ..registry import Calibration, Range, conversion
 from ..stage import Stage
 
 
 def _roles(roles: str) -> list[str]:
-    chosen = [role.strip() for role in roles.split(",") if role.strip()]
+    chosen = pieces(roles)
     if unknown := set(chosen) - set(MATRIX_ROLES):
         raise TransectError(
             f"memoryformer: unknown roles {', '.join(sorted(unknown))}; known: {', '.join(MATRIX_ROLES)}"
@@ -29,7 +29,7 @@ def _roles(roles: str) -> list[str]:
 
 
 def _check(anatomy: Anatomy, bits: int, roles: str, layers: str, **_: Any) -> None:
-    for number in layers_of(anatomy, layers):
+    for number in block_numbers(layers, anatomy.blocks):
         for path in places(anatomy, "matrix", number, _roles(roles)):
             module: Any = anatomy.model.get_submodule(path)
             if not is_dense(module):
@@ -68,7 +68,7 @@ def memoryformer(
     layers: only these blocks, such as 0-5,7; default all.
     """
     worst = 0.0
-    for number in layers_of(anatomy, layers):
+    for number in block_numbers(layers, anatomy.blocks):
         paths = places(anatomy, "matrix", number, _roles(roles))
         trained: dict[str, Any] = {path: anatomy.model.get_submodule(path) for path in paths}
         seen = inputs_of_modules(anatomy, trained, calibration.batches, positions)

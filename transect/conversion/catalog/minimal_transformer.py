@@ -15,10 +15,10 @@ from torch import Tensor
 
 from ...anatomy import Anatomy, Block
 from ...errors import TransectError
+from ...parameters import block_numbers
 from ...parts import insert
 from ...parts.insert import places
 from ..attention import check_is_softmax, put_projection, scale_of, trained_projections
-from ..layers import layers_of
 from ..registry import Calibration, conversion
 from ..stage import Stage
 
@@ -149,11 +149,11 @@ def _numbers(anatomy: Anatomy, number: int) -> int:
 
 
 def _check_exact(anatomy: Anatomy, merge: Merge, several: bool, layers: str) -> None:
-    check_merges(anatomy, layers_of(anatomy, layers), "merge-attention", merge != "vo", several)
+    check_merges(anatomy, block_numbers(layers, anatomy.blocks), "merge-attention", merge != "vo", several)
 
 
 def _check_symmetric(anatomy: Anatomy, several: bool, layers: str) -> None:
-    check_merges(anatomy, layers_of(anatomy, layers), "symmetrize-attention", True, several)
+    check_merges(anatomy, block_numbers(layers, anatomy.blocks), "symmetrize-attention", True, several)
 
 
 @conversion(
@@ -173,7 +173,7 @@ def merge_attention(
         from three heads on, and keys or values that heads share are written out for each. How many more is said.
     layers: only these blocks, such as 0-5,7; default all.
     """
-    chosen = layers_of(anatomy, layers)
+    chosen = block_numbers(layers, anatomy.blocks)
     queries, values = ("separate" if merge == pair else "merged" for pair in ("vo", "qk"))
     calibration.told |= merged(anatomy, chosen, queries, values, calibration.seed)
 
@@ -199,4 +199,4 @@ def symmetrize_attention(
     several: also where there are several heads, see `merge-attention`.
     layers: only these blocks, such as 0-5,7; default all.
     """
-    calibration.told |= merged(anatomy, layers_of(anatomy, layers), "symmetric", "merged", calibration.seed)
+    calibration.told |= merged(anatomy, block_numbers(layers, anatomy.blocks), "symmetric", "merged", calibration.seed)

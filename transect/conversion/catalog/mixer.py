@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from ...anatomy import Anatomy
+from ...parameters import block_numbers
 from ..attention import check_mixer, put_mixer
-from ..layers import layers_of
 from ..registry import Calibration, conversion
 from ..stage import Stage
 
 
 def _check(anatomy: Anatomy, mixer: str, layers: str) -> None:
-    check_mixer(anatomy, mixer, layers_of(anatomy, layers))
+    check_mixer(anatomy, mixer, block_numbers(layers, anatomy.blocks))
 
 
 @conversion(
@@ -30,4 +30,4 @@ def mixer(anatomy: Anatomy, calibration: Calibration, *, mixer: str = "gated-lin
     mixer: see `transect parts --slot mixer`; one that has queries, keys, values and an output.
     layers: only these blocks, such as 0-5,7; default all.
     """
-    put_mixer(anatomy, mixer, layers_of(anatomy, layers), seed=calibration.seed)
+    put_mixer(anatomy, mixer, block_numbers(layers, anatomy.blocks), seed=calibration.seed)

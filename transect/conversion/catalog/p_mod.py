@@ -6,8 +6,8 @@ import math
 from typing import Annotated, Any, Literal
 
 from ...anatomy import Anatomy
+from ...parameters import block_numbers
 from ...parts import insert
-from ..layers import layers_of
 from ..registry import Calibration, Range, conversion
 from ..routed import check_reach, check_routed, loss_behind
 from ..stage import Stage
@@ -39,7 +39,7 @@ def _chosen(anatomy: Anatomy, decay: Decay, mean: float, layers: str) -> dict[in
     """The blocks that get a router, and the share of the targets that each processes."""
     planned = shares(len(anatomy.blocks), decay, mean)
     if layers.strip():
-        return {number: planned[number] for number in layers_of(anatomy, layers)}
+        return {number: planned[number] for number in block_numbers(layers, anatomy.blocks)}
     return {number: share for number, share in enumerate(planned) if share < 1 or decay == "constant"}
 
 

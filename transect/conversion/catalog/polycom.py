@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ...anatomy import Anatomy
+from ...parameters import block_numbers
 from ...parts import insert
 from ...parts.catalog.polycom import Polynomial
 from ...parts.insert import places
 from ..inputs import inputs_of_modules
-from ..layers import layers_of
 from ..mlp import trained_mlp
 from ..registry import Calibration, Range, conversion
 from ..stage import Stage
@@ -49,7 +49,7 @@ def is_relu(function: nn.Module) -> bool:
 
 
 def _check(anatomy: Anatomy, layers: str, **_: Any) -> None:
-    for number in layers_of(anatomy, layers):
+    for number in block_numbers(layers, anatomy.blocks):
         places(anatomy, "activation", number)
         trained_mlp(anatomy.blocks[number])
 
@@ -79,7 +79,7 @@ def polycom(
     order: the highest power.
     layers: only these blocks, such as 0-5,7; default all.
     """
-    chosen = layers_of(anatomy, layers)
+    chosen = block_numbers(layers, anatomy.blocks)
     functions: dict[int, Any] = {number: trained_mlp(anatomy.blocks[number]).activation for number in chosen}
     exact = {number for number in chosen if kind == "poly-relu" and is_relu(functions[number])}
     fitted = {number: functions[number] for number in chosen if number not in exact}

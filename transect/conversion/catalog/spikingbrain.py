@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from ...anatomy import Anatomy
+from ...parameters import block_numbers
 from ..attention import check_is_softmax, put_mixer
-from ..layers import layers_of
 from ..registry import Calibration, Range, conversion
 from ..stage import Stage
 
@@ -14,7 +14,7 @@ _FULL = 7  # within layers: each such block's window is all positions
 
 
 def _check(anatomy: Anatomy, layers: str, **_: Any) -> None:
-    check_is_softmax(anatomy, layers_of(anatomy, layers))
+    check_is_softmax(anatomy, block_numbers(layers, anatomy.blocks))
 
 
 @conversion(
@@ -49,7 +49,7 @@ def spikingbrain(
     layers: only these blocks, such as 0-5,7; default all.
     """
     kinds: dict[tuple[str, int], list[int]] = {}
-    for number in layers_of(anatomy, layers):
+    for number in block_numbers(layers, anatomy.blocks):
         if within:
             kind = "both", window if (number + 1) % _FULL else 2**20
         else:

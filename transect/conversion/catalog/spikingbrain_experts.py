@@ -8,8 +8,8 @@ import torch
 
 from ...anatomy import Anatomy
 from ...errors import TransectError
+from ...parameters import block_numbers
 from ..experts import cuttable_mlp, put_experts
-from ..layers import layers_of
 from ..registry import Calibration, Range, conversion
 from ..stage import Stage
 
@@ -17,7 +17,7 @@ from ..stage import Stage
 def _check(anatomy: Anatomy, layers: str, experts: int, active: int, **_: Any) -> None:
     if active > experts:
         raise TransectError(f"spikingbrain-experts: active={active} of {experts} experts: choose at most {experts}")
-    for number in layers_of(anatomy, layers):
+    for number in block_numbers(layers, anatomy.blocks):
         cuttable_mlp(anatomy.blocks[number])
 
 
@@ -60,7 +60,7 @@ def spikingbrain_experts(
     even = 1 / experts if scores == "softmax" else 0.5
     factor = 1 / (shared + active * even)
     settings = {"experts": experts, "active": active, "shared": shared, "scores": scores, "spread": spread}
-    for number in layers_of(anatomy, layers):
+    for number in block_numbers(layers, anatomy.blocks):
         mlp = cuttable_mlp(anatomy.blocks[number])
         part = put_experts(anatomy, number, "spikingbrain-experts", mlp, settings, calibration.seed)
         copied = torch.arange(mlp.neurons, device=mlp.up.device)

@@ -13,15 +13,15 @@ from ...errors import TransectError
 from ...forward import run_body, to_device
 from ...operators.grouped_integer import GroupedInteger
 from ...operators.spiking import Spiking
+from ...parameters import block_numbers
 from ...parts.catalog.spikingbrain import counting
-from ..layers import layers_of
 from ..registry import Calibration, Range, conversion
 
 _BATCHES = 2  # in which spikes are counted for what the user is told
 
 
 def _matrices(anatomy: Anatomy, layers: str) -> list[Any]:
-    return [matrix for number in layers_of(anatomy, layers) for matrix in anatomy.blocks[number].matrices()]
+    return [matrix for number in block_numbers(layers, anatomy.blocks) for matrix in anatomy.blocks[number].matrices()]
 
 
 def _check(anatomy: Anatomy, layers: str, **_: Any) -> None:

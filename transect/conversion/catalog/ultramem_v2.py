@@ -7,15 +7,15 @@ from typing import Annotated, Any, Literal
 from ...anatomy import Anatomy
 from ...anatomy.surround import AROUND
 from ...errors import TransectError
+from ...parameters import block_numbers
 from ...parts import insert
 from ...parts.insert import places
-from ..layers import layers_of
 from ..registry import Calibration, Range, conversion
 from ..stage import Stage
 
 
 def _check(anatomy: Anatomy, side: int, top: int, layers: str, **_: Any) -> None:
-    chosen = layers_of(anatomy, layers)
+    chosen = block_numbers(layers, anatomy.blocks)
     for number in chosen:
         places(anatomy, "block", number)
     if top > side:
@@ -49,6 +49,6 @@ def ultramem_v2(
     layers: beside these blocks only, such as 0-5,7; default all.
     """
     insert(
-        anatomy.model, "block", "ultramem-v2", layers=layers_of(anatomy, layers), seed=calibration.seed,
+        anatomy.model, "block", "ultramem-v2", layers=block_numbers(layers, anatomy.blocks), seed=calibration.seed,
         settings={"side": side, "top": top, "share": share, "key": key, "queries": queries, "start": "zero"},
     )  # fmt: skip

@@ -11,10 +11,10 @@ from typing import Annotated, Any
 import torch
 
 from ...data import Specimen
-from ...parameters import Range
+from ...parameters import Range, block_numbers
 from ..contexts import rows_of
 from ..journal import Journal
-from ..places import down_of, layers_of, usual_layer
+from ..places import down_of, usual_layer
 from ..problems import Problem, requests
 from ..registry import editing
 from ..scores import measure, probabilities, scores
@@ -32,7 +32,7 @@ def bound(problem: Problem, layers: int, neurons: int) -> float:
 
 
 def chosen(specimen: Specimen, layers: str) -> list[int]:
-    return layers_of(specimen, layers or str(usual_layer(specimen)))
+    return block_numbers(layers or str(usual_layer(specimen)), specimen.anatomy.blocks)
 
 
 def check(specimen: Specimen, *, problem: Problem, layers: str, noise: float, **others: Any) -> None:

@@ -11,11 +11,11 @@ from torch import Tensor
 from ...anatomy import Block
 from ...data import Specimen
 from ...forward.lens import norm_gain
-from ...parameters import Range
+from ...parameters import Range, block_numbers
 from ..closed_form import refuse_short_text, ridge, second_moments
 from ..contexts import LONG, prefixes_of, rows_of
 from ..journal import Journal
-from ..places import down_of, layers_of, usual_layer
+from ..places import down_of, usual_layer
 from ..problems import Problem, Request, requests
 from ..registry import editing
 from ..scores import measure, probabilities, scores
@@ -27,7 +27,7 @@ LENGTHS = (LONG,)  # of contexts: one type, as in the released code
 def chosen(specimen: Specimen, layers: str) -> list[int]:
     """The layers, by default up to five that end one above ROME's."""
     if layers:
-        return layers_of(specimen, layers)
+        return block_numbers(layers, specimen.anatomy.blocks)
     last = min(usual_layer(specimen) + 1, specimen.layers - 1)
     return list(range(max(0, last - 4), last + 1))
 

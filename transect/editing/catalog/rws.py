@@ -9,7 +9,7 @@ from ...data import Specimen
 from ...errors import TransectError
 from ...merging.registry import tensors_of
 from ...merging.signature import read_signature, refuse_other_tensors
-from ...parameters import Range
+from ...parameters import Range, pieces
 from ..journal import Journal
 from ..registry import editing
 
@@ -21,7 +21,7 @@ def measure(specimen: Specimen) -> dict[str, float]:
 
 def check(specimen: Specimen, *, signature: str, strength: float) -> None:
     """Everything that can be wrong is found here, before any weight changes."""
-    sources = [part.strip() for part in signature.split(",") if part.strip()]
+    sources = pieces(signature)
     if not sources:
         raise TransectError("rws: name a signature (--rws.signature), which `transect merge --method rws` writes")
     for source in sources:
@@ -40,7 +40,7 @@ def rws(
     signature: files, or folders that hold signature.safetensors, with commas in between.
     strength: what their mean is multiplied by; 0 changes nothing.
     """
-    sources = [part.strip() for part in signature.split(",") if part.strip()]
+    sources = pieces(signature)
     added: dict[str, Any] = {}
     for source in sources:
         for name, tensor in read_signature(source).items():

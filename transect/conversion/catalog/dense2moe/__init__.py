@@ -13,9 +13,9 @@ from transformers.pytorch_utils import Conv1D
 from ....anatomy import MLP, Anatomy, Matrix
 from ....errors import TransectError
 from ....forward import Batch, backpropagate, summed_loss
+from ....parameters import block_numbers
 from ....parts.experts import ExpertsPart, neurons_by_groups
 from ...experts import cuttable_mlp, put_experts
-from ...layers import layers_of
 from ...registry import Calibration, Range, conversion
 from ...stage import Stage
 from .blocks import dense2moe_blocks as dense2moe_blocks
@@ -67,7 +67,7 @@ def _shared_neurons(neurons: int, share: float) -> int:
 
 
 def _check(anatomy: Anatomy, experts: int, active: int, shared: float, layers: str, **_: object) -> None:
-    for number in layers_of(anatomy, layers):
+    for number in block_numbers(layers, anatomy.blocks):
         neurons = cuttable_mlp(anatomy.blocks[number]).neurons
         kept = _shared_neurons(neurons, shared)
         if kept >= neurons:
@@ -132,7 +132,7 @@ def dense2moe(
         that the experts begin at about their own size (ours); one is 1.
     layers: only these blocks, such as 0-5,7; default all.
     """
-    chosen = layers_of(anatomy, layers)
+    chosen = block_numbers(layers, anatomy.blocks)
     scores = neuron_importance(anatomy, chosen, calibration.batches) if importance == "taylor" else {}
     for number in chosen:
         mlp = cuttable_mlp(anatomy.blocks[number])

@@ -9,10 +9,10 @@ import torch
 
 from ....anatomy import Anatomy
 from ....errors import TransectError
+from ....parameters import block_numbers
 from ....parts import insert
 from ....parts.catalog.dense2moe_blocks import Dense2MoEBlocks
 from ....statistics import BlockSimilarity, collect
-from ...layers import layers_of
 from ...registry import Calibration, Range, conversion
 from ...routed import check_reach, check_routed, parts_around
 from ...stage import Stage
@@ -22,7 +22,7 @@ from .follow import follow
 def block_groups(anatomy: Anatomy, blocks: int, layers: str) -> list[list[int]]:
     """The groups: those that consecutive numbers make, or all blocks; what is left over at the end stays as it is."""
     named = layers.strip()
-    chosen = layers_of(anatomy, layers)
+    chosen = block_numbers(layers, anatomy.blocks)
     count = len(chosen) // blocks
     groups = [chosen[at * blocks : (at + 1) * blocks] for at in range(count)]
     if not groups:

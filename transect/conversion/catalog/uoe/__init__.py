@@ -8,11 +8,11 @@ import torch
 
 from ....anatomy import Anatomy
 from ....errors import TransectError
+from ....parameters import block_numbers
 from ....parts.catalog.uoe.mlp import Gates, Selection
 from ....parts.experts import neurons_by_groups
 from ...experts import cuttable_mlp, put_experts
 from ...inputs import inputs_of_modules
-from ...layers import layers_of
 from ...registry import Calibration, Range, conversion
 from ...stage import Stage
 from .head_groups import check_can_group, put_head_groups
@@ -36,7 +36,7 @@ def _check(
             f"uoe: selection={selection!r} chooses by all positions of a sequence, with padding and what is behind: it "
             "is for models of images; take selection='token'"
         )
-    chosen = layers_of(anatomy, layers)
+    chosen = block_numbers(layers, anatomy.blocks)
     for number in chosen:
         neurons_by_groups(cuttable_mlp(anatomy.blocks[number]).neurons, 0, experts, active, "neurons")
     if groups:
@@ -87,7 +87,7 @@ def uoe(
     active_groups: how many of them each position runs, and is seen in.
     layers: only these blocks, such as 0-5,7; default all.
     """
-    chosen = layers_of(anatomy, layers)
+    chosen = block_numbers(layers, anatomy.blocks)
     looks = partition == "co-activation" or router == "fitted"
     mlps = {number: anatomy.model.get_submodule(str(anatomy.blocks[number].slot_path("mlp"))) for number in chosen}
     inputs = inputs_of_modules(anatomy, mlps, calibration.batches, ROWS) if looks else {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import torch
@@ -13,7 +13,7 @@ from ....anatomy.storage import is_dense
 from ....data import Specimen
 from ....errors import NotApplicable, TransectError
 from ....forward import task_of
-from ....parameters import Range
+from ....parameters import Range, pieces
 from ...journal import Journal
 from ...patch import parameters_of
 from ...registry import editing
@@ -40,7 +40,7 @@ def check(specimen: Specimen, *, roles: str, layer: int, prefixes: str, **others
     chosen(specimen, roles, max(layer, 0))
     for fact in specimen.facts:
         for phrase in (fact.subject, meant(fact)):
-            captions_of(specimen, fact, phrase, _split(prefixes))
+            captions_of(specimen, fact, phrase, pieces(prefixes))
 
 
 def reads(specimen: Specimen, *, layer: int, **others: Any) -> set[str]:
@@ -95,7 +95,7 @@ def diffquickfix(
     after: whether tokens behind the phrase count too, as in the released code; else its last token alone.
     noise: on the phrase while tracing, in deviations of the embeddings (ours; layer -1 only).
     """
-    facts, around = specimen.facts, _split(prefixes)
+    facts, around = specimen.facts, pieces(prefixes)
     told: dict[str, Any] = {"facts": len(facts)}
     if layer < 0:
         effects = traced(specimen, facts, noise, _SAMPLES)
@@ -142,7 +142,7 @@ def aligned(values: Tensor, count: int) -> Tensor:
 
 def chosen(specimen: Specimen, roles: str, layer: int) -> list[Matrix]:
     """The matrices of these roles. Raises TransectError where one is not there, or not stored as a matrix."""
-    wanted = _split(roles)
+    wanted = pieces(roles)
     if not wanted or any(role not in ("o", "v", "k") for role in wanted) or len(set(wanted)) < len(wanted):
         raise TransectError(f"diffquickfix: roles={roles!r} should name some of o, v, k, with commas")
     if layer >= specimen.layers:
@@ -160,7 +160,3 @@ def chosen(specimen: Specimen, roles: str, layer: int) -> list[Matrix]:
                 f"diffquickfix: {matrix.name} is stored as {kind}, not as a matrix that could be written into"
             )
     return found
-
-
-def _split(text: str) -> Sequence[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]

@@ -12,10 +12,9 @@ from ....anatomy.architecture import MATRIX_ROLES
 from ....data import Specimen
 from ....errors import TransectError
 from ....forward.objective import task_of
-from ....parameters import Range
+from ....parameters import Range, block_numbers, pieces
 from ....probes.curvature import Curvature, curvature, kept_pairs
 from ...journal import Journal
-from ...places import layers_of
 from ...registry import editing
 from .recitation import LOOSE, recitation
 
@@ -90,11 +89,13 @@ def keep_share(weight: Tensor, bent: Curvature, rho: float) -> tuple[Tensor, Ten
 
 def chosen_matrices(specimen: Specimen, layers: str, roles: str) -> list[Matrix]:
     """The matrices of these roles in these layers. Raises TransectError where there is none, or a name is wrong."""
-    wanted = [role.strip() for role in roles.split(",") if role.strip()]
+    wanted = pieces(roles)
     unknown = [role for role in wanted if role not in MATRIX_ROLES]
     if unknown or not wanted:
         raise TransectError(f"kfac-edit: roles={roles!r} should name some of {', '.join(MATRIX_ROLES)}, with commas")
-    numbers = papers_layers(specimen.layers) if layers == PAPER_LAYERS else layers_of(specimen, layers)
+    numbers = (
+        papers_layers(specimen.layers) if layers == PAPER_LAYERS else block_numbers(layers, specimen.anatomy.blocks)
+    )
     found = [matrix for matrix in specimen.anatomy.matrices(wanted) if matrix.block.index in numbers]
     if not found:
         raise TransectError(f"kfac-edit: blocks {layers} of the model have no {' or '.join(wanted)}")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ....errors import BadData, TransectError
+from ....parameters import pieces
 from .template import Template
 
 Pool = Literal["max", "mean"]
@@ -25,7 +26,7 @@ def parsed_words(written: str) -> dict[str, list[str]]:
             raise TransectError(
                 f"label words are written `class: word, word; other class: word`, every class once, not {written!r}"
             )
-        found[name.strip()] = [word.strip() for word in words.split(",") if word.strip()]
+        found[name.strip()] = pieces(words)
     return found
 
 

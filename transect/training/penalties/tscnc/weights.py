@@ -15,6 +15,7 @@ from ....anatomy.experts import StoredTogether
 from ....anatomy.storage import shape_of
 from ....errors import TransectError
 from ....forward import at_rest
+from ....parameters import pieces
 
 HEAD = "head"
 _FAR = 0.05  # of the largest output; bfloat16 rounds to a twentieth of this
@@ -27,7 +28,7 @@ def trained_weights(model: Any, places: str) -> Iterator[tuple[str, Tensor]]:
     behind them, with commas. Of a layer with an adapter this is the weight that both make together.
     Raises TransectError for an unknown name, and where nothing is trained in any of them.
     """
-    asked = [one.strip() for one in places.split(",") if one.strip()]
+    asked = pieces(places)
     if not asked or (asked != ["all"] and set(asked) - {*MATRIX_ROLES, HEAD}):
         raise TransectError(
             f"tscnc: {places!r} should be all, or some of {', '.join(MATRIX_ROLES)} and {HEAD}, with commas"
