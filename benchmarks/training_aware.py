@@ -25,7 +25,7 @@ import transect
 from transect.checkpoint import open_model, save
 from transect.evaluation import standard_error
 
-GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+GRID = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 FREE = ("mixed", "kfac-svd")  # the best of all structures, and the best of low rank
 
 
@@ -92,7 +92,8 @@ class Bench:
         folder = self.folder / f"{method}-{keep:.4g}"
         if not folder.exists():
             opened = open_model(self.model)
-            transect.compress(opened.model, method, keep=keep, data=self.data, tokenizer=opened.tokenizer)
+            given: dict[str, Any] = {"data": self.data, "sequences": self.sequences, "tokenizer": opened.tokenizer}
+            transect.compress(opened.model, method, keep=keep, **given)
             save(opened.model, folder, opened.tokenizer)
         return folder
 
@@ -121,8 +122,9 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         out.mkdir(parents=True, exist_ok=True)
         steps = given.steps or (2 if given.quick else 100)
         quick = given.quick
+        free = FREE[1:] if quick else FREE
         bench = Bench(
-            given.model, given.data, out, steps, given.batch_size, 16 if quick else None, GRID[2:3] if quick else GRID
+            given.model, given.data, out, steps, given.batch_size, 16 if quick else None, GRID[3:4] if quick else GRID
         )
         found: list[tuple[float, str, float, Path]] = []  # size, name, rate, folder
         sizes = {float(keep): None for keep in given.keep.split(",") if keep}
@@ -135,20 +137,21 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
             for name, settings in (("maestro", {"keep": size}), ("pst", {"sparsity": pst_sparsity(size)})):
                 folder, rate = bench.best(f"{name}-{size:.4g}", partial(bench.aware, name, settings))
                 found.append((size, name, rate, folder))
-            for name in FREE:
+            for name in free:
                 small = bench.small(name, size)
                 folder, rate = bench.best(f"{name}-{size:.4g}-repaired", partial(bench.repaired, small))
                 found.append((size, f"{name}, repaired", rate, folder))
         folders = {str(folder): (size, name, rate) for size, name, rate, folder in found}
         transect.compare(
             given.model,
-            list(FREE),
+            list(free),
             list(sizes),
             given.data,
             given.heldout,
             out / "compare",
             beside=list(folders),
-            eval_sequences=given.eval_sequences or (4 if given.quick else 64),
+            sequences=bench.sequences,
+            eval_sequences=given.eval_sequences or (4 if quick else 64),
         )
         rows = judged(out / "compare", folders)
     title = f"{given.model}: {steps} steps of {given.batch_size} sequences"

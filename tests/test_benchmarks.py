@@ -106,6 +106,18 @@ def test_gptq_equals_that_of_llm_compressor(benchmark: Any, capsys: pytest.Captu
     assert len(differences) == 16 and all(difference <= 1e-4 for difference in differences)
 
 
+def test_training_aware_compression_beside_repairs(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = benchmark("training_aware")(["--quick", "--bits", "4", "--keep", ""])
+    assert "organism: 2 steps of 8 sequences" in capsys.readouterr().out
+    assert {row["row"] for row in rows} == {"ofq", "maestro", "pst", "kfac-svd", "kfac-svd, repaired"}
+    assert len(rows) == 5
+    (size,) = {row["size"] for row in rows}
+    assert all(row["kept"] <= 1.01 * size for row in rows), [(row["row"], row["kept"], size) for row in rows]
+    assert [row["loss"] for row in rows] == sorted(row["loss"] for row in rows)
+    best = next(row for row in rows if row["row"].endswith("repaired"))
+    assert best["over the best repaired"] == 0 == best["±"]
+
+
 def test_multiply_adds_of_a_gram_matrix(benchmark: Any) -> None:
     upper = importlib.import_module("flops").upper
     assert upper(100) == 100 * 100  # one block
