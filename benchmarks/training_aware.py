@@ -23,6 +23,7 @@ from common import parser, show
 
 import transect
 from transect.checkpoint import open_model, save
+from transect.errors import OutOfReach
 from transect.evaluation import standard_error
 
 GRID = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
@@ -87,13 +88,17 @@ class Bench:
         model = transect.recover(str(small), self.data, "full", out=folder, overwrite=True, **self.common(rate))
         return transect.Anatomy(model).record.history[-1]["loss_after"]
 
-    def small(self, method: str, keep: float) -> Path:
-        """The folder of a model that is made small without training."""
+    def small(self, method: str, keep: float) -> Path | None:
+        """The folder of a model that is made small without training; None where the method reaches no such size."""
         folder = self.folder / f"{method}-{keep:.4g}"
         if not folder.exists():
             opened = open_model(self.model)
             given: dict[str, Any] = {"data": self.data, "sequences": self.sequences, "tokenizer": opened.tokenizer}
-            transect.compress(opened.model, method, keep=keep, **given)
+            try:
+                transect.compress(opened.model, method, keep=keep, **given)
+            except OutOfReach as reason:
+                print(f"{method} has no row at {keep:.4g}: {reason}", flush=True)
+                return None
             save(opened.model, folder, opened.tokenizer)
         return folder
 
@@ -139,6 +144,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
                 found.append((size, name, rate, folder))
             for name in free:
                 small = bench.small(name, size)
+                if small is None:
+                    continue
                 folder, rate = bench.best(f"{name}-{size:.4g}-repaired", partial(bench.repaired, small))
                 found.append((size, f"{name}, repaired", rate, folder))
         folders = {str(folder): (size, name, rate) for size, name, rate, folder in found}
