@@ -11,5 +11,5 @@ from .processes import Job
 def test_one_that_is_killed_while_it_draws_a_bar_does_not_hold_up_the_next(forks, tmp_path):
     killed = "import tqdm\ntqdm.tqdm.get_lock().acquire()\nos.kill(os.getpid(), signal.SIGKILL)"
     assert forks.run(Job(before=killed), tmp_path).code == -signal.SIGKILL
-    done = forks.run(Job(before="import tqdm\nprint(*tqdm.tqdm([1], desc='drawn'))", seconds=5), tmp_path)
+    done = forks.run(Job(before="import tqdm\nprint(*tqdm.tqdm([1], desc='drawn', disable=False))", seconds=5), tmp_path)
     assert done.code == 0 and done.out == "1\n" and "drawn: 100%" in done.err
