@@ -6,7 +6,7 @@ and then repaired by as many steps on the same batches, all that is trainable in
 held-out end of the training text chooses. Then `transect compare` judges all of them on text of its own, beside the
 rows that were not repaired; differences are to the best repaired row of the size, paired sequence by sequence.
 
-Everything is kept in `--out`, finished or not, and the same command goes on there.
+Everything is kept in `--out`, finished or not, and the same command goes on there, also with other sizes.
 """
 
 from __future__ import annotations
@@ -42,6 +42,15 @@ class Bench:
     sequences: int | None
     grid: Sequence[float]
 
+    def begin(self) -> None:
+        """Note what all trainings of the folder have in common; SystemExit where it holds others'."""
+        own = json.dumps([self.model, self.data, self.steps, self.batch_size, self.sequences])
+        note = self.folder / "settings.json"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if note.exists() and note.read_text(encoding="utf-8") != own:
+            raise SystemExit(f"{self.folder} holds trainings with other settings: name another --out")
+        note.write_text(own, encoding="utf-8")
+
     def common(self, rate: float) -> dict[str, Any]:
         """The arguments of one training; as many passes over the text as its steps take."""
         return {
@@ -57,9 +66,11 @@ class Bench:
         losses: dict[int, float] = {}
 
         def folder(index: int) -> Path:
+            """Of the training at a rate of the grid."""
             return self.folder / f"{name}-{self.grid[index]:g}"
 
         def at(index: int) -> float:
+            """Its held-out loss, trained unless it was; infinite beyond the ends of the grid."""
             if not 0 <= index < len(self.grid):
                 return float("inf")
             if index not in losses:
@@ -124,13 +135,14 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     given = options.parse_args(argv)
     with tempfile.TemporaryDirectory() as thrown:
         out = given.out or Path(thrown) / "run"
-        out.mkdir(parents=True, exist_ok=True)
         steps = given.steps or (2 if given.quick else 100)
         quick = given.quick
         free = FREE[1:] if quick else FREE
         bench = Bench(
             given.model, given.data, out, steps, given.batch_size, 16 if quick else None, GRID[3:4] if quick else GRID
         )
+        bench.begin()
+        bits_of_a_number = 8 * open_model(given.model).model.dtype.itemsize
         found: list[tuple[float, str, float, Path]] = []  # size, name, rate, folder
         sizes = {float(keep): None for keep in given.keep.split(",") if keep}
         for bits in (int(one) for one in given.bits.split(",") if one):
@@ -139,7 +151,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
             sizes[size] = None
             found.append((size, "ofq", rate, folder))
         for size in sizes:
-            for name, settings in (("maestro", {"keep": size}), ("pst", {"sparsity": pst_sparsity(size)})):
+            # What pst stores are the values that are not zero, and a bit for every entry.
+            for name, settings in (("maestro", {"keep": size}), ("pst", {"sparsity": 1 - size + 1 / bits_of_a_number})):
                 folder, rate = bench.best(f"{name}-{size:.4g}", partial(bench.aware, name, settings))
                 found.append((size, name, rate, folder))
             for name in free:
@@ -166,19 +179,15 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     return rows
 
 
-def pst_sparsity(keep: float) -> float:
-    """The share of zeros with which values of 16 bits and a bit for every entry take `keep` of 16 bits an entry."""
-    return 1 - keep + 1 / 16
-
-
 def judged(folder: Path, folders: dict[str, tuple[float, str, float]]) -> list[dict[str, Any]]:
     """The table's rows by size, from those of the comparison; the best first."""
     read = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "rows").glob("*.json"))]
     named = {Path(name).name: told for name, told in folders.items()}
+    sizes = {size for size, _, _ in folders.values()}  # an earlier run may have left others
     of_size: dict[float, list[tuple[str, Any, dict[str, Any]]]] = {}
     for row in read:
         size, name, rate = named.get(row["method"].partition(" ")[0], (row["keep"], row["method"], "-"))
-        if "examples" in row and row["method"] != "dense":
+        if "examples" in row and row["method"] != "dense" and size in sizes:
             of_size.setdefault(size, []).append((name, rate, row))
     table = []
     for size, rows in sorted(of_size.items(), reverse=True):
