@@ -141,7 +141,7 @@ def check_streams(*, structures: str, **settings: object) -> None:
     """Integers are chosen by prices alone; for the other structures whole models are measured, or refitted."""
     if structures != "integer":
         raise TransectError(
-            f"--stream never has the whole model in memory, which mixed with structures={structures} measures, refits; "
+            f"mixed with structures={structures} measures or refits whole models, which --stream never has in memory; "
             "stream it with --mixed.structures integer (integers, corrected ones and low rank of integers)"
         )
 
