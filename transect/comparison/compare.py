@@ -15,7 +15,7 @@ from ..compression import method
 from ..data import Batches, Fact
 from ..errors import OutOfReach, TransectError
 from ..evaluation import check_lengths, standard_error
-from ..forward import Batch
+from ..forward import Batch, task_of
 from ..pool import Engine, run_in_processes, run_on_ray
 from ..statistics import Progress
 from ..store import Folder
@@ -85,6 +85,7 @@ def compare_anatomy(
             for rows in groups:
                 worker.run(rows, on_row)
     frame = table(plan, folder.path, lost)
+    frame.attrs["task"] = task_of(anatomy.model)
     if knowledge is not None:
         frame.attrs["facts"] = {"known": len(knowledge.known), "asked": knowledge.asked}
     return frame
@@ -95,6 +96,11 @@ def check_plan(anatomy: Anatomy, plan: Plan, streamed: bool = False) -> None:
 
     streamed: with one block in memory at a time, so that the weights are not there to be looked at.
     """
+    if streamed and task_of(anatomy.model) == "embedding":
+        raise TransectError(
+            f"{type(anatomy.model).__name__} has no head: its rows are judged by the hidden states of the whole dense "
+            "model, which --stream never has in memory; compare it in memory"
+        )
     matrices = anatomy.matrices(plan.roles)
     known = {*plan.methods, *(row.allocation for row in plan.rows)}
     for name in set(plan.settings) - known:

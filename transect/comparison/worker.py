@@ -24,7 +24,7 @@ from ..compression.frame import temporarily
 from ..compression.registry import Calibration
 from ..errors import OutOfReach, TransectError
 from ..evaluation import evaluate, evaluate_loss, model_bytes, operations_of, quality_of
-from ..forward import at_rest
+from ..forward import at_rest, with_states_of
 from ..statistics import Statistics
 from ..store import keep_json
 from .beside import opened_beside
@@ -53,7 +53,9 @@ class Worker:
     ) -> None:
         self.folder, self.plan, self.knowledge = folder, plan, knowledge
         self.anatomy = Anatomy(model)
-        self.calibration, self.evaluation, self.also = calibration, evaluation, also or {}
+        self.calibration = calibration
+        self.evaluation = with_states_of(model, evaluation)
+        self.also = {name: with_states_of(model, text) for name, text in (also or {}).items()}
         self._factorized: dict[str, tuple[Factorized, Factors]] = {}
         self._prepared: dict[str, tuple[Any, float]] = {}  # and what it took, in seconds; of one method at a time
         self._replaced: tuple[Compressor, dict[str, Any]] | None = None  # of the last row, and what was measured

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..anatomy import Anatomy, Matrix
 from ..forward import Batch, computing_wide, feeds_of, logits_at, put_out, run_block, run_blocks, to_device
-from ..forward.objective import IGNORED, targets_of
+from ..forward.objective import IGNORED, losses_of, targets_of, task_of
 from .frame import apply_ranks, low_rank, temporarily
 from .weighted_svd import Factorization
 
@@ -23,6 +23,7 @@ _AT_ONCE = 4096  # positions of all candidates that go through the blocks behind
 class Divergence:
     """Mean KL(dense || compressed) over positions, softmax of logits / 0.6 on both sides (LEMS, step 2).
 
+    Of a model without a head, the mean relative squared error of its last hidden states.
     Call it with ranks by matrix name; matrices that are not named are dense. Results are remembered, so that a
     search that asks for the same ranks again (for another budget, say) costs nothing.
     """
@@ -38,21 +39,22 @@ class Divergence:
         self.batches = list(batches)
         self._known: dict[frozenset[tuple[str, Any]], float] = {}
         self._known_alone: dict[tuple[str, int, int], float] = {}
+        self._of_states = task_of(anatomy.model) == "embedding"
         self._chosen = [self._compared(batch) for batch in self.batches]
         with torch.no_grad(), computing_wide(anatomy.model):
-            self._dense = [  # log-probabilities at the compared positions, a tensor for each batch
+            self._dense = [  # log-probabilities or states at the compared positions, a tensor for each batch
                 self._at(batch, chosen) for batch, chosen in zip(self.batches, self._chosen, strict=True)
             ]
 
     def _at(self, batch: Batch, chosen: Tensor) -> Tensor:
-        parts = [_log_probabilities(part) for part in logits_at(self.anatomy.model, batch, chosen)]
+        parts = [self._seen(part) for part in logits_at(self.anatomy.model, batch, chosen)]
         return torch.cat(parts) if parts else torch.empty(0)  # nothing is compared in this batch
 
     def _compared(self, batch: Batch) -> Tensor:
         """At which positions (B x T) a batch's predictions are compared, or which examples (B)."""
         model = self.anatomy.model
         counted = targets_of(model, to_device(batch, model.device)) != IGNORED
-        if counted.dim() == 2 and "labels" not in batch:
+        if counted.dim() == 2 and "labels" not in batch and not self._of_states:
             number, length = counted.long().cumsum(1) - 1, counted.sum(1, keepdim=True)
             counted = counted & (number >= (length // 2).clamp_max(_BURN_IN))
         places = counted.flatten().nonzero()[:, 0]
@@ -75,7 +77,7 @@ class Divergence:
         """Of any model with the same inputs and outputs."""
         with computing_wide(model):
             total = sum(
-                _apart(dense, logits_at(model, batch, chosen))
+                self._apart(dense, logits_at(model, batch, chosen))
                 for batch, chosen, dense in zip(self.batches, self._chosen, self._dense, strict=True)
             )
         return max(total / sum(len(dense) for dense in self._dense), 0.0)
@@ -97,7 +99,7 @@ class Divergence:
                 count += len(dense)
                 for name, hidden in self._ends(batch, todo, operators):
                     with put_out(self.anatomy, hidden):
-                        totals[name] += _apart(dense, logits_at(self.anatomy.model, batch, chosen))
+                        totals[name] += self._apart(dense, logits_at(self.anatomy.model, batch, chosen))
                 if count >= predictions:
                     break
         self._known_alone |= {keys[name]: max(total / count, 0.0) for name, total in totals.items()}
@@ -133,16 +135,16 @@ class Divergence:
                 yield from zip((matrix.name for matrix in part), ends.split(1), strict=True)
             hidden = run_block(module, hidden, feed.calls[index])
 
+    def _seen(self, logits: Tensor) -> Tensor:
+        """Of logits the log-probabilities (n x V); hidden states (n x d) as they are."""
+        return logits.float() if self._of_states else logits.float().div(_TEMPERATURE).log_softmax(-1)
 
-def _log_probabilities(logits: Tensor) -> Tensor:
-    return logits.float().div(_TEMPERATURE).log_softmax(-1)
-
-
-def _apart(dense: Tensor, logits: Iterable[Tensor]) -> float:
-    """Sum over positions of KL(dense || other). dense: log-probabilities (n x V). logits: of n positions, in parts."""
-    total, start = 0.0, 0
-    for part in logits:
-        own = dense[start : start + len(part)]
-        total += (own.exp() * (own - _log_probabilities(part))).sum().item()
-        start += len(part)
-    return total
+    def _apart(self, dense: Tensor, logits: Iterable[Tensor]) -> float:
+        """Sum of KL(dense || other), or of the error, over n positions. dense: see `_seen`. logits: in parts."""
+        total, start = 0.0, 0
+        for part in logits:
+            own, other = dense[start : start + len(part)], self._seen(part)
+            each = losses_of(other, own) if self._of_states else own.exp() * (own - other)
+            total += each.sum().item()
+            start += len(part)
+        return total

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import BadData, TransectError
 from ..forward.head import scored
 from ..forward.mode import at_rest
-from ..forward.objective import Batch, inputs_of, losses_of
+from ..forward.objective import Batch, agreement, inputs_of, losses_of, task_of
 from ..forward.wide import computing_wide
 from ..statistics import Progress
 
@@ -26,10 +26,13 @@ Examples = Sequence[tuple[float, int]]
 class LossResult:
     """loss: mean negative log-likelihood of a prediction, in nats. perplexity: exp(loss). tokens: predictions scored.
     accuracy: fraction of predictions whose most likely class is the right one. seconds: wall-clock time.
-    examples: see `Examples`."""
+    examples: see `Examples`.
+
+    Of a model without a head: loss is the mean relative squared error of its last hidden states, accuracy their mean
+    cosine with what they should be, and perplexity None."""
 
     loss: float
-    perplexity: float
+    perplexity: float | None
     tokens: int
     accuracy: float
     seconds: float
@@ -51,7 +54,7 @@ def evaluate_loss(model: Any, batches: Iterable[Batch], progress: Progress | Non
     Raises TransectError naming the first module whose output is not finite, and BadData if nothing is to be scored.
     """
     started = time.perf_counter()
-    loss, correct, count = 0.0, 0, 0
+    loss, correct, count = 0.0, 0.0, 0
     examples: list[tuple[float, int]] = []
     with at_rest(model), computing_wide(model):
         for batch in progress(batches, "evaluation") if progress else batches:
@@ -61,7 +64,7 @@ def evaluate_loss(model: Any, batches: Iterable[Batch], progress: Progress | Non
                 owners = owners.cpu()
                 nats.index_add_(0, owners, losses_of(logits, labels).double().cpu())
                 counts += owners.bincount(minlength=size)
-                correct += int((logits.argmax(-1) == labels).sum())
+                correct += float(agreement(logits, labels).sum())
             if not nats.isfinite().all():
                 raise TransectError(_first_non_finite(model, batch))
             loss += float(nats.sum())
@@ -70,7 +73,7 @@ def evaluate_loss(model: Any, batches: Iterable[Batch], progress: Progress | Non
     if count == 0:
         raise BadData("the batches hold nothing to be predicted")
     loss /= count
-    perplexity = math.exp(loss) if loss < 700 else math.inf
+    perplexity = None if task_of(model) == "embedding" else math.exp(loss) if loss < 700 else math.inf
     return LossResult(loss, perplexity, count, correct / count, time.perf_counter() - started, tuple(examples))
 
 

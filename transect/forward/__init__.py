@@ -10,6 +10,7 @@ from .mode import at_rest
 from .objective import Batch, inputs_of, predictions, real_positions, run_body, summed_loss, task_of, to_device
 from .past import first_of, run_and_keep
 from .points import POINTS, Point, eager_attention
+from .states import with_states_of
 from .watch import Seen, watch
 from .wide import computing_wide
 
@@ -51,4 +52,5 @@ __all__ = [
     "task_of",
     "to_device",
     "watch",
+    "with_states_of",
 ]  # fmt: skip

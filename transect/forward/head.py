@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .objective import IGNORED, Batch, inputs_of, targets_of, task_of, to_device
+from .objective import IGNORED, Batch, inputs_of, labels_at, outputs_of, targets_of, task_of, to_device
 
 NUMBERS = 1 << 22  # logits at once: 16 MB in float32
 
@@ -26,7 +26,7 @@ def scored(model: Any, batch: Batch) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """
     targets = targets_of(model, to_device(batch, model.device))
     counted = targets != IGNORED
-    labels, examples, start = targets[counted], counted.nonzero()[:, 0], 0
+    labels, examples, start = labels_at(model, batch, targets), counted.nonzero()[:, 0], 0
     for logits in logits_at(model, batch, counted):
         part = slice(start, start := start + len(logits))
         yield logits, labels[part], examples[part]
@@ -46,8 +46,9 @@ def logits_at(model: Any, batch: Batch, where: Tensor) -> Iterator[Tensor]:
 def backpropagate(model: Any, batch: Batch, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
     """What `loss(*predictions(model, batch)).backward()` does, with the logits of a part of the positions at a time.
 
-    loss: of logits (n x classes) and labels (n), a sum over the n predictions. Each part's gradient goes as far as the
-    last hidden states, and from there on all of them go at once.
+    loss: of logits (n x classes) and labels (n; see `targets_of`, also where hidden states are asked for), a sum over
+    the n predictions. Each part's gradient goes as far as the last hidden states, and from there on all of them go at
+    once.
     """
     targets = targets_of(model, to_device(batch, model.device))
     counted = targets != IGNORED
@@ -78,9 +79,10 @@ class _Body:
         self.output: Any = None
         self.given: Tensor | None = None
         self.inside = self.several = False
-        logits = None if task_of(model) == "classification" else self._run()  # of one position
+        whole = task_of(model) in ("classification", "embedding")
+        logits = None if whole else self._run()  # of one position
         if logits is None or (self.found is not None and (self.several or logits.shape[:-1] != (1, 1))):
-            self.found, logits = None, model(**self.inputs).logits
+            self.found, logits = None, outputs_of(model, self.inputs)
         self.hidden: Tensor = logits if self.found is None else self.output.last_hidden_state
         self.rows = max(1, NUMBERS // logits.shape[-1])
 

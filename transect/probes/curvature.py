@@ -90,15 +90,15 @@ def factors(specimen: Specimen, matrices: Sequence[Matrix], batches: Sequence[Ba
     task = task_of(model)
     if task == "unknown":
         raise NotApplicable(f"{type(model).__name__} has no head whose loss is known here")
-    if task != "causal" and any("labels" not in batch for batch in batches):
+    if task not in ("causal", "embedding") and any("labels" not in batch for batch in batches):
         raise NotApplicable(f"{type(model).__name__} has no loss without labels: pass batches that have them")
     store = Statistics(torch.float64)
-    generator = torch.Generator().manual_seed(specimen.seed)
+    drawn = loss_for_gradients(model, "sampled", specimen.seed)
 
     def loss(logits: Tensor, labels: Tensor) -> Tensor:
         if not torch.isfinite(logits).all():
             raise TransectError("the model's logits are not finite: repair its weights, or use float32")
-        return loss_for_gradients(logits, labels, "sampled", generator)
+        return drawn(logits, labels)
 
     with at_rest(model, frozen=True), Recorder(matrices, [_INPUT, _OUTPUT], store, task) as recorder:
         for batch in specimen.shown(batches, "curvature"):

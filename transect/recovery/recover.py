@@ -13,7 +13,7 @@ from ..compression.fingerprint import computation_fingerprint
 from ..data import Batches
 from ..data.split import share, split
 from ..errors import TransectError
-from ..forward import at_rest
+from ..forward import at_rest, with_states_of
 from ..statistics import Progress
 from ..training import (
     Course,
@@ -70,6 +70,8 @@ def recover_anatomy(
     anatomy.check_finite()
     changed = changed_parameters(anatomy, settings)
     training, held_out = split(data, settings.held_out, settings.batch_size, settings.seed)
+    if teacher is not None:
+        training, held_out = with_states_of(teacher, training), with_states_of(teacher, held_out)
     machine, state = machine or Machine(), state or State(None)
     plan = {
         "transect": __version__, "recover": settings.to_dict(), "data": data.fingerprint,

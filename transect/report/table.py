@@ -54,6 +54,8 @@ def notes(frame: Any) -> list[str]:
     lines = []
     if shares := frame.attrs.get("shares"):
         lines.append(f"keep: share of the bytes of the blocks' matrices in {shares}")
+    if frame.attrs.get("task") == "embedding":
+        lines.append("loss: squared distance of the last hidden states from the dense model's, over their own square")
     if asked := frame.attrs.get("facts"):
         lines.append(f"facts known: of {asked['known']:,} that the dense model knows, out of {asked['asked']:,}")
     lines += frame.attrs.get("notes", [])
@@ -71,6 +73,8 @@ def cells(frame: Any) -> tuple[list[str], list[list[str]]]:
     import pandas as pd
 
     idle = set()
+    if frame.attrs.get("task") == "embedding":  # of which the dense model has no loss
+        idle |= {"over_dense", "perplexity"}
     if set(frame["allocation"] if "allocation" in frame.columns else ()) <= {"-", "uniform"}:
         idle.add("allocation")
     if frame["decode_tokens_per_second"].notna().any():  # a language model is judged by its perplexity
@@ -85,6 +89,8 @@ def cells(frame: Any) -> tuple[list[str], list[list[str]]]:
         idle |= {"active_parameters", "flops", "cache_bytes"}
     shown = [column for column in COLUMNS if column in frame.columns and column not in idle]
     headed = {column: COLUMNS[column] for column in shown}
+    if frame.attrs.get("task") == "embedding" and "accuracy" in headed:
+        headed["accuracy"] = "cosine", "{:.4f}".format
     for column in frame.columns:  # of further texts: "over_dense, novels"
         base, _, text = column.partition(", ")
         if text and base in ("over_dense", "over_dense_error"):

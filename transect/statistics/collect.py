@@ -264,12 +264,33 @@ def gradients_from(start: nn.Module) -> Iterator[None]:
         handle.remove()
 
 
-def loss_for_gradients(logits: Tensor, labels: Tensor, fisher: Fisher, generator: torch.Generator) -> Tensor:
-    """Summed cross-entropy against the labels ("empirical") or against labels drawn from the model ("sampled")."""
+def loss_for_gradients(model: Any, fisher: Fisher, seed: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """Of logits and labels, the loss whose gradients the statistics are of; see `collect`."""
+    generator = torch.Generator().manual_seed(seed)
+    if task_of(model) == "embedding":
+        return partial(_error_of_drawn_states, generator=generator)
+    return partial(_cross_entropy, fisher=fisher, generator=generator)
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor, fisher: Fisher, generator: torch.Generator) -> Tensor:
+    """Summed, against the labels ("empirical") or against labels drawn from the model ("sampled")."""
     if fisher == "sampled":
         probabilities = logits.detach().float().softmax(-1).cpu()
         labels = torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(logits.device)
     return summed_loss(logits, labels)
+
+
+def _error_of_drawn_states(states: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+    """Summed relative squared error of hidden states (n x d) against states drawn around them.
+
+    At the model's own states the error and its gradient are 0. It is the negative logarithm of a normal density with
+    variance |t|²/2, and states drawn from that have gradients whose second moments are the error's curvature.
+    """
+    own = states.detach().float()
+    drawn = torch.randn(own.shape, generator=generator).to(own.device)
+    return (states.float() - own - drawn * own.norm(dim=-1, keepdim=True) / 2**0.5).square().div(
+        own.square().sum(-1, keepdim=True)
+    ).sum()  # fmt: skip
 
 
 def collect(
@@ -292,7 +313,8 @@ def collect(
     batches: see `objective`; padding (attention_mask 0) does not count.
     wanted: any of `kinds`; duplicates are collected once. matrices: default all of every block.
     fisher: gradients of the loss against the labels ("empirical") or against labels that the model samples ("sampled",
-        the true Fisher in expectation).
+        the true Fisher in expectation). Of a model without a head they are always against drawn hidden states, since
+        its own are without error.
     accumulate: dtype of the sums. float64 (default) adds each batch's float32 product exactly enough for any number
         of batches; float32 halves the memory.
     Under an initialised torch.distributed each process takes every world_size-th batch, and all end with the total.
@@ -302,7 +324,7 @@ def collect(
     wanted = list(wanted)
     gradients = any(statistic.needs in ("gradient", "both") for statistic in wanted)
     store = Statistics(accumulate)
-    loss = partial(loss_for_gradients, fisher=fisher, generator=torch.Generator().manual_seed(seed))
+    loss = loss_for_gradients(model, fisher, seed)
     batches = list(batches)
     if not batches:
         raise BadData("no calibration data: the statistics need at least one sequence")

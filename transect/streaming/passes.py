@@ -7,7 +7,6 @@ run goes on at that block. In memory are one block, its statistics, and the resi
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import partial
 
 import torch
 
@@ -66,7 +65,7 @@ def backward_pass(
     """Gradient statistics of every block, from the last to the first; each block is run again from its kept input."""
     anatomy = source.anatomy
     last = len(anatomy.blocks)
-    loss = partial(loss_for_gradients, fisher=fisher, generator=torch.Generator().manual_seed(seed))
+    loss = loss_for_gradients(source.model, fisher, seed)
     done = work.done("backward")
     if done is None:
         gradients = []

@@ -16,7 +16,7 @@ from .machine import Machine
 def own_loss(model: Any, batch: Batch) -> tuple[Tensor, int]:
     """Cross-entropy in nats, summed over the predictions that the batch asks for, and their number."""
     logits, labels = predictions(model, batch)
-    return summed_loss(logits, labels), labels.numel()
+    return summed_loss(logits, labels), len(labels)
 
 
 def distance_from(teacher: Any, model: Any, batch: Batch, temperature: float) -> tuple[Tensor, int]:
@@ -27,6 +27,8 @@ def distance_from(teacher: Any, model: Any, batch: Batch, temperature: float) ->
     with torch.no_grad():
         target, _ = predictions(teacher, batch)
     logits, labels = predictions(model, batch)
+    if labels.is_floating_point():  # hidden states
+        return summed_loss(logits, target), len(labels)
     ours = functional.log_softmax(logits.float() / temperature, dim=-1)
     theirs = functional.log_softmax(target.float() / temperature, dim=-1)
     divergence = functional.kl_div(ours, theirs, reduction="sum", log_target=True)
@@ -40,6 +42,6 @@ def held_out_loss(model: Any, batches: Iterable[Batch | None], machine: Machine)
     with at_rest(model):
         for batch in batches:
             for logits, labels, _ in () if batch is None else scored(model, batch):
-                summed += torch.tensor([summed_loss(logits, labels).item(), labels.numel()], dtype=torch.float64)
+                summed += torch.tensor([summed_loss(logits, labels).item(), len(labels)], dtype=torch.float64)
     loss, count = machine.total(summed).tolist()
     return loss / count if count else float("nan")
