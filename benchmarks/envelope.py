@@ -97,9 +97,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[float, float]]:
     rows = rows_of(chosen.folder)
     title = f"{chosen.method} against the lower envelope of the other rows of {chosen.folder.name}"
     return {
-        text: against_envelope(
-            on(rows, text), chosen.method, f"{title}: loss over dense, nats{text and ', on ' + text}"
-        )
+        text: against_envelope(on(rows, text), chosen.method, f"{title}: loss over dense{text and ', on ' + text}")
         for text in ("", *dict.fromkeys(name for row in rows for name in row.get("also", {})))
     }
 

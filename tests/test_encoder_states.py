@@ -19,7 +19,7 @@ from transect.evaluation import evaluate_loss
 from transect.forward import predictions, task_of, with_states_of
 from transect.forward.objective import losses_of
 from transect.report import markdown_table
-from transect.statistics import OutputGradientCovariance, InputCovariance, collect
+from transect.statistics import InputCovariance, OutputGradientCovariance, collect
 
 TEXTS = ["bert", "roberta", "gpt2", "llama"]
 
