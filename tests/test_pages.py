@@ -130,15 +130,27 @@ def test_the_table_counts_what_holds_by_purpose_and_stands_between_its_marks():
         Record(claim, claim.partition("/")[0], "arXiv:1", "", model, verdict, "", settings={"seed": 0})
         for claim, model, verdict in [
             ("rome/a", "organism", "holds"), ("rome/b", "organism", "does not hold"), ("rome/c", "organism", "failed"),
-            ("lac/a", "organism", "holds"), ("lac/b", "organism", "not applicable"), ("rome/a", "other", "holds"),
-            ("layer-norm/a", "organism", "does not hold"),
+            ("lac/a", "organism", "holds"), ("lac/b", "organism", "not applicable"), ("rome/b", "other", "holds"),
+            ("rome/a", "other", "does not hold"), ("layer-norm/a", "organism", "does not hold"),
         ]
     ]  # fmt: skip
-    lines = table_by_purpose(records).splitlines()
+    lines = table_by_purpose([record for record in records if record.model == "organism"]).splitlines()
+    assert lines[0] == "| to | claims that hold | of each |"
     assert lines[2:] == [
         "| Look inside (inspect) | 1 of 1 | `lac` 1 of 1 |",
         "| Change what it knows or does (edit) | 1 of 2 | `rome` 1 of 2 |",
         "| Know what is behind it | 0 of 1 | `layer-norm` 0 of 1 |",
+    ]
+    lines = table_by_purpose(records).splitlines()
+    assert lines[0] == "| to | claims that hold | on `other` | of each |"
+    assert lines[2:] == [
+        "| Look inside (inspect) | 1 of 1 | - | `lac` 1 of 1 and - |",
+        "| Change what it knows or does (edit) | 1 of 2 | 1 of 2 | `rome` 1 of 2 and 1 of 2 |",
+        "| Know what is behind it | 0 of 1 | - | `layer-norm` 0 of 1 and - |",
+        "",
+        "Hold on `organism` and not on `other`: `rome/a`.",
+        "",
+        "Hold on `other` and not on `organism`: `rome/b`.",
     ]
     text = with_table("a\n<!-- verdicts -->\nold\n<!-- end of verdicts -->\nz", records)
     assert text == "\n".join(["a", "<!-- verdicts -->", *lines, "<!-- end of verdicts -->", "z"])

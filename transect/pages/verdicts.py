@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ..claims import Verdict
@@ -45,20 +45,47 @@ def verdicts_document(records: Sequence[Record]) -> str:
 
 
 def table_by_purpose(records: Sequence[Record]) -> str:
-    """Markdown: for what a user wants to do, how many claims of each method hold on the bundled model, of how many."""
+    """Markdown: for what a user wants to do, how many claims hold on each model, of how many, in all and by method.
+
+    The bundled model comes first. Behind the table, of each other model, which claims hold on one of the two alone.
+    """
     family = {entry.name: entry.family for entry in reversed(entries())}  # a conversion before the part of its name
-    purposes = [*dict.fromkeys(PURPOSES.values()), OTHER]
-    groups: dict[str, dict[str, list[bool]]] = {purpose: {} for purpose in purposes}
+    verdicts: dict[str, dict[str, bool]] = {BUNDLED: {}}  # by model, of each claim whether it holds
     for record in sorted(records, key=lambda record: record.claim):
-        if record.model == BUNDLED and record.verdict in (Verdict.HOLDS, Verdict.DOES_NOT_HOLD):
-            purpose = PURPOSES.get(family.get(record.method, ""), OTHER)
-            groups[purpose].setdefault(record.method, []).append(record.verdict == Verdict.HOLDS)
-    lines = ["| to | claims that hold | of each |", "| :--- | :--- | :--- |"]
-    for purpose, found in groups.items():
-        held, asked = (sum(count(one) for one in found.values()) for count in (sum, len))
-        each = ", ".join(f"`{method}` {sum(one)} of {len(one)}" for method, one in found.items())
-        lines += [f"| {purpose} | {held} of {asked} | {each} |"] if found else []
-    return "\n".join(lines)
+        if record.verdict in (Verdict.HOLDS, Verdict.DOES_NOT_HOLD):
+            verdicts.setdefault(record.model, {})[record.claim] = record.verdict == Verdict.HOLDS
+    methods: dict[str, dict[str, None]] = {purpose: {} for purpose in (*dict.fromkeys(PURPOSES.values()), OTHER)}
+    for record in sorted(records, key=lambda record: record.claim):
+        if any(record.claim in found for found in verdicts.values()):
+            methods[PURPOSES.get(family.get(record.method, ""), OTHER)][record.method] = None
+    headings = ["claims that hold", *(f"on `{model}`" for model in verdicts if model != BUNDLED)]
+    lines = [f"| to | {' | '.join(headings)} | of each |", "| :--- |" + " :--- |" * (len(headings) + 1)]
+    for purpose, names in methods.items():
+        if names:
+            counts = [_counted(found, names) or "-" for found in verdicts.values()]
+            each = [
+                f"`{name}` " + (" and ".join(_counted(found, [name]) or "-" for found in verdicts.values()))
+                for name in names
+            ]
+            lines.append(f"| {purpose} | {' | '.join(counts)} | {', '.join(each)} |")
+    return "\n".join([*lines, *_differences(verdicts)])
+
+
+def _counted(verdicts: Mapping[str, bool], methods: Iterable[str]) -> str:
+    """How many of these methods' claims hold, of how many."""
+    found = [held for claim, held in verdicts.items() if claim.partition("/")[0] in methods]
+    return f"{sum(found)} of {len(found)}" if found else ""
+
+
+def _differences(verdicts: Mapping[str, Mapping[str, bool]]) -> list[str]:
+    """Which claims hold on the bundled model and not on another, and the other way round."""
+    lines, own = [], verdicts[BUNDLED]
+    for model, found in verdicts.items():
+        for one, other, first, second in ((BUNDLED, model, own, found), (model, BUNDLED, found, own)):
+            alone = [f"`{claim}`" for claim, held in first.items() if held and second.get(claim) is False]
+            if alone:
+                lines += ["", f"Hold on `{one}` and not on `{other}`: {', '.join(alone)}."]
+    return lines
 
 
 def with_table(text: str, records: Sequence[Record]) -> str:
