@@ -14,16 +14,18 @@ from .wide import computing_wide
 
 
 @torch.no_grad()
-def with_states_of(model: Any, batches: Iterable[Batch]) -> list[Batch]:
+def with_states_of(model: Any, batches: Iterable[Batch]) -> list[dict[str, Tensor]]:
     """The batches with the model's last hidden states in them (`labels`, B x T x d, float32, on the CPU).
 
-    Those that have labels, and all batches of a model with a head, come back as they are.
+    Those that have labels, and all batches of a model with a head, come back with the same tensors.
     """
     if task_of(model) != "embedding":
-        return list(batches)
+        return [dict(batch) for batch in batches]
     with at_rest(model), computing_wide(model):
-        return [batch if "labels" in batch else {**batch, "labels": _states(model, batch)} for batch in batches]
+        return [_with_states(model, batch) for batch in batches]
 
 
-def _states(model: Any, batch: Batch) -> Tensor:
-    return outputs_of(model, inputs_of(model, batch)).float().cpu()
+def _with_states(model: Any, batch: Batch) -> dict[str, Tensor]:
+    if "labels" in batch:
+        return dict(batch)
+    return {**batch, "labels": outputs_of(model, inputs_of(model, batch)).float().cpu()}

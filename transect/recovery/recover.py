@@ -71,7 +71,7 @@ def recover_anatomy(
     changed = changed_parameters(anatomy, settings)
     training, held_out = split(data, settings.held_out, settings.batch_size, settings.seed)
     if teacher is not None:
-        training, held_out = with_states_of(teacher, training), with_states_of(teacher, held_out)
+        training, held_out = (Batches(with_states_of(teacher, part)) for part in (training, held_out))
     machine, state = machine or Machine(), state or State(None)
     plan = {
         "transect": __version__, "recover": settings.to_dict(), "data": data.fingerprint,

@@ -41,8 +41,9 @@ def pareto_plot(frame: pd.DataFrame, path: Path, title: str = "") -> Path:
     if len(dense):
         axes.axhline(dense["loss"].iloc[0], color="0.6", linewidth=1, zorder=0)
         axes.plot(dense["bytes"] / 1e6, dense["loss"], "*", color="0.3", markersize=13, label="dense")
-    losses = frame["loss"][frame["loss"] > 0]  # the dense model's hidden states have no error
-    if len(losses) and losses.max() > 3 * losses.min():
+    losses = frame["loss"].to_numpy()
+    losses = losses[losses > 0]  # the dense model's hidden states have no error
+    if losses.size and losses.max() > 3 * losses.min():
         axes.set_yscale("log")
         plain = FuncFormatter(lambda value, _: f"{value:g}")
         axes.yaxis.set_major_formatter(plain)
