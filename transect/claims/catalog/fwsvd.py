@@ -15,7 +15,7 @@ SVD, FWSVD, SVD_LLM = registered("svd"), registered("fwsvd"), registered("svd-ll
 
 # The paper's headline, without its fine-tuning.
 claim_order(
-    "fwsvd/below-svd", (Variant(FWSVD), Variant(SVD)),
+    "fwsvd/below-svd", (Variant(FWSVD, "uniform"), Variant(SVD)),
     paper=PAPER,
     statement="At the same size, FWSVD loses less than plain SVD.",
     any_task=True,
@@ -24,7 +24,7 @@ claim_order(
 
 # From SVD-LLM's table of perplexities.
 claim_order(
-    "fwsvd/above-svd-llm", (Variant(SVD_LLM), Variant(FWSVD)),
+    "fwsvd/above-svd-llm", (Variant(SVD_LLM), Variant(FWSVD, "uniform")),
     paper=SVD_LLM.paper,
     statement="At the same size, FWSVD loses more than SVD-LLM.",
 )  # fmt: skip
@@ -44,7 +44,7 @@ def weight_error(context: Context) -> Result:
         context.require_keep(keep)
         errors = {name: _weight_errors(context, method, keep) for name, method in (("fwsvd", FWSVD), ("svd", SVD))}
         nearer = sum(a < b * (1 - 1e-6) for a, b in zip(errors["fwsvd"], errors["svd"], strict=True))
-        losses = compare(context, Variant(FWSVD), Variant(SVD), keep)
+        losses = compare(context, Variant(FWSVD, "uniform"), Variant(SVD), keep)
         farther = nearer == 0 and sum(errors["fwsvd"]) > sum(errors["svd"])
         held += farther and losses.difference < 0
         numbers.append({

@@ -23,7 +23,7 @@ _TOLERANCE = 1e-4
 
 # The paper's headline, for its training-free first stage.
 claim_order(
-    "svd-llm/below-svd", (Variant(SVD_LLM), Variant(SVD)), (Variant(SVD_LLM), Variant(FWSVD)),
+    "svd-llm/below-svd", (Variant(SVD_LLM), Variant(SVD)), (Variant(SVD_LLM), Variant(FWSVD, "uniform")),
     paper=PAPER,
     statement="At the same size, SVD-LLM loses less than plain SVD and FWSVD.",
 )  # fmt: skip
