@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from ...divergence import Divergence
 from ...factorized import SEARCH_SEQUENCES
 from ...registry import ByBlock, Calibration, Range, restructuring
 from ...sizes import dense_bytes
-from ...weighted_svd import Factorization, shrink
+from ...weighted_svd import shrink
 from .integers import integer_low_rank_options, integer_options, least_integer_bytes
 from .options import (
     RATIO,
@@ -97,44 +97,46 @@ class Prices:
     metric: MetricOf
 
 
-def price(
-    anatomy: Anatomy,
-    calibration: Calibration,
+def price(anatomy: Anatomy, calibration: Calibration, **settings: Any) -> Prices:
+    """All options of a dense model but dictionaries. What is put in their place is computed when one is taken."""
+    shrinkage = settings["input_shrinkage"], settings["gradient_shrinkage"]
+    prices = Prices([], {}, _metric_of(calibration.statistics, *shrinkage))
+    for block in calibration.shown(anatomy.blocks, "options"):
+        prices.options.extend(block_options(block, calibration.statistics, losses=prices.losses, **settings))
+    return prices
+
+
+def block_options(
+    block: Block,
+    statistics: Statistics,
     *,
     structures: str,
     input_shrinkage: float,
     gradient_shrinkage: float,
+    losses: dict[str, Tensor] | None = None,
     **settings: object,
-) -> Prices:
-    """All options of a dense model but dictionaries. What is put in their place is computed when one is taken."""
-
-    metric = _metric_of(calibration.statistics, input_shrinkage, gradient_shrinkage)
-    rounding = _metric_of(calibration.statistics, *_ROUNDING)
-    prices = Prices([], {}, metric)
-    for block in calibration.shown(anatomy.blocks, "options"):
-        metrics = [metric(matrix) for matrix in block.matrices()]
-        found = [dense(one) for one in metrics]
-        for one in metrics:
-            if structures in ("all", "low-rank", "integer"):
-                made = factorized(one)
-            if structures in ("all", "low-rank"):
-                prices.losses[one.matrix.name] = made.losses()
-                found += low_rank_options(one.matrix, made.losses(), metric, _LOW_RANK_SHARES)
-            if structures in ("all", "integer"):
-                found += _integers(one.matrix, made, metric, rounding)
-        if structures in ("all", "narrow"):
-            if not block.has_experts:
-                found += narrow_mlp_options(metrics, metric, _NEURON_SHARES, ridge=1e-2)
-            found += narrow_query_key_options(metrics, _WIDTH_SHARES)
-            found += narrow_value_options(metrics, metric, _WIDTH_SHARES)
-        prices.options.extend(found)
-    return prices
-
-
-def _integers(matrix: Matrix, made: Factorization, metric: MetricOf, rounding: MetricOf) -> Iterator[Option]:
-    """As integers, and with low-rank factors of integers. made: its KFAC-SVD."""
-    yield from integer_options(matrix, rounding)
-    yield from integer_low_rank_options(matrix, made, _LOW_RANK_SHARES, metric, rounding)
+) -> list[Option]:
+    """The options of a block's matrices but dictionaries. losses: takes those of each matrix's KFAC-SVD, by rank."""
+    metric, rounding = _metric_of(statistics, input_shrinkage, gradient_shrinkage), _metric_of(statistics, *_ROUNDING)
+    metrics = [metric(matrix) for matrix in block.matrices()]
+    found = [dense(one) for one in metrics]
+    for one in metrics:
+        if structures in ("all", "low-rank", "integer"):
+            made = factorized(one)
+        if structures in ("all", "low-rank"):
+            by_rank = made.losses()
+            found += low_rank_options(one.matrix, by_rank, metric, _LOW_RANK_SHARES)
+            if losses is not None:
+                losses[one.matrix.name] = by_rank
+        if structures in ("all", "integer"):
+            found += integer_options(one.matrix, rounding)
+            found += integer_low_rank_options(one.matrix, made, _LOW_RANK_SHARES, metric, rounding)
+    if structures in ("all", "narrow"):
+        if not block.has_experts:
+            found += narrow_mlp_options(metrics, metric, _NEURON_SHARES, ridge=1e-2)
+        found += narrow_query_key_options(metrics, _WIDTH_SHARES)
+        found += narrow_value_options(metrics, metric, _WIDTH_SHARES)
+    return found
 
 
 def check_streams(*, structures: str, **settings: object) -> None:
@@ -144,18 +146,6 @@ def check_streams(*, structures: str, **settings: object) -> None:
             f"mixed with structures={structures} measures or refits whole models, which --stream never has in memory; "
             "stream it with --mixed.structures integer (integers, corrected ones and low rank of integers)"
         )
-
-
-def block_options(
-    block: Block, statistics: Statistics, *, input_shrinkage: float, gradient_shrinkage: float, **settings: object
-) -> list[Option]:
-    """The options of a block's matrices among integers, as `price` has them."""
-    metric, rounding = _metric_of(statistics, input_shrinkage, gradient_shrinkage), _metric_of(statistics, *_ROUNDING)
-    metrics = [metric(matrix) for matrix in block.matrices()]
-    found = [dense(one) for one in metrics]
-    for one in metrics:
-        found += _integers(one.matrix, factorized(one), metric, rounding)
-    return found
 
 
 @restructuring(
