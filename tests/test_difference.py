@@ -51,7 +51,14 @@ def test_an_edit_of_rank_one_is_found_where_it_was_made(name):
     assert float(distance[1]) < 1e-6 and float(distance[2]) > 1e-3  # from behind block 1 on
     measured = found["loss"]["measured"]
     both = [evaluate_loss(one, load(DATA, one)).loss for one in (tiny(name), other)]
-    torch.testing.assert_close(measured, torch.tensor([0.0, both[1] - both[0], 0.0], dtype=torch.float64))
+    expected = torch.tensor([0.0, both[1] - both[0], 0.0], dtype=torch.float64)
+    torch.testing.assert_close(measured, expected, rtol=1e-4, atol=1e-6)
+    batch = next(iter(load(DATA, other)))
+    with torch.no_grad():
+        before, after = (one(**batch).logits[:, :-1].log_softmax(-1) for one in (tiny(name).eval(), other.eval()))
+    apart = found["loss"]["divergence"]
+    assert float(apart[1]) == pytest.approx(float((before.exp() * (before - after)).sum(-1).mean()), rel=1e-3, abs=1e-7)
+    assert not apart[[0, 2]].any()
     assert (found["loss"]["predicted"] > 0).tolist() == [False, True, False]
     assert f"({both[1] - both[0]:+.4f})" in found["text"].findings[0]
 
@@ -67,6 +74,7 @@ def test_the_prediction_is_the_increase_to_second_order():
     predicted = found["loss"]["predicted"]
     ratios = predicted[:-1] / predicted[1:]
     assert ((ratios > 20) & (ratios < 500)).all()  # a tenth of the change, a hundredth of the loss
+    assert float(found["loss"]["correlation of divergence"]) == pytest.approx(1)
 
 
 def test_removed_neurons_heads_and_blocks_are_told():
