@@ -8,19 +8,17 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
+from ...anatomy import Matrix
 from ...errors import NotApplicable
 from ...evaluation import evaluate_loss
 from ...forward import Batch, at_rest, computing_wide, scored
 from ...probes import Drawing, Result
-from ...probes.curvature import factors
 from ...probes.draw import bars, scatter
 from ...probes.result import Quantity
-from ...statistics import InputCovariance, OutputGradientCovariance, key_of
 from ..pair import Pair
 from ..registry import comparing
+from ..second_order import increase_to_second_order
 from .weights import whole_of
-
-_INPUT, _OUTPUT = InputCovariance(), OutputGradientCovariance()
 
 
 def draw(result: Result) -> list[Drawing]:
@@ -43,33 +41,26 @@ def draw(result: Result) -> list[Drawing]:
 
 @comparing("loss", title="What each block's change costs", draw=draw)
 def loss(pair: Pair) -> Result:
-    """The loss increase predicted for each block from the two-sided metric, beside the measured one.
+    """The loss increase predicted for each block from its change, beside the measured one.
 
-    Predicted: ½ Σ tr(G Δ A Δᵀ) over the block's matrices, A = E[x xᵀ] and G = E[g gᵀ] of the first model on the text
-    (with labels that it draws itself), which is the increase to second order if inputs and gradients are independent.
+    Predicted: the increase to second order, see `increase_to_second_order`.
     Measured: the loss on the text with this block alone taken from the second model, over the first's. A small change
     moves that by its first order on this text, too, either way; what is predicted is the divergence, which has none:
     the mean KL(first || with this block), measured beside it. Rank correlations: Spearman's.
     """
     pair.require_causal()
-    count = len(pair.anatomy.blocks)
     matched = [(m, o) for m, o in pair.matrices_of_both() if o is not None]
-    changes: list[tuple[object, Tensor]] = []
+    changes: list[tuple[Matrix, Tensor]] = []
     unknown: set[int] = set()
     for matrix, other in matched:
         after = whole_of(matrix, other)
         if after is None:
             unknown.add(matrix.block.index)
             continue
-        change = after.double() - matrix.weight.double()
+        change = after.float() - matrix.weight.float()
         if change.any():
             changes.append((matrix, change))
-    statistics = factors(pair, [matrix for matrix, _ in changes], list(pair.text)) if changes else None  # type: ignore
-    predicted = torch.zeros(count, dtype=torch.float64)
-    for matrix, change in changes:
-        a = statistics.value(key_of(matrix, _INPUT), _INPUT).double()  # type: ignore
-        g = statistics.value(matrix.name, _OUTPUT).double()  # type: ignore
-        predicted[matrix.block.index] += 0.5 * float(((g @ change @ a) * change).sum())  # type: ignore
+    predicted = increase_to_second_order(pair, changes)
     predicted[list(unknown)] = torch.nan
     theirs = {origin: number for number, origin in pair.blocks.items()}
     dense = evaluate_loss(pair.model, pair.text).loss
