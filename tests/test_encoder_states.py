@@ -158,7 +158,7 @@ def test_bad_input(tmp_path):
     model, data = headless("bert"), [batch("bert")]
     with pytest.raises(TransectError, match="no head: its loss is how far its last hidden states are"):
         predictions(model, data[0])
-    with pytest.raises(TransectError, match="give that as teacher"):
+    with pytest.raises(TransectError, match="repair it towards that"):
         transect.recover(model, data * 4, "full")
     model.save_pretrained(tmp_path / "dense")
     with pytest.raises(TransectError, match="never has in memory"):

@@ -42,9 +42,11 @@ def increase_to_second_order(pair: Pair, changes: Sequence[tuple[Matrix, Tensor]
     sequences = 0
 
     def listen(matrix: Matrix, change: Tensor) -> Any:
+        """Adds what the matrix's change does to each sequence of a pass to its block's sums."""
         rows = matrix.rows()
 
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            """Keeps Δ x until the output's gradient arrives."""
             moved = args[0].detach().float() @ change.T
 
             def on_gradient(gradient: Tensor) -> None:

@@ -142,8 +142,8 @@ def labels_at(model: Any, batch: Batch, targets: Tensor) -> Tensor:
         raise TransectError(
             f"{type(model).__name__} has no head: its loss is how far its last hidden states are from those of the "
             "model that it was made from, and the batches hold none (`labels`, B x T x d): compare it with that model "
-            "(`transect compare`), or give that as teacher. For a loss of its own load it with a head "
-            "(AutoModelForCausalLM, AutoModelForMaskedLM, ...)"
+            "(`transect compare`), or repair it towards that (recover, how=distill, teacher=...). For a loss of its "
+            "own load it with a head (AutoModelForCausalLM, AutoModelForMaskedLM, ...)"
         )
     return batch["labels"].to(targets.device)[counted]
 

@@ -288,9 +288,8 @@ def _error_of_drawn_states(states: Tensor, labels: Tensor, generator: torch.Gene
     """
     own = states.detach().float()
     drawn = torch.randn(own.shape, generator=generator).to(own.device)
-    return (states.float() - own - drawn * own.norm(dim=-1, keepdim=True) / 2**0.5).square().div(
-        own.square().sum(-1, keepdim=True)
-    ).sum()  # fmt: skip
+    norms = own.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(own.dtype).tiny ** 0.5)
+    return ((states.float() - own) / norms - drawn / 2**0.5).square().sum()
 
 
 def collect(
