@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from random import Random
 
 from torch import Tensor
 
 from ...data import Passage
-from ...probes import run_probes
-from ...probes.catalog.kfac_spectrum import BANDS
+from ...probes.catalog.kfac_spectrum import BANDS, ROLES, band_loads, halves, passage_batches
+from ...probes.curvature import curvature
 from ..context import Context
 from ..registry import NotApplicable, Result, Verdict, claim
 
@@ -29,7 +28,7 @@ def recited_text_is_flat(context: Context) -> Result:
     """
     context.require_language_model()
     passages = context.specimen.passages
-    recited, shuffled = (_ratios(context, chosen) for chosen in (passages, _shuffled(passages)))
+    recited, shuffled = _ratios(context, passages, _shuffled(passages))
     means = {name: one.mean(0).tolist() for name, one in (("recited", recited), ("shuffled", shuffled))}
     numbers = [
         {"band": band, "recited / text": a, "shuffled / text": b}
@@ -48,15 +47,21 @@ def recited_text_is_flat(context: Context) -> Result:
     )
 
 
-def _ratios(context: Context, passages: Sequence[Passage]) -> Tensor:
-    """Activation ratios (inputs x bands) of these passages over the calibration text."""
-    inspection = run_probes(replace(context.specimen, known_passages=passages), {"kfac-spectrum": {}})
-    if inspection.refused:
-        raise NotApplicable(inspection.refused["kfac-spectrum"])
-    result = inspection["kfac-spectrum"]
-    if "activation_ratio" not in result.quantities:
+def _ratios(context: Context, *kinds: Sequence[Passage]) -> list[Tensor]:
+    """Activation ratios (inputs x bands) of each of these sets of passages over the calibration text."""
+    specimen = context.specimen
+    first, second = halves(list(specimen.text))
+    if not second:
         raise NotApplicable("the calibration text is a single sequence")
-    return result["activation_ratio"]
+    matrices = specimen.matrices(ROLES["mlp"])
+    inputs = {matrix.source: matrix for matrix in matrices}
+    found = curvature(specimen, matrices, first)
+    bases = {source: found[matrix.name].vectors_in for source, matrix in inputs.items()}
+    text, *others = (
+        band_loads(specimen, inputs, bases, batches)[0]
+        for batches in (second, *(passage_batches(specimen, passages) for passages in kinds))
+    )
+    return [lengths / text for lengths in others]
 
 
 def _shuffled(passages: Sequence[Passage]) -> list[Passage]:

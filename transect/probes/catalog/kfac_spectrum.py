@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...anatomy import Matrix
-from ...data import Specimen
+from ...data import Passage, Specimen
 from ...forward import Batch, run_body
 from ...forward.points import Place, Reader
 from ..curvature import Curvature, counted_positions, curvature
@@ -22,7 +22,7 @@ from ..result import Quantity, Result
 BANDS = {"top 10 %": 0.1, "10-25 %": 0.25, "25-50 %": 0.5, "bottom 50 %": 1.0}  # where each ends
 _SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # of the pairs
 _MASSES = (0.5, 0.6, 0.75, 0.9, 0.99)
-_ROLES = {"mlp": ("gate", "up", "down"), "attention": ("q", "k", "v", "o"), "all": None}
+ROLES = {"mlp": ("gate", "up", "down"), "attention": ("q", "k", "v", "o"), "all": None}
 
 
 def draw(result: Result) -> list[Drawing]:
@@ -84,9 +84,9 @@ def kfac_spectrum(specimen: Specimen, *, part: Literal["mlp", "attention", "all"
 
     part: which matrices: those of the MLPs, those of attention, or all.
     """
-    matrices = specimen.matrices(_ROLES[part])
-    first, second = _halves(list(specimen.text))
-    passages = _passages(specimen)
+    matrices = specimen.matrices(ROLES[part])
+    first, second = halves(list(specimen.text))
+    passages = passage_batches(specimen, specimen.known_passages)
     found = curvature(specimen, matrices, first if passages and second else specimen.text)
     quantities = _spectra(matrices, found)
     labels: dict[str, Sequence[str]] = {
@@ -118,7 +118,7 @@ def kfac_spectrum(specimen: Specimen, *, part: Literal["mlp", "attention", "all"
     return Result(quantities, _findings(quantities), caveats, labels)
 
 
-def _halves(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
+def halves(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
     """The even and the odd sequences."""
     halves: tuple[list[Batch], list[Batch]] = ([], [])
     passed = 0
@@ -132,10 +132,10 @@ def _halves(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
     return halves
 
 
-def _passages(specimen: Specimen) -> list[Batch]:
+def passage_batches(specimen: Specimen, passages: Sequence[Passage]) -> list[Batch]:
     """The passages with their endings as batches, each of one length; none where there are none."""
     by_length: dict[int, list[Tensor]] = {}
-    for passage in specimen.known_passages:
+    for passage in passages:
         ids = torch.cat([specimen.encode(passage.prompt), specimen.continuation(passage.prompt, passage.answer)])
         by_length.setdefault(len(ids), []).append(ids)
     return [{"input_ids": part} for rows in by_length.values() for part in torch.stack(rows).split(16)]
