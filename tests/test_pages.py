@@ -118,11 +118,18 @@ def test_the_shipped_verdicts_are_of_claims_as_they_stand_and_the_document_is_ma
     assert readme == with_table(readme, shipped)
 
 
-def test_a_cell_of_the_document_is_one_line_and_one_column():
+def test_the_document_has_a_row_a_claim_and_a_column_a_model():
     record = Record("a/b", "a", "arXiv:1", "One | two\nlines.", "organism", "holds", "It | is.", settings={"seed": 0})
-    row = verdicts_document([record, replace(record, model="other", verdict="does not hold")]).splitlines()
-    assert "| `a/b`: One \\| two lines. (arXiv:1) | holds | It \\| is. |" in row
-    assert "## `organism`: 1 hold" in row and "## `other`: 1 do not hold" in row
+    other = replace(record, model="another", verdict="does not hold", explanation="It is not.")
+    alone = replace(record, claim="c/d", method="c", model="another")
+    lines = verdicts_document([other, alone, record]).splitlines()
+    first, second = lines.index("## a"), lines.index("## c")
+    assert lines[first + 2] == "| claim | on `organism` | on `another` |"
+    assert lines[first + 4] == (
+        "| `a/b`: One \\| two lines. (arXiv:1) | **holds**: It \\| is. | **does not hold**: It is not. |"
+    )
+    assert lines[second + 2] == "| claim | on `another` |" and lines[second + 4].startswith("| `c/d`: ")
+    assert "| `organism` | 1 | 0 | 0 |" in lines and "| `another` | 1 | 1 | 0 |" in lines
 
 
 def test_the_table_counts_what_holds_by_purpose_and_stands_between_its_marks():

@@ -28,20 +28,38 @@ model, and `transect catalogue --out site/` shows the numbers behind each.
 
 
 def verdicts_document(records: Sequence[Record]) -> str:
-    """Markdown: how many claims hold on each model, and a table a model with what was seen of each claim."""
-    models = {
-        model: [one for one in records if one.model == model] for model in dict.fromkeys(r.model for r in records)
-    }
-    lines = [HEAD]
-    for model, found in models.items():
-        counts = [(sum(one.verdict == verdict for one in found), word) for verdict, word in COUNTED.items()]
-        counted = ", ".join(f"{count} {word}" for count, word in counts if count)
-        lines += [f"## `{model}`: {counted}", "", "| claim | verdict | seen |", "| :--- | :--- | :--- |"]
-        for one in sorted(found, key=lambda record: record.claim):
-            said = f"{one.statement} ({one.paper})"
-            lines.append(f"| `{one.claim}`: {_cell(said)} | {one.verdict} | {_cell(one.explanation)} |")
-        lines.append("")
-    return "\n".join(lines)
+    """Markdown: how many claims hold on each model, and a table a method: each claim, and what was seen on each model.
+
+    The bundled model comes first.
+    """
+    models = sorted({record.model for record in records}, key=lambda model: (model != BUNDLED, model))
+    lines = [HEAD, f"| on | {' | '.join(COUNTED.values())} |", "| :--- |" + " ---: |" * len(COUNTED)]
+    for model in models:
+        counts = [sum(one.model == model and one.verdict == verdict for one in records) for verdict in COUNTED]
+        lines.append(f"| `{model}` | {' | '.join(map(str, counts))} |")
+    by_method: dict[str, list[Record]] = {}
+    for record in sorted(records, key=lambda record: record.claim):
+        by_method.setdefault(record.method, []).append(record)
+    for method, found in sorted(by_method.items()):
+        lines += ["", f"## {method}", "", *_table(found, [m for m in models if any(m == r.model for r in found)])]
+    return "\n".join([*lines, ""])
+
+
+def _table(records: Sequence[Record], models: Sequence[str]) -> list[str]:
+    """A row a claim: what it says, and in a column a model the verdict with what was seen."""
+    seen: dict[str, dict[str, Record]] = {}
+    for record in records:
+        seen.setdefault(record.claim, {})[record.model] = record
+    heading = " | ".join(f"on `{model}`" for model in models)
+    lines = [f"| claim | {heading} |", "| :--- |" + " :--- |" * len(models)]
+    for claim, found in seen.items():
+        one = next(iter(found.values()))
+        cells = [
+            f"**{found[model].verdict}**: {found[model].explanation}" if model in found else "-" for model in models
+        ]
+        said = f"`{claim}`: {one.statement} ({one.paper})"
+        lines.append(f"| {' | '.join(map(_cell, [said, *cells]))} |")
+    return lines
 
 
 def table_by_purpose(records: Sequence[Record]) -> str:
