@@ -34,7 +34,14 @@ class KeptLayer(BatchFirst, DynamicLayer):
         self.state: dict[str, Tensor] = {}
         self.seen = 0
         self.places: Tensor | None = None
-        self._rows = self._index = self._real = self._into = None
+        self._all = False
+        self._rows = self._real = self._into = None
+
+    def expect_all(self, batch: int, count: int) -> None:
+        """Prepare for the keys of all sequences (`batch`), of `count` positions each."""
+        new = torch.arange(self.seen, self.seen + count).expand(batch, -1)
+        self.places = new if self.places is None else torch.cat([self.places, new.to(self.places)], dim=1)
+        self._all = True
 
     def expect(self, rows: Tensor, index: Tensor, real: Tensor, batch: int) -> Tensor:
         """Prepare for the keys of some sequences; the places (R x S) of all keys that these then have.
@@ -50,11 +57,14 @@ class KeptLayer(BatchFirst, DynamicLayer):
         row, at = real.nonzero(as_tuple=True)
         into = had[row] + at  # kept ones are at the front of `index`
         self.places = self.places.index_put((rows[row], into), index[row, at] + self.seen)
-        self._rows, self._index, self._real, self._into = rows, index, (row, at), into
+        self._all, self._rows, self._real, self._into = False, rows, (row, at), into
         return self.places[rows]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Keep keys and values (R x h x M x D) of what was expected; all of these sequences (R x h x S x D)."""
+        if self._all:
+            self._all = False
+            return super().update(key_states, value_states, *args, **kwargs)
         if self.places is None or self._rows is None or self._real is None:
             raise TransectError("this cache was filled by a block that a part leads, and is now read without the part")
         if not self.is_initialized:
@@ -82,11 +92,9 @@ class KeptLayer(BatchFirst, DynamicLayer):
         """Whether every sequence has kept all positions so far. count: of the batch."""
         if self.seen == 0:
             return True
-        return (
-            self.places is not None
-            and len(self.places) == count
-            and bool((self.places >= 0).sum() == count * self.seen)
-        )
+        places = self.places
+        # A sequence's places are filled from the front: it has all where the last one is.
+        return places is not None and places.shape == (count, self.seen) and bool((places[:, -1] >= 0).all())
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> None:
         self.state = {name: change(tensor) for name, tensor in self.state.items()}
@@ -96,7 +104,7 @@ class KeptLayer(BatchFirst, DynamicLayer):
             self.keys, self.values = change(self.keys), change(self.values)  # type: ignore[arg-type]
 
     def reset(self) -> None:
-        self.state, self.seen, self.places, self._rows = {}, 0, None, None
+        self.state, self.seen, self.places, self._all, self._rows = {}, 0, None, False, None
         super().reset()
 
 
@@ -147,20 +155,22 @@ def run_kept(
     cached. gain: (B x N), by which the output of the module `adds` in the block is multiplied.
     """
     batch, count = kept.shape
+    past, whole = (0, True) if layer is None else (layer.seen, layer.whole(batch))
+    mask = given.get("attention_mask")
+    # The mask of a window may be shorter than what is kept.
+    full = mask is None or (isinstance(mask, Tensor) and mask.shape[-1] == past + count)
+    if whole and full and bool(kept.all()):
+        if layer is not None:
+            layer.expect_all(batch, count)
+        with _multiplied(adds, gain):
+            return block(x, **given)
     rows = kept.any(1).nonzero()[:, 0]  # R
     if not len(rows):
         return x
     first, index = kept[rows].int().sort(dim=1, descending=True, stable=True)  # the kept ones first, in their order
     most = int(first.sum(1).max())
     real, index = first[:, :most].bool(), index[:, :most]  # R x M
-    past, whole = (0, True) if layer is None else (layer.seen, layer.whole(batch))
     places = (index + past).masked_fill(~real, -1) if layer is None else layer.expect(rows, index, real, batch)
-    mask = given.get("attention_mask")
-    # The mask of a window may be shorter than what is kept.
-    full = mask is None or (isinstance(mask, Tensor) and mask.shape[-1] == past + count)
-    if whole and full and bool(kept.all()):
-        with _multiplied(adds, gain):
-            return block(x, **given)
     at = rows[:, None], index
     chosen = dict(given)
     for name in ("position_ids", "position_embeddings"):

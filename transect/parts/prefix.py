@@ -25,6 +25,17 @@ def numbered(x: Tensor, inside: Inside) -> tuple[Tensor, Tensor]:
     return real, number
 
 
+def settled(inside: Inside) -> Tensor | None:
+    """Which sequences run the block from here on (B); None while one of them is in its beginning, see `settle`."""
+    return None if inside.state is None else inside.state.get("runs")
+
+
+def settle(inside: Inside, decided: Tensor, runs: Tensor) -> None:
+    """Note which sequences run the block (B), once all have decided (B), for the calls to come."""
+    if inside.state is not None and bool(decided.all()):
+        inside.state["runs"] = runs
+
+
 def targets_in(x: Tensor, inside: Inside, targets: int) -> tuple[Tensor, Tensor]:
     """Real positions (B x N), and which of them are among the first `targets` of a sequence that has these in full.
 
