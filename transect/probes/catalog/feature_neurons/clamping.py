@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,7 +11,8 @@ from torch import Tensor
 from ....anatomy import Block
 from ....data import Specimen
 from ....errors import NotApplicable
-from ....forward import changed, watch
+from ....forward import Feed, changed, feeds_of, put_out, run_blocks, watch
+from ....forward.blocks import run_at
 from ....forward.change import Change
 from ...neurons import held, output_norms, wide
 
@@ -73,7 +74,8 @@ def clamp_effects(specimen: Specimen, chosen: Sequence[Chosen], ids: Tensor, str
     layers = sorted({one.layer for one in chosen})
     reading = {layer: _reading(specimen, blocks[layer], ids) for layer in layers}
     tokens = torch.tensor([one.token for one in chosen])
-    before, loss = _outcome(specimen, ids, {}, tokens)
+    entering = _entering(specimen, ids, layers)
+    before, loss = _outcome(specimen, entering[layers[0]], layers[0], {}, tokens)
     rows = []
     for number, one in enumerate(specimen.shown(chosen, "clamping")):
         block, (size, gain, opened) = blocks[one.layer], reading[one.layer]
@@ -88,7 +90,9 @@ def clamp_effects(specimen: Specimen, chosen: Sequence[Chosen], ids: Tensor, str
             constant = held_at * float(length[one.neuron] / length[neuron].clamp_min(1e-30))
             change = held([neuron], [constant])
             place = ("up" if gated else "neurons", one.layer)
-            after, cost = _outcome(specimen, ids, {place: change}, tokens[number : number + 1])
+            after, cost = _outcome(
+                specimen, entering[one.layer], one.layer, {place: change}, tokens[number : number + 1]
+            )
             found.append((float(after - before[number]), cost - loss, abs(constant) * float(length[neuron])))
         while len(found) <= controls:  # a block with fewer neurons than controls
             found.append((float("nan"),) * 3)
@@ -130,14 +134,33 @@ def _activated(block: Block, values: Tensor) -> Tensor:
     return activation(values)
 
 
-def _outcome(specimen: Specimen, ids: Tensor, changes: Mapping[tuple[str, int], Change], tokens: Tensor) -> Outcome:
-    """Mean log-probabilities of some tokens over all positions (k), and the mean loss, in nats."""
-    sums, nats = torch.zeros(len(tokens), dtype=torch.float64), 0.0
-    for part in ids.split(ROWS):
-        rows = part.to(specimen.model.device)
+def _entering(specimen: Specimen, ids: Tensor, layers: Sequence[int]) -> dict[int, list[Feed]]:
+    """The text, part by part, as it enters each of these blocks: what is in front of a held neuron runs once."""
+    found: dict[int, list[Feed]] = {layer: [] for layer in layers}
+    for feed in feeds_of(specimen.anatomy, [{"input_ids": part} for part in ids.split(ROWS)]):
+        for number in range(max(layers) + 1):
+            if number in found:
+                found[number].append(replace(feed))
+            feed.hidden = run_at(specimen.anatomy, feed, number, feed.hidden)
+    return found
+
+
+def _outcome(
+    specimen: Specimen, feeds: Sequence[Feed], layer: int, changes: Mapping[tuple[str, int], Change], tokens: Tensor
+) -> Outcome:
+    """Mean log-probabilities of some tokens over all positions (k), and the mean loss, in nats.
+
+    feeds: what enters block `layer`; the changes are there or behind it.
+    """
+    sums, nats, positions, predictions = torch.zeros(len(tokens), dtype=torch.float64), 0.0, 0, 0
+    for feed in feeds:
+        rows = feed.batch["input_ids"]
         with changed(specimen.anatomy, changes):
-            logits = specimen.model(input_ids=rows, use_cache=False).logits
-        logs = wide(logits).log_softmax(-1)
-        nats -= float(logs[:, :-1].gather(-1, rows[:, 1:, None]).double().sum())
-        sums += logs[..., tokens.to(logs.device)].double().sum((0, 1)).cpu()
-    return sums / ids.numel(), nats / ids[:, 1:].numel()
+            hidden = run_blocks(specimen.anatomy, feed, layer, feed.hidden)
+            with put_out(specimen.anatomy, hidden):
+                logits = wide(specimen.model(input_ids=rows, use_cache=False).logits)
+        total = logits.logsumexp(-1)  # n x T
+        nats += float((total[:, :-1] - logits[:, :-1].gather(-1, rows[:, 1:, None])[..., 0]).double().sum())
+        sums += (logits[..., tokens.to(logits.device)] - total[..., None]).double().sum((0, 1)).cpu()
+        positions, predictions = positions + rows.numel(), predictions + rows[:, 1:].numel()
+    return sums / positions, nats / predictions
