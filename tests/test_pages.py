@@ -13,7 +13,7 @@ from transect.claims import Verdict, claims
 from transect.claims.records import Record, records_in, write_record
 from transect.errors import TransectError
 from transect.pages import COMMANDS, PURPOSES, entries
-from transect.pages.verdicts import table_by_purpose, verdicts_document, with_tables
+from transect.pages.verdicts import table_by_purpose, verdicts_document, with_table
 from transect.store import Folder
 
 
@@ -115,7 +115,7 @@ def test_the_shipped_verdicts_are_of_claims_as_they_stand_and_the_document_is_ma
     here = Path(__file__).parent.parent
     written, readme = ((here / name).read_text(encoding="utf-8") for name in ("docs/claims.md", "README.md"))
     assert written == verdicts_document(shipped)  # else: python -m transect.pages.verdicts docs/claims.md README.md
-    assert readme == with_tables(readme, shipped)
+    assert readme == with_table(readme, shipped)
 
 
 def test_the_document_has_a_row_a_claim_and_a_column_a_model():
@@ -130,18 +130,6 @@ def test_the_document_has_a_row_a_claim_and_a_column_a_model():
     )
     assert lines[second + 2] == "| claim | on `another` |" and lines[second + 4].startswith("| `c/d`: ")
     assert "| `organism` | 1 | 0 | 0 |" in lines and "| `another` | 1 | 1 | 0 |" in lines
-
-
-def test_tables_of_some_claims_stand_between_their_marks():
-    record = Record("a/b", "a", "arXiv:1", "One.", "organism", "holds", "It is.", settings={"seed": 0})
-    other = replace(record, claim="c/e", method="c")
-    text = "x\n<!-- claims: c/e a -->\nold\n<!-- end of claims -->\ny\n<!-- verdicts -->\n<!-- end of verdicts -->"
-    records = [record, other, replace(record, claim="c/d", method="c")]
-    lines = with_tables(text, records).splitlines()
-    assert lines[:2] == ["x", "<!-- claims: c/e a -->"] and lines[6:8] == ["<!-- end of claims -->", "y"]
-    assert [line.partition(":")[0] for line in lines[4:6]] == ["| `a/b`", "| `c/e`"]
-    with pytest.raises(TransectError, match="no verdict on c/e"):
-        with_tables(text, [record])
 
 
 def test_the_table_counts_what_holds_by_purpose_and_stands_between_its_marks():
@@ -171,8 +159,8 @@ def test_the_table_counts_what_holds_by_purpose_and_stands_between_its_marks():
         "",
         "Hold on `other` and not on `organism`: `rome/b`.",
     ]
-    text = with_tables("a\n<!-- verdicts -->\nold\n<!-- end of verdicts -->\nz", records)
+    text = with_table("a\n<!-- verdicts -->\nold\n<!-- end of verdicts -->\nz", records)
     assert text == "\n".join(["a", "<!-- verdicts -->", *lines, "<!-- end of verdicts -->", "z"])
-    assert with_tables(text, records) == text
+    assert with_table(text, records) == text
     with pytest.raises(TransectError, match="which are not there"):
-        with_tables("no marks", records)
+        with_table("no marks", records)

@@ -1,11 +1,10 @@
-"""The recorded verdicts as a document of tables, and as tables in another text: one by purpose, others of some claims.
+"""The recorded verdicts as a document of tables, and as one table by purpose in another text.
 
 `python -m transect.pages.verdicts docs/claims.md README.md` makes both anew.
 """
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,6 @@ from ..store import write_text
 from .entries import PURPOSES, entries
 
 BEGIN, END = "<!-- verdicts -->", "<!-- end of verdicts -->"
-SOME = re.compile(r"(<!-- claims: ([^\n]+) -->\n).*?(<!-- end of claims -->)", re.DOTALL)
 BUNDLED = "organism"
 OTHER = "Know what is behind it"  # claims of papers whose method is a command, or none
 COUNTED = {Verdict.HOLDS: "hold", Verdict.DOES_NOT_HOLD: "do not hold", Verdict.NOT_APPLICABLE: "not applicable"}
@@ -34,27 +32,23 @@ def verdicts_document(records: Sequence[Record]) -> str:
 
     The bundled model comes first.
     """
+    models = sorted({record.model for record in records}, key=lambda model: (model != BUNDLED, model))
     lines = [HEAD, f"| on | {' | '.join(COUNTED.values())} |", "| :--- |" + " ---: |" * len(COUNTED)]
-    for model in _models(records):
+    for model in models:
         counts = [sum(one.model == model and one.verdict == verdict for one in records) for verdict in COUNTED]
         lines.append(f"| `{model}` | {' | '.join(map(str, counts))} |")
     by_method: dict[str, list[Record]] = {}
     for record in sorted(records, key=lambda record: record.claim):
         by_method.setdefault(record.method, []).append(record)
     for method, found in sorted(by_method.items()):
-        lines += ["", f"## {method}", "", *table_of(found)]
+        lines += ["", f"## {method}", "", *_table(found, [m for m in models if any(m == r.model for r in found)])]
     return "\n".join([*lines, ""])
 
 
-def _models(records: Iterable[Record]) -> list[str]:
-    """The models of these records, the bundled one first."""
-    return sorted({record.model for record in records}, key=lambda model: (model != BUNDLED, model))
-
-
-def table_of(records: Sequence[Record]) -> list[str]:
+def _table(records: Sequence[Record], models: Sequence[str]) -> list[str]:
     """A row a claim: what it says, and in a column a model the verdict with what was seen."""
-    models, seen = _models(records), dict[str, dict[str, Record]]()
-    for record in sorted(records, key=lambda record: record.claim):
+    seen: dict[str, dict[str, Record]] = {}
+    for record in records:
         seen.setdefault(record.claim, {})[record.model] = record
     heading = " | ".join(f"on `{model}`" for model in models)
     lines = [f"| claim | {heading} |", "| :--- |" + " :--- |" * len(models)]
@@ -112,18 +106,8 @@ def _differences(verdicts: Mapping[str, Mapping[str, bool]]) -> list[str]:
     return lines
 
 
-def with_tables(text: str, records: Sequence[Record]) -> str:
-    """The text with that table between its marks, and behind each `<!-- claims: NAME NAME ... -->` a table of these
-    claims, or of all of a method's."""
-
-    def some(found: re.Match[str]) -> str:
-        chosen = {name: [r for r in records if name in (r.claim, r.method)] for name in found[2].split()}
-        if missing := [name for name, rows in chosen.items() if not rows]:
-            raise TransectError(f"there is no verdict on {', '.join(missing)}: measure it, or take it out of the text")
-        lines = table_of([record for rows in chosen.values() for record in rows])
-        return "\n".join([found[1].rstrip("\n"), *lines, found[3]])
-
-    text = SOME.sub(some, text)
+def with_table(text: str, records: Sequence[Record]) -> str:
+    """The text with that table between its marks."""
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
@@ -139,4 +123,4 @@ def _cell(text: str) -> str:
 if __name__ == "__main__":
     shipped, table = records_in(), Path(sys.argv[2])
     write_text(Path(sys.argv[1]), verdicts_document(shipped))
-    write_text(table, with_tables(table.read_text(encoding="utf-8"), shipped))
+    write_text(table, with_table(table.read_text(encoding="utf-8"), shipped))
