@@ -1,0 +1,84 @@
+"""How well `diff` predicts which blocks' changes cost most: a row for each way to compress a model.
+
+The model is compressed, and each block's part in the change is predicted to second order from the model as it was, and
+measured by taking that block alone from the compressed one. Rank correlations over the blocks are Spearman's: with the
+divergence, which is what is predicted, and with the loss on the text, which a change moves by its first order, too.
+Methods that make blocks of other shapes have no row, since their change has no difference to predict from.
+
+Target: a rank correlation with the divergence of 0.9.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from common import parser, show, verdict
+
+import transect
+from transect.checkpoint import open_model
+from transect.compression import method
+from transect.errors import TransectError
+
+FEW = {  # shares of float32 for 4 and 3 bits
+    "rtn": "0.15,0.11", "gptq": "0.15,0.11", "mixed": "0.15,0.1", "lqer": "0.2", "eora": "0.2", "caldera": "0.2",
+    "jlcm": "0.2",
+}  # fmt: skip
+METHODS = (
+    "svd", "fwsvd", "asvd", "svd-llm", "kfac-svd", "magnitude", "wanda", "sparsegpt", "nowag-p", "armor", "rtn", "gptq",
+    "lqer", "eora", "caldera", "jlcm", "mixed", "monarch", "dsformer", "cospadi",
+)  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> list[list[str | float]]:
+    """Compress, predict, measure, print the table, and return its rows."""
+    options = parser(__doc__)
+    options.add_argument("--model", default="organism")
+    options.add_argument("--data", default="organism:calibration")
+    options.add_argument("--heldout", default="organism:heldout", help="text on which the cost is predicted and seen")
+    options.add_argument("--sequences", type=int, help="of the calibration text; default 64")
+    options.add_argument("--sequence-length", type=int, default=128)
+    options.add_argument("--eval-sequences", type=int, help="default 32")
+    options.add_argument("--methods", default=",".join(METHODS))
+    options.add_argument("--keep", help="for all methods; default 0.8, and less for those in few bits")
+    given = options.parse_args(argv)
+    sequences, judged = (
+        given.sequences or (4 if given.quick else 64),
+        given.eval_sequences or (4 if given.quick else 32),
+    )
+    rows: list[list[str | float]] = []
+    for name in given.methods.split(","):
+        for keep in map(float, (given.keep or FEW.get(name, "0.9,0.7")).split(",")):
+            opened = open_model(given.model, dtype="float32")
+            data = given.data if method(name).collects else None
+            try:
+                small = transect.compress(
+                    opened, name, keep, data, sequences=sequences, sequence_length=given.sequence_length,
+                )  # fmt: skip
+                found = transect.diff(
+                    open_model(given.model, dtype="float32"), small, given.heldout, what=["loss"],
+                    tokenizer=opened.tokenizer, sequences=judged, sequence_length=given.sequence_length,
+                )["loss"]  # fmt: skip
+            except TransectError as reason:
+                print(f"{name} at {keep:g}: {reason}", flush=True)
+                continue
+            values = {key: found[key] for key in ("predicted", "measured", "divergence")}
+            known = torch.stack(list(values.values())).isfinite().all(0)
+            if "correlation" not in found.quantities or not known.all():
+                print(f"{name} at {keep:g}: not every block's change can be told", flush=True)
+                continue
+            correlation = float(found["correlation of divergence"])
+            rows.append(
+                [name, keep, *(float(value.sum()) for value in values.values()), correlation,
+                 float(found["correlation"]), verdict(correlation >= 0.9)]
+            )  # fmt: skip
+            print(f"{name} at {keep:g}: {correlation:.2f}", flush=True)
+    show(
+        f"{given.model}: what the blocks' changes cost alone, in nats, summed; rank correlations over blocks",
+        ["method", "keep", "predicted", "measured", "divergence", "with divergence", "with loss", ">= 0.9"], rows,
+    )  # fmt: skip
+    return rows
+
+
+if __name__ == "__main__":
+    main()
