@@ -10,6 +10,7 @@ Target: a rank correlation with the divergence of 0.9.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 
 import torch
@@ -30,6 +31,29 @@ METHODS = (
 )  # fmt: skip
 
 
+def row(given: argparse.Namespace, name: str, keep: float) -> list[str | float] | str:
+    """A method's row of the table, or why there is none."""
+    opened = open_model(given.model, dtype="float32")
+    data = given.data if method(name).collects else None
+    length = given.sequence_length
+    try:
+        small = transect.compress(opened, name, keep, data, sequences=given.sequences, sequence_length=length)
+        difference = transect.diff(
+            open_model(given.model, dtype="float32"), small, given.heldout, what=["loss"],
+            tokenizer=opened.tokenizer, sequences=given.eval_sequences, sequence_length=length,
+        )  # fmt: skip
+    except TransectError as reason:
+        return str(reason)
+    if "loss" in difference.refused:
+        return difference.refused["loss"]
+    found = difference["loss"]
+    values = [found[key] for key in ("predicted", "measured", "divergence")]
+    if "correlation" not in found.quantities or not torch.stack(values).isfinite().all():
+        return "not every block's change can be told"
+    correlations = [float(found["correlation of divergence"]), float(found["correlation"])]
+    return [name, keep, *(float(value.sum()) for value in values), *correlations, verdict(correlations[0] >= 0.9)]
+
+
 def main(argv: Sequence[str] | None = None) -> list[list[str | float]]:
     """Compress, predict, measure, print the table, and return its rows."""
     options = parser(__doc__)
@@ -40,39 +64,19 @@ def main(argv: Sequence[str] | None = None) -> list[list[str | float]]:
     options.add_argument("--sequence-length", type=int, default=128)
     options.add_argument("--eval-sequences", type=int, help="default 32")
     options.add_argument("--methods", default=",".join(METHODS))
-    options.add_argument("--keep", help="for all methods; default 0.8, and less for those in few bits")
+    options.add_argument("--keep", help="for all methods; default 0.9 and 0.7, or 4 and 3 bits")
     given = options.parse_args(argv)
-    sequences, judged = (
-        given.sequences or (4 if given.quick else 64),
-        given.eval_sequences or (4 if given.quick else 32),
-    )
-    rows: list[list[str | float]] = []
+    given.sequences = given.sequences or (4 if given.quick else 64)
+    given.eval_sequences = given.eval_sequences or (4 if given.quick else 32)
+    rows = []
     for name in given.methods.split(","):
         for keep in map(float, (given.keep or FEW.get(name, "0.9,0.7")).split(",")):
-            opened = open_model(given.model, dtype="float32")
-            data = given.data if method(name).collects else None
-            try:
-                small = transect.compress(
-                    opened, name, keep, data, sequences=sequences, sequence_length=given.sequence_length,
-                )  # fmt: skip
-                found = transect.diff(
-                    open_model(given.model, dtype="float32"), small, given.heldout, what=["loss"],
-                    tokenizer=opened.tokenizer, sequences=judged, sequence_length=given.sequence_length,
-                )["loss"]  # fmt: skip
-            except TransectError as reason:
-                print(f"{name} at {keep:g}: {reason}", flush=True)
-                continue
-            values = {key: found[key] for key in ("predicted", "measured", "divergence")}
-            known = torch.stack(list(values.values())).isfinite().all(0)
-            if "correlation" not in found.quantities or not known.all():
-                print(f"{name} at {keep:g}: not every block's change can be told", flush=True)
-                continue
-            correlation = float(found["correlation of divergence"])
-            rows.append(
-                [name, keep, *(float(value.sum()) for value in values.values()), correlation,
-                 float(found["correlation"]), verdict(correlation >= 0.9)]
-            )  # fmt: skip
-            print(f"{name} at {keep:g}: {correlation:.2f}", flush=True)
+            found = row(given, name, keep)
+            if isinstance(found, str):
+                print(f"{name} at {keep:g}: {found}", flush=True)
+            else:
+                print(f"{name} at {keep:g}: {found[5]:.2f}", flush=True)
+                rows.append(found)
     show(
         f"{given.model}: what the blocks' changes cost alone, in nats, summed; rank correlations over blocks",
         ["method", "keep", "predicted", "measured", "divergence", "with divergence", "with loss", ">= 0.9"], rows,
