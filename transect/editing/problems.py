@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..data import Fact, Specimen
 from ..errors import BadData, TransectError
-from ..forward import changed, recitations
+from ..forward import changed, last_logits, recitations
 from ..probes.tracing import corrupting, embedding_deviation, subject_noise, subject_span
 
 Problem = Literal["injection", "reversal", "erasure", "amplification", "forcing"]
@@ -127,6 +127,6 @@ def _greedy(specimen: Specimen, prompt: Tensor, count: int, change: Callable[[Te
     ids = prompt[None].to(specimen.model.device)
     with changed(specimen.anatomy, {("residual", 0): change}):
         for _ in range(count):
-            said = specimen.model(input_ids=ids, use_cache=False).logits[:, -1:].argmax(-1)
+            said = last_logits(specimen.model, ids).argmax(-1)
             ids = torch.cat([ids, said], 1)
     return ids[0, len(prompt) :].cpu()

@@ -4,7 +4,7 @@ from .answers import answer_log_probabilities, continuations, next_logits, recit
 from .blocks import Call, Feed, feeds_of, put_out, run_at, run_block, run_blocks, stopping_behind
 from .change import changed
 from .description import Check, check_architecture, check_description
-from .head import backpropagate, logits_at, scored
+from .head import backpropagate, last_logits, logits_at, scored
 from .lens import Lens
 from .mode import at_rest
 from .objective import Batch, inputs_of, predictions, real_positions, run_body, summed_loss, task_of, to_device
@@ -35,7 +35,7 @@ __all__ = [
     "feeds_of",
     "first_of",
     "inputs_of",
-    "logits_at",
+    "last_logits", "logits_at",
     "next_logits",
     "predictions",
     "put_out",

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from inspect import signature
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .head import keeping, last_logits
 from .mode import at_rest
 from .wide import computing_wide
 
@@ -26,7 +26,7 @@ def answer_log_probabilities(model: Any, pairs: Sequence[tuple[Tensor, Tensor]],
         ids = torch.stack([torch.cat(pairs[number]) for number in numbers]).to(model.device)
         length = len(pairs[numbers[0]][1])
         with at_rest(model), computing_wide(model):
-            logits = model(input_ids=ids, use_cache=False).logits[:, -length - 1 : -1]
+            logits = last_logits(model, ids, length + 1)[:, :-1]
         chosen = logits.double().log_softmax(-1).gather(-1, ids[:, -length:, None])[..., 0]
         out[numbers] = chosen.sum(1).cpu()
     return out
@@ -39,7 +39,7 @@ def next_logits(model: Any, prompts: Sequence[Tensor], batch_size: int = 64) -> 
     for numbers in _alike([len(prompt) for prompt in prompts], batch_size):
         ids = torch.stack([prompts[number] for number in numbers]).to(model.device)
         with at_rest(model), computing_wide(model):
-            last = model(input_ids=ids, use_cache=False).logits[:, -1]
+            last = last_logits(model, ids)[:, 0]
         for number, logits in zip(numbers, last, strict=True):
             out[number] = logits.float().cpu()
     return torch.stack(out)
@@ -87,7 +87,7 @@ def continuations(
 
 def _greedy(model: Any, tokens: Tensor) -> Iterator[Tensor]:
     """The most likely next tokens (B x 1) after prompts (B x T), one step after another without an end."""
-    options = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
+    options = keeping(model, 1)
     tokens, past = tokens.to(model.device), None
     while True:
         output = model(input_ids=tokens, past_key_values=past, use_cache=True, **options)

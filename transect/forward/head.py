@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from inspect import signature
 from typing import Any
 
 from torch import Tensor, nn
@@ -41,6 +42,19 @@ def logits_at(model: Any, batch: Batch, where: Tensor) -> Iterator[Tensor]:
     for rows in body.states(where).split(body.rows):
         if len(rows):
             yield body.logits(rows)
+
+
+def last_logits(model: Any, ids: Tensor, count: int = 1) -> Tensor:
+    """Logits (B x count x V) of the last positions of token ids (B x T), none of them padding.
+
+    The head runs on these alone where the model's forward knows how (`logits_to_keep`).
+    """
+    return model(input_ids=ids, use_cache=False, **keeping(model, count)).logits[:, -count:]
+
+
+def keeping(model: Any, count: int) -> dict[str, int]:
+    """What tells the model's forward to put out the logits of the last `count` positions; nothing if it cannot."""
+    return {"logits_to_keep": count} if "logits_to_keep" in signature(model.forward).parameters else {}
 
 
 def backpropagate(model: Any, batch: Batch, loss: Callable[[Tensor, Tensor], Tensor]) -> None:

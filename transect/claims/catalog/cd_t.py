@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ...forward import changed
+from ...forward import changed, last_logits
 from ...probes.catalog.cd_t.cd_t import prompts_of
 from ...probes.catalog.cd_t.circuits import direction_to, mean_heads, scores_on_logits
 from ...probes.catalog.cd_t.decomposition import Decomposition
@@ -72,7 +72,7 @@ def ablation(context: Context) -> Result:
                 return new
 
             with torch.no_grad(), changed(specimen.anatomy, {("heads", layer): without}):
-                logits = specimen.model(input_ids=row[None].to(specimen.model.device), use_cache=False).logits[0, -1]
+                logits = last_logits(specimen.model, row[None].to(specimen.model.device))[0, 0]
             effects.append(float(made.logits[answer] - logits[answer]))
         rows.append(
             {"prompt": specimen.decode(row), "rank correlation": _rank_correlation(scores, torch.tensor(effects))}

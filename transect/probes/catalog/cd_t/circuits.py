@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ....data import Specimen
-from ....forward import changed, watch
+from ....forward import changed, last_logits, watch
 from .decomposition import Decomposition, Node
 
 
@@ -121,4 +121,4 @@ def alone(specimen: Specimen, ids: Tensor, circuit: Iterable[Node], means: Mappi
         for layer, mean in means.items()
     }
     with changed(specimen.anatomy, changes):
-        return specimen.model(input_ids=ids.to(specimen.model.device), use_cache=False).logits[:, -1]
+        return last_logits(specimen.model, ids.to(specimen.model.device))[:, 0]

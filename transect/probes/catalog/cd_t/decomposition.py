@@ -32,7 +32,7 @@ from torch import Tensor
 from ....anatomy import Attention, Block, Matrix
 from ....data import Specimen
 from ....errors import TransectError
-from ....forward import changed, eager_attention, watch
+from ....forward import changed, eager_attention, last_logits, watch
 from ....forward.lens import norm_centres, norm_gain
 
 _TAU = 1e-8
@@ -80,7 +80,7 @@ class Decomposition:
                     stack.callback(self._note_call(block).remove)
             points = ["residual", "attention", "heads", "neurons", "up", "gate", *(["patterns"] if fixed else [])]
             self.seen = stack.enter_context(watch(self.anatomy, points))  # type: ignore[arg-type]
-            self.logits = specimen.model(input_ids=ids[None].to(specimen.model.device), use_cache=False).logits[0, -1]
+            self.logits = last_logits(specimen.model, ids[None].to(specimen.model.device))[0, 0]
 
     @property
     def nodes(self) -> list[Node]:

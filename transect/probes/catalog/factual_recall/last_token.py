@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ....data import Fact, Specimen
 from ....errors import BadData, NotApplicable
-from ....forward import watch
+from ....forward import last_logits, watch
 from ...tracing import answered, subject_span
 
 LEAST = 8  # facts of a task; our choice: fewer say little about what the subjects share
@@ -108,14 +108,14 @@ def states_of(specimen: Specimen, task: Task) -> States:
     for numbers in by_length(task.prompts):
         ids = torch.stack([task.prompts[number] for number in numbers]).to(specimen.model.device)
         with watch(specimen.anatomy, ["residual", "attention", "mlp", "heads", "patterns"]) as seen:
-            logits = specimen.model(input_ids=ids, use_cache=False).logits
+            logits = last_logits(specimen.model, ids)[:, 0]
         last = {
             point: {layer: x[:, -1].double().cpu() for layer, x in getattr(seen, point).items()}
             for point in ("residual", "attention", "mlp", "heads")
         }
         at, subjects = torch.arange(len(numbers)), task.subjects[numbers]
         looking = {layer: x[:, :, -1].double().cpu()[at, :, subjects] for layer, x in seen.patterns.items()}
-        parts.append(States(**last, looking=looking, logits=logits[:, -1].double().cpu()))
+        parts.append(States(**last, looking=looking, logits=logits.double().cpu()))
         rows += numbers
     order = torch.tensor(rows).argsort()
     merged = {

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ....anatomy import Anatomy
 from ....data import Specimen
-from ....forward import changed, watch
+from ....forward import changed, last_logits, watch
 from .last_token import States, Task, by_length
 
 Variant = Literal["mean", "example"]
@@ -108,7 +108,7 @@ def _received(
     layers = {layer for _, layer in at}
     ids = ids.to(anatomy.model.device)
     with changed(anatomy, changes), watch(anatomy, points, sorted(layers)) as seen:
-        logits = anatomy.model(input_ids=ids, use_cache=False).logits[:, -1]
+        logits = last_logits(anatomy.model, ids)[:, 0]
     if receivers:
         passed: dict[tuple[str, int], Any] = {}
         for point, layer in at:
@@ -119,7 +119,7 @@ def _received(
                     which[:, entries] = True
             passed[point, layer] = at_the_end(value, which)
         with changed(anatomy, passed):
-            logits = anatomy.model(input_ids=ids, use_cache=False).logits[:, -1]
+            logits = last_logits(anatomy.model, ids)[:, 0]
     return logits.double().cpu()
 
 
