@@ -102,14 +102,16 @@ def answered(specimen: Specimen, asked: Sequence[tuple[str, list[str]]]) -> tupl
         numbers = [number for number, ids in enumerate(encoded) if len(ids) == length]
         ids = torch.stack([encoded[number] for number in numbers]).to(specimen.model.device)
         (feed,) = feeds_of(specimen.anatomy, [{"input_ids": ids}])
+        last = torch.zeros_like(ids, dtype=torch.bool)
+        last[:, -1] = True
         with watch(specimen.anatomy, ["residual"]) as clean:
-            logits = run(specimen, feed, 0, feed.hidden).logits[:, -1]
+            logits = run(specimen, feed, 0, feed.hidden, last).logits
         where = torch.ones_like(ids, dtype=torch.bool)
         where[:, 0] = False
         moved = []
         for layer in specimen.shown(range(specimen.layers), "skipped layers"):
             with changed(specimen.anatomy, skips(specimen.anatomy, layer, where, ("attention", "mlp"))):
-                now = run(specimen, feed, layer, clean.residual[layer]).logits[:, -1]
+                now = run(specimen, feed, layer, clean.residual[layer], last).logits
             moved.append((now.softmax(-1) - logits.softmax(-1)).norm(dim=-1).cpu())
         effects.append(torch.stack(moved))
         for number, scores in zip(numbers, logits, strict=True):

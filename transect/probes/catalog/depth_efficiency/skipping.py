@@ -44,7 +44,7 @@ def skips(anatomy: Anatomy, layer: int, where: Tensor, units: Sequence[str]) -> 
 class Run:
     """A pass over ids (P x T) from some layer on, float32 or wider.
 
-    added: what each layer from there on adds (n x P x T x d). logits: P x T x V.
+    added: what each layer from there on adds (n x P x T x d). logits: m x V, of the positions that were asked for.
     """
 
     added: Tensor
@@ -52,11 +52,14 @@ class Run:
 
 
 @torch.no_grad()
-def run(specimen: Specimen, feed: Feed, first: int, state: Tensor) -> Run:
-    """The model's pass from the state (P x T x d) that block `first` reads, with whatever is changed at the moment."""
+def run(specimen: Specimen, feed: Feed, first: int, state: Tensor, where: Tensor) -> Run:
+    """The model's pass from the state (P x T x d) that block `first` reads, with whatever is changed at the moment.
+
+    where: the positions (P x T) whose logits are wanted.
+    """
     layers = range(first, specimen.layers)
     with watch(specimen.anatomy, ["attention", "mlp"], layers) as seen:
-        logits = specimen.lens(run_blocks(specimen.anatomy, feed, first, state))
+        logits = specimen.lens(run_blocks(specimen.anatomy, feed, first, state)[where])
     added = torch.zeros(len(layers), *state.shape, dtype=wide(state).dtype, device=state.device)
     for part in (seen.attention, seen.mlp):
         for layer, x in part.items():
@@ -95,10 +98,10 @@ def skip_effects(specimen: Specimen, ids: Tensor, cuts: Tensor) -> Effects:
     layers, prompts = specimen.layers, len(ids)
     (feed,) = feeds_of(specimen.anatomy, [{"input_ids": ids}])
     with watch(specimen.anatomy, ["residual"]) as clean:
-        base, variants = run(specimen, feed, 0, feed.hidden), variants_of(ids, cuts)
-    probabilities, sizes = base.logits.softmax(-1), base.added.norm(dim=-1).clamp_min(SMALLEST)
-    centred = _centred(base.logits)
-    size_of_logits = centred.norm(dim=-1).clamp_min(SMALLEST)
+        base = run(specimen, feed, 0, feed.hidden, torch.ones_like(ids, dtype=torch.bool))
+    variants, dense = variants_of(ids, cuts), base.logits.view(*ids.shape, -1)
+    probabilities, sizes = dense.softmax(-1), base.added.norm(dim=-1).clamp_min(SMALLEST)
+    centred, losses = _centred(dense), _losses(dense, ids)
     shape = (len(PARTS), len(REACHES), len(REDUCTIONS), layers)
     later, output, logits = torch.zeros(*shape, layers), torch.zeros(shape), torch.zeros(shape)
     loss, by_prompt = torch.zeros(len(PARTS), layers), torch.zeros(len(REACHES), layers, prompts)
@@ -107,16 +110,18 @@ def skip_effects(specimen: Specimen, ids: Tensor, cuts: Tensor) -> Effects:
             found: list[list[Tensor]] = [[] for _ in REACHES]
             for reach, where, measured in variants:
                 with changed(specimen.anatomy, skips(specimen.anatomy, layer, where, units)):
-                    now = run(specimen, feed, layer, clean.residual[layer])
-                moved = (now.logits.softmax(-1) - probabilities).norm(dim=-1)
-                shift = (_centred(now.logits) - centred).norm(dim=-1) / size_of_logits
+                    now = run(specimen, feed, layer, clean.residual[layer], measured)
+                moved = (now.logits.softmax(-1) - probabilities[measured]).norm(dim=-1)
+                before = centred[measured]
+                shift = (_centred(now.logits) - before).norm(dim=-1) / before.norm(dim=-1).clamp_min(SMALLEST)
                 relative = torch.zeros_like(sizes)  # none on the layers before
                 relative[layer:] = (now.added - base.added[layer:]).norm(dim=-1) / sizes[layer:]
-                found[reach].append(torch.cat([relative, moved[None], shift[None]])[:, measured])
-                if reach == 0:
-                    loss[part, layer] = _losses(now.logits, ids).mean()
+                found[reach].append(torch.cat([relative[:, measured], moved[None], shift[None]]))
+                if reach == 0:  # measured at all but the first token, whose prediction stays
+                    behind = _losses(now.logits.view(prompts, -1, now.logits.shape[-1]), ids[:, 1:])
+                    loss[part, layer] = torch.cat([losses[:, :1], behind], 1).mean()
                 if part == 0:
-                    worst = moved.masked_fill(~measured, 0).amax(1).cpu().to(by_prompt)
+                    worst = moved.new_zeros(ids.shape).masked_scatter(measured, moved).amax(1).cpu().to(by_prompt)
                     by_prompt[reach, layer] = torch.maximum(by_prompt[reach, layer], worst)
             for reach, pieces in enumerate(found):
                 values = reduced(torch.cat(pieces, 1)).cpu().to(later)
@@ -124,7 +129,7 @@ def skip_effects(specimen: Specimen, ids: Tensor, cuts: Tensor) -> Effects:
                 output[part, reach, :, layer] = values[:, layers]
                 logits[part, reach, :, layer] = values[:, layers + 1]
     later.diagonal(dim1=-2, dim2=-1).fill_(torch.nan)
-    return Effects(later, output, logits, loss, by_prompt, _losses(base.logits, ids).mean(1).cpu().float())
+    return Effects(later, output, logits, loss, by_prompt, losses.mean(1).cpu().float())
 
 
 def variants_of(ids: Tensor, cuts: Tensor) -> list[Variant]:
