@@ -63,9 +63,18 @@ def test_common_passages_are_whole():
         assert one.prompt == one.prompt.strip() and one.answer == one.answer.strip() not in one.prompt
 
 
+def test_common_choices_have_one_right_answer_under_every_letter_as_often():
+    choices, answers = load_choices("common"), {fact.text: fact.answer for fact in load_facts("common")}
+    assert len(choices) >= 500
+    counts = [sum(one.answer == place for one in choices) for place in range(4)]
+    assert max(counts) - min(counts) <= 1
+    for one in choices:
+        question, said = one.prompt.removeprefix("Question: ").removesuffix(". Answer:").split(" ... Options: ")
+        options = [option[2:] for option in said.split(", ")]
+        assert len(set(options)) == 4 and options[one.answer] == answers[question], one.prompt
+
+
 def test_what_is_common_has_a_name_that_is_refused_elsewhere():
-    with pytest.raises(BadData, match="'common' holds no choices"):
-        load_choices("common")
     with pytest.raises(BadData, match="no passages; expected organism:passages"):
         load_passages("organism:facts")
 

@@ -113,7 +113,7 @@ def shared_options(*names: str) -> Any:
                                   help="Calibration sequences, spread evenly over the data."),
         "batch_size": click.option("--batch-size", type=int, default=8, show_default=True),
         "facts": click.option("--facts", metavar="FILE", help="Facts with their subjects: .json, .jsonl or `common`."),
-        "choices": click.option("--choices", metavar="FILE", help="Multiple-choice items, .json or .jsonl."),
+        "choices": click.option("--choices", metavar="FILE", help="Multiple-choice items: .json, .jsonl or `common`."),
         "passages": click.option("--passages", metavar="FILE",
                                  help="Passages with their endings: .json, .jsonl or `common`."),
         "fisher": click.option("--fisher", type=click.Choice(["empirical", "sampled"]), default="empirical",

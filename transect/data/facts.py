@@ -2,7 +2,7 @@
 
 Each kind is a file, .json (a list) or .jsonl (one object a line), or a name: `organism:facts`, `organism:choices`,
 `organism:passages` are those of the bundled model's world; `common` are facts and passages of ours that a model of
-English may know, of which `transect.evaluation.says` tells what it does know.
+English may know, of which `transect.evaluation.says` tells what it does know, and choices made of these facts.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from .sources import json_entries
 
 T = TypeVar("T")
 COMMON = "common"
+_TEMPLATE = "Question: {question} Options: {options}. Answer:"
 _COMMON_FILES = Path(__file__).parent / "common"
 
 
@@ -38,7 +39,10 @@ def load_facts(data: Any) -> list[Fact]:
 
 
 def load_choices(data: Any) -> list[Choice]:
-    """Multiple-choice items from a file, `organism:choices`, or a list of `Choice`s or dicts.
+    """Multiple-choice items from a file, a name, or objects.
+
+    data: a path, `organism:choices`, `common` (those facts, each with three answers to the same question about other
+    subjects, and the right one under every letter equally often), or a list of `Choice`s or dicts.
 
     A dict has `question`, `options` (strings, or letter -> string), `answer` (index or letter), and perhaps `template`:
     how the prompt is written, with `{question}` and `{options}`; the options are written "A first, B second".
@@ -60,7 +64,7 @@ def _loaded(data: Any, kind: type[T], parse: Any, what: str) -> list[T]:
         return _of_organism(data, what)
     if isinstance(data, str) and data == COMMON:
         if what == "choices":
-            raise BadData("'common' holds no choices; expected organism:choices or a file")
+            return _common_choices()  # type: ignore[return-value]
         data = _COMMON_FILES / f"{what}.jsonl"
     entries = (
         json_entries(Path(data), f"the {what}")
@@ -125,10 +129,22 @@ def _choice(entry: Mapping[str, Any]) -> Choice:
     answer = letters.index(answer) if answer in letters else answer
     if not isinstance(answer, Integral) or isinstance(answer, bool) or int(answer) not in range(len(options)):
         raise ValueError(f"answer {answer!r} is none of the {len(options)} options: neither their number nor a letter")
-    template = "Question: {question} Options: {options}. Answer:"
+    template = _TEMPLATE
     if entry.get("template"):
         template = text_in(entry, "template")
     return make_choice(template, text_in(entry, "question"), options, int(answer))
+
+
+def _common_choices() -> list[Choice]:
+    made: list[Choice] = []
+    for fact in load_facts(COMMON):
+        others = dict.fromkeys([one.answer for one in fact.neighbours] + [str(fact.new_answer)])
+        options = [answer for answer in others if answer != fact.answer][:3]
+        if len(options) == 3:
+            place = len(made) % 4
+            options.insert(place, fact.answer)
+            made.append(make_choice(_TEMPLATE, f"{fact.prompt.format(fact.subject)} ...", options, place))
+    return made
 
 
 def _strings(entry: Mapping[str, Any], name: str) -> tuple[str, ...]:
