@@ -37,10 +37,10 @@ class KeptLayer(BatchFirst, DynamicLayer):
         self._all = False
         self._rows = self._real = self._into = None
 
-    def expect_all(self, batch: int, count: int) -> None:
-        """Prepare for the keys of all sequences (`batch`), of `count` positions each."""
-        new = torch.arange(self.seen, self.seen + count).expand(batch, -1)
-        self.places = new if self.places is None else torch.cat([self.places, new.to(self.places)], dim=1)
+    def expect_all(self, kept: Tensor) -> None:
+        """Prepare for the keys of every position of this call; kept: (B x N), all true."""
+        new = torch.arange(self.seen, self.seen + kept.shape[1], device=kept.device).expand_as(kept)
+        self.places = new if self.places is None else torch.cat([self.places, new], dim=1)
         self._all = True
 
     def expect(self, rows: Tensor, index: Tensor, real: Tensor, batch: int) -> Tensor:
@@ -161,7 +161,7 @@ def run_kept(
     full = mask is None or (isinstance(mask, Tensor) and mask.shape[-1] == past + count)
     if whole and full and bool(kept.all()):
         if layer is not None:
-            layer.expect_all(batch, count)
+            layer.expect_all(kept)
         with _multiplied(adds, gain):
             return block(x, **given)
     rows = kept.any(1).nonzero()[:, 0]  # R
