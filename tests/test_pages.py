@@ -151,9 +151,9 @@ def test_the_table_counts_what_holds_by_purpose_and_stands_between_its_marks():
     lines = table_by_purpose(records).splitlines()
     assert lines[0] == "| to | claims that hold | on `other` | of each |"
     assert lines[2:] == [
-        "| Look inside (inspect) | 1 of 1 | - | `lac` 1 of 1 and - |",
+        "| Look inside (inspect) | 1 of 1 | - | `lac` 1 of 1 |",
         "| Change what it knows or does (edit) | 1 of 2 | 1 of 2 | `rome` 1 of 2 and 1 of 2 |",
-        "| Know what is behind it | 0 of 1 | - | `layer-norm` 0 of 1 and - |",
+        "| Know what is behind it | 0 of 1 | - | `layer-norm` 0 of 1 |",
         "",
         "Hold on `organism` and not on `other`: `rome/a`.",
         "",

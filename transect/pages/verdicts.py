@@ -81,10 +81,7 @@ def table_by_purpose(records: Sequence[Record]) -> str:
     for purpose, names in methods.items():
         if names:
             counts = [_counted(found, names) or "-" for found in verdicts.values()]
-            each = [
-                f"`{name}` " + (" and ".join(_counted(found, [name]) or "-" for found in verdicts.values()))
-                for name in names
-            ]
+            each = [f"`{name}` {_by_model(verdicts, name)}" for name in names]
             lines.append(f"| {purpose} | {' | '.join(counts)} | {', '.join(each)} |")
     return "\n".join([*lines, *_differences(verdicts)])
 
@@ -93,6 +90,14 @@ def _counted(verdicts: Mapping[str, bool], methods: Iterable[str]) -> str:
     """How many of these methods' claims hold, of how many."""
     found = [held for claim, held in verdicts.items() if claim.partition("/")[0] in methods]
     return f"{sum(found)} of {len(found)}" if found else ""
+
+
+def _by_model(verdicts: Mapping[str, Mapping[str, bool]], method: str) -> str:
+    """How many of its claims hold on each model, up to the last one where any was measured."""
+    counts = [_counted(found, [method]) or "-" for found in verdicts.values()]
+    while counts[-1] == "-":
+        counts.pop()
+    return " and ".join(counts)
 
 
 def _differences(verdicts: Mapping[str, Mapping[str, bool]]) -> list[str]:
