@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from transect.data import Batches
+from transect.store import write_text
 
 Seconds = dict[str, list[float]]
 
@@ -29,6 +30,32 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     made.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs, its times mean nothing")
     made.add_argument("--repeats", type=int, help="timed rounds; each runs every candidate once, in turn")
     return made
+
+
+class Kept:
+    """Rows of a benchmark that takes long, each in a file of a folder (None: nowhere): the same command goes on there.
+
+    SystemExit where the folder has rows of other settings.
+    """
+
+    def __init__(self, folder: Path | None, settings: Mapping[str, Any]) -> None:
+        self.folder = folder
+        if folder is not None:
+            note, own = folder / "settings.json", json.dumps(dict(settings))
+            if note.exists() and note.read_text(encoding="utf-8") != own:
+                raise SystemExit(f"{folder} holds rows with other settings: name another --out")
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text(note, own)
+
+    def row(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The row of that name, made if it is not there."""
+        file = None if self.folder is None else self.folder / f"{name.replace(' ', '-')}.json"
+        if file is not None and file.exists():
+            return json.loads(file.read_text(encoding="utf-8"))
+        found = make()
+        if file is not None:
+            write_text(file, json.dumps(found))
+        return found
 
 
 def generation_options(

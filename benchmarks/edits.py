@@ -18,9 +18,11 @@ import random
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-from common import parser, show
+from common import Kept, parser, show
 
 from transect.checkpoint import Opened, open_model
 from transect.claims.fact_editing import Bench, row
@@ -51,6 +53,24 @@ def known_facts(specimen: Specimen, facts: Sequence[Fact], seed: int) -> list[Fa
     return known
 
 
+def measured(bench: Bench, method: str, groups: Sequence[Sequence[Fact]], others: Sequence[Fact]) -> dict[str, Any]:
+    """A row: each group of facts edited together, and taken back. The first of a method collects its statistics."""
+    specimen = bench.specimen
+    layers = layers_of_memit(specimen, "") if method == "memit" else [usual_layer(specimen)]
+    started = time.perf_counter()
+    bench.moments(layers)
+    statistics = time.perf_counter() - started
+    started = time.perf_counter()
+    found = row(method, [bench.edited(method, group, others) for group in groups])
+    seconds = (time.perf_counter() - started) / len(groups)
+    where = f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else str(layers[0])
+    return (
+        {"method": method, "layers": where, "facts": len(groups[0]), "edits": len(groups)}
+        | {heading: found[key] for heading, key in COLUMNS.items()}
+        | {"statistics, s": statistics, "an edit, s": seconds}
+    )
+
+
 def one_after_another(bench: Bench, methods: Sequence[str], count: int, text: Any, name: str) -> list[dict[str, Any]]:
     """A table a method, and its rows."""
     edited, others = bench.facts[:count], bench.facts[count:][:OTHERS]
@@ -78,6 +98,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     options.add_argument("--heldout", help="text for the loss; default pydoc:heldout")
     options.add_argument("--heldout-sequences", type=int, help="of it; default 16")
     options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--out", type=Path, help="folder that keeps each row; the same command goes on there")
     given = options.parse_args(argv)
     name = given.model or ("organism" if given.quick else "smollm2")
     own = name == "organism"
@@ -99,27 +120,16 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
             given.length or (128 if own else 512), given.heldout_sequences or 16, 8, 0, "auto",
         )  # fmt: skip
         return one_after_another(bench, given.methods.split(","), given.after_another, text, name)
+    common = ("model", "facts", "data", "sequences", "length", "alone", "seed")
+    kept = Kept(given.out, {key: getattr(given, key) for key in common})
+    alone, others = given.alone or (1 if given.quick else 10), 5 if given.quick else OTHERS
     rows = []
     for method in given.methods.split(","):
-        layers = [usual_layer(specimen)] if method != "memit" else layers_of_memit(specimen, "")
-        started = time.perf_counter()
-        bench.moments(layers)
-        statistics = time.perf_counter() - started
         for size in sizes:
-            alone = known[: given.alone or (1 if given.quick else 10)]
-            edited = alone if size == 1 else known[:size]
-            others = known[len(edited) :][: 5 if given.quick else OTHERS]
-            started = time.perf_counter()
-            groups = [[fact] for fact in alone] if size == 1 else [edited]
-            found = row(method, [bench.edited(method, group, others) for group in groups])
-            seconds = (time.perf_counter() - started) / len(groups)
-            where = f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else str(layers[0])
-            rows.append(
-                {"method": method, "layers": where, "facts": len(groups[0]), "edits": len(groups)}
-                | {heading: found[key] for heading, key in COLUMNS.items()}
-                | {"statistics, s": statistics, "an edit, s": seconds}
-            )
-            print(f"{method}, {len(groups[0])} facts, {len(groups)} times: {seconds:.0f} s each", file=sys.stderr)
+            groups = [[fact] for fact in known[:alone]] if size == 1 else [known[:size]]
+            untouched = known[alone if size == 1 else size :][:others]
+            rows.append(kept.row(f"{method} {size}", partial(measured, bench, method, groups, untouched)))
+            print(f"{method}, {size} facts, {len(groups)} times: {rows[-1]['an edit, s']:.0f} s each", file=sys.stderr)
     title = f"{name}: it says {len(known)} of {len(asked)} facts by itself"
     show(title, list(rows[0]), [list(one.values()) for one in rows])
     return rows

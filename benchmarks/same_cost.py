@@ -13,15 +13,13 @@ goes on there.
 from __future__ import annotations
 
 import copy
-import json
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common import parser, show
+from common import Kept, parser, show
 
 import transect
 from transect.checkpoint import open_model
@@ -29,7 +27,6 @@ from transect.compression import method as registered
 from transect.data import load
 from transect.errors import OutOfReach
 from transect.evaluation import evaluate, model_bytes, operations_of, standard_error
-from transect.store import write_text
 
 EXPERTS, SHARED, ROUTED = 4, 0.25, 12  # of uoe; the shared part and the other experts of dense2moe
 
@@ -39,7 +36,7 @@ class Bench:
     """What all rows have in common."""
 
     given: Any
-    folder: Path
+    kept: Kept
 
     def open(self) -> Any:
         """The dense model, with its tokenizer."""
@@ -73,23 +70,24 @@ class Bench:
 
     def row(self, name: str, make: Callable[[], Any]) -> dict[str, Any] | None:
         """A row as it is and repaired, from the folder if it is there; None where the method reaches no such size."""
-        file = self.folder / f"{name.replace(' ', '-')}.json"
-        if not file.exists():
-            try:
-                model = make()
-            except OutOfReach as reason:
-                print(f"{name}: {reason}", flush=True)
-                return None
-            row, best = self.measured(model), float("inf")
-            row["repaired"] = None
-            for rate in self.given.rates if name != "dense" else ():
-                trained, loss = self.repaired(model, rate)
-                if loss < best:
-                    best, row["repaired"] = loss, {"rate": rate, **self.measured(trained)}
-            write_text(file, json.dumps(row))
-            after = [f"{one['loss']:.4f}" for one in [row["repaired"]] if one]
-            print(f"{name}: {row['loss']:.4f}", *after, flush=True)
-        return json.loads(file.read_text(encoding="utf-8"))
+        try:
+            return self.kept.row(name, partial(self.as_it_is_and_repaired, name, make))
+        except OutOfReach as reason:
+            print(f"{name}: {reason}", flush=True)
+            return None
+
+    def as_it_is_and_repaired(self, name: str, make: Callable[[], Any]) -> dict[str, Any]:
+        """A row anew."""
+        model = make()
+        row, best = self.measured(model), float("inf")
+        row["repaired"] = None
+        for rate in self.given.rates if name != "dense" else ():
+            trained, loss = self.repaired(model, rate)
+            if loss < best:
+                best, row["repaired"] = loss, {"rate": rate, **self.measured(trained)}
+        after = [f"{one['loss']:.4f}" for one in [row["repaired"]] if one]
+        print(f"{name}: {row['loss']:.4f}", *after, flush=True)
+        return row
 
     def measured(self, model: Any) -> dict[str, Any]:
         """Loss, cost and speed."""
@@ -168,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> list[list[Any]]:
     options.add_argument("--sequence-length", type=int, default=128)
     options.add_argument("--sequences", type=int, help="of the training text; default 256")
     options.add_argument("--eval-sequences", type=int, help="default 64")
-    options.add_argument("--out", type=Path, help="default: a folder that is thrown away")
+    options.add_argument("--out", type=Path, help="folder that keeps each row; the same command goes on there")
     given = options.parse_args(argv)
     quick = given.quick
     given.steps = given.steps or (1 if quick else 100)
@@ -178,24 +176,25 @@ def main(argv: Sequence[str] | None = None) -> list[list[Any]]:
     given.active = numbers("0.5" if quick else given.active, float)
     given.loops, given.ranks = numbers(given.loops, int), numbers("4" if quick else given.ranks, int)
     given.rates = numbers("1e-4" if quick else given.rates, float)
-    with tempfile.TemporaryDirectory() as thrown:
-        folder = given.out or Path(thrown)
-        folder.mkdir(parents=True, exist_ok=True)
-        common = {key: value for key, value in vars(given).items() if key in (
-            "model", "data", "heldout", "steps", "rates", "batch_size", "sequence_length", "sequences", "eval_sequences"
-        )}  # fmt: skip
-        note, own = folder / "settings.json", json.dumps(common)
-        if note.exists() and note.read_text(encoding="utf-8") != own:
-            raise SystemExit(f"{folder} holds rows with other settings: name another --out")
-        write_text(note, own)
-        bench = Bench(given, folder)
-        dense = bench.row("dense", lambda: bench.open().model)
-        assert dense is not None
-        table = [["", "dense", 1.0, 1.0, 1.0, f"{dense['loss']:.4f}", "", ""]]
-        for kind in given.kinds.split(","):
-            for group, name, row in KINDS[kind](bench):
-                if row is not None:
-                    table.append(line(group, name, row, dense))
+    common = (
+        "model",
+        "data",
+        "heldout",
+        "steps",
+        "rates",
+        "batch_size",
+        "sequence_length",
+        "sequences",
+        "eval_sequences",
+    )
+    bench = Bench(given, Kept(given.out, {name: getattr(given, name) for name in common}))
+    dense = bench.row("dense", lambda: bench.open().model)
+    assert dense is not None
+    table = [["", "dense", 1.0, 1.0, 1.0, f"{dense['loss']:.4f}", "", ""]]
+    for kind in given.kinds.split(","):
+        for group, name, row in KINDS[kind](bench):
+            if row is not None:
+                table.append(line(group, name, row, dense))
     headings = ["same cost", "row", "bytes", "FLOPs", "time", "over dense", "repaired", "rate"]
     title = f"{given.model}: {given.steps} steps of {given.batch_size} sequences; bytes, FLOPs a token and "
     show(title + "time to read of the dense model's", headings, table)

@@ -82,14 +82,21 @@ def test_every_operator_is_timed(benchmark: Any, capsys: pytest.CaptureFixture[s
     assert len(rows) == 13 and all(value > 0 for row in rows for value in row[2:5])
 
 
-def test_edits_are_judged_by_what_is_written(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = benchmark("edits")(["--quick"])
+def test_edits_are_judged_by_what_is_written(
+    benchmark: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    rows = benchmark("edits")(["--quick", "--out", str(tmp_path)])
     assert capsys.readouterr().out.startswith("organism: it says ")
     assert [(row["method"], row["facts"], row["edits"]) for row in rows] == [
         ("rome", 1, 1), ("rome", 2, 1), ("memit", 1, 1), ("memit", 2, 1)
     ]  # fmt: skip
     assert all(0 <= row[share] <= 1 for row in rows for share in ("efficacy", "written", "neighbours", "other facts"))
     assert rows[0]["written"] == 1
+    (tmp_path / "memit-2.json").unlink()
+    again = benchmark("edits")(["--quick", "--out", str(tmp_path)])
+    assert again[:3] == rows[:3] and again[3]["written"] == rows[3]["written"]
+    with pytest.raises(SystemExit, match="other settings"):
+        benchmark("edits")(["--quick", "--seed", "1", "--out", str(tmp_path)])
 
 
 def test_kfac_factors_equal_those_of_curvlinops(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
