@@ -136,6 +136,7 @@ def _choice(entry: Mapping[str, Any]) -> Choice:
 
 
 def _common_choices() -> list[Choice]:
+    """The common facts, each beside answers that are right of its neighbours."""
     made: list[Choice] = []
     for fact in load_facts(COMMON):
         others = dict.fromkeys([one.answer for one in fact.neighbours] + [str(fact.new_answer)])

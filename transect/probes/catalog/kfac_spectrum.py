@@ -120,16 +120,16 @@ def kfac_spectrum(specimen: Specimen, *, part: Literal["mlp", "attention", "all"
 
 def halves(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
     """The even and the odd sequences."""
-    halves: tuple[list[Batch], list[Batch]] = ([], [])
+    parts: tuple[list[Batch], list[Batch]] = ([], [])
     passed = 0
     for batch in batches:
         count = len(next(iter(batch.values())))
         for parity in (0, 1):
             rows = slice((parity - passed) % 2, None, 2)
             if len(range(count)[rows]):
-                halves[parity].append({name: tensor[rows] for name, tensor in batch.items()})
+                parts[parity].append({name: tensor[rows] for name, tensor in batch.items()})
         passed += count
-    return halves
+    return parts
 
 
 def passage_batches(specimen: Specimen, passages: Sequence[Passage]) -> list[Batch]:

@@ -11,8 +11,7 @@ from torch import Tensor
 from ....anatomy import Block
 from ....data import Specimen
 from ....errors import NotApplicable
-from ....forward import Feed, changed, feeds_of, put_out, run_blocks, watch
-from ....forward.blocks import run_at
+from ....forward import Feed, changed, feeds_of, put_out, run_at, run_blocks, watch
 from ....forward.change import Change
 from ...neurons import held, output_norms, wide
 
