@@ -9,10 +9,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ..data import Fact, Specimen
 from ..errors import TransectError
-from ..forward import Feed, Point, changed, feeds_of, logits_at, put_out, run_block, run_blocks, stopping_behind, watch
+from ..forward import (
+    Feed,
+    Point,
+    changed,
+    feeds_of,
+    first_of,
+    logits_at,
+    put_out,
+    run_and_keep,
+    run_blocks,
+    stopping_behind,
+    watch,
+)  # fmt: skip
 from ..forward.objective import run_body
 from ..probes.tracing import subject_span
 from .problems import Request
@@ -25,13 +38,15 @@ SHORT, LONG = 5, 10  # tokens of a prefix
 class Rows:
     """n prompts, each with its target, of N requests; the subject's last token is the edit token.
 
-    ids: n x T, filled up on the right, which no earlier token of a causal model can see. owner: which request (n).
-    edit: position of the edit token (n). last: position of the prompt's last token (n). tokens: number of target tokens
-    (n), 0 for a row without one. kind: BARE (the prompt itself), PREFIXED, or ESSENCE (the subject alone) (n). noise:
-    n x T x d, added to the embeddings, or None.
+    ids: n x T, a prompt and its target but for the last token, from which nothing is read; filled up on the right,
+    which no earlier token of a causal model can see. targets: n x longest target, filled up on the right. owner: which
+    request (n). edit: position of the edit token (n). last: position of the prompt's last token (n). tokens: number of
+    target tokens (n), 0 for a row without one. kind: BARE (the prompt itself), PREFIXED, or ESSENCE (the subject alone)
+    (n). noise: n x T x d, added to the embeddings, or None.
     """
 
     ids: Tensor
+    targets: Tensor
     owner: Tensor
     edit: Tensor
     last: Tensor
@@ -61,8 +76,8 @@ class Rows:
         for start in range(0, self.requests, step):
             chosen = (self.owner >= start) & (self.owner < start + step)
             yield replace(
-                self, ids=self.ids[chosen], owner=self.owner[chosen] - start, edit=self.edit[chosen],
-                last=self.last[chosen], tokens=self.tokens[chosen], kind=self.kind[chosen],
+                self, ids=self.ids[chosen], targets=self.targets[chosen], owner=self.owner[chosen] - start,
+                edit=self.edit[chosen], last=self.last[chosen], tokens=self.tokens[chosen], kind=self.kind[chosen],
                 noise=None if self.noise is None else self.noise[chosen],
             )  # fmt: skip
 
@@ -78,20 +93,37 @@ class Rows:
         return changed(specimen.anatomy, whole)
 
     @torch.no_grad()
-    def before(self, specimen: Specimen, layer: int) -> Feed:
-        """The rows, with their noise, as they stand before a block: what is in front of it need not run again."""
-        anatomy = specimen.anatomy
+    def behind(self, specimen: Specimen, layer: int) -> tuple[Rows, Feed]:
+        """The rows from their edit tokens on, with their noise in what they read, as they stand before a block.
+
+        A change at the edit token leaves what is in front of it as it is, so that need not run again. Whole rows where
+        the model has no cache of keys and values that gives the same.
+        """
+        anatomy, layers = specimen.anatomy, len(specimen.anatomy.block_list)
+        with self._changed(specimen, {}), watch(anatomy, ["residual"], [layer, layers]) as seen:
+            cache = run_and_keep(specimen.model, {"input_ids": self.ids})
+        ends = self.last + self.tokens.clamp_min(1)
+        at = self.edit[:, None] + torch.arange(int((ends - self.edit).max()), device=self.ids.device)
+        inside, at = at < ends[:, None], at.clamp_max(self.ids.shape[1] - 1)
+        cut = replace(self, ids=self.ids.gather(1, at), edit=0 * self.edit, last=self.last - self.edit, noise=None)
+        past = first_of(cache, self.edit, self.ids.shape[1])
+        if past is not None:
+            front = torch.arange(int(self.edit.max()), device=self.ids.device)
+            mask = torch.cat([front >= front.numel() - self.edit[:, None], torch.ones_like(inside)], 1)
+            (feed,) = feeds_of(anatomy, [{"input_ids": cut.ids, "attention_mask": mask.long()}], past)
+            feed.batch, feed.hidden = {"input_ids": cut.ids}, seen.residual[layer].take_along_dim(at[..., None], 1)
+            expected = seen.residual[layers].take_along_dim(at[..., None], 1)[inside]
+            found = run_blocks(anatomy, feed, layer, feed.hidden)[inside]
+            if float((found - expected).norm()) <= torch.finfo(found.dtype).eps ** 0.5 * float(expected.norm()):
+                return cut, feed
         (feed,) = feeds_of(anatomy, [{"input_ids": self.ids}])
-        if self.noise is not None:
-            feed.hidden = feed.hidden + self.noise.to(feed.hidden)
-        for block, call in zip(anatomy.block_list[:layer], feed.calls[:layer], strict=True):
-            feed.hidden = run_block(block, feed.hidden, call)
-        return feed
+        feed.hidden = seen.residual[layer]
+        return self, feed
 
     def logits_behind(
         self, specimen: Specimen, feed: Feed, layer: int, changes: Mapping[tuple[str, int], Any], places: Tensor
     ) -> Tensor:
-        """Logits (m x V) at m of the places, under changes in block `layer` or behind it. feed: `before` that block."""
+        """Logits (m x V) at m of the places, under changes in block `layer` or behind it. feed: `behind` that block."""
         where = torch.zeros(self.ids.numel(), dtype=torch.bool, device=self.ids.device)
         where[places] = True
         with changed(specimen.anatomy, changes):
@@ -124,7 +156,7 @@ class Rows:
         """
         offsets = torch.arange(int(self.tokens.max()), device=self.ids.device)
         rows = torch.arange(len(self.ids), device=self.ids.device)[:, None]
-        return rows * self.ids.shape[1] + (self.last[:, None] + offsets).clamp_max(self.ids.shape[1] - 2)
+        return rows * self.ids.shape[1] + (self.last[:, None] + offsets).clamp_max(self.ids.shape[1] - 1)
 
     def answer_losses(self, total: Tensor, lowers: bool) -> Tensor:
         """Negative log-probability a token of each row's target (n), or where it is to fall, the probability itself.
@@ -140,8 +172,7 @@ class Rows:
     def answer_log_probabilities_at(self, logits: Tensor) -> Tensor:
         """The same from the logits at `answer_places` (n x longest target x V)."""
         inside = torch.arange(logits.shape[1], device=self.ids.device) < self.tokens[:, None]
-        targets = self.ids.flatten()[self.answer_places + 1]
-        return (wide(logits).log_softmax(-1).gather(-1, targets[..., None])[..., 0] * inside).sum(1)
+        return (wide(logits).log_softmax(-1).gather(-1, self.targets[..., None])[..., 0] * inside).sum(1)
 
     @torch.no_grad()
     def at_edit(self, specimen: Specimen, wanted: Sequence[tuple[Point, int]]) -> list[Tensor]:
@@ -178,14 +209,14 @@ def rows_of(specimen: Specimen, wanted: Sequence[Request], prefixes: Sequence[st
     essence: also a row with the subject alone.
     """
     context = getattr(specimen.anatomy.config, "max_position_embeddings", None)
-    made: list[tuple[int, int, Tensor, int, int, int, Tensor | None]] = []
+    made: list[tuple[int, int, Tensor, int, Tensor, Tensor | None]] = []
+    nothing = torch.empty(0, dtype=torch.long)
     for number, request in enumerate(wanted):
         fact, target = request.fact, request.target
         span = subject_span(specimen, fact)
         for draw in [None] if request.noise is None else request.noise:
             placed = None if draw is None else torch.nn.functional.pad(draw, (0, 0, span[0], 0))
-            ids = torch.cat([request.prompt, target])
-            made.append((number, BARE, ids, span[1] - 1, len(request.prompt) - 1, len(target), placed))
+            made.append((number, BARE, request.prompt, span[1] - 1, target, placed))
         for prefix in prefixes if request.noise is None else ():
             behind = Fact(f"{prefix} {fact.prompt}", fact.subject, fact.answer)
             try:
@@ -193,13 +224,13 @@ def rows_of(specimen: Specimen, wanted: Sequence[Request], prefixes: Sequence[st
             except TransectError:
                 continue  # longer than the context
             if context is None or len(prompt) + len(target) <= context:
-                edit, ids = subject_span(specimen, behind)[1] - 1, torch.cat([prompt, target])
-                made.append((number, PREFIXED, ids, edit, len(prompt) - 1, len(target), None))
+                made.append((number, PREFIXED, prompt, subject_span(specimen, behind)[1] - 1, target, None))
         if essence:
             alone = Fact("{}", fact.subject, fact.answer)
-            ids, edit = specimen.encode(alone.text), subject_span(specimen, alone)[1] - 1
-            made.append((number, ESSENCE, ids, edit, len(ids) - 1, 0, None))
-    numbers, kinds, ids, edits, lasts, tokens, noises = zip(*made, strict=True)
+            edit = subject_span(specimen, alone)[1] - 1
+            made.append((number, ESSENCE, specimen.encode(alone.text), edit, nothing, None))
+    numbers, kinds, prompts, edits, targets, noises = zip(*made, strict=True)
+    ids = [torch.cat([prompt, target[:-1]]) for prompt, target in zip(prompts, targets, strict=True)]
     length, device = max(map(len, ids)), specimen.model.device
 
     def column(values: Sequence[int]) -> Tensor:
@@ -212,10 +243,9 @@ def rows_of(specimen: Specimen, wanted: Sequence[Request], prefixes: Sequence[st
         for row, one in enumerate(noises):
             if one is not None:
                 noise[row, : len(one)] = one
-    padded = torch.nn.utils.rnn.pad_sequence(list(ids), batch_first=True).to(device)
-    return Rows(
-        padded, column(numbers), column(edits), column(lasts), column(tokens), column(kinds), noise
-    )  # fmt: skip
+    filled, behind = (pad_sequence(list(each), batch_first=True).to(device) for each in (ids, targets))
+    lasts, tokens = column([len(prompt) - 1 for prompt in prompts]), column(list(map(len, targets)))
+    return Rows(filled, behind, column(numbers), column(edits), lasts, tokens, column(kinds), noise)
 
 
 def prefixes_of(specimen: Specimen, count: int, lengths: Sequence[int] = (SHORT, LONG)) -> list[str]:

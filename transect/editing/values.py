@@ -61,11 +61,11 @@ def _values(specimen: Specimen, rows: Rows, point: Point, layer: int, search: Se
     # δ in units of m₀'s entries, since Adam's steps do not depend on the size of its gradients
     change = torch.zeros(start.shape, dtype=dtype, device=start.device, requires_grad=True)
     optimizer = torch.optim.Adam([change], lr=search.rate)
+    first = min(layer, specimen.layers - 1)  # what leaves the last block is changed where it runs
+    rows, feed = rows.behind(specimen, first)
     essence = rows.kind == ESSENCE
     answers = rows.answer_places
     places = torch.cat([answers.flatten(), rows.places[essence]])
-    first = min(layer, specimen.layers - 1)  # what leaves the last block is changed where it runs
-    feed = rows.before(specimen, first)
     before: Tensor | None = None
     done = torch.zeros(rows.requests, dtype=torch.bool, device=start.device)
     changes: dict[tuple[str, int], Any] = {}

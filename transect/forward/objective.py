@@ -67,7 +67,9 @@ def inputs_of(model: Any, batch: Batch, body: bool = False) -> dict[str, Any]:
     mask = real_positions(inputs)
     text = inputs.keys() <= _TEXT  # where there are images, too, their places count in ways of the model's own
     if mask is not None and text and "position_ids" in taken:
-        inputs["position_ids"] = (mask.long().cumsum(1) - 1).clamp_min(0) + _first_position(model)
+        positions = (mask.long().cumsum(1) - 1).clamp_min(0) + _first_position(model)
+        length = inputs["input_ids" if "input_ids" in inputs else "inputs_embeds"].shape[1]
+        inputs["position_ids"] = positions[:, -length:]  # behind a cache, the mask tells of what is in it too
     return inputs
 
 

@@ -43,9 +43,10 @@ def run_and_keep(model: Any, batch: Batch) -> Any:
     return getattr(output, "past_key_values", None)
 
 
-def first_of(cache: Any, count: int, length: int) -> Cache | None:
+def first_of(cache: Any, count: int | Tensor, length: int) -> Cache | None:
     """The first `count` positions of what a pass over `length` positions has left, to be run behind.
 
+    count: of all rows, or of each (B), which then end at the same place, with zeros in front of the shorter ones.
     None where a layer keeps anything but keys and values of every position: recurrent states, a shorter window.
     """
     layers = getattr(cache, "layers", [])
@@ -55,4 +56,12 @@ def first_of(cache: Any, count: int, length: int) -> Cache | None:
     held: list[tuple[Any, Any]] = [(layer.keys, layer.values) for layer in kept]
     if any(keys.dim() != 4 or keys.shape[-2] != length for keys, _ in held):
         return None
-    return Cache(layers=[_Kept(keys[..., :count, :], values[..., :count, :]) for keys, values in held])
+
+    def first(states: Tensor) -> Tensor:
+        if isinstance(count, int):
+            return states[..., :count, :]
+        places = torch.arange(int(count.max()), device=count.device) - (count.max() - count)[:, None]  # B x positions
+        chosen = states.take_along_dim(places.clamp_min(0)[:, None, :, None], 2)
+        return chosen * (places >= 0)[:, None, :, None]
+
+    return Cache(layers=[_Kept(first(keys), first(values)) for keys, values in held])
