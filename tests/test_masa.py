@@ -192,7 +192,7 @@ def test_what_was_built_is_neither_stored_nor_copied():
         operators[1](randn(3, 7))
     assert set(operators[1].state_dict()) == names == {"weight", "coefficients", "bias"}
     for twin in (copy.deepcopy(operators[1]), pickle.loads(pickle.dumps(operators[1]))):
-        assert "_built" not in vars(twin)
+        assert "_remade" not in vars(twin)
         assert_alike(twin.to_dense(), operators[1].to_dense())
     with torch.inference_mode():
         inside = Atoms.from_numbers("q.0", Bank(randn(2, 5, 7)), True, randn(2))

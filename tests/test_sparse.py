@@ -50,7 +50,7 @@ def test_what_it_keeps_follows_its_numbers_and_gradients_reach_them():
     made, x = Sparse.from_dense(weight, mask), torch.ones(6, dtype=torch.float64)
     with torch.no_grad():
         before = made(x)
-        assert made._ready() is made._ready() and "_form" not in copy.deepcopy(made).__dict__
+        assert made._ready() is made._ready() and "_remade" not in copy.deepcopy(made).__dict__
         made.values.mul_(2)
         torch.testing.assert_close(made(x), 2 * before)
     made(x).sum().backward()

@@ -106,9 +106,9 @@ def test_what_it_keeps_for_speed_follows_every_change_and_is_neither_copied_nor_
     def right():
         return torch.allclose(made(x.to(made.values.dtype)), x.to(made.values.dtype) @ made.to_dense().T)
 
-    assert right() and "_form" in made.__dict__
+    assert right() and "_remade" in made.__dict__
     before = made.state_dict().keys()
-    assert "_form" not in copy.deepcopy(made).__dict__ and before == {"weight", "values", "positions"}
+    assert "_remade" not in copy.deepcopy(made).__dict__ and before == {"weight", "values", "positions"}
     for change in (
         lambda: made.values.mul_(2), lambda: made.double(), lambda: made.bfloat16(), lambda: made.float(),
         lambda: made.load_state_dict({**made.state_dict(), "values": torch.ones(6, 4)}),

@@ -9,16 +9,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..anatomy.storage import parameter_of
+from .remade import Remade
 from .shared import Bank, Shared
 
 
-class Atoms(Shared):
+class Atoms(Remade, Shared):
     """y = Ŵx + b with Ŵ = Σ_s c_s D_s, and + L R where there is a correction of rank r.
 
     The atoms D (S x d_out x d_in) are the bank's weight, which the layers of a group share; the coefficients c (S), L
     (d_out x r), R (r x d_in) and b are the layer's own. Ŵ is built for every call, S multiply-adds an entry, and then
-    applied like a dense matrix. Without gradients it is built once and kept until a number changes; a change through
-    `.data` cannot be seen, and `train()` or `eval()` makes the operator forget what it has built.
+    applied like a dense matrix. Without gradients it is built once and kept until a number changes, see `Remade`.
 
     d_in, d_out: sizes. atoms: S. rank: r, 0 for no correction. bias: whether y has a bias (d_out). group, bank,
     owns_bank: see `Shared`; an owner without a bank makes an uninitialised one.
@@ -70,32 +70,9 @@ class Atoms(Shared):
     def _matrix(self, device: str) -> Tensor:
         """Ŵ; the one that was built before if nothing has changed and nobody asks for gradients."""
         sources = [one for one in (self.bank.weight, self.coefficients, self.left, self.right) if one is not None]
-        if (
-            torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
-            or torch.is_autocast_enabled(device)
-            or any(one.is_inference() for one in sources)  # such a tensor does not count its changes
-        ):
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled(device):
             return self.to_dense()
-        state = [(one.data_ptr(), one._version, one.dtype) for one in sources]
-        built = self.__dict__.get("_built")
-        if built is None or built[0] != state:
-            built = self.__dict__["_built"] = (state, self.to_dense())
-        return built[1]
-
-    def _forget(self) -> None:
-        self.__dict__.pop("_built", None)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:  # every cast and move goes through here
-        self._forget()
-        return super()._apply(fn, recurse)
-
-    def train(self, mode: bool = True) -> Any:
-        self._forget()
-        return super().train(mode)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_built"}
+        return self.remade(sources, self.to_dense)
 
     @property
     def flops(self) -> int:

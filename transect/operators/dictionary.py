@@ -13,20 +13,21 @@ from torch import Tensor, nn
 
 from ..anatomy.storage import parameter_of
 from .base import Operator
+from .remade import Remade
 from .shared import Bank, Shared
 
 _SUPPORT_CHUNK = 1 << 24  # numbers that the small Gram matrices of a fit may hold at a time
 
 
-class SparseRows(nn.Module):
+class SparseRows(Remade):
     """z -> S z + b with S (d_out x k) of exactly s non-zeros a row.
 
     values: the non-zeros (d_out x s), each row in the order of its columns. support: uint8 (d_out x ceil(k / 8)), where
     they are, 8 columns a byte, the lowest bit first. bias: b (d_out) or None.
 
     It computes with a dense S: with half of its entries present that is faster than a gather. S is made when it is
-    first needed and kept, d_out k numbers of memory that no checkpoint holds. Where gradients of the values are wanted
-    it is made anew each time.
+    first needed and kept (`Remade`), d_out k numbers of memory that no checkpoint holds. Where gradients of the values
+    are wanted it is made anew each time.
     """
 
     support: Tensor
@@ -37,7 +38,6 @@ class SparseRows(nn.Module):
         self.values = nn.Parameter(torch.empty(d_out, nonzeros))
         self.register_buffer("support", torch.zeros(d_out, -(-atoms // 8), dtype=torch.uint8))
         self.bias = nn.Parameter(torch.zeros(d_out)) if bias else None
-        self._kept: tuple[Any, ...] | None = None
 
     @classmethod
     def from_entries(cls, values: Tensor, indices: Tensor, atoms: int) -> SparseRows:
@@ -57,22 +57,11 @@ class SparseRows(nn.Module):
         """S (d_out x k). Not to be written to."""
         if torch.is_grad_enabled() and self.values.requires_grad:
             return self._made()
-        parts = (self.values, self.support)
-        # Writes in place are counted; wide arithmetic for a while (`computing_wide`) shows in the dtype alone.
-        versions = [(0 if part.is_inference() else part._version, part.dtype) for part in parts]
-        kept = self._kept
-        if kept is None or kept[0] is not parts[0] or kept[1] is not parts[1] or kept[2] != versions:
-            with torch.inference_mode(False), torch.no_grad():
-                kept = self._kept = (*parts, versions, self._made())
-        return kept[3]
+        return self.remade((self.values, self.support), self._made)
 
     def _made(self) -> Tensor:
         empty = torch.zeros(len(self.values), self.atoms, dtype=self.values.dtype, device=self.values.device)
         return empty.masked_scatter(unpack_support(self.support, self.atoms), self.values)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> SparseRows:
-        self._kept = None  # .to() and the like exchange a parameter's numbers without counting as a write
-        return super()._apply(*args, **kwargs)
 
     def indices(self) -> Tensor:
         """The columns of the non-zeros (d_out x s), ascending."""

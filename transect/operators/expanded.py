@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from .base import Operator
+from .remade import Remade
 
 
-class Expanded(Operator):
+class Expanded(Remade, Operator):
     """y = Ŵx + b, computed with a form of Ŵ that is made of the tensors in `sources`.
 
     The form is made at the first call that needs no gradient of it and kept until one of these tensors changes, moves
@@ -34,23 +33,4 @@ class Expanded(Operator):
 
     def _ready(self) -> Tensor:
         """The form, made anew only if what it is made of has changed."""
-        # Writes in place are counted; wide arithmetic for a while (`computing_wide`) shows in the dtype alone.
-        made_of = [(t, (0 if t.is_inference() else t._version, t.dtype)) for t in self.sources]
-        kept = self.__dict__.get("_form")
-        if kept is not None and all(t is u and v == w for (t, v), (u, w) in zip(made_of, kept[0], strict=True)):
-            return kept[1]
-        with torch.inference_mode(False), torch.no_grad():
-            form = self.form()
-        self.__dict__["_form"] = made_of, form
-        return form
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Expanded:  # every move and every cast comes here
-        self.__dict__.pop("_form", None)
-        return super()._apply(*args, **kwargs)
-
-    def train(self, mode: bool = True) -> Expanded:
-        self.__dict__.pop("_form", None)
-        return super().train(mode)
-
-    def __getstate__(self) -> dict[str, Any]:  # for copies
-        return {name: value for name, value in self.__dict__.items() if name != "_form"}
+        return self.remade(self.sources, self.form)

@@ -11,11 +11,12 @@ from ..anatomy.storage import parameter_of
 from .base import Operator
 from .coded import Coded
 from .int4_kernel import NAME, Int4, knows
+from .remade import Remade
 
 BITS = (2, 3, 4, 8)
 
 
-class GroupedInteger(Coded):
+class GroupedInteger(Remade, Coded):
     """y = Ŵx + b, where Ŵ_ij = s_ig (q_ij - z_ig): q_ij is an integer from 0 to 2^bits - 1, g the group of column j.
 
     scale s (d_out x groups) has the model's dtype; the zero points z are integers of `bits` bits, and a symmetric one
@@ -37,7 +38,6 @@ class GroupedInteger(Coded):
         zeros = None if symmetric else torch.zeros(packed_bytes(d_out * self.groups, bits), dtype=torch.uint8)
         self.register_buffer("zeros", zeros)
         self.register_parameter("bias", nn.Parameter(torch.empty(d_out)) if bias else None)
-        self._laid_out: tuple[Any, Int4] | None = None  # and of which tensors, in which state
 
     codes: Tensor
     zeros: Tensor | None
@@ -77,11 +77,7 @@ class GroupedInteger(Coded):
 
     def _for_the_kernel(self) -> Int4:
         held = [self.codes, self.scale, *([] if self.zeros is None else [self.zeros])]
-        state = [(tensor.data_ptr(), tensor._version) for tensor in held]
-        if self._laid_out is None or self._laid_out[0] != state:
-            codes, zeros = self.integers()
-            self._laid_out = state, Int4.of(codes, self.scale.detach(), zeros, self.bits, self.group)
-        return self._laid_out[1]
+        return self.remade(held, lambda: Int4.of(*self.integers(), self.scale, self.bits, self.group))
 
     def to_dense(self) -> Tensor:
         codes, zeros = self.integers()

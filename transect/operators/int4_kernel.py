@@ -30,8 +30,8 @@ class Int4:
     group: int
 
     @classmethod
-    def of(cls, codes: Tensor, scale: Tensor, zeros: Tensor | None, bits: int, group: int) -> Int4:
-        """Of integers (d_out x d_in), scales and zero points (d_out x groups); see `GroupedInteger`."""
+    def of(cls, codes: Tensor, zeros: Tensor | None, scale: Tensor, bits: int, group: int) -> Int4:
+        """Of integers (d_out x d_in), zero points and scales (d_out x groups); see `GroupedInteger`."""
         wide = scale.float()
         zero = torch.full_like(wide, 2 ** (bits - 1)) if zeros is None else zeros.float()
         middle = 2 ** (bits - 1)  # of the integers; the kernel takes 8 off each, so fewer bits are put around its 8
@@ -53,9 +53,13 @@ class Int4:
 
 
 def knows(operator: Any) -> bool:
-    """Whether there is a kernel for this operator: bfloat16 on a CPU, and sizes that it takes."""
+    """Whether there is a kernel for this operator: bfloat16 on a CPU, and sizes that it takes.
+
+    Not for tensors made in inference mode: whether the kernel's layout still is theirs cannot be seen (`Remade`).
+    """
     return (
         operator.scale.dtype == torch.bfloat16
+        and not (operator.codes.is_inference() or operator.scale.is_inference())
         and operator.scale.device.type == "cpu"
         and operator.group in _GROUPS
         and operator.in_features % operator.group == 0
