@@ -8,6 +8,9 @@ with its defaults. All are judged alike, on held-out text: active features a tok
 explained, and features that were never active. The dictionaries are also exchanged as folders: each library reads what
 the other has written, and must compute the same.
 
+The same l1 does not give the same L0, so a second table holds SAELens' dictionaries against ours of as many active
+features, between those at the nearest l1 on either side (linearly in the logarithm of L0).
+
 Targets, at every l1: no less than 0.01 below SAELens' loss recovered, no more than 0.01 above its dead features; the
 largest difference of an output after an exchange at most 1e-4 of the largest output.
 
@@ -18,6 +21,7 @@ SAELens is no dependency. It goes into an environment of its own, beside Transec
 from __future__ import annotations
 
 import itertools
+import math
 import tempfile
 import time
 from collections.abc import Sequence
@@ -113,6 +117,15 @@ def judged(anatomy: Anatomy, layer: int, dictionary: Dictionary, text: Batches) 
     return [contexts.active / contexts.tokens, share, contexts.explained, dead]
 
 
+def at_equal_l0(figures: Sequence[list[float]], l0: float) -> list[float] | None:
+    """Our figures (rows of L0, ...) where L0 is this one; None where we have no dictionary on one side of it."""
+    for low, high in itertools.pairwise(sorted(figures)):
+        if low[0] <= l0 <= high[0] and low[0] < high[0]:
+            part = math.log(l0 / low[0]) / math.log(high[0] / low[0])
+            return [a + part * (b - a) for a, b in zip(low, high, strict=True)]
+    return None
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Train both ways, judge both on held-out text, and print the table."""
     made = parser(__doc__)
@@ -141,6 +154,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     x = vectors[0]
     rows, exchanges, met = [], [], []
+    own, others = [], []
     for weight in chosen.l1:
         one, found = replace(settings, l1=weight), {}
         with tempfile.TemporaryDirectory() as place:
@@ -157,6 +171,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 exchanges.append(difference(read, theirs, x))
                 found[f"sae-lens, lr {rate:g}"] = (read, seconds)
         figures = {name: judged(anatomy, chosen.layer, dictionary, text) for name, (dictionary, _) in found.items()}
+        own.append(figures[OURS])
         for name, (_, seconds) in found.items():
             row = [f"{value:.4f}" for value in figures[name]]
             if name == OURS:
@@ -165,6 +180,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 fine = figures[OURS][1] >= figures[name][1] - 0.01 and figures[OURS][3] <= figures[name][3] + 0.01
                 met.append(fine)
                 row.append(verdict(fine))
+                others.append((f"{weight:g}", name, figures[name]))
             rows.append([f"{weight:g}", name, *row, f"{seconds:.1f}"])
     show(
         f"Dictionaries of {ours.features} features of layer {chosen.layer} of {chosen.model} ({ours.width} numbers), "
@@ -176,6 +192,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{max(exchanges):.1e} (<= 1e-4: {verdict(max(exchanges) <= 1e-4)})."
         ],
     )
+    pairs = []
+    for l1, name, theirs in others:
+        between = at_equal_l0(own, theirs[0])
+        if between is not None:
+            each = [f"{value:.4f}" for pair in zip(theirs[1:], between[1:], strict=True) for value in pair]
+            pairs.append([l1, name, f"{theirs[0]:.4f}", *each])
+    heading = ["recovered", "ours", "explained", "ours", "dead", "ours"]
+    show("At as many active features a token", ["l1", "by", "L0", *heading], pairs)
 
 
 if __name__ == "__main__":

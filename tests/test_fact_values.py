@@ -62,6 +62,28 @@ def test_values_of_many_requests_are_those_of_each_alone(point: Any, layer: int)
         torch.testing.assert_close(start[number], m[0], rtol=0, atol=1e-10)
 
 
+def test_those_still_searched_go_on_alone(monkeypatch: pytest.MonkeyPatch):
+    """Once half of the requests have values that are good enough, with the same values as each of them alone."""
+    specimen = specimen_of(count=4)
+    specimen.model.requires_grad_(False)
+    wanted, prefixes = requests(specimen, "injection"), prefixes_of(specimen, 2)
+    search = Search(40, 0.3, 0.01, 0.0, 100.0, lowers=False)
+    at_once: list[int] = []
+    behind = Rows.behind
+
+    def watched(rows: Rows, *args: Any) -> Any:
+        at_once.append(rows.requests)
+        return behind(rows, *args)
+
+    monkeypatch.setattr(Rows, "behind", watched)
+    monkeypatch.setattr("transect.editing.values._ENOUGH", 3.12)  # which random weights reach, some sooner than others
+    together, _ = values(specimen, rows_of(specimen, wanted, prefixes, True), "residual", 1, search)
+    assert at_once == [4, 2, 1]
+    for number, one in enumerate(wanted):
+        alone, _ = values(specimen, rows_of(specimen, [one], prefixes, True), "residual", 1, search)
+        torch.testing.assert_close(together[number], alone[0], rtol=0, atol=1e-6)
+
+
 def test_values_lower_the_loss_written_out():
     """A few steps of Adam on one prompt at a time, with KL(edited || original) term by term."""
     specimen = specimen_of(count=1)

@@ -69,17 +69,22 @@ class Rows:
         share[self.owner[rows], rows.nonzero()[:, 0]] = 1
         return (share @ values) / share.sum(1).clamp_min(1).view(-1, *[1] * (values.dim() - 1))
 
+    def of(self, requests: Tensor) -> Rows:
+        """The rows of some requests (n of them, in ascending order), which are numbered anew."""
+        number = torch.full((self.requests,), -1, device=self.ids.device)
+        number[requests] = torch.arange(len(requests), device=self.ids.device)
+        chosen = number[self.owner] >= 0
+        return replace(
+            self, ids=self.ids[chosen], targets=self.targets[chosen], owner=number[self.owner][chosen],
+            edit=self.edit[chosen], last=self.last[chosen], tokens=self.tokens[chosen], kind=self.kind[chosen],
+            noise=None if self.noise is None else self.noise[chosen],
+        )  # fmt: skip
+
     def parts(self, tokens: int) -> Iterator[Rows]:
         """Whole requests, some at a time, at most about `tokens` positions together."""
-        counts = self.owner.bincount()
-        step = max(1, tokens // max(1, int(counts.max()) * self.ids.shape[1]))
-        for start in range(0, self.requests, step):
-            chosen = (self.owner >= start) & (self.owner < start + step)
-            yield replace(
-                self, ids=self.ids[chosen], targets=self.targets[chosen], owner=self.owner[chosen] - start,
-                edit=self.edit[chosen], last=self.last[chosen], tokens=self.tokens[chosen], kind=self.kind[chosen],
-                noise=None if self.noise is None else self.noise[chosen],
-            )  # fmt: skip
+        step = max(1, tokens // max(1, int(self.owner.bincount().max()) * self.ids.shape[1]))
+        for some in torch.arange(self.requests, device=self.ids.device).split(step):
+            yield self.of(some)
 
     def logits(self, specimen: Specimen, changes: Mapping[tuple[str, int], Any] | None = None) -> Tensor:
         """Logits (n x T x V) of the model, with the rows' noise and under other changes."""

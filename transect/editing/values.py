@@ -61,31 +61,18 @@ def _values(specimen: Specimen, rows: Rows, point: Point, layer: int, search: Se
     # δ in units of m₀'s entries, since Adam's steps do not depend on the size of its gradients
     change = torch.zeros(start.shape, dtype=dtype, device=start.device, requires_grad=True)
     optimizer = torch.optim.Adam([change], lr=search.rate)
-    first = min(layer, specimen.layers - 1)  # what leaves the last block is changed where it runs
-    rows, feed = rows.behind(specimen, first)
-    essence = rows.kind == ESSENCE
-    answers = rows.answer_places
-    places = torch.cat([answers.flatten(), rows.places[essence]])
-    before: Tensor | None = None
+    searched = torch.arange(rows.requests, device=start.device)
+    running = _Losses(specimen, rows, point, layer, search)
     done = torch.zeros(rows.requests, dtype=torch.bool, device=start.device)
-    changes: dict[tuple[str, int], Any] = {}
     for step in range(search.steps):
         with torch.enable_grad():
-            delta = change * unit
-            changes[(point, layer)] = rows.adding(delta)
-            logits = rows.logits_behind(specimen, feed, first, changes, places)
-            said, alone = logits[: answers.numel()].unflatten(0, answers.shape), logits[answers.numel() :]
-            loss = rows.in_context(rows.answer_losses(rows.answer_log_probabilities_at(said), search.lowers))
+            delta = (change * unit)[searched]
+            answers, drifts = running.of(delta)
             if step == 0:
-                _check_reach(loss, change, point, layer)
-            if search.drift and essence.any():
-                drifted = wide(alone).log_softmax(-1)
-                before = drifted.detach() if before is None else before
-                apart = torch.nn.functional.kl_div(before, drifted, log_target=True, reduction="none").sum(1)
-                loss = loss.index_add(0, rows.owner[essence], search.drift * apart.to(loss))
-            loss = loss + search.decay * delta.norm(dim=1) / size[:, 0].square()
+                _check_reach(answers, change, point, layer)
+            loss = answers + drifts + search.decay * delta.norm(dim=1) / size[searched, 0].square()
             if not search.lowers:
-                done = done | (loss.detach() < _ENOUGH)
+                done[searched] |= loss.detach() < _ENOUGH
             if done.all():
                 break
             (change.grad,) = torch.autograd.grad(loss.sum(), change)
@@ -95,7 +82,49 @@ def _values(specimen: Specimen, rows: Rows, point: Point, layer: int, search: Se
             change[done] = kept[done]
             length = (change * unit).norm(dim=1, keepdim=True)
             change *= (search.longest * size / length.clamp_min(1e-30)).clamp_max(1)
+        if 2 * int((~done).sum()) <= len(searched):  # the others alone go on
+            left = (~done[searched]).nonzero()[:, 0]
+            searched, running = searched[left], running.only(left)
     return (change * unit).detach().double(), start
+
+
+class _Losses:
+    """What the answers and the drift of some requests cost under changes of a value; only what is behind them runs.
+
+    said: log-probabilities at the subject alone without a change, of the rows that are ESSENCE; None: not yet known.
+    """
+
+    def __init__(
+        self, specimen: Specimen, rows: Rows, point: Point, layer: int, search: Search, said: Tensor | None = None
+    ) -> None:
+        self.specimen, self.whole, self.point, self.layer, self.search = specimen, rows, point, layer, search
+        self.first = min(layer, specimen.layers - 1)  # what leaves the last block is changed where it runs
+        self.rows, self.feed = rows.behind(specimen, self.first)
+        self.essence = rows.kind == ESSENCE
+        self.answers = self.rows.answer_places
+        self.places = torch.cat([self.answers.flatten(), self.rows.places[self.essence]])
+        self.said = said
+
+    def of(self, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """Means over contexts of the answers' losses, and the weighted divergences (N each) under δ (N x d)."""
+        rows, count = self.rows, self.answers.numel()
+        changes: dict[tuple[str, int], Any] = {(self.point, self.layer): rows.adding(delta)}
+        logits = rows.logits_behind(self.specimen, self.feed, self.first, changes, self.places)
+        total = rows.answer_log_probabilities_at(logits[:count].unflatten(0, self.answers.shape))
+        answers = rows.in_context(rows.answer_losses(total, self.search.lowers))
+        drifts = torch.zeros_like(answers)
+        if self.search.drift and self.essence.any():
+            drifted = wide(logits[count:]).log_softmax(-1)
+            self.said = drifted.detach() if self.said is None else self.said
+            apart = torch.nn.functional.kl_div(self.said, drifted, log_target=True, reduction="none").sum(1)
+            drifts = drifts.index_add(0, rows.owner[self.essence], self.search.drift * apart.to(drifts))
+        return answers, drifts
+
+    def only(self, requests: Tensor) -> _Losses:
+        """The same for some of the requests."""
+        kept = torch.isin(self.rows.owner[self.essence], requests)
+        said = None if self.said is None else self.said[kept]
+        return _Losses(self.specimen, self.whole.of(requests), self.point, self.layer, self.search, said)
 
 
 def _check_reach(loss: Tensor, change: Tensor, point: Point, layer: int) -> None:
