@@ -132,6 +132,25 @@ def test_values_stay_within_their_length_and_raise_the_answer():
 
 
 @pytest.mark.parametrize("problem", ["injection", "forcing"])
+def test_rows_of_some_requests_are_as_without_the_others(problem: Problem):
+    """Whose answers are longer than theirs."""
+    specimen = specimen_of(count=3)
+    first, *others = specimen.facts
+    longer = replace(first, answer="w8 w9 w8", new_answer="w8 w9 w8")
+    specimen = replace(specimen, known_facts=[longer, *others])
+    wanted, prefixes = requests(specimen, problem), prefixes_of(specimen, 2)
+    rows = rows_of(specimen, wanted, prefixes, True)
+    some, alone = rows.of(torch.tensor([1, 2])), rows_of(specimen, wanted[1:], prefixes, True)
+    assert rows.targets.shape[1] == 3 and some.targets.shape[1] == 1
+    assert torch.equal(some.ids[:, : alone.ids.shape[1]], alone.ids)
+    for field in ("targets", "owner", "edit", "last", "tokens", "kind"):
+        assert torch.equal(getattr(some, field), getattr(alone, field)), field
+    with torch.no_grad():
+        found, expected = (one.answer_log_probabilities(one.logits(specimen)) for one in (some, alone))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("problem", ["injection", "forcing"])
 @pytest.mark.parametrize("name", CAUSAL)
 def test_logits_behind_a_layer_are_those_of_the_whole_model(name: str, problem: Problem):
     """In contexts of several lengths, or with noise on the subject, and a change at the layer."""

@@ -74,10 +74,10 @@ class Rows:
         number = torch.full((self.requests,), -1, device=self.ids.device)
         number[requests] = torch.arange(len(requests), device=self.ids.device)
         chosen = number[self.owner] >= 0
-        return replace(
-            self, ids=self.ids[chosen], targets=self.targets[chosen], owner=number[self.owner][chosen],
-            edit=self.edit[chosen], last=self.last[chosen], tokens=self.tokens[chosen], kind=self.kind[chosen],
-            noise=None if self.noise is None else self.noise[chosen],
+        tokens = self.tokens[chosen]
+        return Rows(
+            self.ids[chosen], self.targets[chosen, : int(tokens.max())], number[self.owner][chosen], self.edit[chosen],
+            self.last[chosen], tokens, self.kind[chosen], None if self.noise is None else self.noise[chosen],
         )  # fmt: skip
 
     def parts(self, tokens: int) -> Iterator[Rows]:

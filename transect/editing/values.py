@@ -97,7 +97,8 @@ class _Losses:
     def __init__(
         self, specimen: Specimen, rows: Rows, point: Point, layer: int, search: Search, said: Tensor | None = None
     ) -> None:
-        self.specimen, self.whole, self.point, self.layer, self.search = specimen, rows, point, layer, search
+        self.specimen, self.whole, self.layer, self.search = specimen, rows, layer, search
+        self.point: Point = point
         self.first = min(layer, specimen.layers - 1)  # what leaves the last block is changed where it runs
         self.rows, self.feed = rows.behind(specimen, self.first)
         self.essence = rows.kind == ESSENCE
