@@ -52,7 +52,7 @@ def test_erasing_a_token_reaches_only_what_comes_after_it():
     where = torch.zeros_like(ids, dtype=torch.bool)
     where[:, 10] = True
     moved = (erased(one, ids, 1, where, torch.zeros(32), 0) - continued(one, ids, 0)).abs().amax(-1)
-    assert moved[:, :10].max() == 0
+    assert moved[:, :10].max() <= 1e-12
     assert moved[:, 10:].min() > 0
 
 
