@@ -156,7 +156,7 @@ def test_tokens_in_front_are_left_out_and_change_nothing(name, kind, monkeypatch
     runs = Runs(specimen, fact, kind, 1.0, 2, 0)
     assert [runs._behind_token(token).start for token in (0, 2, 5)] == [0, 2, 5]
     found = trace(specimen, fact, **asked)
-    monkeypatch.setattr("transect.probes.tracing.first_of", lambda *given: None)
+    monkeypatch.setattr("transect.forward.behind.first_of", lambda *given: None)
     whole = trace(specimen, fact, **asked)
     assert Runs(specimen, fact, kind, 1.0, 2, 0)._behind_token(5).start == 0
     torch.testing.assert_close(found.effects, whole.effects, rtol=1e-8, atol=1e-12)
@@ -169,7 +169,7 @@ def test_where_layers_choose_among_all_tokens_all_are_run(monkeypatch):
     model = transect.convert(specimen.model, "p-mod", torch.randint(1, 40, (8, 16)), settings=settings, steps=0).model
     routed = Specimen(Anatomy(model), tokenizer(), known_facts=specimen.facts)
     found = trace(routed, routed.facts[0], samples=3)
-    monkeypatch.setattr("transect.probes.tracing.first_of", lambda *given: None)
+    monkeypatch.setattr("transect.forward.behind.first_of", lambda *given: None)
     whole = trace(routed, routed.facts[0], samples=3)
     assert whole.effects.abs().max() > 1e-6
     torch.testing.assert_close(found.effects, whole.effects, rtol=1e-8, atol=1e-12)

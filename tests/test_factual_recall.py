@@ -108,9 +108,9 @@ def test_path_patching_by_brute_force(variant, freeze_mlps):
     assert heads.shape == (3, 4, 12) and mlps.shape == (3, 12)
     for sender in ((0, 1), (1, 3), (2, 2)):
         expected = brute_force(specimen, task, states, new, sender, freeze_mlps, metric)
-        torch.testing.assert_close(heads[sender], expected, rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(heads[sender], expected, rtol=1e-5, atol=1e-6)  # Llama's norms are float32
     expected = brute_force(specimen, task, states, new, (1, None), freeze_mlps, metric)
-    torch.testing.assert_close(mlps[1], expected, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(mlps[1], expected, rtol=1e-5, atol=1e-6)
     assert (heads - metric(states.logits, torch.arange(12))).abs().max() > 1e-4
     assert no_hooks(specimen.model)
 
@@ -122,7 +122,8 @@ def test_path_patching_limits(name, monkeypatch):
     original = metric(states.logits, torch.arange(12))
     assert torch.equal(original, states.logits[torch.arange(12), task.answers])
     heads, mlps = path_patched(specimen, task, states, states, metric)  # the senders say what they said
-    assert percent(heads, original).abs().max() < 1e-8 and percent(mlps, original).abs().max() < 1e-8
+    tiny = 1e-8 if name == "gpt2" else 1e-4  # norms or rotations in float32
+    assert percent(heads, original).abs().max() < tiny and percent(mlps, original).abs().max() < tiny
     new = senders_of(states, task.other, "example")
     whole = path_patched(specimen, task, states, new, metric)
     monkeypatch.setattr(import_module("transect.probes.catalog.factual_recall.path_patching"), "_TOKENS", 1)
@@ -135,7 +136,21 @@ def test_path_patching_limits(name, monkeypatch):
     states = states_of(specimen, task)
     heads, _ = path_patched(specimen, task, states, senders_of(states, task.other, "mean"), metric)
     scores = percent(heads, metric(states.logits, torch.arange(12)))
-    assert scores[1, 1].abs() < 1e-8 and scores[1, 2].abs() > 1e-5
+    assert scores[1, 1].abs() < tiny / 10 and scores[1, 2].abs() > tiny
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_the_last_token_alone_says_what_whole_prompts_do(name, monkeypatch):
+    specimen, task, states = problem(name)
+    metric, new = answer_metric(task, "difference"), senders_of(states, task.other, "example")
+    receivers = [("residual", 2, slice(None)), ("mlp", 1, slice(0, 8))]
+    given = [{}, {"freeze_mlps": True, "receivers": receivers}]
+    found = [path_patched(specimen, task, states, new, metric, **one) for one in given]
+    monkeypatch.setattr("transect.forward.behind.first_of", lambda *given: None)
+    for alone, one in zip(found, given, strict=True):
+        whole = path_patched(specimen, task, states, new, metric, **one)
+        for a, b in zip(alone, whole, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
 def test_receivers_of_everything_that_a_layer_reads():
@@ -288,7 +303,7 @@ def test_prompts_of_different_lengths():
         torch.testing.assert_close(states.looking[2][number], seen.patterns[2][0, :, -1, task.subjects[number]])
     metric = answer_metric(task, "difference")
     heads, _ = path_patched(specimen, task, states, states, metric)
-    torch.testing.assert_close(heads[1, 2], metric(states.logits, torch.arange(12)))
+    torch.testing.assert_close(heads[1, 2], metric(states.logits, torch.arange(12)), rtol=1e-5, atol=1e-6)
 
 
 def test_a_parallel_mlp_is_split_by_the_heads_of_the_layer_before():

@@ -1,6 +1,7 @@
 """Running the user's own model: what it predicts, what can be watched and changed meanwhile, and single blocks."""
 
 from .answers import answer_log_probabilities, continuations, next_logits, recitations
+from .behind import Behind
 from .blocks import Call, Feed, feeds_of, put_out, run_at, run_block, run_blocks, stopping_behind
 from .change import changed
 from .description import Check, check_architecture, check_description
@@ -17,6 +18,7 @@ from .wide import computing_wide
 __all__ = [
     "POINTS",
     "Batch",
+    "Behind",
     "Call",
     "Check",
     "Feed",

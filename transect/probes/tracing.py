@@ -14,16 +14,13 @@ from torch import Tensor
 from ..data import Fact, Specimen
 from ..errors import BadData, NotApplicable
 from ..forward import (
-    Feed,
+    Behind,
     Point,
     Seen,
     changed,
-    feeds_of,
-    first_of,
     put_out,
     recitations,
     run_and_keep,
-    run_at,
     watch,
 )  # fmt: skip
 
@@ -117,7 +114,7 @@ class Runs:
         self.noise = subject_noise(specimen, fact, noise, samples, seed).to(specimen.model.device)
         self.point: Point = "residual" if kind == "block" else kind
         self.after = 1 if kind == "block" else 0  # what block l puts out is what enters l + 1
-        self._behind: dict[int, _Behind] = {}
+        self._behind: dict[int, Behind] = {}
         clean, _ = self._seen({})
         self.clean = float(self._answer(clean.residual[specimen.layers]))
         activations: dict[int, Tensor] = getattr(clean, self.point)
@@ -152,7 +149,7 @@ class Runs:
             cache = run_and_keep(self.specimen.model, self._batch(rows))
         return seen, cache
 
-    def _restored(self, behind: _Behind, blocks: list[int], restore: Tensor) -> Tensor:
+    def _restored(self, behind: Behind, blocks: list[int], restore: Tensor) -> Tensor:
         """What the last block leaves (n samples x tokens x d) in noisy runs, every draw in turn.
 
         blocks: where each run begins to differ, in ascending order: it joins the batch there. restore: n x T x L.
@@ -175,21 +172,11 @@ class Runs:
         return hidden if last is None else last(hidden)
 
     @torch.no_grad()
-    def _behind_token(self, start: int) -> _Behind:
-        """The blocks on the tokens from `start` on, as they are in the noisy runs; on all where the model has no cache
-        of keys and values that gives the same (one whose layers choose among tokens sees others then)."""
+    def _behind_token(self, start: int) -> Behind:
+        """The blocks on the tokens from `start` on, as they are in the noisy runs."""
         if start not in self._behind:
-            anatomy, noisy = self.specimen.anatomy, self.corrupted
-            past = first_of(self._cache, start, len(self.ids) - 1) if start else None
-            behind = _Behind(anatomy, self.ids[:-1], 0 if past is None else start, past)
-            if past is not None:
-                hidden = noisy[0][:, start:]
-                for layer in range(self.specimen.layers):
-                    hidden = behind.run(layer, hidden)
-                expected = noisy[-1][:, start:]
-                if float((hidden - expected).norm()) > torch.finfo(hidden.dtype).eps ** 0.5 * float(expected.norm()):
-                    behind = _Behind(anatomy, self.ids[:-1], 0, None)
-            self._behind[start] = behind
+            ids, noisy = self._batch(len(self.noise))["input_ids"], dict(enumerate(self.corrupted))
+            self._behind[start] = Behind(self.specimen.anatomy, ids, start, self._cache, noisy)
         return self._behind[start]
 
     def _batch(self, rows: int) -> dict[str, Tensor]:
@@ -207,22 +194,6 @@ class Runs:
             logits = self.specimen.model(**batch, use_cache=False).logits
         chosen = answer.expand(len(hidden), -1)[..., None]
         return logits.double().log_softmax(-1).gather(-1, chosen)[..., 0].sum(1).exp()
-
-
-class _Behind:
-    """The blocks on copies of a sequence's tokens from `start` on; past: those in front, for which nothing is run."""
-
-    def __init__(self, anatomy: Any, ids: Tensor, start: int, past: Any) -> None:
-        self.anatomy, self.ids, self.start, self.past = anatomy, ids, start, past
-        self._feeds: dict[int, Feed] = {}
-
-    def run(self, layer: int, hidden: Tensor) -> Tensor:
-        """The residual stream (B x tokens x d) after a block."""
-        rows = len(hidden)
-        if rows not in self._feeds:
-            batch = {"input_ids": self.ids[self.start :].expand(rows, -1)}
-            (self._feeds[rows],) = feeds_of(self.anatomy, [batch], self.past)
-        return run_at(self.anatomy, self._feeds[rows], layer, hidden)
 
 
 def _first(marked: Tensor, none: int) -> Tensor:

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...data import Specimen
 from ...forward import answer_log_probabilities, changed
 from ...probes.catalog.factual_recall.application import ALPHAS, DIRECTIONS, applied, is_function, summary, told
 from ...probes.catalog.factual_recall.last_layer import answer_probabilities, fixes, frequent_direction, last_mlp
@@ -36,8 +35,8 @@ def task_head(context: Context) -> Result:
     """
     specimen = context.specimen
     rows, differences, drops, controls = [], [], [], []
-    for one in _recalled(specimen):
-        layer, head, _ = _top_head(specimen, one)
+    for one in _recalled(context):
+        layer, head, _ = _top_head(context, one)
         facts = list(one.task.facts)[1::2]
         pairs = [(specimen.encode(fact.text), specimen.continuation(fact.text, fact.answer)) for fact in facts]
         whole = answer_log_probabilities(specimen.model, pairs).exp()
@@ -78,10 +77,9 @@ def task_head(context: Context) -> Result:
 )
 def reading_head(context: Context) -> Result:
     """Pearson's correlation over the facts of a prompt; it has to be positive for every prompt."""
-    specimen = context.specimen
     rows = []
-    for one in _recalled(specimen):
-        layer, head, change = _top_head(specimen, one)
+    for one in _recalled(context):
+        layer, head, change = _top_head(context, one)
         rows.append(
             {
                 "task": one.task.prompt, "head": f"{layer}.{head}", "metric change %": change,
@@ -110,7 +108,7 @@ def reading_head(context: Context) -> Result:
 def mlp_answers(context: Context) -> Result:
     """At the layer whose own part raises the answer's logit most; `most facts` is more than half. The split is ours."""
     rows = []
-    for one in _recalled(context.specimen):
+    for one in _recalled(context):
         if not one.splits:
             raise NotApplicable("no MLP of the model reads heads that a split could name")
         layer = answering_layer(one.numbers)
@@ -147,8 +145,8 @@ def function_application(context: Context) -> Result:
     """
     specimen = context.specimen
     rows, said, acts = [], [], []
-    for one in _recalled(specimen):
-        path, layer = _path(specimen, one, slice(None)), answering_layer(one.numbers)
+    for one in _recalled(context):
+        path, layer = _path(context, one, slice(None)), answering_layer(one.numbers)
         found = applied(specimen, one, path)
         said.append(told(one.task, found, layer))
         acts.append(is_function(found, layer, "heads"))
@@ -171,7 +169,7 @@ def function_application(context: Context) -> Result:
 def last_layer_suppression(context: Context) -> Result:
     """The change is chosen on every other fact and reported on the rest."""
     specimen = context.specimen
-    found = _recalled(specimen)
+    found = _recalled(context)
     last = last_mlp(specimen)
     facts = [fact for one in found for fact in one.task.facts]
     adds = torch.cat(
@@ -196,26 +194,33 @@ def last_layer_suppression(context: Context) -> Result:
     )
 
 
-def _recalled(specimen: Specimen) -> list[Recall]:
-    specimen.require_causal()
-    return [recall(specimen, task) for task in tasks_of(specimen, _TASKS, _FACTS)]
+def _recalled(context: Context) -> list[Recall]:
+    """What every prompt's facts show, once for all claims."""
+    if "factual-recall" not in context.shared:
+        specimen = context.specimen
+        specimen.require_causal()
+        context.shared["factual-recall"] = [recall(specimen, task) for task in tasks_of(specimen, _TASKS, _FACTS)]
+    return context.shared["factual-recall"]
 
 
-def _top_head(specimen: Specimen, one: Recall) -> tuple[int, int, float]:
+def _top_head(context: Context, one: Recall) -> tuple[int, int, float]:
     """Layer and number of the head whose patch lowers the metric most on every other fact, and by how many percent."""
-    scores = _path(specimen, one, slice(None, None, 2))
+    scores = _path(context, one, slice(None, None, 2))
     if scores.isnan().all():
         raise NotApplicable("the model has no attention left")
     layer, head = divmod(int(scores.nan_to_num(torch.inf).argmin()), scores.shape[1])
     return layer, head, float(scores[layer, head])
 
 
-def _path(specimen: Specimen, one: Recall, facts: slice) -> Tensor:
+def _path(context: Context, one: Recall, facts: slice) -> Tensor:
     """Change of the metric in percent when each head is patched, over some of the facts (L x most heads)."""
-    metric = answer_metric(one.task, "difference")
-    new = senders_of(one.states, one.task.other, "mean")
-    patched, _ = path_patched(specimen, one.task, one.states, new, metric)
-    original = metric(one.states.logits, torch.arange(len(one.task.facts)))
+    key = f"factual-recall {one.task.prompt}"
+    if key not in context.shared:
+        metric = answer_metric(one.task, "difference")
+        new = senders_of(one.states, one.task.other, "mean")
+        patched, _ = path_patched(context.specimen, one.task, one.states, new, metric)
+        context.shared[key] = patched, metric(one.states.logits, torch.arange(len(one.task.facts)))
+    patched, original = context.shared[key]
     return percent(patched[..., facts], original[facts])
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ....anatomy import Anatomy
 from ....data import Specimen
-from ....forward import changed, last_logits, watch
+from ....forward import Behind, changed, last_logits, put_out, run_and_keep, watch
 from .last_token import States, Task, by_length
 
 Variant = Literal["mean", "example"]
@@ -62,14 +62,14 @@ def path_patched(
     heads = torch.full((layers, max(sizes.values(), default=0), len(task.prompts)), torch.nan, dtype=torch.float64)
     mlps = torch.full((layers, len(task.prompts)), torch.nan, dtype=torch.float64)
     for numbers in by_length(task.prompts):
-        ids = torch.stack([task.prompts[number] for number in numbers])
-        count = max(1, _TOKENS // ids.numel())  # senders at a time
+        whole = _Whole(anatomy, torch.stack([task.prompts[number] for number in numbers]))
+        count = max(1, _TOKENS // whole.tokens)  # senders at a time
         for layer in range(layers):
             senders: list[int | None] = [*range(sizes.get(layer, 0)), *([None] if layer in states.mlp else [])]
             for start in range(0, len(senders), count):
                 some = senders[start : start + count]
                 values = _values(states, new, numbers, layer, some, anatomy.head_size, freeze_mlps)
-                logits = _received(anatomy, ids.repeat(len(some), 1), values, receivers)
+                logits = _received(whole, layer, len(some), values, receivers)
                 found = metric(logits, torch.tensor(numbers).repeat(len(some))).view(len(some), -1)
                 for sender, row in zip(some, found, strict=True):
                     (mlps[layer] if sender is None else heads[layer, sender])[numbers] = row
@@ -99,16 +99,43 @@ def _values(
     return changes
 
 
+class _Whole:
+    """One pass over the original prompts (n x T), and runs of copies of them that differ at the last token alone."""
+
+    def __init__(self, anatomy: Anatomy, ids: Tensor) -> None:
+        self.anatomy, self.ids = anatomy, ids.to(anatomy.model.device)
+        with watch(anatomy, ["residual"]) as seen:
+            cache = run_and_keep(anatomy.model, {"input_ids": self.ids})
+        self.behind = Behind(anatomy, self.ids, ids.shape[1] - 1, cache, seen.residual)
+        self.streams = {layer: x[:, self.behind.start :] for layer, x in seen.residual.items()}
+
+    @property
+    def tokens(self) -> int:
+        """How many are run for one copy."""
+        return self.streams[0].shape[0] * self.streams[0].shape[1]
+
+    def logits(self, first: int, copies: int) -> Tensor:
+        """Of the last token (B x V), from the first block on that differs."""
+        hidden = self.streams[first].repeat(copies, 1, 1)
+        for layer in range(first, len(self.anatomy.block_list)):
+            hidden = self.behind.run(layer, hidden)
+        with put_out(self.anatomy, hidden[:, -1:]):
+            return last_logits(self.anatomy.model, self.ids[:, -1:].repeat(copies, 1))[:, 0]
+
+
 def _received(
-    anatomy: Anatomy, ids: Tensor, changes: Mapping[tuple[str, int], Any], receivers: Sequence[Receiver]
+    whole: _Whole, first: int, copies: int, changes: Mapping[tuple[str, int], Any], receivers: Sequence[Receiver]
 ) -> Tensor:
-    """Logits of the last token (B x V) once the receivers have got what the changes send them."""
+    """Logits of the last token (B x V) once the receivers have got what the changes send them.
+
+    first: the layer of the senders, of which there are so many copies.
+    """
+    anatomy = whole.anatomy
     points: Any = list(dict.fromkeys(point for point, _, _ in receivers))
     at = dict.fromkeys((point, layer) for point, layer, _ in receivers)
-    layers = {layer for _, layer in at}
-    ids = ids.to(anatomy.model.device)
-    with changed(anatomy, changes), watch(anatomy, points, sorted(layers)) as seen:
-        logits = last_logits(anatomy.model, ids)[:, 0]
+    layers = sorted({layer for _, layer in at})
+    with changed(anatomy, changes), watch(anatomy, points, layers) as seen:
+        logits = whole.logits(min([first, *layers]), copies)
     if receivers:
         passed: dict[tuple[str, int], Any] = {}
         for point, layer in at:
@@ -119,7 +146,7 @@ def _received(
                     which[:, entries] = True
             passed[point, layer] = at_the_end(value, which)
         with changed(anatomy, passed):
-            logits = last_logits(anatomy.model, ids)[:, 0]
+            logits = whole.logits(layers[0], copies)
     return logits.double().cpu()
 
 
