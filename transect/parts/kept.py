@@ -72,10 +72,13 @@ class KeptLayer(BatchFirst, DynamicLayer):
             self.keys = key_states.new_zeros(len(self.places), key_states.shape[1], 0, key_states.shape[3])
             self.values = value_states.new_zeros(len(self.places), value_states.shape[1], 0, value_states.shape[3])
         row, at = self._real
+        every = len(self._rows) == len(self.places)
         for name, new in (("keys", key_states), ("values", value_states)):
             kept = _wider(getattr(self, name), 2, self.places.shape[1], 0)
             kept = kept.transpose(1, 2).index_put((self._rows[row], self._into), new.transpose(1, 2)[row, at])
             setattr(self, name, kept.transpose(1, 2))
+        if every:
+            return self.keys, self.values  # type: ignore[return-value]
         return self.keys[self._rows], self.values[self._rows]  # type: ignore[index]
 
     def forget(self, rows: Tensor) -> None:
@@ -88,13 +91,19 @@ class KeptLayer(BatchFirst, DynamicLayer):
         if self.is_initialized:
             self.keys, self.values = self.keys[:, :, :size].clone(), self.values[:, :, :size].clone()  # type: ignore
 
-    def whole(self, count: int) -> bool:
-        """Whether every sequence has kept all positions so far. count: of the batch."""
-        if self.seen == 0:
-            return True
+    @property
+    def even(self) -> bool:
+        """Whether every sequence has kept as many positions as the others."""
         places = self.places
-        # A sequence's places are filled from the front: it has all where the last one is.
-        return places is not None and places.shape == (count, self.seen) and bool((places[:, -1] >= 0).all())
+        if places is None:
+            return self.seen == 0
+        # A sequence's places are filled from the front.
+        return places.shape[1] == 0 or bool((places[:, -1] >= 0).all())
+
+    @property
+    def held(self) -> int:
+        """How many positions a sequence has kept, at most."""
+        return 0 if self.places is None else self.places.shape[1]
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> None:
         self.state = {name: change(tensor) for name, tensor in self.state.items()}
@@ -155,15 +164,20 @@ def run_kept(
     cached. gain: (B x N), by which the output of the module `adds` in the block is multiplied.
     """
     batch, count = kept.shape
-    past, whole = (0, True) if layer is None else (layer.seen, layer.whole(batch))
+    past, held, even = (0, 0, True) if layer is None else (layer.seen, layer.held, layer.even)
     mask = given.get("attention_mask")
     # The mask of a window may be shorter than what is kept.
-    full = mask is None or (isinstance(mask, Tensor) and mask.shape[-1] == past + count)
-    if whole and full and bool(kept.all()):
+    full = held == past and (mask is None or (isinstance(mask, Tensor) and mask.shape[-1] == past + count))
+    if even and (full or layer is not None) and bool(kept.all()):  # nothing to gather, and keys of one length
+        chosen = dict(given)
         if layer is not None:
             layer.expect_all(kept)
+        if layer is not None and not full and not (mask is None and count == 1):  # one token sees all that was kept
+            rows, index = torch.arange(batch, device=x.device), torch.arange(count, device=x.device).expand(batch, -1)
+            assert layer.places is not None
+            chosen["attention_mask"] = mask_among(mask, rows, index, kept, layer.places, past, (batch, count))
         with _multiplied(adds, gain):
-            return block(x, **given)
+            return block(x, **chosen)
     rows = kept.any(1).nonzero()[:, 0]  # R
     if not len(rows):
         return x
