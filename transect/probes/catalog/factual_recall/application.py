@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -61,25 +62,30 @@ def applied(specimen: Specimen, one: Recall, path: Tensor) -> Application:
     """
     specimen.require_contributions()
     task, mean = one.task, read_by_mlps(specimen, one.states)
-    count = len(task.facts)
-    shape = (specimen.layers, len(DIRECTIONS), len(ALPHAS), count)
-    rank, first, other_rank, other_first = torch.full((4, *shape), torch.nan, dtype=torch.float64)
-    answers, order = task.answers.unique(return_inverse=True)
+    count, tries = len(task.facts), len(DIRECTIONS) * len(ALPHAS)
     named = {"stream": {layer: x - x.mean(0) for layer, x in mean.items()}}
     named["word"] = words(one, named["stream"])
     named["heads"] = heads(specimen, one, path)
-    for number, name in enumerate(DIRECTIONS):
-        for column, alpha in enumerate(ALPHAS):
-            streams = {layer: mean[layer].mean(0) + alpha * x for layer, x in named[name].items()}
-            for layer, output in outputs(specimen, task, one.states, streams).items():
-                at = layer, number, column
-                among = one.attribution.normed(output) @ one.attribution.rows(answers).T  # N x answers
-                best = among.argmax(1)
-                rank[at] = one.attribution.ranks(output, task.answers).double()
-                first[at] = (best == order).double()
-                from_other = output[task.other]
-                other_rank[at] = one.attribution.ranks(from_other, task.answers).double()
-                other_first[at] = (best[task.other] == order).double()
+    made: dict[int, Tensor] = {}  # what the MLP of each layer adds (N x tries x d), NaN where it has nothing to read
+    for place, (name, alpha) in enumerate(product(DIRECTIONS, ALPHAS)):
+        streams = {layer: mean[layer].mean(0) + alpha * x for layer, x in named[name].items()}
+        for layer, output in outputs(specimen, task, one.states, streams).items():
+            if layer not in made:
+                made[layer] = output.new_full((count, tries, output.shape[1]), torch.nan)
+            made[layer][:, place] = output
+    found = torch.full((4, specimen.layers, tries, count), torch.nan, dtype=torch.float64)
+    answers, order = task.answers.unique(return_inverse=True)
+    # Two questions of every try: where the subject's own answer is, and where that is with another subject's output.
+    numbers = torch.arange(count)
+    rows, asked = torch.cat([numbers, task.other])[:, None] * tries + torch.arange(tries), task.answers.repeat(2)
+    for layer, output in made.items():
+        ranks = one.attribution.ranks(output, asked.repeat_interleave(tries), rows.flatten()).double()
+        best = (one.attribution.normed(output) @ one.attribution.rows(answers).T).argmax(-1)  # N x tries
+        own, other = ranks.view(2, count, tries)
+        values = (own, best == order[:, None], other, best[task.other] == order[:, None])
+        given = ~output.isnan().any(-1).any(0)  # tries
+        found[:, layer, given] = torch.stack([x.double().T for x in values])[:, given]
+    rank, first, other_rank, other_first = found.unflatten(2, (len(DIRECTIONS), len(ALPHAS)))
     return Application(rank, first, other_rank, other_first)
 
 

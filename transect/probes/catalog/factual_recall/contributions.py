@@ -77,15 +77,19 @@ class Attribution:
         """The directions of the stream (N x d) that raise these tokens' logits, above the mean token."""
         return self._centred(self.rows(tokens).to(self.gain) * self.gain)
 
-    def ranks(self, part: Tensor, tokens: Tensor) -> Tensor:
-        """Place of each prompt's token (N) in the vocabulary, 1 for the first, as its part (N x d) orders it (N)."""
-        weight, normed = self.lens.weight, self.normed(part)
-        own = (normed * weight[tokens.to(weight.device)].to(normed)).sum(1, keepdim=True)
-        above = torch.zeros(len(part), dtype=torch.long)
+    def ranks(self, part: Tensor, tokens: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Places of tokens (M) in the vocabulary, 1 for the first, as parts (N x ... x d) of the stream order it (M).
+
+        rows: which of the parts, counted in their order, each token is asked of. Default: each one's own.
+        """
+        weight, normed = self.lens.weight, self.normed(part).flatten(0, -2)
+        rows = torch.arange(len(normed)) if rows is None else rows
+        own = (normed[rows] * weight[tokens.to(weight.device)].to(normed)).sum(1, keepdim=True)
+        above = torch.zeros(len(tokens), dtype=torch.long)
         for start in range(0, len(weight), _CHUNK):
-            rows = weight[start : start + _CHUNK].to(normed)
-            inside = (tokens >= start) & (tokens < start + len(rows))
-            logits = normed @ rows.T
+            chunk = weight[start : start + _CHUNK].to(normed)
+            inside = (tokens >= start) & (tokens < start + len(chunk))
+            logits = (normed @ chunk.T)[rows]
             logits[inside, tokens[inside] - start] = -torch.inf  # a token is not above itself
             above += (logits > own).sum(1)
         return above + 1
