@@ -16,6 +16,7 @@ from ..errors import TransectError
 from ..forward import (
     Feed,
     Point,
+    agree,
     changed,
     feeds_of,
     first_of,
@@ -119,7 +120,7 @@ class Rows:
             feed.batch, feed.hidden = {"input_ids": cut.ids}, seen.residual[layer].take_along_dim(at[..., None], 1)
             expected = seen.residual[layers].take_along_dim(at[..., None], 1)[inside]
             found = run_blocks(anatomy, feed, layer, feed.hidden)[inside]
-            if float((found - expected).norm()) <= torch.finfo(found.dtype).eps ** 0.5 * float(expected.norm()):
+            if agree(found, expected):
                 return cut, feed
         (feed,) = feeds_of(anatomy, [{"input_ids": self.ids}])
         feed.hidden = seen.residual[layer]

@@ -9,7 +9,7 @@ from .head import backpropagate, last_logits, logits_at, scored
 from .lens import Lens
 from .mode import at_rest
 from .objective import Batch, inputs_of, predictions, real_positions, run_body, summed_loss, task_of, to_device
-from .past import first_of, run_and_keep
+from .past import agree, first_of, run_and_keep
 from .points import POINTS, Point, eager_attention
 from .states import with_states_of
 from .watch import Seen, watch
@@ -25,6 +25,7 @@ __all__ = [
     "Lens",
     "Point",
     "Seen",
+    "agree",
     "answer_log_probabilities",
     "at_rest",
     "backpropagate",
