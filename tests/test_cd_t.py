@@ -9,10 +9,17 @@ from tests.models import CAUSAL, inputs, tiny
 from transect import Anatomy
 from transect.claims import Verdict, copying, run_claims
 from transect.data import Batches, Specimen, load
-from transect.errors import NotApplicable, TransectError
+from transect.errors import NotApplicable
 from transect.forward import Seen, changed, watch
 from transect.probes import drawings, run_probes
-from transect.probes.catalog.cd_t.circuits import alone, grow, mean_heads, prune, scores_on_nodes
+from transect.probes.catalog.cd_t.circuits import (
+    Alone,
+    grow,
+    mean_heads,
+    prune,
+    scores_on_everything,
+    scores_on_logits,
+)
 from transect.probes.catalog.cd_t.decomposition import Decomposition, stable
 
 
@@ -56,11 +63,12 @@ def test_everything_nothing_and_causality(name, pattern):
 def test_batches_equal_single_sources(name):
     made = opened(name)
     nodes = [(0, 1, 0), (0, 5, 3), (1, 2, 1)]
-    together = made.heads(nodes, targets=[(2, 5, 0)])
+    together = made.heads(nodes, keep=True)
     for number, node in enumerate(nodes):
-        alone = made.heads([node], targets=[(2, 5, 0)])
+        alone = made.heads([node], keep=True)
         torch.testing.assert_close(together.logits[number], alone.logits[0], rtol=1e-9, atol=1e-9)
-        torch.testing.assert_close(together.nodes[2, 5, 0][0][number], alone.nodes[2, 5, 0][0][0])
+        for layer, part in alone.heads.items():
+            torch.testing.assert_close(together.heads[layer][number], part[0])
 
 
 def test_without_bias_and_nonlinearity_a_part_is_the_linear_contribution():
@@ -162,37 +170,46 @@ def test_the_layers_of_gpt2_written_out():
     torch.testing.assert_close(made.words(positions[None]).stream[0], r, rtol=1e-5, atol=1e-6)
 
 
-def test_shares_of_targets_add_up_and_nothing_reaches_a_target_from_behind():
-    made = opened("gpt2")
-    nodes, targets = [(0, 1, 0), (1, 2, 3), (1, 5, 1), (2, 5, 2)], [(1, 5, 0), (2, 5, 1)]
-    found = scores_on_nodes(made, nodes, targets, None)
-    for number, node in enumerate(nodes):
-        total = 0.0
-        for target in targets:
-            if target[0] > node[0]:
-                r, x = made.heads([node], targets=[target]).nodes[target]
-                total += float(r.abs().mean() / (r.abs().mean() + (x - r).abs().mean()))
-        assert float(found[number]) == pytest.approx(total, abs=1e-12)
-    assert found[0] > 0 and found[3] == 0
-    torch.testing.assert_close(scores_on_nodes(made, nodes, targets, None, batch=3), found, rtol=0, atol=1e-9)
+@pytest.mark.parametrize(("name", "pattern"), [("gpt2", "recomputed"), ("llama", "recomputed"), ("bloom", "fixed")])
+def test_one_pass_gives_what_each_node_does_alone(name, pattern):
+    made = opened(name, pattern)
+    nodes, direction = made.nodes, torch.zeros(len(made.logits))
+    direction[3], direction[7] = 1, -1
+    scores, shares = scores_on_everything(made, direction, None, batch=5)
+    torch.testing.assert_close(scores, scores_on_logits(made, nodes, direction, None, batch=64))
+    for source in ((0, 1, 0), (1, 2, 3), (1, 5, 1), (2, 5, 2)):
+        number, found = nodes.index(source), made.heads([source], keep=True)
+        torch.testing.assert_close(scores[number], found.logits[0, 3] - found.logits[0, 7])
+        for target in ((0, 5, 0), (1, 5, 0), (2, 1, 1), (2, 5, 1)):
+            share = float(shares[number, nodes.index(target)])
+            if target[0] > source[0]:
+                r = made.head(target, found.heads[target[0]][0])
+                i = made.head(target, made.seen.heads[target[0]][0]) - r
+                expected = float(r.abs().mean() / (r.abs().mean() + i.abs().mean()))
+                assert share == pytest.approx(expected, abs=1e-6)
+                assert (share > 0) == (target[1] >= source[1])
+            else:
+                assert share == 0
 
 
 def test_a_circuit_grows_from_what_raises_the_answer_through_all_layers_in_front():
     made = opened("gpt2")
+    nodes = made.nodes
     high, low = (2, 5, 0), (0, 5, 1)
-    scores = torch.tensor([{high: 3.0, low: 2.0, (2, 5, 3): -9.0}.get(node, 0.5) for node in made.nodes])
-    rounds = grow(made, scores, None, 2, 0.0)
+    scores = torch.tensor([{high: 3.0, low: 2.0, (2, 5, 3): -9.0}.get(node, 0.5) for node in nodes])
+    _, shares = scores_on_everything(made, torch.zeros(len(made.logits)), None)
+    rounds = grow(nodes, scores, shares, 2, 0.0)
     assert rounds[0] == [high, low]  # not the one that lowers the answer most
-    asked = [node for node in made.nodes if node[0] < 2 and node != low]
-    shares = scores_on_nodes(made, asked, [high], None)
+    asked = [node for node in nodes if node[0] < 2 and node != low]
+    of_high = shares[[nodes.index(node) for node in asked], nodes.index(high)]
     for layer in (0, 1):
         mine = torch.tensor([node[0] == layer for node in asked])
-        shares[mine] /= shares[mine].sum()
-    assert rounds[1] == [asked[int(number)] for number in shares.topk(2).indices]
+        of_high[mine] /= of_high[mine].sum()
+    assert rounds[1] == [asked[int(number)] for number in of_high.topk(2).indices]
     tops = [max(layer for layer, _, _ in one) for one in rounds]
     assert tops == sorted(set(tops), reverse=True)
-    assert grow(made, -torch.ones(len(made.nodes)), None, 2, 0.0) == [[]]
-    assert len(grow(made, scores, None, 2, 0.7)[0]) == 1
+    assert grow(nodes, -torch.ones(len(nodes)), shares, 2, 0.0) == [[]]
+    assert len(grow(nodes, scores, shares, 2, 0.7)[0]) == 1
 
 
 def test_pruning_drops_what_the_circuit_does_better_without():
@@ -204,13 +221,34 @@ def test_pruning_drops_what_the_circuit_does_better_without():
         together = 3.0 if "c" in some and "d" in some else 0.0  # d hurts alone, and helps c
         return sum(worth[one] for one in some) + together
 
-    assert prune(list("abcde"), ["b"], score, 10) == list("abcd")
-    assert prune(list("abcde"), [], score, 10) == list("acd")
+    def without(kept, some):
+        return torch.tensor([score([one for one in kept if one != node]) for node in some])
+
+    assert prune(list("abcde"), ["b"], score, without, 10) == list("abcd")
+    assert prune(list("abcde"), [], score, without, 10) == list("acd")
     assert ("a", "c", "d", "e") in asked
-    assert prune(list("abcde"), [], score, 1) == list("acde")
-    assert prune(list("abcde"), [], score, 0) == list("abcde")
-    assert prune(list("abde"), [], score, 10) == ["a"]
-    assert prune([], [], score, 3) == []
+    assert prune(list("abcde"), [], score, without, 1) == list("acde")
+    assert prune(list("abcde"), [], score, without, 0) == list("abcde")
+    assert prune(list("abde"), [], score, without, 10) == ["a"]
+    assert prune(list("ab"), list("ab"), score, without, 3) == list("ab")
+    assert prune([], [], score, without, 3) == []
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "bloom"])
+def test_a_circuit_less_one_of_its_nodes_is_the_circuit_without_it(name, monkeypatch):
+    specimen = Specimen(Anatomy(tiny(name, dtype=torch.float64)))
+    ids = inputs(name, batch=3, length=6)["input_ids"]
+    means = mean_heads(specimen, ids)
+    circuit = Decomposition(specimen, ids[0]).nodes[::5]
+    some = Alone(specimen, ids, means)
+    monkeypatch.setattr("transect.probes.catalog.cd_t.circuits._ROWS", 6)  # two nodes at once
+    found = [pair for batch, logits in some.without(circuit, circuit) for pair in zip(batch, logits, strict=True)]
+    assert sorted(node for node, _ in found) == circuit
+    for node, logits in found:
+        expected = some.logits([one for one in circuit if one != node])
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-6)  # Llama's norms compute in float32
+        read = node[0] < 2 or node[1] == 5  # of the last layer, only the last position is
+        assert torch.allclose(logits, some.logits(circuit), rtol=0, atol=1e-9) != read
 
 
 def test_the_prompts_that_judge_do_not_prune(monkeypatch):
@@ -219,11 +257,12 @@ def test_the_prompts_that_judge_do_not_prune(monkeypatch):
     specimen = Specimen(Anatomy(model), data=load(rows, model), tokenizer=Letters())
     seen = []
 
-    def counted(specimen, ids, circuit, means):
-        seen.append(ids)
-        return alone(specimen, ids, circuit, means)
+    class Counted(Alone):
+        def __init__(self, specimen, ids, means):
+            super().__init__(specimen, ids, means)
+            seen.append(ids)
 
-    monkeypatch.setattr("transect.probes.catalog.cd_t.cd_t.alone", counted)
+    monkeypatch.setattr("transect.probes.catalog.cd_t.faithfulness.Alone", Counted)
     settings = {"prompts": 4, "length": 5, "most": 8, "threshold": 0.0}
     plain = run_probes(specimen, {"cd-t": {**settings, "pruned": 0}})["cd-t"]
     pruned = run_probes(specimen, {"cd-t": {**settings, "pruned": 3}})["cd-t"]
@@ -250,18 +289,16 @@ def test_all_heads_are_the_model_and_none_the_mean():
     means = mean_heads(specimen, ids)
     nodes = Decomposition(specimen, ids[0]).nodes
     with torch.no_grad():
-        torch.testing.assert_close(alone(specimen, ids, nodes, means), model(ids).logits[:, -1])
+        torch.testing.assert_close(Alone(specimen, ids, means).logits(nodes), model(ids).logits[:, -1])
         ablated = {("heads", layer): lambda x, mean=mean: mean.expand_as(x) for layer, mean in means.items()}
         with changed(specimen.anatomy, ablated):
-            torch.testing.assert_close(alone(specimen, ids, [], means), model(ids).logits[:, -1])
+            torch.testing.assert_close(Alone(specimen, ids, means).logits([]), model(ids).logits[:, -1])
 
 
-def test_encoders_and_late_targets_are_refused():
+def test_encoders_are_refused():
     for name in ("bert", "vit"):
         with pytest.raises(NotApplicable):
             Decomposition(Specimen(Anatomy(tiny(name))), torch.arange(3, 8))
-    with pytest.raises(TransectError, match="not behind"):
-        opened("gpt2").heads([(1, 2, 0)], targets=[(1, 3, 0)])
 
 
 def test_heads_that_copy_are_told_by_what_they_attend_to(monkeypatch):

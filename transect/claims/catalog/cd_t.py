@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from itertools import groupby
-
 import torch
 from torch import Tensor
 
-from ...data import Specimen
-from ...forward import Behind, changed, last_logits, put_out, watch
 from ...probes.catalog.cd_t.cd_t import prompts_of
-from ...probes.catalog.cd_t.circuits import direction_to, mean_heads, scores_on_logits
-from ...probes.catalog.cd_t.decomposition import Decomposition, Node
+from ...probes.catalog.cd_t.circuits import (
+    Alone,
+    direction_to,
+    mean_heads,
+    require_heads,
+    scores_on_everything,
+    scores_on_logits,
+)
+from ...probes.catalog.cd_t.decomposition import Decomposition
+from ...probes.catalog.cd_t.faithfulness import faithfulness
 from ..context import Context
 from ..copying import copying_heads, heads_that, repeated
-from ..probing import probed
 from ..registry import NotApplicable, Result, Verdict, claim
 
 _PAPER = "arXiv:2407.00886"
@@ -29,10 +31,16 @@ _PAPER = "arXiv:2407.00886"
 )
 def circuit(context: Context) -> Result:
     """Share of the answer's logit that is left with all other heads at their mean, on prompts not used to select."""
-    found = probed(context.specimen, "cd-t", prompts=16)
-    recovered, random, sizes = found["faithfulness"], found["random"], found["sizes"]
-    if not len(recovered):
+    specimen = context.specimen
+    require_heads(specimen)
+    ids, answers = prompts_of(specimen, 16, 12)
+    if len(ids) < 2:
         raise NotApplicable("there is a single prompt")
+    means, made = mean_heads(specimen, ids), Decomposition(specimen, ids[0])
+    scores, shares = scores_on_everything(made, direction_to(answers[0], len(made.logits)), means)
+    recovered, random, sizes = faithfulness(
+        specimen, made.nodes, scores, shares, ids, answers, means, most=8, threshold=0.1, pruned=8
+    )
     rows = [
         {"heads, by position": int(size), "circuit": float(ours), "random": float(other)}
         for size, ours, other in zip(sizes, recovered, random, strict=True)
@@ -55,7 +63,7 @@ def circuit(context: Context) -> Result:
 def ablation(context: Context) -> Result:
     """Rank correlation over all heads and positions, on one prompt after the other; it should be above 0.5 (ours)."""
     specimen = context.specimen
-    specimen.require_contributions()
+    require_heads(specimen)
     ids, answers = prompts_of(specimen, 8, 12)
     if len(ids) < 2:
         raise NotApplicable("there is a single prompt, and so no mean")
@@ -64,7 +72,8 @@ def ablation(context: Context) -> Result:
     for row, answer in zip(ids[:4], answers, strict=False):
         made = Decomposition(specimen, row)
         scores = scores_on_logits(made, made.nodes, direction_to(answer, len(made.logits)), means)
-        effects = made.logits[answer].cpu() - _ablated(specimen, row, answer, made.nodes, means)
+        ablated = Alone(specimen, row[None], means).without(made.nodes, made.nodes)  # layer by layer, as nodes are
+        effects = made.logits[answer].cpu() - torch.cat([logits[:, 0, answer].cpu() for _, logits in ablated])
         rows.append({"prompt": specimen.decode(row), "rank correlation": _rank_correlation(scores, effects)})
     mean = sum(row["rank correlation"] for row in rows) / len(rows)
     return Result(
@@ -90,8 +99,7 @@ def copying(context: Context) -> Result:
     (ours).
     """
     specimen = context.specimen
-    specimen.require_causal()
-    specimen.require_contributions()
+    require_heads(specimen)
     known = heads_that(copying_heads(specimen)[1], "attends to what came behind a token's earlier occurrence")
     ids = repeated(specimen, 16)
     prompts, answers = ids[:, :-1], ids[:, -1].tolist()
@@ -118,35 +126,6 @@ def copying(context: Context) -> Result:
         + " by score.",
         rows,
     )
-
-
-@torch.no_grad()
-def _ablated(
-    specimen: Specimen, row: Tensor, answer: int, nodes: Sequence[Node], means: Mapping[int, Tensor]
-) -> Tensor:
-    """The answer's logit behind a prompt with each node at its mean (nodes), those of a layer in one batch."""
-    anatomy, size, found = specimen.anatomy, specimen.anatomy.head_size, []
-    ids = row[None].to(specimen.model.device)
-    with watch(anatomy, ["residual"]) as seen:
-        specimen.model(input_ids=ids, use_cache=False)
-    behind = Behind(anatomy, ids, 0, None, seen.residual)
-    for layer, some in groupby(nodes, key=lambda node: node[0]):
-        places = [(position, head) for _, position, head in some]
-
-        def without(x: Tensor, layer: int = layer, places: list[tuple[int, int]] = places) -> Tensor:
-            new = x.clone()
-            for number, (position, head) in enumerate(places):
-                mine = slice(head * size, (head + 1) * size)
-                new[number, position, mine] = means[layer][position, mine]
-            return new
-
-        hidden = seen.residual[layer].repeat(len(places), 1, 1)
-        with changed(anatomy, {("heads", layer): without}):
-            for number in range(layer, specimen.layers):
-                hidden = behind.run(number, hidden)
-        with put_out(anatomy, hidden[:, -1:]):
-            found.append(last_logits(specimen.model, ids[:, -1:].expand(len(places), -1))[:, 0, answer].cpu())
-    return torch.cat(found)
 
 
 def _rank_correlation(a: Tensor, b: Tensor) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from typing import Annotated
 
 import torch
@@ -16,10 +15,9 @@ from ....parameters import Range
 from ...draw import Drawing, Table, heatmap, lines
 from ...registry import probing
 from ...result import Quantity, Result
-from .circuits import alone, direction_to, grow, mean_heads, prune, scores_on_logits
-from .decomposition import Decomposition, Node, Pattern
-
-_CONTROLS = 10  # random circuits of the same size
+from .circuits import direction_to, mean_heads, require_heads, scores_on_everything, scores_on_logits
+from .decomposition import Decomposition, Pattern
+from .faithfulness import faithfulness
 
 
 def draw(result: Result) -> list[Drawing]:
@@ -75,20 +73,25 @@ def cd_t(
     pattern: attention weights of a part: of its own queries and keys, the authors' way with GPT, or those of the whole,
         their way with BERT.
     """
-    specimen.require_causal()
-    specimen.require_contributions()
-    specimen.require_own_sublayers()
-    if not any(block.attention is not None for block in specimen.anatomy.blocks):
-        raise NotApplicable("no block of this model has attention left, whose heads could be found")
+    require_heads(specimen)
     ids, answers = prompts_of(specimen, prompts, length)
     means = mean_heads(specimen, ids) if len(ids) > 1 else None
     made = [Decomposition(specimen, row, pattern) for row in ids]
-    words, scores = _parts(specimen, made, answers, means)
-    heads = torch.stack([_by_head(one, found) for one, found in zip(made, scores, strict=True)]).mean(0)
-    recovered, random, sizes = _faithful(specimen, made[0], scores[0], ids, answers, means, most, threshold, pruned)
+    words, heads, recovered, random, sizes = [], [], torch.zeros(0), torch.zeros(0), torch.zeros(0)
+    for one, answer in zip(specimen.shown(made, "cd-t"), answers, strict=True):
+        words.append(one.words(torch.eye(len(one.ids), dtype=torch.bool)).logits[:, answer].float().cpu())
+        direction = direction_to(answer, len(one.logits))
+        if one is made[0] and means is not None:
+            scores, shares = scores_on_everything(one, direction, means)
+            recovered, random, sizes = faithfulness(
+                specimen, one.nodes, scores, shares, ids, answers, means, most, threshold, pruned
+            )
+        else:
+            scores = scores_on_logits(one, one.nodes, direction, means)
+        heads.append(_by_head(one, scores))
     quantities = {
-        "words": Quantity(words, ("prompt", "position"), "logits", "part of the answer from each word"),
-        "heads": Quantity(heads, ("layer", "head"), "logits", "mean absolute part from each head"),
+        "words": Quantity(torch.stack(words), ("prompt", "position"), "logits", "part of the answer from each word"),
+        "heads": Quantity(torch.stack(heads).mean(0), ("layer", "head"), "logits", "mean absolute part from each head"),
         "faithfulness": Quantity(recovered, ("size",), "share", "answer logit recovered by the circuit alone"),
         "random": Quantity(random, ("size",), "share", "the same for random circuits, mean"),
         "sizes": Quantity(sizes, ("size",), "nodes", "size of the circuit"),
@@ -98,19 +101,6 @@ def cd_t(
         "answer": [specimen.token(answer) for answer in answers],
     }
     return Result(quantities, _findings(quantities), _caveats(made[0], pattern), labels)
-
-
-def _parts(
-    specimen: Specimen, made: list[Decomposition], answers: list[int], means: dict[int, Tensor] | None
-) -> tuple[Tensor, Tensor]:
-    """Parts of the answers' logits from words (prompts x positions), and from nodes (prompts x nodes)."""
-    vocabulary = specimen.lens.weight.shape[0]
-    words, nodes = [], []
-    for one, answer in zip(specimen.shown(made, "cd-t"), answers, strict=True):
-        each = one.words(torch.eye(len(one.ids), dtype=torch.bool))
-        words.append(each.logits[:, answer].float().cpu())
-        nodes.append(scores_on_logits(one, one.nodes, direction_to(answer, vocabulary), means))
-    return torch.stack(words), torch.stack(nodes)
 
 
 def _findings(quantities: dict[str, Quantity]) -> list[str]:
@@ -170,48 +160,3 @@ def _by_head(made: Decomposition, scores: Tensor) -> Tensor:
 
 def _share_of_best(words: Tensor) -> float:
     return float((words.abs().max(1).values / words.abs().sum(1).clamp_min(1e-30)).mean())
-
-
-def _faithful(
-    specimen: Specimen,
-    made: Decomposition,
-    scores: Tensor,
-    ids: Tensor,
-    answers: list[int],
-    means: dict[int, Tensor] | None,
-    most: int,
-    threshold: float,
-    pruned: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Share of the answer's logit that circuits of growing size recover on prompts that took no part in the search.
-
-    made: the first prompt; scores: of its nodes. The first half of the prompts prunes, the other half judges.
-    """
-    if means is None:
-        return torch.zeros(0), torch.zeros(0), torch.zeros(0)
-    half, wanted = len(ids) // 2, torch.tensor(answers)
-    nodes = made.nodes
-    generator = torch.Generator().manual_seed(specimen.seed)
-
-    def answered(circuit: Sequence[Node], rows: slice) -> float:
-        """Mean logit of the answer with all other heads at their mean."""
-        logits = alone(specimen, ids[rows], circuit, means).float().cpu()
-        return float(logits.gather(1, wanted[rows, None]).mean())
-
-    searching, judging = slice(half), slice(half, None)
-    whole, nothing = answered(nodes, judging), answered([], judging)
-    span = whole - nothing if abs(whole - nothing) > 1e-9 else float("nan")
-    found, control, sizes = [], [], []
-    size = 1
-    while True:
-        rounds = grow(made, scores, means, size, threshold)
-        circuit = sorted({node for one in rounds for node in one})
-        circuit = prune(circuit, rounds[0], lambda some: answered(some, searching), pruned)
-        found.append((answered(circuit, judging) - nothing) / span)
-        drawn = [[nodes[int(i)] for i in torch.randperm(len(nodes), generator=generator)[: len(circuit)]]
-                 for _ in range(_CONTROLS)]  # fmt: skip
-        control.append(sum((answered(one, judging) - nothing) / span for one in drawn) / _CONTROLS)
-        sizes.append(len(circuit))
-        if size >= most:
-            return torch.tensor(found), torch.tensor(control), torch.tensor(sizes, dtype=torch.float32)
-        size = min(2 * size, most)

@@ -31,7 +31,6 @@ from torch import Tensor
 
 from ....anatomy import Attention, Block, Matrix
 from ....data import Specimen
-from ....errors import TransectError
 from ....forward import changed, eager_attention, last_logits, watch
 from ....forward.lens import norm_centres, norm_gain
 
@@ -44,12 +43,12 @@ Pattern = Literal["recomputed", "fixed"]
 class Parts:
     """What comes of n sources.
 
-    logits: r at the last position (n x V). nodes: for each target node, r and x of that head's output (n x d_h, d_h).
-    stream: r after the last block (n x T x d).
+    logits: r at the last position (n x V). heads: of each layer from the first source's on, r of what its heads say
+    (n x T x H d_h), where that was asked for. stream: r after the last block (n x T x d).
     """
 
     logits: Tensor
-    nodes: Mapping[Node, tuple[Tensor, Tensor]]
+    heads: Mapping[int, Tensor]
     stream: Tensor
 
 
@@ -99,60 +98,61 @@ class Decomposition:
         size = self.anatomy.head_size
         return tensor[..., position, head * size : (head + 1) * size]
 
-    def words(self, positions: Tensor, targets: Sequence[Node] = ()) -> Parts:
+    def words(self, positions: Tensor) -> Parts:
         """Parts that come from words. positions: n x T, True for the words of each source."""
         stream = self.seen.residual[0]
-        return self._propagate(stream * positions[..., None].to(stream), {}, targets, 0)
+        return self._propagate(stream * positions[..., None].to(stream), {}, 0)
 
-    def heads(
-        self, sources: Sequence[Node], means: Mapping[int, Tensor] | None = None, targets: Sequence[Node] = ()
-    ) -> Parts:
+    def heads(self, sources: Sequence[Node], means: Mapping[int, Tensor] | None = None, keep: bool = False) -> Parts:
         """Parts that come from heads, one node a source.
 
         means: for each layer the heads' mean output over a reference (T x H d_h); the source is then what the head says
-        beyond its mean. Default: all that it says. targets: heads behind some source; of one that is not in front of a
-        target, nothing is in it.
+        beyond its mean. Default: all that it says. keep: whether the parts of all heads are wanted.
         """
-        first = min(layer for layer, _, _ in sources)
-        early = [target for target in targets if target[0] <= first]
-        if early:
-            raise TransectError(f"head {early[0]} is not behind any source, so nothing of one can reach it")
-        started = torch.zeros(len(sources), *self.seen.residual[first].shape[1:]).to(self.seen.residual[first])
+        first, start = min(layer for layer, _, _ in sources), min(position for _, position, _ in sources)
+        whole = self.seen.residual[first]
+        started = torch.zeros(len(sources), whole.shape[1] - start, whole.shape[2]).to(whole)
         at: dict[int, list[tuple[int, Node]]] = {}
         for number, node in enumerate(sources):
             at.setdefault(node[0], []).append((number, node))
-        return self._propagate(started, at, targets, first, means)
+        return self._propagate(started, at, first, means, keep)
 
     @torch.no_grad()
     def _propagate(
         self,
         r: Tensor,
         sources: Mapping[int, list[tuple[int, Node]]],
-        targets: Sequence[Node],
         first: int,
         means: Mapping[int, Tensor] | None = None,
+        keep: bool = False,
     ) -> Parts:
-        """r: n x T x d at the input of block `first`; before it everything is 0."""
-        nodes: dict[Node, tuple[Tensor, Tensor]] = {}
+        """r: n x t x d at the input of block `first`, at the last t positions; in front of both everything is 0."""
+        heads: dict[int, Tensor] = {}
+        start = len(self.ids) - r.shape[1]
+
+        def all_positions(part: Tensor) -> Tensor:
+            return torch.nn.functional.pad(part, (0, 0, start, 0))
+
         for block in self.anatomy.blocks[first:]:
-            x, added = self.seen.residual[block.index], torch.zeros_like(r)
+            x, added = self.seen.residual[block.index][:, start:], torch.zeros_like(r)
             attention = block.attention
             if attention is not None:
-                z, z_r = self.seen.heads[block.index], self._heads(block, attention, r)
-                for number, node in sources.get(block.index, ()):
-                    mean = 0.0 if means is None else self.head(node, means[block.index])
+                z = self.seen.heads[block.index][:, start:]
+                z_r = self._heads(block, attention, r, start)
+                for number, (_, position, head) in sources.get(block.index, ()):
+                    node = (block.index, position - start, head)
+                    mean = 0.0 if means is None else self.head(node, means[block.index][start:])
                     self.head(node, z_r)[number] = self.head(node, z[0]) - mean
-                for node in targets:
-                    if node[0] == block.index:
-                        nodes[node] = self.head(node, z_r).clone(), self.head(node, z[0])
+                if keep:
+                    heads[block.index] = all_positions(z_r)
                 added = self._through_norm(block, "attention_output", linear(attention.o, z_r, z), attention.o, z)
-                x_mid = x + self.seen.attention[block.index]
+                x_mid = x + self.seen.attention[block.index][:, start:]
             else:
                 x_mid = x
             r_mid = r + added
             if block.mlp is not None:
                 before = (r, x) if block.parallel else (r_mid, x_mid)
-                r_mid = stable(r_mid + self._mlp(block, *before), self.seen.residual[block.index + 1])
+                r_mid = stable(r_mid + self._mlp(block, *before, start), self.seen.residual[block.index + 1][:, start:])
             r = r_mid
         x = self.seen.residual[len(self.anatomy.block_list)]
         r_last, x_last = r[:, -1], x[:, -1]
@@ -162,21 +162,23 @@ class Decomposition:
         if self.lens.softcap is not None:
             whole = torch.nn.functional.linear(x_last, self.lens.weight, self.lens.bias)
             logits = self._capped(whole) - self._capped(whole - logits)
-        return Parts(logits, nodes, r)
+        return Parts(logits, heads, all_positions(r))
 
     def _capped(self, logits: Tensor) -> Tensor:
         assert self.lens.softcap is not None
         return self.lens.softcap * torch.tanh(logits / self.lens.softcap)
 
-    def _heads(self, block: Block, attention: Attention, r: Tensor) -> Tensor:
-        """r of what o reads (n x T x H d_h)."""
-        r, x = self._normed(block, "attention_input", r, self.seen.residual[block.index])
+    def _heads(self, block: Block, attention: Attention, r: Tensor, start: int) -> Tensor:
+        """r of what o reads (n x t x H d_h)."""
+        r, x = self._normed(block, "attention_input", r, self.seen.residual[block.index][:, start:])
         q_r, k_r, v_r = (linear(matrix, r, x) for matrix in (attention.q, attention.k, attention.v))
         if self.pattern == "recomputed":
-            return self._own_attention(block, q_r, k_r, v_r)
-        values = v_r.unflatten(-1, (attention.key_value_heads, -1)).transpose(1, 2)  # n, kv heads, T, d_h
+            q_r, k_r, v_r = (torch.nn.functional.pad(part, (0, 0, start, 0)) for part in (q_r, k_r, v_r))
+            return self._own_attention(block, q_r, k_r, v_r)[:, start:].clone()
+        values = v_r.unflatten(-1, (attention.key_value_heads, -1)).transpose(1, 2)  # n, kv heads, t, d_h
         values = values.repeat_interleave(attention.heads // attention.key_value_heads, 1)
-        return (self.seen.patterns[block.index].to(values) @ values).transpose(1, 2).flatten(2)
+        patterns = self.seen.patterns[block.index][..., start:, start:].to(values)
+        return (patterns @ values).transpose(1, 2).flatten(2)
 
     def _own_attention(self, block: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """What o would read if the projections had given these q, k and v."""
@@ -193,22 +195,22 @@ class Decomposition:
         replaced = {("q", layer): lambda x: q, ("k", layer): lambda x: k, ("v", layer): lambda x: v}
         with changed(self.anatomy, replaced), watch(self.anatomy, ["heads"], [layer]) as seen:
             module(*args, **kwargs)
-        return seen.heads[layer].clone()
+        return seen.heads[layer]
 
-    def _mlp(self, block: Block, r: Tensor, x: Tensor) -> Tensor:
-        """r of what the MLP adds."""
+    def _mlp(self, block: Block, r: Tensor, x: Tensor, start: int) -> Tensor:
+        """r of what the MLP adds at the positions from `start` on."""
         mlp = block.mlp
         assert mlp is not None and mlp.activation is not None
         r, x = self._normed(block, "mlp_input", r, x)
-        up, up_r = self.seen.up[block.index], linear(mlp.up, r, x)
+        up, up_r = self.seen.up[block.index][:, start:], linear(mlp.up, r, x)
         up_r = stable(up_r, up)
         if mlp.gate is None:
             neurons = mlp.activation(up) - mlp.activation(up - up_r)
         else:
-            gate = self.seen.gate[block.index]
+            gate = self.seen.gate[block.index][:, start:]
             gate_r = stable(linear(mlp.gate, r, x), gate)
             neurons = mlp.activation(gate) * up - mlp.activation(gate - gate_r) * (up - up_r)
-        whole = self.seen.neurons[block.index]
+        whole = self.seen.neurons[block.index][:, start:]
         out = stable(linear(mlp.down, neurons, whole), _whole(mlp.down, whole))
         return self._through_norm(block, "mlp_output", out, mlp.down, whole)
 
