@@ -13,6 +13,7 @@ What is memory-bound (a token decoded alone) follows the parameters that are rea
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -149,6 +150,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[Any]]:
             },
             repeats,
         )  # fmt: skip
+        print(*rows[shown], sep="  ", file=sys.stderr, flush=True)
     seeing = vit(hidden, chosen.blocks, quick)
     pixels = torch.randn(chosen.batch_size, 3, seeing.config.image_size, seeing.config.image_size)
     for shown, name, settings in OF_IMAGES:
@@ -156,6 +158,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[Any]]:
             model = transect.convert(copy.deepcopy(seeing), name, steps=0, **settings).model
             read = beside({"read": (lambda: seeing(pixels), lambda model=model: model(pixels))}, repeats)
             rows[shown] = [shown, *read, "-", "-", "-", "-"]
+            print(*rows[shown], sep="  ", file=sys.stderr, flush=True)
     show(
         f"Conversions of a Llama of {chosen.blocks} blocks, hidden {hidden}, float32, batch {chosen.batch_size}, "
         f"prompt {prompt}: over the dense model",

@@ -76,7 +76,10 @@ def one_after_another(bench: Bench, methods: Sequence[str], count: int, text: An
     edited, others = bench.facts[:count], bench.facts[count:][:OTHERS]
     rows = []
     for method in methods:
-        found = bench.one_after_another(method, edited, others, text)
+        found = []
+        for one in bench.one_after_another(method, edited, others, text):
+            found.append({heading: "-" if value != value else value for heading, value in one.items()})
+            print(f"{method}, {one['edits']} edits: loss {one['loss']:.4f}", file=sys.stderr, flush=True)
         rows += [{"method": method, **row} for row in found]
         title = f"{name}: {len(edited)} facts, {method} one after another; {len(others)} others"
         show(title, list(found[0]), [list(row.values()) for row in found])

@@ -131,6 +131,8 @@ def test_sequences_are_spaced_evenly_over_the_text():
 def test_default_length_is_what_model_and_tokenizer_allow(llama):
     tokenizer = word_tokenizer()
     assert next(iter(load([words(100)], llama, tokenizer)))["input_ids"].shape == (1, 64)
+    assert next(iter(load([words(100)], llama, tokenizer, longest=20)))["input_ids"].shape == (5, 20)
+    assert next(iter(load([words(100)], llama, tokenizer, longest=20, sequence_length=50)))["input_ids"].shape[1] == 50
     tokenizer.model_max_length = 16
     assert next(iter(load([words(100)], llama, tokenizer)))["input_ids"].shape == (6, 16)
     roberta = tiny("roberta")  # of its 64 positions the first is the padding's

@@ -11,7 +11,7 @@ from transect.anatomy import Anatomy
 from transect.conversion.routed import loss_behind, parts_around
 from transect.data import Batches, Specimen
 from transect.errors import TransectError
-from transect.forward.attention_rank import attention_rank, attention_ranks, effective_rank
+from transect.forward.attention_rank import attention_ranks, maps_below, ranks_of
 from transect.parts import insert
 from transect.parts.catalog.gamma_mod import GammaMoD
 from transect.probes import drawings, run_probes
@@ -38,15 +38,28 @@ def test_ranks_of_known_maps():
     first = torch.zeros(6, 6)
     first[:, 0] = 1
     maps = torch.stack([causal, first, torch.eye(6)])
-    assert [attention_rank(one[None, None]).item() for one in maps] == [5, 1, 0]
-    assert attention_rank(maps[None]).item() == pytest.approx(2) == attention_rank(maps[[2, 0, 1]][None]).item()
-    assert effective_rank(first[None, None]).item() == pytest.approx(1)
-    assert effective_rank(torch.eye(6)[None, None]).item() == 0
+    ranks, effective = ranks_of(maps_below(maps[:, None]))
+    assert ranks.tolist() == [5, 1, 0] and effective[1:].tolist() == [pytest.approx(1), 0]
+    whole, turned = (ranks_of(maps_below(some[None]))[0].item() for some in (maps, maps[[2, 0, 1]]))
+    assert whole == pytest.approx(2) == turned
     padded = torch.zeros(9, 9)
     padded[3:, 3:] = causal
     padded[:3, :3] = torch.rand(3, 3)  # what padding looks at does not count
     real = torch.arange(9) >= 3
-    assert attention_rank(padded[None, None], real[None]).item() == 5
+    assert ranks_of(maps_below(padded[None, None], real[None]))[0].item() == 5
+
+
+def test_of_long_texts_the_beginning_of_some_is_looked_at(monkeypatch):
+    rows = torch.randint(3, 64, (5, 12), generator=torch.Generator().manual_seed(5))
+    monkeypatch.setattr("transect.forward.attention_rank.LENGTH", 7)
+    for module in ("transect.forward.attention_rank", "transect.probes.catalog.arank"):
+        monkeypatch.setattr(f"{module}.SEQUENCES", 3)
+    expected = attention_ranks(Anatomy(tiny("llama")), [{"input_ids": rows[:3, :7]}]).tolist()
+    batches = [{"input_ids": part} for part in rows.split(2)]
+    assert attention_ranks(Anatomy(tiny("llama")), batches).tolist() == pytest.approx(expected)
+    one = Specimen(Anatomy(tiny("llama")), data=Batches(batches))
+    found = run_probes(one, {"arank": {}})["arank"]
+    assert found["rank"].tolist() == pytest.approx(expected) and "of at most 6" in found.findings[0]
 
 
 def test_the_probe_and_the_conversion_see_the_same_ranks():

@@ -70,6 +70,15 @@ def test_every_causal_model_runs_and_ends_with_its_own_predictions(name, tmp_pat
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in one.model.modules())
 
 
+def test_of_a_long_text_tokens_are_spread_over_it():
+    ids = inputs("llama", batch=2, length=9)["input_ids"]
+    one = specimen("llama", *({"input_ids": row[None]} for row in ids))
+    found = run_probes(one, {NAME: {"tokens": 5}})[NAME]  # every fourth of 18
+    logs = logits(one.model, {"input_ids": ids}).log_softmax(-1).flatten(0, 1)[::4]
+    assert len(logs) == 5
+    assert float(found["entropy"][-1]) == pytest.approx(float(-(logs.exp() * logs).sum(-1).mean()), rel=1e-6)
+
+
 @pytest.mark.parametrize("name", sorted(set(CONFIGS) - set(CAUSAL)))
 def test_encoders_are_refused(name):
     assert "does not predict a next token" in inspected(specimen(name)).refused[NAME]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -118,14 +118,14 @@ class Bench:
 
     def one_after_another(
         self, name: str, facts: Sequence[Fact], others: Sequence[Fact], text: Batches, every: int = 10
-    ) -> list[dict[str, Any]]:
+    ) -> Iterator[dict[str, Any]]:
         """Edits of one fact each, on top of one another; a row after none, the first, and each `every` of them.
 
         A fact whose new answer earlier edits already make the model write is passed over, as one that is written. A row
         says how many of all facts edited so far the model writes by itself, how many of the last `every`, the
         other facts that it still answers, and the loss on a held-out text. Afterwards the model is as it was.
         """
-        given, journal, rows = registered(name).settings({}), Journal(self.specimen.model), []
+        given, journal = registered(name).settings({}), Journal(self.specimen.model)
         try:
             for count in range(len(facts) + 1):
                 if count:
@@ -138,12 +138,11 @@ class Bench:
                 asked = [Passage(fact.text, str(fact.new_answer)) for fact in facts[:count]]
                 said = says(self.specimen, asked) if asked else []
                 last = said[-every:]
-                rows.append({
+                yield {
                     "edits": count, "all written": sum(said) / len(said) if said else float("nan"),
                     "newest written": sum(last) / len(last) if last else float("nan"),
                     "other facts": self.answered(others), "loss": evaluate_loss(self.specimen.model, text).loss,
-                })  # fmt: skip
-            return rows
+                }  # fmt: skip
         finally:
             journal.undo()
 

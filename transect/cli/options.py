@@ -105,7 +105,10 @@ def shared_options(*names: str) -> Any:
         "dtype": click.option("--dtype", callback=dtype_name,
                               help="Load the model in this type, e.g. bfloat16. Default: as stored."),
         "device": click.option("--device", callback=device_name, help="E.g. cuda. Default: the CPU."),
-        "sequence_length": click.option("--sequence-length", type=int, help="Tokens in a sequence."),
+        "sequence_length": click.option("--sequence-length", type=int, help="Tokens in a sequence. Default: what the "
+                                        "model allows, at most 2048."),
+        "inspected_length": click.option("--sequence-length", type=int, help="Tokens in a sequence. Default: what the "
+                                         "model allows, at most 512."),
         "special_tokens": click.option("--special-tokens", type=click.Choice(["auto", "none"]), default="auto",
                                        show_default=True,
                                        help="What sequences of text begin with: as the tokenizer's texts do, or none."),

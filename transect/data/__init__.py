@@ -5,12 +5,13 @@
 
 from .batches import Batches
 from .facts import load_choices, load_facts, load_passages
-from .loading import SpecialTokens, load, load_rows
+from .loading import LONGEST, SpecialTokens, load, load_rows
 from .preferences import Preference, load_preferences
 from .questions import Choice, Fact, Passage
 from .specimen import Specimen
 
 __all__ = [
+    "LONGEST",
     "Batches",
     "Choice",
     "Fact",

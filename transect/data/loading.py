@@ -41,6 +41,7 @@ def load(
     full_only: bool = False,
     seed: int = 0,
     special_tokens: SpecialTokens = "auto",
+    longest: int = LONGEST,
 ) -> Batches:
     """Batches for the model, from text, token ids, labelled examples or ready batches.
 
@@ -66,8 +67,8 @@ def load(
         sequences between the tokenizer's special tokens, with 15 % of the other tokens to be predicted; text and image
         classifiers get examples and their column `label` (number or name of the class).
     tokenizer, processor: the model's, for texts and for a column `image`.
-    sequence_length: tokens in a sequence, special ones included. Default: what model and tokenizer allow, at most 2048,
-        or all of a text that is shorter (unless `full_only`). Longer texts of a classifier are cut off there.
+    sequence_length: tokens in a sequence, special ones included. Default: what model and tokenizer allow, at most
+        `longest`, or all of a text that is shorter (unless `full_only`). A classifier's longer texts are cut off there.
     batch_size: sequences or images in a batch, at most. Only sequences of equal length share a batch.
     sequences: use only so many sequences or examples, evenly spaced over all of the data, rather than its beginning.
         Default: all.
@@ -96,14 +97,14 @@ def load(
         raise BadData(f"special_tokens is `auto` or `none`, got {special_tokens!r}")
     if isinstance(data, Batches):
         return data
-    first, source = _peeked(_rows(data, model, tokenizer, sequence_length, sequences))
+    first, source = _peeked(_rows(data, model, tokenizer, sequence_length, sequences, longest))
     if is_batch(first):
         return fitting(_ready(source, model, tokenizer, seed), model)
     task = task_of(model)
     if "input_ids" in first:
         rows = evenly_spaced(list(source), sequences)
         return fitting(_ids(rows, task, model, tokenizer, sequence_length, seed, batch_size), model)
-    length = length_for(sequence_length, model, tokenizer)
+    length = length_for(sequence_length, model, tokenizer, longest)
     if task == "classification" and _sees_images(model):
         return Batches(image_batches(evenly_spaced(list(source), sequences), model, processor, batch_size))
     if tokenizer is None:
@@ -129,19 +130,21 @@ def load_rows(data: Any, sequences: int | None = None) -> list[Row]:
     data: as in `load`, but for token ids and ready batches. sequences: only so many, evenly spaced; default all.
     Raises BadData if there is none, or if they are no rows.
     """
-    first, source = _peeked(_rows(data, None, None, None, None))
+    first, source = _peeked(_rows(data, None, None, None, None, LONGEST))
     if is_batch(first) or "input_ids" in first:
         raise BadData("rows of texts are needed here, not token ids or batches: give the texts themselves")
     return evenly_spaced(list(source), sequences)
 
 
 def _rows(
-    data: Any, model: Any, tokenizer: Any, sequence_length: int | None, sequences: int | None
+    data: Any, model: Any, tokenizer: Any, sequence_length: int | None, sequences: int | None, longest: int
 ) -> Iterator[dict[str, Any]]:
     """Rows or ready batches, from a name or from a container."""
     if not isinstance(data, (str, os.PathLike)):
         return entries_of(data)
-    needed = ORGANISM_TOKENS if sequences is None else sequences * length_for(sequence_length, model, tokenizer) + 1
+    needed = ORGANISM_TOKENS
+    if sequences is not None:
+        needed = sequences * length_for(sequence_length, model, tokenizer, longest) + 1
     return rows_of(data if isinstance(data, str) else Path(data), organism_tokens=needed)
 
 
@@ -212,14 +215,14 @@ def _special(tokenizer: Any, task: str, special_tokens: SpecialTokens) -> tuple[
     return before, [] if task == "causal" else after  # to a causal model a cut is no end
 
 
-def length_for(sequence_length: int | None, model: Any, tokenizer: Any) -> int:
-    """Tokens of the longest sequence: as asked, or what model and tokenizer allow, at most 2048.
+def length_for(sequence_length: int | None, model: Any, tokenizer: Any, longest: int = LONGEST) -> int:
+    """Tokens of the longest sequence: as asked, or what model and tokenizer allow, at most `longest`.
 
     Raises BadData where more are asked for than the model takes.
     """
     context = _context(model)
     if sequence_length is None:
-        return min(context or LONGEST, getattr(tokenizer, "model_max_length", LONGEST), LONGEST)
+        return min(context or longest, getattr(tokenizer, "model_max_length", longest), longest)
     if context is not None and sequence_length > context:
         raise BadData(f"sequence_length {sequence_length} is above the model's context of {context} tokens")
     return sequence_length

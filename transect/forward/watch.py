@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -41,11 +42,17 @@ class Seen:
 
 @contextmanager
 def watch(
-    anatomy: Anatomy, points: Iterable[Point], layers: Iterable[int] | None = None, keep_graph: bool = False
+    anatomy: Anatomy,
+    points: Iterable[Point],
+    layers: Iterable[int] | None = None,
+    keep_graph: bool = False,
+    instead: Mapping[Point, Callable[[Tensor], Any]] | None = None,
 ) -> Iterator[Seen]:
     """Record the points of every forward pass inside the `with`; a later pass overwrites an earlier one.
 
     layers: only these (counted as in `points`). Default: all. keep_graph: leave the tensors in autograd's graph.
+    instead: what is kept of a point's tensors in their place. The attention weights of all layers are many times as
+    large as everything else in a pass over long sequences.
     Inside `changed`, open this second: then it sees what the changes made. The hooks go also after an error.
 
         with torch.no_grad(), watch(anatomy, ["residual", "mlp"]) as seen:
@@ -60,14 +67,21 @@ def watch(
         if "patterns" in points:
             stack.enter_context(eager_attention(anatomy.model))
         for point in points:
+            made = (instead or {}).get(point)
             every = range(count + 1) if point == "residual" else range(count)
             for layer in every if wanted is None else wanted:
                 where = place(anatomy, point, layer)
                 if where is None:
                     continue
 
-                def keep(tensor: Tensor, into: dict[int, Tensor] = getattr(seen, point), layer: int = layer) -> None:
-                    into[layer] = tensor if keep_graph else tensor.detach()
+                def keep(
+                    tensor: Tensor,
+                    into: dict[int, Any] = getattr(seen, point),
+                    layer: int = layer,
+                    made: Callable[[Tensor], Any] | None = made,
+                ) -> None:
+                    tensor = tensor if keep_graph else tensor.detach()
+                    into[layer] = tensor if made is None else made(tensor)
 
                 stack.callback(Reader(where, keep).remove)
         yield seen

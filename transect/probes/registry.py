@@ -21,6 +21,8 @@ from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from ..errors import TransectError
 from ..forward import Point, Seen
 from ..parameters import Parameter, listed, parameters_of, settings_of, summary_of
@@ -28,6 +30,7 @@ from .draw import Drawing
 from .result import Result
 
 Looking = Generator[None, Seen | None, Result]
+OfPatterns = Callable[[Tensor, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,8 @@ class Probe:
     """A registered probe.
 
     watches: points of the forward pass that it is sent, see `transect.forward.points`; "logits" for those.
+    of_patterns: what it is sent in place of a layer's attention weights (B x H x T x T), made of them and of which
+    positions are no padding (B x T, None for all) as the pass goes on, since those of all layers would fill the memory.
     draw: its plots, from its Result alone. title: heading of its section in the report. trains: whether it trains
     something of its own, which takes minutes: it is run only where it is asked for.
     """
@@ -44,6 +49,7 @@ class Probe:
     paper: str
     function: Callable[..., Any]
     watches: tuple[str, ...] = ()
+    of_patterns: OfPatterns | None = None
     draw: Callable[[Result], list[Drawing]] | None = None
     trains: bool = False
 
@@ -79,13 +85,14 @@ def probing(
     title: str,
     paper: str,
     watches: Sequence[Point | str] = (),
+    of_patterns: OfPatterns | None = None,
     draw: Callable[[Result], list[Drawing]] | None = None,
     trains: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a probe; see `Probe` for the fields."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        _probes[name] = Probe(name, title, paper, function, tuple(watches), draw, trains)
+        _probes[name] = Probe(name, title, paper, function, tuple(watches), of_patterns, draw, trains)
         return function
 
     return register

@@ -7,12 +7,13 @@ import json
 import os
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from traceback import format_exception
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..data import Specimen
 from ..errors import NotApplicable, TransectError
@@ -134,15 +135,33 @@ def _show_text(specimen: Specimen, looking: dict[str, Any], noting: Callable[...
     points = dict.fromkeys(point for one, _ in looking.values() for point in one.watches)
     with noting(*looking):  # what is wrong with the text or with the pass is so for all
         for batch in specimen.shown(specimen.text, "text"):
-            with torch.no_grad(), watch(specimen.anatomy, [point for point in points if point != "logits"]) as seen:  # type: ignore[misc]
+            instead = {"patterns": _of_patterns(looking, batch)}
+            with (
+                torch.no_grad(),
+                watch(specimen.anatomy, [point for point in points if point != "logits"], instead=instead) as seen,  # type: ignore[misc]
+            ):
                 _forward(specimen, batch, seen, "logits" in points)
-            for name, (_, looker) in list(looking.items()):
+            of_patterns: dict[int, Any] = seen.patterns
+            for name, (one, looker) in list(looking.items()):
                 going = False
                 with noting(name):
-                    looker.send(seen)
+                    mine = {layer: made[name] for layer, made in of_patterns.items() if "patterns" in one.watches}
+                    looker.send(replace(seen, patterns=mine))
                     going = True
                 if not going:
                     del looking[name]
+
+
+def _of_patterns(looking: Mapping[str, Any], batch: Mapping[str, Any]) -> Callable[[Tensor], dict[str, Tensor]]:
+    """What each probe that asks for attention weights gets of a layer's."""
+    wanted = {name: one.of_patterns for name, (one, _) in looking.items() if "patterns" in one.watches}
+    mask = batch.get("attention_mask")
+
+    def made(weights: Tensor) -> dict[str, Tensor]:
+        real = None if mask is None else mask.to(weights.device).bool()
+        return {name: weights if function is None else function(weights, real) for name, function in wanted.items()}
+
+    return made
 
 
 def _forward(specimen: Specimen, batch: Mapping[str, Any], seen: Seen, logits: bool) -> None:

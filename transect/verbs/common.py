@@ -15,7 +15,7 @@ from ..anatomy import Anatomy, model_in
 from ..checkpoint import Opened, open_model, tokenizer_of
 from ..compression import Recipe, allocation_named
 from ..compression import method as registered
-from ..data import Batches, SpecialTokens, Specimen, load, load_choices, load_facts, load_passages
+from ..data import LONGEST, Batches, SpecialTokens, Specimen, load, load_choices, load_facts, load_passages
 from ..errors import TransectError
 from ..statistics import Progress
 
@@ -113,12 +113,13 @@ def held_out_of(
     batch_size: int,
     seed: int,
     special_tokens: SpecialTokens,
+    longest: int = LONGEST,
 ) -> Batches:
     """Held-out data as batches: nothing of it is lost."""
     return load(
         data, opened.model, opened.tokenizer, opened.processor,
         sequence_length=length, sequences=sequences, batch_size=batch_size, seed=seed,
-        special_tokens=special_tokens,
+        special_tokens=special_tokens, longest=longest,
     )  # fmt: skip
 
 
@@ -138,9 +139,10 @@ def specimen_of(
     progress: Progress | None = None,
     bundled: bool | None = None,
     with_facts: bool = True,
+    longest: int = LONGEST,
 ) -> Specimen:
     """The model on the table. bundled: use the bundled model's own text and questions as defaults; by default where the
-    model is named `organism`. with_facts: its facts too."""
+    model is named `organism`. with_facts: its facts too. longest: tokens of a sequence where `length` is not given."""
     if bundled is None:
         bundled = model == "organism" or (isinstance(model, Opened) and model.source == "organism")
     opened = opened_of(model, tokenizer)
@@ -149,7 +151,7 @@ def specimen_of(
         passages, facts = passages or "organism:passages", facts or ("organism:facts" if with_facts else None)
     batches = None
     if data is not None:
-        batches = held_out_of(data, opened, length, sequences, batch_size, seed, special_tokens)
+        batches = held_out_of(data, opened, length, sequences, batch_size, seed, special_tokens, longest)
     return Specimen(
         Anatomy(opened.model), opened.tokenizer, batches,
         () if facts is None else load_facts(facts),

@@ -21,7 +21,7 @@ from ..store import Folder, alone
 from ..version import __version__
 from .arguments import Count, FolderName, Length, Some
 from .common import fingerprint_of, specimen_of
-from .inspect import INSPECTION_SEQUENCES
+from .inspect import INSPECTION_LENGTH, INSPECTION_SEQUENCES
 
 KIND = "a difference"  # what the folder of one is
 
@@ -53,7 +53,8 @@ def diff(
         lost or gained), `loss` (of each block's change, predicted and measured). Default: all that can be said.
     facts, passages: questions, see `transect.data.load_facts`; `common` are ours.
     out: a folder for the report (index.html) and the raw results (data). The same call goes on where it stopped.
-    sequence_length, sequences, batch_size, special_tokens: of the text, see `transect.data.load`.
+    sequence_length, sequences, batch_size, special_tokens: of the text, see `transect.data.load`; sequences have at
+        most 512 tokens unless told otherwise.
     on_result: called with a comparison's name when its result is there.
 
     Both models are as before afterwards. Raises TransectError where they are not checkpoints of one model.
@@ -66,7 +67,7 @@ def diff(
         folder.check_place(among_others=True)
         folder.check(INDEX, *(file for name in names for file in Result.files(name)))
     options = dict(tokenizer=tokenizer, length=sequence_length, sequences=sequences, batch_size=batch_size, seed=seed,
-                   special_tokens=special_tokens, progress=progress)  # fmt: skip
+                   special_tokens=special_tokens, progress=progress, longest=INSPECTION_LENGTH)  # fmt: skip
     first = specimen_of(model, data, facts=facts, passages=passages, **options)  # type: ignore[arg-type]
     second = specimen_of(other, None, bundled=False, tokenizer=first.tokenizer)
     pair = pair_of(first, replace(second, data=first.data))

@@ -20,6 +20,7 @@ from .arguments import Count, FolderName, Length, Some
 from .common import Settings, fingerprint_of, specimen_of
 
 INSPECTION_SEQUENCES = 64
+INSPECTION_LENGTH = 512  # tokens: several probes look at all of the text many times
 
 
 @checked
@@ -53,7 +54,8 @@ def inspect(
     out: a folder for the report (index.html) and the raw results (data). The same call goes on where it was
         interrupted. Other files may lie in it and are left alone; one of a name that the report needs is refused.
     sequence_length, sequences, batch_size, special_tokens: of the text, see `transect.data.load`; sequences are spread
-        evenly over it, None takes all. Memory is that of one batch's activations, whatever the amount of text.
+        evenly over it, None takes all, and have at most 512 tokens unless told otherwise. Memory is that of one batch's
+        activations, whatever the amount of text.
     settings: of the probes, by name: {"lazy-neuron": {"mass": 0.9}}.
     on_result: called with a probe's name when its result is there.
 
@@ -72,7 +74,7 @@ def inspect(
     specimen = specimen_of(
         model, data, facts=facts, choices=choices, passages=passages, tokenizer=tokenizer,
         length=sequence_length, sequences=sequences, batch_size=batch_size, seed=seed, special_tokens=special_tokens,
-        progress=progress,
+        progress=progress, longest=INSPECTION_LENGTH,
     )  # fmt: skip
     chosen = {name: settings.get(name, {}) for name in names}
     if folder is None:

@@ -10,9 +10,9 @@ from torch import Tensor
 from ...adaptation import adapter_named
 from ...adaptation.targets import targets_of
 from ...data import Specimen
-from ...forward import at_rest, watch
+from ...forward import Point, at_rest, watch
 from ...forward.objective import IGNORED, Batch
-from ...probes.catalog.attention_sinks import Tally
+from ...probes.catalog.attention_sinks import Tally, paid
 from ...training import Machine, Problem, Run, Schedule, Seen, State, own_loss, penalty_named, train, watching
 from ..context import Context, Measured
 from ..registry import NotApplicable, Result, Verdict, claim
@@ -160,7 +160,8 @@ def _measured(specimen: Specimen, judged: list[Tensor]) -> dict[str, Any]:
                     own_loss(model, {name: one[row : row + 1] for name, one in batch.items()})[0].double().cpu()
                 )
             given = {"inputs_embeds": batch["inputs_embeds"], "use_cache": False}
-            with watch(specimen.anatomy, ["residual", "attention", "mlp", "patterns"]) as seen:
+            points: list[Point] = ["residual", "attention", "mlp", "patterns"]
+            with watch(specimen.anatomy, points, instead={"patterns": lambda weights: paid(weights, None)}) as seen:
                 model(**given)
             tally.add(seen, True, THRESHOLD, RATIO, QUERIES)
             states = [seen.residual[layer] for layer in range(specimen.layers + 1)]

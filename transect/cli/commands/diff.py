@@ -21,7 +21,7 @@ from ..printing import print_whole, progress_bar, stderr
 @click.option("--out", type=Place(), required=True, help="Folder for the report; a difference in it is continued.")
 @click.option("--sequences", type=int, default=64, show_default=True, help="Sequences, spread evenly over the text.")
 @click.option("--batch-size", type=int, default=4, show_default=True)
-@shared_options("facts", "passages", "sequence_length", "special_tokens", "seed", *LOADING, "json")
+@shared_options("facts", "passages", "inspected_length", "special_tokens", "seed", *LOADING, "json")
 def diff(model: str, other: str, out: Path, as_json: bool, what: list[str] | None, **options: Any) -> None:
     """Say what differs between MODEL and OTHER, which came from it, as one HTML report."""
     from ...checkpoint import open_model

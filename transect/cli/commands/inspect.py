@@ -26,7 +26,7 @@ from ..printing import print_whole, progress_bar, stderr
               help="Folder for the report; an inspection in it is continued.")  # fmt: skip
 @click.option("--sequences", type=int, default=64, show_default=True, help="Sequences, spread evenly over the text.")
 @click.option("--batch-size", type=int, default=4, show_default=True)
-@shared_options("facts", "choices", "passages", "sequence_length", "special_tokens", "seed", *LOADING, "json")
+@shared_options("facts", "choices", "passages", "inspected_length", "special_tokens", "seed", *LOADING, "json")
 @click.pass_context
 def inspect(
     context: click.Context, model: str, probes: list[str] | None, out: Path, as_json: bool, **options: Any

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 
 from ...data import Specimen
-from ...forward import Seen
-from ...forward.attention_rank import attention_rank, effective_rank
+from ...forward.attention_rank import SEQUENCES, maps_below, ranks_of
 from ..draw import Drawing, lines
 from ..registry import Looking, probing
 from ..result import Quantity, Result
@@ -23,23 +22,27 @@ def draw(result: Result) -> list[Drawing]:
     ]  # fmt: skip
 
 
-@probing("arank", title="Rank of attention maps", paper="arXiv:2410.13859", watches=["patterns"], draw=draw)
+@probing(
+    "arank", title="Rank of attention maps", paper="arXiv:2410.13859", watches=["patterns"], of_patterns=maps_below,
+    draw=draw,
+)  # fmt: skip
 def arank(specimen: Specimen) -> Looking:
     """Rank the blocks by the rank of their attention maps: the lowest are said to be redundant.
 
     The rank of a head's map strictly below the diagonal, in float32 with torch's own tolerance (largest singular value
     times length times precision), mean over heads and then over sequences, each counting once. It depends on the length
     of the sequences: from 0 to that less one. Beside it exp of the entropy of the singular values' shares, which has no
-    tolerance (our design).
+    tolerance (our design). The first 256 tokens of 16 sequences are looked at (ours; the authors look at samples too).
     """
     specimen.require_causal()
     sums, count, longest = torch.zeros(2, specimen.layers), 0, 0
     there = torch.zeros(specimen.layers, dtype=torch.bool)
     while (seen := (yield)) is not None:
         sequences = 0
-        for layer, weights in seen.patterns.items():
-            sums[:, layer] += _ranks(seen, weights)
-            there[layer], sequences, longest = True, len(weights), max(longest, weights.shape[-1])
+        for layer, maps in seen.patterns.items() if count < SEQUENCES else ():
+            maps = maps[: SEQUENCES - count]
+            sums[:, layer] += torch.stack([rank.sum().cpu() for rank in ranks_of(maps)])
+            there[layer], sequences, longest = True, len(maps), max(longest, maps.shape[-1])
         count += sequences
     sums = (sums / max(1, count)).masked_fill(~there, torch.nan)
     found = Result(
@@ -62,8 +65,3 @@ def arank(specimen: Specimen) -> Looking:
         "That attention of low rank can be left out is gamma-MoD's finding on image tokens, not a property of ranks.",
     ]
     return found
-
-
-def _ranks(seen: Seen, weights: torch.Tensor) -> torch.Tensor:
-    """Both ranks, summed over the sequences (2)."""
-    return torch.stack([rank(weights, seen.mask).sum().cpu() for rank in (attention_rank, effective_rank)])

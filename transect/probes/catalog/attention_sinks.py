@@ -48,11 +48,18 @@ def draw(result: Result) -> list[Drawing]:
     ]  # fmt: skip
 
 
+def paid(weights: Tensor, real: Tensor | None) -> Tensor:
+    """The attention that each token gets from all queries (B x H x T). weights: B x H x T x T; real: no padding."""
+    weights = weights.float()
+    return (weights if real is None else weights * real[:, None, :, None]).sum(2)  # padding looks at nothing
+
+
 @probing(
     "attention-sinks",
     title="Attention sinks and massive activations",
     paper="arXiv:2510.22603",
     watches=["residual", "attention", "mlp", "patterns"],
+    of_patterns=paid,
     draw=draw,
 )
 def attention_sinks(
@@ -110,7 +117,7 @@ class Tally:
         self.ids: Counter[int] = Counter()
 
     def add(self, seen: Seen, causal: bool, threshold: float, ratio: float, queries: int) -> None:
-        """One batch."""
+        """One batch, with what the tokens are `paid` in place of its patterns."""
         batch, length, width = seen.residual[0].shape
         device = seen.residual[0].device
         real = torch.ones(batch, length, dtype=torch.bool, device=device) if seen.mask is None else seen.mask
@@ -173,9 +180,8 @@ class Tally:
         queries: int,
     ) -> Tensor:
         """Sink scores in one block. Returns which tokens are sinks (B x T)."""  # fmt: skip
-        weights = seen.patterns[layer].float() * real[:, None, :, None]  # what padding looks at does not count
         looking = _looking(real, causal)
-        score = weights.sum(2) / looking.clamp_min(1)[:, None]  # B x H x T
+        score = seen.patterns[layer] / looking.clamp_min(1)[:, None]  # B x H x T
         at_first = (score * first[:, None]).sum((0, 2)).cpu()
         self.first[layer] = self.first.get(layer, 0) + at_first
         mean, judged = score.mean(1), _judged(real, causal, queries)

@@ -77,7 +77,11 @@ def drawn_swaps(result: Result) -> Drawing:
     "latent-language", title="What the layers would say", paper="arXiv:2408.10811", watches=["residual"], draw=draw
 )
 def latent_language(
-    specimen: Specimen, *, concepts: str = "", dimensions: Annotated[float, Range(0, 0.5)] = 0.05
+    specimen: Specimen,
+    *,
+    concepts: str = "",
+    dimensions: Annotated[float, Range(0, 0.5)] = 0.05,
+    tokens: Annotated[int, Range(1, 10**9)] = 4096,
 ) -> Looking:
     """Read every layer through the logit lens: its entropy, its kind of token, and the language of its answers.
 
@@ -101,6 +105,7 @@ def latent_language(
     concepts: a JSON file of prompts with their answers' words by language, see `transect.data.concepts`; or
         `organism` for the bundled model's two languages.
     dimensions: share of the dimensions that are swapped, one at least (the default is our choice).
+    tokens: of the running text that are looked at, at most, evenly spread over it (the default is our choice).
     """
     lens = specimen.lens
     known = load_concepts(concepts) if concepts else []
@@ -110,9 +115,13 @@ def latent_language(
         names, index = kinds_of_tokens(specimen.tokenizer, len(lens.weight))
     states = specimen.layers + 1
     sums = LensSums(lens, states, names, index)
+    step, passed = max(1, -(-specimen.text.tokens // tokens)), 0
     while (seen := (yield)) is not None:
         real = torch.ones_like(seen.residual[0][..., 0], dtype=torch.bool) if seen.mask is None else seen.mask
-        sums.add({state: seen.residual[state][real] for state in range(states)})
+        chosen = torch.arange(passed, passed + int(real.sum())) % step == 0
+        passed += len(chosen)
+        if chosen.any():
+            sums.add({state: seen.residual[state][real][chosen] for state in range(states)})
     result = Result(sums.quantities(), labels={"kind": names} if names else {})
     result.findings = about_text(result)
     result.caveats = [
