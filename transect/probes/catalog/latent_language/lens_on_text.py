@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from ....forward import Lens
-from ...neurons import ENTRIES, wide
+from ...neurons import wide
 from ...result import Quantity
+
+_ENTRIES = 2**22  # logits at once: more of them wait for memory
 
 
 class LensSums:
@@ -28,24 +30,30 @@ class LensSums:
 
     def add(self, rows: Mapping[int, Tensor]) -> None:
         """rows: the states of some tokens, state -> n x d."""
-        step = max(1, ENTRIES // len(self.lens.weight))
+        step = max(1, _ENTRIES // len(self.lens.weight))
         self.count += len(rows[0])
         for start in range(0, len(rows[0]), step):
-            final = wide(self.lens(rows[self.states - 1][start : start + step])).log_softmax(-1)
-            top = final.argmax(-1, keepdim=True)
+            logs = self._predicted(rows[self.states - 1][start : start + step])
+            final = logs.exp(), torch.linalg.vecdot(logs.exp(), logs), logs.argmax(-1, keepdim=True)
             for state in range(self.states):
-                self._add(state, rows[state][start : start + step], final, top)
+                self._add(state, rows[state][start : start + step], final)
 
-    def _add(self, state: int, part: Tensor, final: Tensor, top: Tensor) -> None:
+    def _predicted(self, part: Tensor) -> Tensor:
+        """Log-probabilities of what some states predict (n x V); those of 0 are finite, so that 0 times them is 0."""
         logs = wide(self.lens(part)).log_softmax(-1)
-        chances = logs.exp()
+        return logs.clamp_min_(torch.finfo(logs.dtype).min)
+
+    def _add(self, state: int, part: Tensor, final: tuple[Tensor, Tensor, Tensor]) -> None:
+        """final: behind the last block, the probabilities (n x V), Σ p log p (n) and the top token (n x 1)."""
+        logs, (last, certainty, top) = self._predicted(part), final
+        chances, dot = logs.exp(), torch.linalg.vecdot
         rank = (logs > logs.gather(-1, top)).sum(-1)
         self.sums[state] += torch.stack(
             [
-                -(chances * logs).nan_to_num(0).sum(), (final.exp() * (final - logs)).nan_to_num(0).sum(),
-                rank.sum(), energy(self.lens, self.form, part).sum(),
+                -dot(chances, logs).double().sum(), (certainty - dot(last, logs)).double().sum(),
+                rank.double().sum(), energy(self.lens, self.form, part).double().sum(),
             ]
-        ).double().cpu()  # fmt: skip
+        ).cpu()  # fmt: skip
         self.first[state] += int((rank == 0).sum())
         if self.index is not None:
             self.mass[state].index_add_(0, self.index, chances.sum(0).double().cpu())

@@ -22,9 +22,10 @@ def pca_dim(states: Tensor, eta: float) -> int:
 
 
 class Scatter:
-    """Σ (h - h̄)(h - h̄)ᵀ of rows h (d) that come part by part, in float64, however they are cut into parts.
+    """Σ (h - h̄)(h - h̄)ᵀ of rows h (d) that come part by part, however they are cut into parts.
 
-    Sums are taken about the first part's mean, so that a large mean costs no digits. Memory: d² numbers.
+    Sums are taken about the first part's mean, so that a large mean costs no digits, and added up in float64; products
+    within a part are in the precision of the rows, at least float32. Memory: d² numbers.
     """
 
     def __init__(self) -> None:
@@ -37,14 +38,15 @@ class Scatter:
             raise TransectError("activations are not finite: look for NaN or infinite weights")
         if len(states) == 0:
             return
-        states = states.double()
+        precise, states = torch.promote_types(states.dtype, torch.float32), states.double()
         if self.rows == 0:
             self.about = states.mean(0)
             self.sum = torch.zeros_like(self.about)
             self.gram = self.about.new_zeros(len(self.about), len(self.about))
         states = states - self.about
         self.sum += states.sum(0)
-        self.gram.addmm_(states.T, states)
+        states = states.to(precise)
+        self.gram += states.T @ states
         self.rows += len(states)
 
     def variances(self) -> Tensor:
