@@ -20,6 +20,7 @@ from transect.claims.catalog.kfac_svd import RELEASED, as_released
 from transect.claims.catalog.svd_llm import mean_squared_outputs
 from transect.claims.context import Variant
 from transect.claims.ordering import Comparison, judge
+from transect.claims.probing import probed_once
 from transect.cli import main_group
 from transect.compression import calibrate, method
 from transect.compression.weighted_svd import shrink
@@ -134,6 +135,16 @@ def test_results_are_remembered_and_the_model_is_left_as_it_was(monkeypatch):
     assert not measuring.anatomy.record.modules
     monkeypatch.setattr(Context, "evaluate", None)
     assert measuring.compressed(Variant(method("svd")), 0.5) is first
+
+
+def test_claims_of_a_run_share_what_a_probe_finds_under_the_same_settings(monkeypatch):
+    one, asked = context(), []
+    monkeypatch.setattr(
+        "transect.claims.probing.probed", lambda specimen, name, **given: asked.append(given) or object()
+    )
+    first = probed_once(one, "hftp", shuffles=10)
+    assert probed_once(one, "hftp", shuffles=10) is first
+    assert probed_once(one, "hftp", shuffles=20) is not first and asked == [{"shuffles": 10}, {"shuffles": 20}]
 
 
 def test_refitting_leaves_the_factors_as_they_were():

@@ -26,9 +26,10 @@ def probed(specimen: Specimen, name: str, **settings: Any) -> Found:
 
 def probed_once(context: Context, name: str, **settings: Any) -> Found:
     """What the probe finds in the model at hand, once for all claims of a run."""
-    if name not in context.shared:
-        context.shared[name] = probed(context.specimen, name, **settings)
-    return context.shared[name]
+    key = f"{name} {settings}"
+    if key not in context.shared:
+        context.shared[key] = probed(context.specimen, name, **settings)
+    return context.shared[key]
 
 
 def untrained(specimen: Specimen) -> Specimen:

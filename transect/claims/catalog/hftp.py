@@ -15,7 +15,7 @@ from ...probes.catalog.hftp.rhythm import Stimuli, broken
 from ...probes.catalog.hftp.tagging import Recorded, record, tag
 from ..context import Context
 from ..descent import descend
-from ..probing import probed, untrained
+from ..probing import probed, probed_once, untrained
 from ..registry import Result, Verdict, claim
 
 PAPER = "NeurIPS 2025, An et al. (HFTP)"
@@ -134,8 +134,11 @@ def rhythm(context: Context) -> Result:
     the share of the power, less that in the control, is larger than in the untrained one. The second half is ours.
     """
     rows = []
-    for name, specimen in (("trained", context.specimen), ("untrained", untrained(context.specimen))):
-        found = probed(specimen, "hftp", shuffles=SHUFFLES, permutations=PERMUTATIONS)
+    settings = {"shuffles": SHUFFLES, "permutations": PERMUTATIONS}
+    for name, found in (
+        ("trained", probed_once(context, "hftp", **settings)),
+        ("untrained", probed(untrained(context.specimen), "hftp", **settings)),
+    ):
         places = (found["frequency"][None] - found["rate"][:2, None]).abs().argmin(1).tolist()
         contrast = (found["power"][0] - found["power"][1]).mean(0)
         rows.append(
@@ -169,7 +172,7 @@ def analogous(context: Context) -> Result:
     """
     from scipy.stats import spearmanr
 
-    found = probed(context.specimen, "hftp", shuffles=SHUFFLES, permutations=PERMUTATIONS)
+    found = probed_once(context, "hftp", shuffles=SHUFFLES, permutations=PERMUTATIONS)
     shares = (found["count"] / found["neurons"][:, None])[:, :2]
     varies = len(shares) > 2 and all(len(one.unique()) > 1 for one in shares.T)
     one, other = shares.T.numpy()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ...probes.catalog.talking_heads.channels import READS
 from ..context import Context
 from ..copying import copying_heads, heads_that
-from ..probing import probed
+from ..probing import probed_once
 from ..registry import NotApplicable, Result, Verdict, claim
 
 _PAPER = "arXiv:2406.09519"
@@ -20,7 +20,7 @@ _PAPER = "arXiv:2406.09519"
 )
 def outliers(context: Context) -> Result:
     """The strongest channels against the whole heads' scores, in multiples of what random matrices give."""
-    found = probed(context.specimen, "talking-heads", tested=0)
+    found = probed_once(context, "talking-heads", tested=0)
     scale = float(found["width"]) ** 0.5
     rows = [
         {"channel": label, "x random": float(score) * scale, "standard deviations": float(far)}
@@ -46,7 +46,7 @@ def outliers(context: Context) -> Result:
 )
 def removal(context: Context) -> Result:
     """The five strongest channels, on random tokens that are said twice."""
-    found = probed(context.specimen, "talking-heads", tested=5)
+    found = probed_once(context, "talking-heads", tested=5)
     if "removed" not in found.quantities:
         raise NotApplicable("the model predicts no next token")
     removed, control = found["removed"], found["control"]
@@ -86,7 +86,7 @@ def induction(context: Context) -> Result:
     ]
     if not known:
         raise NotApplicable("no head that looks one token back is in an earlier layer than one that copies")
-    found = probed(specimen, "talking-heads", tested=0)
+    found = probed_once(context, "talking-heads", tested=0)
     scores, names = found["heads"][READS.index("key")], list(found.labels["head"])
     places = [tuple(names.index(f"{layer}.{head}") for layer, head in pair) for pair in known]
     order = scores.flatten().argsort(descending=True).argsort().view_as(scores)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...context import Context
-from ...probing import probed, untrained
+from ...probing import probed, probed_once, untrained
 from ...registry import NotApplicable, Result, Verdict, claim
 
 PAPER = "arXiv:2210.06313"
@@ -25,9 +25,8 @@ def training(context: Context) -> Result:
     only where another extension agrees: the fewest neurons with 95 % of the sum of sizes are fewer than before
     training too.
     """
-    specimen = context.specimen
-    trained = probed(specimen, "lazy-neuron", sequences=1)
-    fresh = probed(untrained(specimen), "lazy-neuron", sequences=1)
+    trained = probed_once(context, "lazy-neuron", sequences=1)
+    fresh = probed(untrained(context.specimen), "lazy-neuron", sequences=1)
     layers = trained.labels["layer"]
     if list(layers) != list(fresh.labels["layer"]):
         raise NotApplicable("MLPs of this model were dropped: it has no untrained counterpart")
@@ -72,7 +71,7 @@ def alive(context: Context) -> Result:
 
     What counts as active is as in `lazy-neuron/training`.
     """
-    found = probed(context.specimen, "lazy-neuron", sequences=1)
+    found = probed_once(context, "lazy-neuron", sequences=1)
     rates = [row[row.isfinite()] for row in found["rate"]]
     rows = [
         {
