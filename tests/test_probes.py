@@ -67,6 +67,28 @@ def test_one_pass_serves_all_and_sees_what_the_model_computes(scratch):
     assert found["two"].settings == {"scale": 2.0} and found["two"].findings == ["3 batches"]
 
 
+def test_what_a_probe_makes_of_attention_weights_is_all_that_is_kept_for_it(scratch):
+    sent = {}
+
+    def register(name, watches, of_patterns=None):
+        @probing(name, title=name, paper="ours", watches=watches, of_patterns=of_patterns)
+        def look(specimen):
+            """Keep the patterns."""
+            while (seen := (yield)) is not None:
+                sent.setdefault(name, []).append(seen.patterns)
+            return Result({})
+
+    register("paid", ["patterns"], lambda weights, real: weights.sum(2) + (real is not None))
+    register("whole", ["patterns"])
+    register("none", ["residual"])
+    run_probes(specimen(rows=4), {"paid": {}, "whole": {}, "none": {}})
+    assert len(sent["paid"]) == 2 and sent["none"] == [{}, {}]
+    for paid, whole in zip(sent["paid"], sent["whole"], strict=True):
+        assert sorted(paid) == sorted(whole) == [0, 1, 2]
+        assert all(torch.equal(paid[layer], whole[layer].sum(2)) for layer in paid)
+        assert whole[0].shape == (2, 4, 10, 10)
+
+
 def test_results_come_back_from_disk_and_are_not_computed_again(scratch, tmp_path):
     log = []
     looking("one", ["residual"], log)
