@@ -44,7 +44,7 @@ def halves(context: Context) -> Result:
         raise NotApplicable(
             f"two halves without the first and the last layer need at least 4 layers, the model has {layers}"
         )
-    found = probed(specimen, "depth-efficiency", erased=1)
+    found = probed(specimen, "depth-efficiency", prompts=10)
     added, cosine = found["contribution"][1, 0], found["cosine"][1, 0]
     current, future = found["skip_output"][0, :, 1]
     rows = [
