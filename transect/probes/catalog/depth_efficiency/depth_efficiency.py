@@ -130,7 +130,8 @@ def depth_efficiency(
     for each erased sequence L passes over as many copies as it has tokens in its first three quarters, and L passes
     forward and back over as many as there are steps.
 
-    prompts: beginnings of the text's sequences that layers are skipped on (authors: 10 to 20; four take minutes on a CPU).
+    prompts: beginnings of the text's sequences that layers are skipped on. The authors have 10 and 20; four take
+        minutes on a CPU.
     length: tokens of a prompt.
     cuts: positions of each prompt before which a layer is skipped, to see later tokens.
     erased: sequences of which tokens are erased, and whose predictions are attributed to tokens.
