@@ -9,7 +9,7 @@ import torch
 import transect
 from transect.anatomy import Anatomy
 from transect.data import Specimen, load
-from transect.difference import comparisons, pair_of
+from transect.difference import comparison, comparisons, pair_of
 from transect.difference.pair import standing_for
 from transect.errors import TransectError
 from transect.evaluation import evaluate_loss
@@ -123,7 +123,9 @@ def test_it_is_written_continued_and_refused(tmp_path, monkeypatch):
     other = transect.compress(tiny("llama"), "svd", 0.7)
     found = differing(other, out=tmp_path / "out")
     assert set(found) == {"weights", "text", "loss"}
+    assert all(comparison(name).draw(result) for name, result in found.items())
     page = (tmp_path / "out" / "index.html").read_text()
+    assert page.count('<script type="application/json" data-plot=') >= len(found)
     assert "What each block" in page and "What differs between this model and" in page
     told = json.loads((tmp_path / "out" / "data" / "weights.json").read_text())
     assert told["findings"] == list(found["weights"].findings)

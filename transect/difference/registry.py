@@ -16,7 +16,7 @@ def comparing(
     """Register `function(pair) -> Result`."""
 
     def register(function: Callable[..., Result]) -> Callable[..., Result]:
-        _comparisons[name] = Probe(name, title, paper, function, (), draw)
+        _comparisons[name] = Probe(name, title, paper, function, draw=draw)
         return function
 
     return register

@@ -38,10 +38,10 @@ class Probe:
     """A registered probe.
 
     watches: points of the forward pass that it is sent, see `transect.forward.points`; "logits" for those.
-    of_patterns: what it is sent in place of a layer's attention weights (B x H x T x T), made of them and of which
-    positions are no padding (B x T, None for all) as the pass goes on, since those of all layers would fill the memory.
     draw: its plots, from its Result alone. title: heading of its section in the report. trains: whether it trains
     something of its own, which takes minutes: it is run only where it is asked for.
+    of_patterns: what it is sent in place of a layer's attention weights (B x H x T x T), made of them and of which
+    positions are no padding (B x T, None for all) as the pass goes on, since those of all layers would fill the memory.
     """
 
     name: str
@@ -49,9 +49,9 @@ class Probe:
     paper: str
     function: Callable[..., Any]
     watches: tuple[str, ...] = ()
-    of_patterns: OfPatterns | None = None
     draw: Callable[[Result], list[Drawing]] | None = None
     trains: bool = False
+    of_patterns: OfPatterns | None = None
 
     @property
     def summary(self) -> str:
@@ -92,7 +92,9 @@ def probing(
     """Register a probe; see `Probe` for the fields."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        _probes[name] = Probe(name, title, paper, function, tuple(watches), of_patterns, draw, trains)
+        _probes[name] = Probe(
+            name, title, paper, function, tuple(watches), draw=draw, trains=trains, of_patterns=of_patterns
+        )
         return function
 
     return register
