@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Annotated
 
 import torch
@@ -41,6 +42,7 @@ def local_lipschitz(
     specimen: Specimen,
     *,
     texts: Annotated[int, Range(1, 100_000)] = 16,
+    length: Annotated[int, Range(2, 100_000)] = 128,
     ball: Annotated[float, Range(0, 1, above=True)] = 0.05,
     samples: Annotated[int, Range(0, 10_000)] = 15,
 ) -> Result:
@@ -54,12 +56,13 @@ def local_lipschitz(
     Time: samples + 1 passes over a text, forward and back. Padding is left out.
 
     texts: how many texts to look at, from the first on.
+    length: tokens of their beginnings that are looked at.
     ball: its radius, as a share of ‖E‖ (Frobenius).
     samples: random points of the ball of each text.
     """
     specimen.require_causal()
     generator = torch.Generator().manual_seed(specimen.seed)
-    rows = [row for row in _rows(specimen) if len(row) > 1][:texts]
+    rows = [row[:length] for row in islice((row for row in specimen.text.texts() if len(row) > 1), texts)]
     if not rows:
         raise NotApplicable("it needs texts of two tokens or more")
     found = torch.stack([_measured(specimen, row, ball, samples, generator) for row in specimen.shown(rows, "slopes")])
@@ -77,16 +80,6 @@ def local_lipschitz(
         "estimate and no certificate. Moves of embeddings need not be those of any other text.",
     ]
     return Result(quantities, findings, caveats)
-
-
-def _rows(specimen: Specimen) -> list[Tensor]:
-    """The token ids of each text, without padding."""
-    found = []
-    for batch in specimen.text:
-        mask = batch.get("attention_mask")
-        for number, row in enumerate(batch["input_ids"]):
-            found.append(row if mask is None or mask.dim() != 2 else row[mask[number].bool()])
-    return found
 
 
 def _measured(specimen: Specimen, ids: Tensor, ball: float, samples: int, generator: torch.Generator) -> Tensor:
