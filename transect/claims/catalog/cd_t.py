@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...probes import probe
 from ...probes.catalog.cd_t.cd_t import prompts_of
 from ...probes.catalog.cd_t.circuits import (
     Alone,
@@ -33,14 +34,14 @@ def circuit(context: Context) -> Result:
     """Share of the answer's logit that is left with all other heads at their mean, on prompts not used to select."""
     specimen = context.specimen
     require_heads(specimen)
-    ids, answers = prompts_of(specimen, 16, 12)
+    settings = probe("cd-t").settings({"prompts": 16})
+    ids, answers = prompts_of(specimen, settings["prompts"], settings["length"])
     if len(ids) < 2:
         raise NotApplicable("there is a single prompt")
-    means, made = mean_heads(specimen, ids), Decomposition(specimen, ids[0])
+    means, made = mean_heads(specimen, ids), Decomposition(specimen, ids[0], settings["pattern"])
     scores, shares = scores_on_everything(made, direction_to(answers[0], len(made.logits)), means)
-    recovered, random, sizes = faithfulness(
-        specimen, made.nodes, scores, shares, ids, answers, means, most=8, threshold=0.1, pruned=8
-    )
+    search = {name: settings[name] for name in ("most", "threshold", "pruned")}
+    recovered, random, sizes = faithfulness(specimen, made.nodes, scores, shares, ids, answers, means, **search)
     rows = [
         {"heads, by position": int(size), "circuit": float(ours), "random": float(other)}
         for size, ours, other in zip(sizes, recovered, random, strict=True)

@@ -194,6 +194,7 @@ class Tally:
         return sinks
 
     def result(self, specimen: Specimen, threshold: float, ratio: float) -> Result:
+        """What was found in all of the text. specimen: names the tokens; threshold, ratio: see `attention_sinks`."""
         heads = max((len(scores) for scores in self.first.values()), default=0)
         first = torch.full((self.layers, heads), torch.nan)
         for layer, scores in self.first.items():
