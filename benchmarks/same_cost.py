@@ -2,7 +2,8 @@
 
 - `experts`: `uoe` and `dense2moe`, of whose MLPs each position runs a part, beside `amp` and `modegpt` whose blocks
   take as many FLOPs for a token.
-- `loops`: `relaxed-recursive` by loops and ranks, beside `llm-drop` and `fusegpt` in as many bytes.
+- `loops`: `relaxed-recursive` by loops and ranks, beside `llm-drop` and `fusegpt` in as many bytes (or one of them, by
+  `--beside`: `fusegpt` trains for every block that it removes, which may take hours).
 
 The repair is the same for all: so many steps on the same text towards the predictions of the model as it was, in all of
 the blocks, at the rate of `--rates` that is best on the held-out end of that text. Loss is judged on text of its own;
@@ -131,7 +132,7 @@ def loops(bench: Bench) -> Iterator[tuple[str, str, dict[str, Any] | None]]:
             group = f"{count} loops, rank {rank} ({keep:.3f})"
             yield group, "relaxed-recursive", row
             if keep < 1:
-                yield from compressed(bench, group, ("llm-drop", "fusegpt"), keep)
+                yield from compressed(bench, group, bench.given.beside, keep)
 
 
 def compressed(
@@ -160,6 +161,7 @@ def main(argv: Sequence[str] | None = None) -> list[list[Any]]:
     options.add_argument("--active", default="1,0.75,0.5,0.25", help="parts of the MLPs that run")
     options.add_argument("--loops", default="2", help="dividing the number of blocks")
     options.add_argument("--ranks", default="0,16,64", help="of the corrections")
+    options.add_argument("--beside", default="llm-drop,fusegpt", help="what loops are compared with, in as many bytes")
     options.add_argument("--steps", type=int, help="default 100")
     options.add_argument("--rates", default="1e-4,3e-4,1e-3")
     options.add_argument("--batch-size", type=int, default=8)
@@ -175,6 +177,7 @@ def main(argv: Sequence[str] | None = None) -> list[list[Any]]:
     )  # fmt: skip
     given.active = numbers("0.5" if quick else given.active, float)
     given.loops, given.ranks = numbers(given.loops, int), numbers("4" if quick else given.ranks, int)
+    given.beside = numbers(given.beside, str)
     given.rates = numbers("1e-4" if quick else given.rates, float)
     common = (
         "model",
