@@ -40,26 +40,26 @@ class Bench:
     steps: int
     batch_size: int
     sequences: int | None
+    sequence_length: int | None
     grid: Sequence[float]
 
     def begin(self) -> None:
         """Note what all trainings of the folder have in common; SystemExit where it holds others'."""
-        own = json.dumps([self.model, self.data, self.steps, self.batch_size, self.sequences])
+        own = json.dumps([self.model, self.data, self.steps, self.batch_size, *self.text.values()])
         note = self.folder / "settings.json"
         self.folder.mkdir(parents=True, exist_ok=True)
         if note.exists() and note.read_text(encoding="utf-8") != own:
             raise SystemExit(f"{self.folder} holds trainings with other settings: name another --out")
         note.write_text(own, encoding="utf-8")
 
+    @property
+    def text(self) -> dict[str, Any]:
+        """How much of the text, in what pieces."""
+        return {"sequences": self.sequences, "sequence_length": self.sequence_length}
+
     def common(self, rate: float) -> dict[str, Any]:
         """The arguments of one training; as many passes over the text as its steps take."""
-        return {
-            "steps": self.steps,
-            "epochs": 1000,
-            "batch_size": self.batch_size,
-            "lr": rate,
-            "sequences": self.sequences,
-        }
+        return {"steps": self.steps, "epochs": 1000, "batch_size": self.batch_size, "lr": rate, **self.text}
 
     def best(self, name: str, train: Callable[[float, Path], float]) -> tuple[Path, float]:
         """The folder and the rate of a contestant's best training; train(rate, folder) gives its held-out loss."""
@@ -104,9 +104,8 @@ class Bench:
         folder = self.folder / f"{method}-{keep:.4g}"
         if not folder.exists():
             opened = open_model(self.model)
-            given: dict[str, Any] = {"data": self.data, "sequences": self.sequences, "tokenizer": opened.tokenizer}
             try:
-                transect.compress(opened.model, method, keep=keep, **given)
+                transect.compress(opened, method, keep, self.data, **self.text)
             except OutOfReach as reason:
                 print(f"{method} has no row at {keep:.4g}: {reason}", flush=True)
                 return None
@@ -131,6 +130,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     options.add_argument("--bits", default="4,2", help="of ofq, whose sizes all others have, too")
     options.add_argument("--steps", type=int, help="default 100")
     options.add_argument("--batch-size", type=int, default=8)
+    options.add_argument("--sequence-length", type=int, help="default: the longest that the model reads")
     options.add_argument("--out", type=Path, help="default: a folder that is thrown away")
     given = options.parse_args(argv)
     with tempfile.TemporaryDirectory() as thrown:
@@ -138,9 +138,11 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         steps = given.steps or (2 if given.quick else 100)
         quick = given.quick
         free = FREE[1:] if quick else FREE
+        length = given.sequence_length or (32 if quick else None)
         bench = Bench(
-            given.model, given.data, out, steps, given.batch_size, 16 if quick else None, GRID[3:4] if quick else GRID
-        )
+            given.model, given.data, out, steps, given.batch_size, 16 if quick else None, length,
+            GRID[3:4] if quick else GRID,
+        )  # fmt: skip
         bench.begin()
         bits_of_a_number = 8 * open_model(given.model).model.dtype.itemsize
         found: list[tuple[float, str, float, Path]] = []  # size, name, rate, folder
@@ -170,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
             given.heldout,
             out / "compare",
             beside=list(folders),
-            sequences=bench.sequences,
+            **bench.text,
             eval_sequences=given.eval_sequences or (4 if quick else 64),
         )
         rows = judged(out / "compare", folders)

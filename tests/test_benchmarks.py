@@ -128,7 +128,8 @@ def test_training_aware_compression_beside_repairs(benchmark: Any, capsys: pytes
 def test_converted_models_beside_compressed_ones_of_their_cost(
     benchmark: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    rows = benchmark("same_cost")(["--quick", "--out", str(tmp_path)])
+    words = ["--quick", "--sequence-length", "32", "--out", str(tmp_path)]
+    rows = benchmark("same_cost")(words)
     assert "organism: 1 steps of 8 sequences" in capsys.readouterr().out
     names = [row[1] for row in rows]
     assert names == ["dense", "uoe", "dense2moe", "amp", "modegpt", "relaxed-recursive", "llm-drop", "fusegpt"]
@@ -136,10 +137,10 @@ def test_converted_models_beside_compressed_ones_of_their_cost(
     assert of["uoe"][3] < 0.8 and of["modegpt"][3] == pytest.approx(of["uoe"][3], abs=0.05)
     assert of["fusegpt"][2] <= of["relaxed-recursive"][2] < 1
     assert all("±" in row[5] and "±" in row[6] for row in rows[1:])
-    again = benchmark("same_cost")(["--quick", "--out", str(tmp_path)])
+    again = benchmark("same_cost")(words)
     assert again == rows
     with pytest.raises(SystemExit, match="other settings"):
-        benchmark("same_cost")(["--quick", "--steps", "2", "--out", str(tmp_path)])
+        benchmark("same_cost")([*words, "--steps", "2"])
 
 
 def test_what_diff_predicts(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
