@@ -26,3 +26,12 @@ def test_what_is_not_finite_is_a_gap():
     table = torch.tensor([[1.0, float("nan")], [float("inf"), 2.0]])
     shown = heatmap("", "", table, xlabel="", ylabel="").figure.data[0].z
     assert [list(row) for row in shown] == [[1, None], [None, 2]]
+
+
+def test_more_lines_than_colours_are_told_apart_by_a_scale_and_few_are_named():
+    few, many = (
+        lines("t", "n", {str(i): [i, i + 1] for i in range(count)}, xlabel="x", ylabel="y") for count in (8, 30)
+    )
+    assert all(line.mode == "lines+markers" and line.showlegend is None for line in few.figure.data)
+    assert len({line.line.color for line in many.figure.data}) == 30
+    assert [line.name for line in many.figure.data if line.showlegend] == ["0", "7", "14", "22", "29"]

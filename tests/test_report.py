@@ -1,5 +1,6 @@
 """The HTML report in a real browser, where there is one (Debian's package chromium)."""
 
+import math
 import re
 import shutil
 import subprocess
@@ -31,7 +32,7 @@ def draw(result):
         bars("Bars", "A note.", {"a": values[0]}, xlabel="x", ylabel="y"),
         heatmap("Heat", NASTY, values, xlabel="x", ylabel="y", diverging=True),
         scatter("Points", "A note.", {"g": (values[0], values[1])}, xlabel="x", ylabel="y", texts={"g": [NASTY] * 4}),
-        Table("Rows", "A note.", ["token", "score"], [[NASTY, 0.5], ["plain", 1.0]]),
+        Table("Rows", "A note.", ["token", "score", "right"], [[NASTY, 0.5, True], ["plain", math.nan, False]]),
     ]
 
 
@@ -58,6 +59,8 @@ def page(tmp_path):
 
 def test_the_page_is_whole_and_names_nothing_outside_itself(page):
     text = page.read_text()
+    cells = re.findall(r"<td[^>]*>([^<]*)</td>", text)
+    assert cells[-6:][1:3] == ["0.5", "yes"] and cells[-3:] == ["plain", "", "no"]  # a gap for what is no number
     assert "a model" in text and "A scratch probe" in text and "It needs text." in text and "It shows nothing." in text
     assert "https://arxiv.org/abs/0000.00000" in text and "&lt;i&gt;" in text
     own = re.sub(r"<script>.*?</script>", "", text, flags=re.S)  # plotly's own source names its home page

@@ -39,6 +39,7 @@ class Listing:
 
 
 Drawing = Plot | Table | Listing
+COLOURS = 8  # of a report; more lines than that are told apart by a scale, in their order, and few of them are named
 
 
 def lines(
@@ -54,10 +55,10 @@ def lines(
     """One line a series, over a common x (default 0, 1, 2 ...; words at equal distances). log: a logarithmic y axis."""
     from plotly import graph_objects as go
 
-    figure = go.Figure()
-    for name, values in series.items():
+    figure, styles = go.Figure(), _styles(len(series))
+    for (name, values), style in zip(series.items(), styles, strict=True):
         y = numbers(values)
-        figure.add_scatter(x=list(range(len(y)) if x is None else x), y=y, name=name, mode="lines+markers")
+        figure.add_scatter(x=list(range(len(y)) if x is None else x), y=y, name=name, **style)
     places = range(max(map(len, series.values()), default=0)) if x is None else x
     if places and all(isinstance(place, int) for place in places) and max(places) - min(places) <= 24:
         figure.update_xaxes(dtick=1)  # no ticks between whole numbers
@@ -66,6 +67,20 @@ def lines(
     figure.update_xaxes(title=xlabel)
     figure.update_yaxes(title=ylabel, type="log" if log else "linear")
     return Plot(title, note, figure)
+
+
+def _styles(count: int) -> list[dict[str, Any]]:
+    """How each of so many lines is drawn."""
+    if count <= COLOURS:
+        return [{"mode": "lines+markers"}] * count
+    from plotly.colors import sample_colorscale
+
+    scale = sample_colorscale("Viridis", [number / (count - 1) for number in range(count)])
+    named = {round(part * (count - 1) / 4) for part in range(5)}
+    return [
+        {"mode": "lines", "line": {"color": colour}, "showlegend": number in named}
+        for number, colour in enumerate(scale)
+    ]
 
 
 def bars(

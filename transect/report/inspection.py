@@ -134,6 +134,9 @@ def _drawing(identifier: str, drawing: Drawing) -> Mapping[str, Any]:
 
 
 def _cell(value: Any) -> str:
+    """A gap for what is no number."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, float):
-        return f"{value:.4g}"
+        return "" if value != value else f"{value:.4g}"
     return str(value)
