@@ -124,13 +124,14 @@ def loops(bench: Bench) -> Iterator[tuple[str, str, dict[str, Any] | None]]:
     dense, of_blocks = model_bytes(anatomy.model), anatomy.matrix_bytes()
     for count in bench.given.loops:
         for rank in bench.given.ranks:
-            looped = {"loops": count, "rank": rank}
-            name = f"relaxed-recursive {count} {rank}"
-            row = bench.row(name, partial(bench.converted, "relaxed-recursive", **looped))
-            assert row is not None
-            keep = 1 - (dense - row["bytes"]) / of_blocks
+            rows = {}
+            for norms in bench.given.norms:
+                make = partial(bench.converted, "relaxed-recursive", loops=count, rank=rank, norms=norms)
+                rows[norms] = bench.row(f"relaxed-recursive {count} {rank} {norms}", make)
+            keep = 1 - (dense - min(row["bytes"] for row in rows.values())) / of_blocks
             group = f"{count} loops, rank {rank} ({keep:.3f})"
-            yield group, "relaxed-recursive", row
+            for norms, row in rows.items():
+                yield group, f"relaxed-recursive, {norms} norms", row
             if keep < 1:
                 yield from compressed(bench, group, bench.given.beside, keep)
 
@@ -161,6 +162,7 @@ def main(argv: Sequence[str] | None = None) -> list[list[Any]]:
     options.add_argument("--active", default="1,0.75,0.5,0.25", help="parts of the MLPs that run")
     options.add_argument("--loops", default="2", help="dividing the number of blocks")
     options.add_argument("--ranks", default="0,16,64", help="of the corrections")
+    options.add_argument("--norms", default="shared", help="of loops: shared, own or both")
     options.add_argument("--beside", default="llm-drop,fusegpt", help="what loops are compared with, in as many bytes")
     options.add_argument("--steps", type=int, help="default 100")
     options.add_argument("--rates", default="1e-4,3e-4,1e-3")
@@ -177,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> list[list[Any]]:
     )  # fmt: skip
     given.active = numbers("0.5" if quick else given.active, float)
     given.loops, given.ranks = numbers(given.loops, int), numbers("4" if quick else given.ranks, int)
-    given.beside = numbers(given.beside, str)
+    given.beside, given.norms = numbers(given.beside, str), numbers(given.norms, str)
     given.rates = numbers("1e-4" if quick else given.rates, float)
     common = (
         "model",

@@ -14,6 +14,7 @@ from ...anatomy import Anatomy, Matrix
 from ...anatomy.arrangement import alike
 from ...anatomy.storage import dense, is_dense
 from ...anatomy.ties import hold
+from ...compression.weighted_svd import weighted_svd
 from ...errors import TransectError
 from ...forward.early import early_predictions
 from ...forward.lens import Lens
@@ -58,8 +59,9 @@ def correction(residual: Tensor, rank: int, start: str, generator: torch.Generat
     if start == "zero" or not residual.any():
         drawn = torch.randn(rank, residual.shape[1], generator=generator) / residual.shape[1] ** 0.5
         return residual.new_zeros(len(residual), rank), drawn.to(residual)
-    u, s, v = torch.linalg.svd(residual, full_matrices=False)
-    return u[:, :rank] * s[:rank], v[:rank]
+    found = weighted_svd(residual)
+    (left, right), roots = found.truncate(rank), found.singular_values[:rank].sqrt()  # which both factors have
+    return left * roots, torch.where(roots > 0, 1 / roots, 0.0)[:, None] * right
 
 
 def exit_loss(loops: int, weight: float) -> Loss:
