@@ -54,7 +54,7 @@ def test_which_blocks_are_one_and_what_they_begin_as():
 @pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "gpt_neox"])
 def test_at_full_rank_it_is_the_model_as_it_was(name, init):
     expected = logits(model_of(6, name), inputs(name))
-    model = converted(name=name, init=init, rank=64, norms="own")
+    model = converted(name=name, init=init, rank=64)
     torch.testing.assert_close(logits(model, inputs(name)), expected, atol=1e-4 * float(expected.abs().max()), rtol=0)
 
 
@@ -65,15 +65,15 @@ def test_shared_norms_keep_that_only_where_they_were_equal():
             index = block.self_attn.layer_idx - 3
             block.get_submodule(norm).weight.data = equal.model.layers[index].get_submodule(norm).weight.data.clone()
     expected = logits(equal, inputs("llama"))
-    transect.convert(equal, "relaxed-recursive", rank=64)
+    transect.convert(equal, "relaxed-recursive", rank=64, norms="shared")
     torch.testing.assert_close(logits(equal, inputs("llama")), expected, atol=1e-4, rtol=1e-4)
-    other = logits(converted(rank=64), inputs("llama"))
+    other = logits(converted(rank=64, norms="shared"), inputs("llama"))
     assert not torch.allclose(other, logits(model_of(6), inputs("llama")), atol=1e-2)
 
 
 def test_rank_zero_is_the_model_in_loops():
     """As many parameters as a model of the shared blocks, which it is, gone through twice."""
-    model = converted(rank=0, init="lower")
+    model = converted(rank=0, init="lower", norms="shared")
     small = model_of(6)
     Anatomy(small).arrange([0, 1, 2])
     assert parameters(model) == parameters(small)
@@ -130,7 +130,7 @@ def test_a_correction_of_nothing_begins_as_lora_does():
 
 def test_the_cost_is_what_the_paper_says():
     width, neurons, rank = 32, 48, 2
-    model, small = converted(rank=rank), model_of(3)
+    model, small = converted(rank=rank, norms="shared"), model_of(3)
     sides = [(width, width), (16, width), (16, width), (width, width), *[(width, neurons)] * 3]
     assert parameters(model) - parameters(small) == sum(6 * rank * (a + b) for a, b in sides)
     # Every matrix counts once, and each depth's correction.

@@ -13,7 +13,7 @@ from ...forward import task_of
 from ..context import Context, Measured
 from ..registry import NotApplicable, Result, Verdict, claim
 
-LOOPS = 2
+PAPERS: dict[str, Any] = {"loops": 2, "norms": "shared"}
 STEPS, BATCH, RATE = 60, 4, 1e-3
 RANKS = (0, 4, 16, 64)
 RANK = 16  # of those that are trained, moderate for a width of some hundreds
@@ -30,8 +30,8 @@ def _of_even_blocks(context: Context) -> None:
     if task_of(context.model) != "causal":
         raise NotApplicable(f"it is a claim about language models, and {type(context.model).__name__} is none")
     count = len(context.anatomy.blocks)
-    if count % LOOPS:
-        raise NotApplicable(f"{count} blocks are not {LOOPS} equal loops")
+    if count % 2:
+        raise NotApplicable(f"{count} blocks are not two equal loops")
 
 
 @claim(
@@ -79,10 +79,10 @@ def _trained(context: Context, way: str, settings: dict[str, Any]) -> tuple[Meas
         torch.manual_seed(0)
         for block in anatomy.blocks:
             block.module.apply(anatomy.model._init_weights)
-    chosen = dict(settings)
+    own = {name: value for name, value in settings.items() if name != "lowers"}
     plan = Plan(
-        "relaxed-recursive", {"loops": LOOPS, **{k: v for k, v in chosen.items() if k != "lowers"}}, steps=STEPS,
-        lr=RATE, batch_size=BATCH, lowers=chosen.get("lowers"), every=STEPS,
+        "relaxed-recursive", PAPERS | own, steps=STEPS, lr=RATE, batch_size=BATCH, lowers=settings.get("lowers"),
+        every=STEPS,
     )  # fmt: skip
     model, outcome = convert_anatomy(anatomy, plan, context.calibration)
     measured = context.evaluate(model, outcome["bytes"][1] / outcome["bytes"][0])
@@ -107,7 +107,7 @@ def rank(context: Context) -> Result:
     rows = []
     for chosen in RANKS:
         anatomy = context.fresh().anatomy
-        model, _ = convert_anatomy(anatomy, Plan("relaxed-recursive", {"loops": LOOPS, "rank": chosen}, steps=0))
+        model, _ = convert_anatomy(anatomy, Plan("relaxed-recursive", PAPERS | {"rank": chosen}, steps=0))
         off = float((_stream(model, batch) - dense).square().mean().sqrt() / dense.square().mean().sqrt())
         rows.append({
             "rank": chosen, "parameters": parameters(model), "distance": off, "loss": context.evaluate(model, 1.0).loss,

@@ -138,7 +138,7 @@ def relaxed_recursive(
     loops: Annotated[int, Range(1, 2**10)] = 2,
     init: Init = "average",
     rank: Annotated[int, Range(0, 2**16)] = 64,
-    norms: Literal["shared", "own"] = "shared",
+    norms: Literal["own", "shared"] = "own",
     start: Literal["svd", "zero"] = "svd",
     early_exit: Annotated[float, Range(0, 100)] = 0.0,
 ) -> None:
@@ -152,7 +152,9 @@ def relaxed_recursive(
         `stepwise`, the block at an even step through the model (its best without), or `lower`, the first ones.
     rank: of each depth's correction of each matrix; no more than its smaller side. 0 shares everything, purely;
         it saves memory below (loops - 1) / loops · d_in d_out / (d_in + d_out).
-    norms: whether norms and biases are shared, too, as in the paper, or stay each depth's own (ours), which is little.
+    norms: whether norms and biases are each depth's own, which is little (ours), or shared, too, as in the paper. Where
+        the norms of a trained model differ from depth to depth, sharing them costs several nats that no rank of the
+        corrections gives back.
     early_exit: weight of what the end of each loop says already (see `forward.early`), in a second half of the training
         that lowers the model's own loss besides; the paper's is 0.1. 0 leaves that out.
     start: corrections begin as the `svd` of what each depth has lost, or from `zero`, as LoRA does.
