@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import transect
 from transect.anatomy import Anatomy
+from transect.checkpoint import open_model
 from transect.checkpoint.config import history_of
 from transect.conversion import Plan, conversion_named, conversions, convert_anatomy
 from transect.data import load
@@ -104,6 +105,8 @@ def test_it_comes_back_from_a_folder_and_generates(entry, name, tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert_same_tensors(again, model)
     assert_alike(logits(again, batch), logits(model, batch))
+    if name == "llama":  # as the command line opens it, which looks at the files first
+        assert_same_tensors(open_model(tmp_path / "model").model, model)
     # a plain model of another kind has no record but only a history, in its config
     history = Anatomy(again).record.history or history_of(vars(again.config), "the config")
     assert history[-1]["convert"]["method"] == entry.name

@@ -166,9 +166,13 @@ def _check_record(folder: Path, record: Any, shapes: Shapes) -> None:
         expected = {name: shape for name, shape in expected.items() if not name.startswith(f"{path}.")}
         state = built(path, description, "meta").state_dict()
         expected.update({f"{path}.{name}": tuple(tensor.shape) for name, tensor in state.items()})
+    groups = tables.ties()
     for name, shape in ({path: tuple(shape) for path, shape in tables.parameters.items()} | expected).items():
-        if shapes.get(name) != shape:
-            found = f"has shape {list(shapes[name])}" if name in shapes else "is not there"
+        # Of places that hold one tensor, one is stored; which, depends on the order of the model's modules.
+        places = groups[tables.tied[name]] if name in tables.tied else [name]
+        stored = next((shapes[place] for place in (name, *places) if place in shapes), None)
+        if stored != shape:
+            found = "is not there" if stored is None else f"has shape {list(stored)}"
             raise BadCheckpoint(
                 f"the structure record does not fit the weights in {folder}: {name} should have shape {list(shape)}, "
                 f"but {found}"
