@@ -162,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> list[list[Any]]:
     options.add_argument("--active", default="1,0.75,0.5,0.25", help="parts of the MLPs that run")
     options.add_argument("--loops", default="2", help="dividing the number of blocks")
     options.add_argument("--ranks", default="0,16,64", help="of the corrections")
-    options.add_argument("--norms", default="shared", help="of loops: shared, own or both")
+    options.add_argument("--norms", default="own", help="of loops: own, shared (as in the paper) or both")
     options.add_argument("--beside", default="llm-drop,fusegpt", help="what loops are compared with, in as many bytes")
     options.add_argument("--steps", type=int, help="default 100")
     options.add_argument("--rates", default="1e-4,3e-4,1e-3")

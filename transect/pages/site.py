@@ -15,6 +15,7 @@ from markupsafe import Markup, escape
 from .. import pages, report
 from ..claims import claims
 from ..claims.records import Record
+from ..report.number import in_a_cell
 from ..store import Folder, write_text
 from ..version import __version__
 from .entries import COMMANDS, PURPOSES, entries
@@ -118,11 +119,7 @@ def _newest(claim: str, records: Sequence[Record]) -> list[dict[str, Any]]:
             "model": record.model, "verdict": record.verdict, "explanation": record.explanation,
             "date": record.date[:10], "version": record.version, "machine": record.machine,
             "columns": (columns := list(dict.fromkeys(key for row in record.numbers for key in row))),
-            "rows": [[_cell(row.get(column, "")) for column in columns] for row in record.numbers],
+            "rows": [[in_a_cell(row.get(column, "")) for column in columns] for row in record.numbers],
         }
         for record in newest.values()
     ]  # fmt: skip
-
-
-def _cell(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -15,6 +15,7 @@ from ..errors import TransectError
 from ..probes import Drawing, Failure, Inspection, Listing, Plot, Probe, Result, drawings, probe
 from ..store import Folder, write_text
 from ..studies import Study
+from .number import in_a_cell
 
 INDEX = "index.html"
 
@@ -128,15 +129,7 @@ def _drawing(identifier: str, drawing: Drawing) -> Mapping[str, Any]:
         **described,
         "columns": [{"name": name, "kind": kind} for name, kind in zip(drawing.columns, kinds, strict=True)],
         "rows": [
-            [{"text": _cell(cell), "kind": kind} for cell, kind in zip(row, kinds, strict=True)] for row in drawing.rows
+            [{"text": in_a_cell(cell), "kind": kind} for cell, kind in zip(row, kinds, strict=True)]
+            for row in drawing.rows
         ],
     }
-
-
-def _cell(value: Any) -> str:
-    """A gap for what is no number."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return "" if value != value else f"{value:.4g}"
-    return str(value)

@@ -13,7 +13,8 @@ from ...forward import task_of
 from ..context import Context, Measured
 from ..registry import NotApplicable, Result, Verdict, claim
 
-PAPERS: dict[str, Any] = {"loops": 2, "norms": "shared"}
+LOOPS = 2
+PAPERS: dict[str, Any] = {"loops": LOOPS, "norms": "shared"}
 STEPS, BATCH, RATE = 60, 4, 1e-3
 RANKS = (0, 4, 16, 64)
 RANK = 16  # of those that are trained, moderate for a width of some hundreds
@@ -30,8 +31,8 @@ def _of_even_blocks(context: Context) -> None:
     if task_of(context.model) != "causal":
         raise NotApplicable(f"it is a claim about language models, and {type(context.model).__name__} is none")
     count = len(context.anatomy.blocks)
-    if count % 2:
-        raise NotApplicable(f"{count} blocks are not two equal loops")
+    if count % LOOPS:
+        raise NotApplicable(f"{count} blocks are not {LOOPS} equal loops")
 
 
 @claim(
