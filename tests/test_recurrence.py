@@ -78,6 +78,22 @@ def test_without_decay_it_is_with_decays_of_one_and_autocast_changes_nothing():
     torch.testing.assert_close(after, last)
 
 
+@pytest.mark.parametrize("recurrence", [decayed_recurrence, value_decayed_recurrence])
+@pytest.mark.parametrize("strength", [0.05, 3.0, 200.0])
+@pytest.mark.parametrize("count", [1, 37, 130])
+def test_heads_of_queries_share_a_state_as_if_each_had_its_own(recurrence, strength, count):
+    draw = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 6, count, 5, dtype=torch.float64, generator=draw)
+    k, v = (torch.randn(2, 2, count, 5, dtype=torch.float64, generator=draw) for _ in range(2))
+    log_decay = -strength * torch.rand(2, 2, count, 5, dtype=torch.float64, generator=draw)
+    state = torch.randn(2, 2, 5, 5, dtype=torch.float64, generator=draw)
+    given = k, v, log_decay, state
+    expected, last = recurrence(q, *(one.repeat_interleave(3, dim=1) for one in given))
+    y, after = recurrence(q, *given)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(after, last[:, ::3])
+
+
 def delta_looped(q, k, v, beta, log_decay, state):
     outputs = []
     for t in range(q.shape[2]):
@@ -207,6 +223,20 @@ def test_a_kernel_that_computes_the_same_is_used(gpu, channels, name, caplog):
     decayed_recurrence(q[:, :, :1], k[:, :, :1], v[:, :, :1], log_decay if log_decay is None else log_decay[:, :, :1])
     decayed_recurrence(q.double(), k.double(), v.double())
     assert len(started) == tried + 1  # nor for a step, or in float64
+
+
+def test_a_kernel_is_given_shared_keys_as_often_as_there_are_queries(gpu):
+    started, does = gpu
+    does(lambda q, k, v, g, state: looped(q, k, v, g.expand(*g.shape[:3], q.shape[-1]), state))
+    draw = torch.Generator().manual_seed(0)
+    q, state = torch.randn(2, 6, 70, 5, generator=draw), torch.randn(2, 2, 5, 4, generator=draw)
+    k, log_decay = torch.randn(2, 2, 70, 5, generator=draw), -torch.rand(2, 2, 70, 5, generator=draw)
+    v = torch.randn(2, 2, 70, 4, generator=draw)
+    y, after = decayed_recurrence(q, k, v, log_decay, state)
+    assert started
+    expected, last = decayed_recurrence(q.double(), k.double(), v.double(), log_decay.double(), state.double())
+    torch.testing.assert_close(y, expected.float())
+    torch.testing.assert_close(after, last.float())
 
 
 def wrong(q, k, v, g, state):

@@ -40,21 +40,25 @@ def fused(q: Tensor, v: Tensor, log_decay: Tensor | None, ours: Recurrence) -> R
 def fused_kernel(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """As `recurrence.decayed_recurrence`. One decay of a head has a kernel of its own, which runs without any, too."""
+    """As `recurrence.decayed_recurrence`. One decay of a head has a kernel of its own, which runs without any, too.
+
+    The kernels want as many heads of keys as of queries, so that shared ones, and their state, are repeated for them.
+    """
+    shared = q.shape[1] // k.shape[1]
     of_channels = log_decay is not None and log_decay.shape[-1] > 1
     run = _fla("gla", "chunk_gla") if of_channels else _fla("simple_gla", "chunk_simple_gla")
-    q, k, v = (_by_positions(one) for one in (q, k, v))
-    decays = None if log_decay is None else _by_positions(log_decay)
+    q, k, v = _by_positions(q), _by_positions(k, shared), _by_positions(v, shared)
+    decays = None if log_decay is None else _by_positions(log_decay, shared)
     if decays is not None and not of_channels:
         decays = decays[..., 0]  # B x N x h
-    state = None if state is None else wide(state).contiguous()
+    state = None if state is None else wide(state).repeat_interleave(shared, dim=1)
     y, state = run(q, k, v, g=decays, scale=1.0, initial_state=state, output_final_state=True)
-    return y.transpose(1, 2), state
+    return y.transpose(1, 2), state[:, ::shared]
 
 
-def _by_positions(one: Tensor) -> Tensor:
-    """B x N x h x size, as the kernels have it."""
-    return wide(one).transpose(1, 2).contiguous()
+def _by_positions(one: Tensor, times: int = 1) -> Tensor:
+    """B x N x h x size, as the kernels have it, each head so many times."""
+    return wide(one).transpose(1, 2).repeat_interleave(times, dim=2).contiguous()
 
 
 def _can_run(q: Tensor) -> bool:

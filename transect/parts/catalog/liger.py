@@ -88,7 +88,6 @@ class Liger(Attention):
         if around.real is not None:  # what is at padding is not remembered, and makes nothing forgotten
             real = around.real[:, None, :, None]
             written, log_decay = written * real, log_decay * real
-        written, log_decay, k, v = self.for_queries(written, log_decay, k, v)
         state = {} if around.state is None else around.state
         if self.gate == "gsa":
             scores, state["slots"] = value_decayed_recurrence(q, k, written, log_decay, state.get("slots"))
@@ -97,8 +96,9 @@ class Liger(Attention):
         return y
 
     def mixing_flops(self, length: int) -> int:
-        near, chunk = 2 * min(self.window, length), min(length, CHUNK)
-        far = self.head_size + chunk
+        near, chunk = 4 * min(self.window, length) * (self.beta > 0), min(length, CHUNK)
+        size, far = self.head_size, 2 * chunk  # a memory is written by the keys' heads, and read by the queries'
         if self.gate == "gsa":  # two memories of as many rows as slots
-            far = 2 * self.gates + chunk + chunk * self.gates // self.head_size
-        return 4 * length * self.heads * self.head_size * (near * (self.beta > 0) + far * (self.alpha > 0))
+            size, far = 2 * self.gates, 2 * (chunk + chunk * self.gates // self.head_size)
+        memory = (self.heads * (size + far) + self.key_value_heads * size) * (self.alpha > 0)
+        return 2 * length * self.head_size * (self.heads * near + memory)

@@ -81,7 +81,6 @@ class SpikingBrain(Attention):
         if around.real is not None:  # what is at padding is not remembered, and makes nothing forgotten
             real = around.real[:, None, :, None]
             keys, log_decay = keys * real, log_decay * real
-        keys, log_decay, v = self.for_queries(keys, log_decay, v)
         state = {} if around.state is None else around.state
         y, state["memory"] = decayed_recurrence(
             queries * self.head_size**-0.5, keys, v, log_decay, state.get("memory")
@@ -96,6 +95,7 @@ class SpikingBrain(Attention):
         return windowed(q, k, v, real, window, causal=True)
 
     def mixing_flops(self, length: int) -> int:
-        far = self.head_size + min(length, CHUNK) if self.branches != "window" else 0
-        near = 2 * min(self.window, length) if self.branches != "linear" else 0
-        return 4 * length * self.heads * self.head_size * (near + far)
+        near = self.heads * 4 * min(self.window, length) * (self.branches != "linear")
+        far = self.heads * 2 * min(length, CHUNK)
+        memory = (self.heads + self.key_value_heads) * self.head_size  # read by queries' heads, written by keys'
+        return 2 * length * self.head_size * (near + (far + memory) * (self.branches != "window"))
