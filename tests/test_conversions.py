@@ -126,9 +126,9 @@ def test_it_is_the_model_as_it_was_where_it_says_so(entry, name, monkeypatch):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
 @pytest.mark.parametrize("entry", FOR_CAUSAL, ids=lambda entry: entry.name)
-def test_padding_changes_nothing_and_nothing_peeks(entry, name, monkeypatch):
+def test_padding_and_the_kind_of_cache_change_nothing_and_nothing_peeks(entry, name, monkeypatch):
     monkeypatch.setattr("transect.conversion.convert.generates_alike", lambda model: None)  # asked above
     found = converted(entry, name)
     if found is None:
@@ -137,9 +137,13 @@ def test_padding_changes_nothing_and_nothing_peeks(entry, name, monkeypatch):
     mask = torch.ones(2, 12, dtype=torch.long)
     mask[0, :4] = 0
     asked = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
-    batched = model.generate(DATA[:2, :12], attention_mask=mask, **asked)[0, 12:]
+    batched, static = (
+        model.generate(DATA[:2, :12], attention_mask=mask, cache_implementation=cache, **asked)
+        for cache in (None, "static")
+    )
+    assert torch.equal(batched, static)
     alone = model.generate(DATA[:1, 4:12], attention_mask=mask[:1, 4:], **asked)[0, 8:]
-    assert torch.equal(batched, alone)
+    assert torch.equal(batched[0, 12:], alone)
     other = DATA[:2, :12].clone()
     other[:, 8:] = 5
     torch.testing.assert_close(model(other).logits[:, :8], model(DATA[:2, :12]).logits[:, :8], atol=1e-5, rtol=1e-4)

@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 from click.testing import CliRunner
-from transformers import AutoModelForCausalLM, AutoModelForImageClassification
+from transformers import AutoModelForCausalLM, AutoModelForImageClassification, DynamicCache, StaticCache
+from transformers.cache_utils import Cache, DynamicLayer
 
 import transect
 from transect.anatomy import Anatomy
@@ -128,6 +129,7 @@ def test_it_generates_with_its_cache_as_without_and_comes_back_from_its_folder(k
         given = dict(max_new_tokens=6, do_sample=False, pad_token_id=0)
         with_cache, without = (model.generate(tokens, use_cache=use, **given) for use in (True, False))
         assert torch.equal(with_cache, without)
+        assert torch.equal(model.generate(tokens, cache_implementation="static", **given), without)
     beams = model.generate(TOKENS[:, :6], num_beams=2, max_new_tokens=4, do_sample=False, pad_token_id=0)
     assert beams.shape == (2, 10)
     model.save_pretrained(tmp_path / "model")
@@ -268,10 +270,14 @@ def test_a_narrow_model_begins_with_numbers_of_its_width(base):
     assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) == (base == "gpt2")
 
 
-def test_generation_with_another_kind_of_cache_is_refused():
-    model = built("mixer.gated-linear")
-    with pytest.raises(TransectError, match="StaticCache cannot keep"):
-        model.generate(TOKENS, max_new_tokens=3, cache_implementation="static", pad_token_id=0)
+def test_another_kind_of_cache_is_refused_and_one_that_others_filled():
+    model, other = built("mixer.gated-linear"), Cache(layer_class_to_replicate=DynamicLayer)
+    with pytest.raises(TransectError, match="a Cache cannot keep what parts need"):
+        model(TOKENS, past_key_values=other)
+    for filled in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=32)):
+        build_model("llama", **SIZES)(TOKENS, past_key_values=filled)
+        with pytest.raises(TransectError, match="filled before parts were put"):
+            model(TOKENS, past_key_values=filled)
 
 
 @pytest.mark.parametrize("kind", ENTRIES)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import Cache, DynamicLayer
 
 from transect.anatomy import Anatomy
 from transect.errors import TransectError
@@ -115,10 +116,23 @@ def test_it_is_the_block_with_the_others_hidden(name):
         model.set_attn_implementation(implementation)
         tolerance = dict(atol=1e-4 * float(expected.abs().max()), rtol=1e-4)
         torch.testing.assert_close(model(TOKENS, use_cache=False).logits, expected, **tolerance)
-        cache, pieces = DynamicCache(config=model.config), []
-        for piece in TOKENS.split([5, 1, 2, 1, 3], dim=1):
-            pieces.append(model(piece, past_key_values=cache).logits)
-        torch.testing.assert_close(torch.cat(pieces, dim=1), expected, **tolerance)
+        for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=16)):
+            torch.testing.assert_close(in_pieces(model, cache), expected, **tolerance)
+
+
+def in_pieces(model, cache):
+    """Logits of a text that comes in pieces, and no mask with it."""
+    return torch.cat([model(one, past_key_values=cache).logits for one in TOKENS.split([5, 1, 2, 1, 3], dim=1)], dim=1)
+
+
+@pytest.mark.parametrize("layers", [[0], [1], [0, 2]])
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+@torch.no_grad()
+def test_beside_blocks_of_a_static_cache_it_has_their_masks(name, layers):
+    """Of which some have a sliding window, of 8 positions."""
+    model = routed(name, layers=layers)
+    found = in_pieces(model, StaticCache(config=model.config, max_cache_len=16))
+    torch.testing.assert_close(found, in_pieces(model, DynamicCache(config=model.config)), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("part", ["toy-some", "toy-either"])
@@ -130,7 +144,8 @@ def test_each_sequence_comes_out_as_alone_padded_in_front_and_generates(name, pa
     mask[0, :4], mask[2, :1] = 0, 0
     asked = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
     together = model.generate(TOKENS, attention_mask=mask, **asked)
-    assert torch.equal(together, model.generate(TOKENS, attention_mask=mask, use_cache=False, **asked))
+    for other in ({"use_cache": False}, {"cache_implementation": "static"}):
+        assert torch.equal(together, model.generate(TOKENS, attention_mask=mask, **other, **asked))
     for row, start in enumerate((4, 0, 1)):
         alone = model.generate(TOKENS[row : row + 1, start:], attention_mask=mask[row : row + 1, start:], **asked)
         assert torch.equal(together[row, start:], alone[0])
@@ -222,8 +237,8 @@ def test_what_cannot_be_routed_is_one_error():
     with pytest.raises(TransectError, match="a part in its place"):
         insert(model, "block", "toy-some")
     model = routed("llama")
-    with pytest.raises(TransectError, match="StaticCache cannot keep some positions"):
-        model(TOKENS, past_key_values=StaticCache(config=model.config, max_cache_len=32))
+    with pytest.raises(TransectError, match="a Cache cannot keep what parts need"):
+        model(TOKENS, past_key_values=Cache(layer_class_to_replicate=DynamicLayer))
     full = DynamicCache(config=model.config)
     tiny("llama")(TOKENS, past_key_values=full)
     with pytest.raises(TransectError, match="filled before parts were put"):

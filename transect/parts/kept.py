@@ -13,18 +13,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicLayer
 
 from ..errors import TransectError
-from .state import BatchFirst
+from .state import PartLayer
 
 
-class KeptLayer(BatchFirst, DynamicLayer):
+class KeptLayer(PartLayer, DynamicLayer):
     """Keys and values of the positions that a block was run on, and the state of the part around it.
 
     keys, values: (B x h x S x D), each sequence's own from the front; S is the most that one of them has. places:
-    (B x S), where in the sequence each of them stood, -1 behind the last. seen: positions that have passed, whether
-    they were kept or not; it is what transformers takes for the length. state: tensors by name, the batch first.
+    (B x S), where in the sequence each of them stood, -1 behind the last. seen: also of positions that were not kept;
+    it is what transformers takes for the length. state: tensors by name, the batch first. In a cache of fixed size,
+    too, it keeps no more than this, and grows.
     """
 
     is_croppable = False
@@ -32,7 +33,6 @@ class KeptLayer(BatchFirst, DynamicLayer):
     def __init__(self) -> None:
         super().__init__()
         self.state: dict[str, Tensor] = {}
-        self.seen = 0
         self.places: Tensor | None = None
         self._all = False
         self._rows = self._real = self._into = None
@@ -125,28 +125,6 @@ def _wider(tensor: Tensor, dimension: int, size: int, fill: int) -> Tensor:
     shape = list(tensor.shape)
     shape[dimension] = missing
     return torch.cat([tensor, tensor.new_full(shape, fill)], dim=dimension)
-
-
-def kept_layer(cache: Cache, index: int) -> KeptLayer:
-    """The cache's layer of that number as one that keeps what a block was run on; it begins empty.
-
-    Raises TransectError for a cache of fixed size, and for one that was filled without the part.
-    """
-    if not isinstance(cache, DynamicCache):
-        raise TransectError(
-            f"a {type(cache).__name__} cannot keep some positions of each sequence: generate with the default cache (a "
-            "DynamicCache)"
-        )
-    while len(cache.layers) <= index:
-        cache.layers.append(DynamicLayer())
-    layer: Any = cache.layers[index]
-    if not isinstance(layer, KeptLayer):
-        if layer.get_seq_length():
-            raise TransectError(
-                "this cache was filled before parts were put around the blocks: begin with an empty one"
-            )
-        cache.layers[index] = layer = KeptLayer()
-    return layer
 
 
 def run_kept(

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from ..errors import TransectError
 from ..operators.base import Described
 from ..operators.build import build
-from .kept import KeptLayer, kept_layer, run_kept
+from .kept import KeptLayer, run_kept
 from .part import Around, BlockPart, Inside, Mixer
-from .state import state_layer
+from .state import StateLayer, layer_of
 
 
 class MixerSlot(Described):
@@ -44,8 +44,13 @@ class MixerSlot(Described):
         if rotary is not None and self.neighbours:
             cos, sin = (torch.cat([angles[..., ::2]] * 2, dim=-1) for angles in rotary)
             rotary = cos, sin
-        around = Around(real_positions_in(kwargs.get("attention_mask"), x.shape[1]), rotary)
-        layer = None if cache is None else state_layer(cache, self.layer_idx)
+        layer, mask = (
+            None if cache is None else layer_of(cache, self.layer_idx, StateLayer),
+            kwargs.get("attention_mask"),
+        )
+        if layer is not None:
+            mask = layer.until_now(mask, x.shape[1])
+        around = Around(real_positions_in(mask, x.shape[1]), rotary)
         if layer is not None:
             around.state, around.past = layer.state, layer.seen
         y = self.part(x, around)
@@ -117,8 +122,10 @@ class BlockSlot(Described):
         """Tell a part that routes what it may do; the layer of the cache, where there is one."""
         cache = given.get("past_key_values", given.get("layer_past"))
         attention: Any = block.get_submodule(str(self.attention))
-        layer = None if cache is None else kept_layer(cache, attention.layer_idx)
+        layer = None if cache is None else layer_of(cache, attention.layer_idx, KeptLayer)
         if layer is not None:
+            if "attention_mask" in given:
+                given["attention_mask"] = layer.until_now(given["attention_mask"], x.shape[1])
             inside.state, inside.past = layer.state, layer.seen
             inside.forget = layer.forget
 
