@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from statistics import mean
 from typing import Any
 
@@ -53,7 +54,7 @@ def cycle(context: Context) -> Result:
             rows.append(_row(f"V-cycle, alpha {alpha:g}", seed, legs, alone.course.checks[-1][2]))
     ways = list(dict.fromkeys(row["way"] for row in rows))
     means = {
-        way: {key: mean(row[key] for row in rows if row["way"] == way) for key in ("loss", "GFLOPs to it", "GFLOPs")}
+        way: {key: mean(row[key] for row in rows if row["way"] == way) for key in rows[0] if key not in ("way", "seed")}
         for way in ways
     }
     scratch, blended, copied = (means[way] for way in ways)
@@ -61,7 +62,8 @@ def cycle(context: Context) -> Result:
     told = "; ".join(
         f"{way}: ends at {found['loss']:.4f} after {found['GFLOPs']:.0f} GFLOPs, "
         + (
-            f"at the loss from scratch after {found['GFLOPs to it']:.0f}"
+            f"at the loss from scratch after {found['GFLOPs to it']:.0f}, {found['tokens to it']:,.0f} tokens and "
+            f"{found['seconds to it']:.0f} s"
             if math.isfinite(found["GFLOPs to it"])
             else "not in all seeds at the loss from scratch"
         )
@@ -76,13 +78,15 @@ def _fresh(context: Context, seed: int, length: int) -> Any:
 
 
 def _row(way: str, seed: int, legs: list[Leg], target: float) -> dict[str, Any]:
-    """Where a training ends, and the operations until its last model has the target's loss; infinite if none."""
+    """Where a training ends, and what it costs until its last model has the target's loss; infinite if none."""
     *earlier, last = legs
-    before = sum(one.cost for one in earlier)
-    reached = next((check[0] for check in last.course.checks if check[2] <= target), math.inf)
-    tokens = sum(one.course.tokens for one in earlier) + reached * last.course.tokens / last.course.steps
+    reached = next((check[0] for check in last.course.checks if check[2] <= target), math.inf) / last.course.steps
+
+    def until(cost: Callable[[Leg], float]) -> float:
+        return sum(map(cost, earlier)) + reached * cost(last)
+
     return {
-        "way": way, "seed": seed, "loss": last.course.checks[-1][2], "GFLOPs": (before + last.cost) / 1e9,
-        "GFLOPs to it": (before + reached * last.flops) / 1e9, "tokens to it": tokens, "loss before the last training":
-        last.course.before,
+        "way": way, "seed": seed, "loss": last.course.checks[-1][2], "GFLOPs": sum(one.cost for one in legs) / 1e9,
+        "GFLOPs to it": until(lambda one: one.cost) / 1e9, "tokens to it": until(lambda one: one.course.tokens),
+        "seconds to it": until(lambda one: one.course.seconds), "loss before the last training": last.course.before,
     }  # fmt: skip
