@@ -16,6 +16,7 @@ from transect.conversion import Plan, conversion_named, conversions, convert_ana
 from transect.data import load
 from transect.errors import TransectError
 from transect.evaluation import evaluate_loss
+from transect.parts import parts
 
 from .models import CAUSAL, VOCABULARY, assert_alike, assert_same_tensors, inputs, logits, tiny
 
@@ -57,8 +58,7 @@ REFUSED = {
     "gamma-mod": {"bloom": "positions are routed", "olmo2": "no norm there"},
     "kat": {"bloom": "more than its input", "opt": "no MLP in one module"},
     "liger": _SOFTMAX,
-    "merge-attention": {**_SOFTMAX, "bloom": "adds the stream"},
-    "mixer": {"bloom": "adds the stream"},
+    "merge-attention": _SOFTMAX,
     "multi-level": {"bloom": "ALiBi", "gemma2": "different kinds|root of the width", "gemma3": "root of the width"},
     "p-mod": {"bloom": "positions are routed"},
     "peri-ln": {
@@ -69,11 +69,11 @@ REFUSED = {
     "rms-norms": {**_ONE_RMS, "bloom": "neither an embedding nor a block"},
     "spikingbrain": _SOFTMAX,
     "spikingbrain-experts": _MLP,
-    "symmetrize-attention": {**dict.fromkeys(_TURNED, "rotary positions"), "bloom": "adds the stream"},
+    "symmetrize-attention": {**dict.fromkeys(_TURNED, "rotary positions"), "bloom": "softmax"},
     "uoe": _MLP,
 }  # fmt: skip
 # Architectures whose attention, or activation, is more than what a conversion is exact with.
-MORE = {"mixer": {"gemma2", "gemma3", "gptj"}, "polycom": set(CAUSAL) - {"opt"}}
+MORE = {"mixer": {"gemma2", "gemma3", "gptj", "bloom"}, "polycom": set(CAUSAL) - {"opt"}}
 OF_IMAGES = {"ia-red2", "sret"}  # all others are asked on models that predict the next token
 FOR_CAUSAL = [entry for entry in conversions() if entry.name not in OF_IMAGES]
 
@@ -222,6 +222,18 @@ def test_what_comes_out_is_compressed_and_inspected_as_any_other(tmp_path):
             logits(AutoModelForCausalLM.from_pretrained(tmp_path / name), {"input_ids": DATA}),
             logits(model, {"input_ids": DATA}),
         )
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_any_linear_mixer_stands_for_the_attention_of_any_of_them(name, monkeypatch):
+    """Of those that have queries, keys, values and an output; that they generate is asked of llama and gpt2."""
+    monkeypatch.setattr("transect.conversion.convert.generates_alike", lambda model: None)
+    entries = [one for one in parts("mixer") if one.function.cost == "N" and "causal" in one.function.can_be]
+    mixers = [one.name for one in entries if {"q", "k", "v", "o"} <= set(one.function.roles)]
+    assert {"linear", "performer", "gated-linear", "delta-rule", "liger", "spikingbrain", "local"} <= set(mixers)
+    for mixer in mixers:
+        model, _ = converted(conversion_named("mixer"), name, {"mixer": mixer})
+        assert model(DATA[:2]).logits.isfinite().all(), mixer
 
 
 def test_what_a_user_trains_is_what_is_trained():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable
 from typing import Any
 
@@ -132,11 +131,9 @@ class Attention:
         path = f"{self.block.path}.{self.block.anatomy.architecture.attention}"
         module: Any = self.block.model.get_submodule(path)
         architecture = self.block.anatomy.architecture
-        name = architecture.attention_adds
-        adds = None if name is None else (name, list(inspect.signature(module.forward).parameters).index(name))
         stand_in = self.o.path.removeprefix(path + ".")
         layer_idx = getattr(module, "layer_idx", getattr(module, "layer_id", None))
-        skip = SkipAttention(layer_idx, stand_in, architecture.attention_returns, adds)
+        skip = SkipAttention(layer_idx, stand_in, architecture.attention_returns, self.block.attention_adds)
         hand_over_banks(self.block.model, self.block.model.get_submodule(path))
         self.block.model.set_submodule(path, skip)
         record = record_of(self.block.model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -270,6 +271,15 @@ class Block:
         paths = {**stored, **architecture.matrices}
         owners = {paths.get(role, "").rpartition(".")[0] for role in ("up", "down")}
         return f"{self.path}.{owners.pop()}" if len(owners) == 1 and "" not in owners else None
+
+    @property
+    def attention_adds(self) -> tuple[str, int] | None:
+        """Name and position of the argument that the attention module adds to its output itself, if it does."""
+        name = self.anatomy.architecture.attention_adds
+        module = self.model.get_submodule(str(self.slot_path("attention")))
+        if name is None or hasattr(module, "adds"):  # what stands in its place knows
+            return getattr(module, "adds", None)
+        return name, list(inspect.signature(module.forward).parameters).index(name)
 
     def part(self, unit: str) -> Any:
         """The part (see `transect.parts`) that stands in the place of `attention` or `mlp`; None if there is none."""

@@ -234,13 +234,11 @@ def check_is_softmax(anatomy: Anatomy, layers: Sequence[int]) -> None:
 def _softmax_of(anatomy: Anatomy, number: int) -> Any:
     """A softmax mixer in its slot with the projections of a block, which stays as it is."""
     from ..parts.catalog.softmax import Softmax
-    from ..parts.insert import sizes_of
-    from ..parts.slots import MixerSlot
+    from ..parts.insert import mixer_slot, sizes_of
 
     block = anatomy.blocks[number]
     trained, sizes = trained_projections(block), sizes_of(anatomy)
     part = Softmax(sizes.width, sizes.heads, trained.key_value_heads, sizes.head_size, sizes.causal)
     for role, module in trained.shared.items():
         setattr(part, Softmax.roles[role], module)
-    neighbours = anatomy.architecture.rotation.get("pairs") == "neighbours"
-    return MixerSlot(part, number, anatomy.architecture.attention_returns, neighbours).eval()
+    return mixer_slot(anatomy, part, number).eval()

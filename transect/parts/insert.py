@@ -79,11 +79,17 @@ def _standing(anatomy: Anatomy, entry: PartEntry, settings: Mapping[str, Any], s
     asked = {name: getattr(sizes, name) for name in entry.sizes}
     part: Part = entry.function(**asked, **settings)
     if entry.family == "mixer":
-        neighbours = anatomy.architecture.rotation.get("pairs") == "neighbours"
-        return MixerSlot(part, sizes.layer, anatomy.architecture.attention_returns, neighbours)  # type: ignore[arg-type]
+        return mixer_slot(anatomy, part, sizes.layer)
     if entry.family == "block":
         return _around(anatomy, part, sizes.layer)
     return part
+
+
+def mixer_slot(anatomy: Anatomy, part: Any, number: int) -> MixerSlot:
+    """A mixer in the place of a block's attention."""
+    architecture = anatomy.architecture
+    neighbours = architecture.rotation.get("pairs") == "neighbours"
+    return MixerSlot(part, number, architecture.attention_returns, neighbours, anatomy.blocks[number].attention_adds)
 
 
 def _around(anatomy: Anatomy, part: Any, number: int) -> BlockSlot:
@@ -198,10 +204,10 @@ def places(anatomy: Anatomy, slot: str, number: int, roles: Collection[str] | No
             raise TransectError(f"block {number} has no matrix of the roles {', '.join(sorted(chosen))}")
         return paths
     if slot == "mixer":
-        if anatomy.post_norm or architecture.attention_adds is not None:
+        if anatomy.post_norm:
             raise TransectError(
-                f"the attention module of {architecture.name} adds the stream or norms it by itself, so that no mixer "
-                "can stand for it: take a base whose blocks norm first, such as llama or gpt2 (or vit)"
+                f"the attention module of {architecture.name} norms the stream by itself, so that no mixer can stand "
+                "for it: take a base whose blocks norm first, such as llama or gpt2 (or vit)"
             )
         return [str(block.slot_path("attention"))]
     if slot == "mlp":

@@ -24,18 +24,22 @@ class MixerSlot(Described):
 
     part: the mixer. layer: number of the block, under which the cache keeps its state. returns: how many values the
     attention's forward returned (`Architecture.attention_returns`). neighbours: whether the model's rotary angles are
-    given for channels 2i and 2i + 1, instead of for i and i + width / 2 as mixers have them.
+    given for channels 2i and 2i + 1, instead of for i and i + width / 2 as mixers have them. adds: name and position of
+    the argument that the attention added to its output itself (`Architecture.attention_adds`), or None.
     """
 
     kind = "mixer"
     slot = "mixer"
 
-    def __init__(self, part: Mixer, layer: int, returns: int, neighbours: bool = False) -> None:
+    def __init__(
+        self, part: Mixer, layer: int, returns: int, neighbours: bool = False, adds: tuple[str, int] | None = None
+    ) -> None:
         super().__init__()
         self.part = part
         self.layer_idx = layer
         self.returns = returns
         self.neighbours = neighbours
+        self.adds = adds
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
@@ -56,18 +60,29 @@ class MixerSlot(Described):
         y = self.part(x, around)
         if layer is not None:
             layer.seen += x.shape[1]
+        if self.adds is not None:
+            name, position = self.adds
+            y = y + (kwargs[name] if name in kwargs else args[position])
         return (y, *[None] * (self.returns - 1)) if self.returns else y
 
     def describe(self) -> dict[str, Any]:
-        described = {"kind": self.kind, "layer_idx": self.layer_idx, "returns": self.returns}
-        return described | ({"neighbours": 1} if self.neighbours else {}) | {"part": self.part.describe()}
+        described: dict[str, Any] = {"kind": self.kind, "layer_idx": self.layer_idx, "returns": self.returns}
+        if self.neighbours:
+            described["neighbours"] = 1
+        if self.adds is not None:
+            described["adds"] = list(self.adds)
+        return described | {"part": self.part.describe()}
 
     @classmethod
     def from_description(cls, description: dict[str, Any]) -> MixerSlot:
         part = build(description["part"], inside=True)
         if not isinstance(part, Mixer):
             raise ValueError(f"a {type(part).__name__} is no mixer")
-        return cls(part, description["layer_idx"], description["returns"], bool(description.get("neighbours")))
+        adds = description.get("adds")
+        return cls(
+            part, description["layer_idx"], description["returns"], bool(description.get("neighbours")),
+            None if adds is None else (str(adds[0]), int(adds[1])),
+        )  # fmt: skip
 
 
 class BlockSlot(Described):
