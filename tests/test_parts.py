@@ -236,7 +236,7 @@ def test_what_does_not_fit_is_one_error_before_anything_changes():
         (lambda: insert(model, "mixer", "softmax", layers=[5]), "distinct numbers from 0 to 1"),
         (lambda: insert(model, "mixer", "pooling", settings={"size": 4}), "odd size"),
         (lambda: insert(model, "mixer", "pooling", settings={"sizes": 3}), "no parameter sizes"),
-        (lambda: build_model("bert", **SIZES, parts={"mixer": "softmax"}), "norms it by itself"),
+        (lambda: build_model("bert", **SIZES, parts={"mixer": "softmax"}), "norms the stream by itself"),
         (lambda: build_model("magic"), "no kind of model"),
         (lambda: build_model("gpt2", **SIZES, key_value_heads=2), "has no size 'key_value_heads'"),
         (lambda: part_named("mlp", "softmax"), "unknown mlp"),
