@@ -8,7 +8,16 @@ from transect import Anatomy
 from transect.checkpoint import open_model
 from transect.data import Specimen, load
 from transect.errors import BadData, NotApplicable, TransectError
-from transect.forward import POINTS, Lens, answer_log_probabilities, changed, next_logits, recitations, watch
+from transect.forward import (
+    POINTS,
+    Lens,
+    answer_log_probabilities,
+    changed,
+    continuations,
+    next_logits,
+    recitations,
+    watch,
+)
 from transect.forward.lens import norm_gain
 
 PRE_NORM = [name for name in CONFIGS if name not in ("bert", "roberta")]
@@ -125,6 +134,28 @@ def test_no_lens_without_a_head():
     for name in ("bert", "vit"):
         with pytest.raises(NotApplicable, match="next token"):
             Lens(Anatomy(tiny(name)))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "gemma2"])
+def test_prompts_of_different_lengths_are_continued_together_as_alone(name, monkeypatch):
+    model, draw = tiny(name).eval(), torch.Generator().manual_seed(0)
+    prompts = [torch.randint(3, 64, (length,), generator=draw) for length in (9, 3, 30, 5, 3, 12)]
+    alone = [continuations(model, [prompt], lambda _, said: len(said) == 6)[0] for prompt in prompts]
+    calls = []
+    forward = type(model).forward
+
+    def counted(self, *args, **kwargs):
+        calls.append(len(kwargs["input_ids"]))
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", counted)
+    together = continuations(model, prompts, lambda number, said: len(said) == 6 - (number == 1))
+    assert all(torch.equal(*pair) for number, pair in enumerate(zip(together, alone, strict=True)) if number != 1)
+    assert torch.equal(together[1], alone[1][:5])
+    # those of 3 to 12 tokens, the longest of which is read on in 9 steps; and the one of 30 tokens by itself
+    assert calls == [5] * (1 + 9 + 5) + [1] * 6
+    pairs = [(prompt, torch.zeros(number + 1)) for number, prompt in enumerate(prompts)]
+    assert [len(said) for said in recitations(model, pairs)] == [1, 2, 3, 4, 5, 6]
 
 
 def test_answers_are_those_of_a_loop():
