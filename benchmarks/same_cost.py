@@ -111,10 +111,9 @@ def experts(bench: Bench) -> Iterator[tuple[str, str, dict[str, Any] | None]]:
         group, keep = f"{share:.0%} of the MLPs", 1 - (1 - share) * part
         uoe = {"experts": EXPERTS, "active": active}
         yield group, "uoe", bench.row(f"uoe {share:g}", partial(bench.converted, "uoe", **uoe))
+        moe = {"experts": ROUTED, "active": chosen, "shared": SHARED}
+        yield group, "dense2moe", bench.row(f"dense2moe {share:g}", partial(bench.converted, "dense2moe", **moe))
         if share < 1:
-            moe = {"experts": ROUTED, "active": chosen, "shared": SHARED}
-            name = f"dense2moe {share:g}"
-            yield group, "dense2moe", bench.row(name, partial(bench.converted, "dense2moe", **moe))
             yield from compressed(bench, group, ("amp", "modegpt"), keep)
 
 
