@@ -57,7 +57,7 @@ def recitations(model: Any, pairs: Sequence[tuple[Tensor, Tensor]], batch_size: 
     """Greedy continuations, each as many tokens as the answer that goes with the prompt, through the model's cache."""
     lengths = [len(answer) for _, answer in pairs]
     prompts = [prompt for prompt, _ in pairs]
-    return _continued(model, prompts, lambda number, said: len(said) == lengths[number], batch_size, None)
+    return _continued(model, prompts, lambda number, said: len(said) >= lengths[number], batch_size, None)
 
 
 @torch.no_grad()

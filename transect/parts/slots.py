@@ -48,15 +48,12 @@ class MixerSlot(Described):
         if rotary is not None and self.neighbours:
             cos, sin = (torch.cat([angles[..., ::2]] * 2, dim=-1) for angles in rotary)
             rotary = cos, sin
-        layer, mask = (
-            None if cache is None else layer_of(cache, self.layer_idx, StateLayer),
-            kwargs.get("attention_mask"),
-        )
+        around, mask = Around(rotary=rotary), kwargs.get("attention_mask")
+        layer = None if cache is None else layer_of(cache, self.layer_idx, StateLayer)
         if layer is not None:
             mask = layer.until_now(mask, x.shape[1])
-        around = Around(real_positions_in(mask, x.shape[1]), rotary)
-        if layer is not None:
             around.state, around.past = layer.state, layer.seen
+        around.real = real_positions_in(mask, x.shape[1])
         y = self.part(x, around)
         if layer is not None:
             layer.seen += x.shape[1]
