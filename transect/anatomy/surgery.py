@@ -14,6 +14,12 @@ from .record import record_of
 from .storage import Stacked, dense, describe, is_dense, read_weight, select
 
 
+def argument(known: tuple[str, int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """An argument of a call, by its name and its position."""
+    name, position = known
+    return kwargs[name] if name in kwargs else args[position]
+
+
 class SkipAttention(nn.Module):
     """Stands for a dropped attention sublayer: adds nothing to the residual stream.
 
@@ -48,11 +54,7 @@ class SkipAttention(nn.Module):
         if cache is not None:
             counter = hidden.new_zeros(hidden.shape[0], 1, hidden.shape[1], 1)
             cache.update(counter, counter, self.layer_idx)
-        if self.adds is None:
-            output = torch.zeros_like(hidden)
-        else:
-            name, position = self.adds
-            output = kwargs[name] if name in kwargs else args[position]
+        output = torch.zeros_like(hidden) if self.adds is None else argument(self.adds, args, kwargs)
         return (output, *[None] * (self.returns - 1)) if self.returns else output
 
     def describe(self) -> dict[str, Any]:

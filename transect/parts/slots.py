@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..anatomy.surgery import argument
 from ..errors import TransectError
 from ..operators.base import Described
 from ..operators.build import build
@@ -58,8 +59,7 @@ class MixerSlot(Described):
         if layer is not None:
             layer.seen += x.shape[1]
         if self.adds is not None:
-            name, position = self.adds
-            y = y + (kwargs[name] if name in kwargs else args[position])
+            y = y + argument(self.adds, args, kwargs)
         return (y, *[None] * (self.returns - 1)) if self.returns else y
 
     def describe(self) -> dict[str, Any]:
