@@ -47,8 +47,12 @@ def conversions_of(prompt: int, blocks: int) -> list[tuple[str, str, bool, Mappi
         ("dense2moe, 37.5 %", "dense2moe", True, {}),
         ("dense2moe, shared alone", "dense2moe", True, {"active": 0}),
         ("spikingbrain-experts", "spikingbrain-experts", False, {"experts": 4}),
+        ("m2mkd, 1 of 4", "m2mkd", True, {"modules": blocks}),
+        ("kat", "kat", False, {}),
+        ("polycom, poly-norm", "polycom", True, {"kind": "poly-norm"}),
         ("memoryformer, up", "memoryformer", True, {"positions": 128}),
         ("matformer-cut, 1/2", "matformer-cut", False, {"untrained": True}),
+        ("matformer, whole", "matformer", True, {}),
         ("multi-level", "multi-level", False, {}),
         ("relaxed-recursive, rank 64", "relaxed-recursive", False, {}),
         ("relaxed-recursive, tied", "relaxed-recursive", False, {"rank": 0}),
@@ -59,6 +63,8 @@ def conversions_of(prompt: int, blocks: int) -> list[tuple[str, str, bool, Mappi
         (f"gamma-mod, half of {half}", "gamma-mod", False, {"routable": half, "choose": "top", "layers": inner}),
         (f"p-mod, half of {half}", "p-mod", False, {"targets": half, "decay": "constant"}),
         ("ultramem-v2", "ultramem-v2", False, {"side": 16}),
+        ("fold-norms", "fold-norms", False, {}),
+        ("peri-ln", "peri-ln", True, {}),
         ("spikingbrain-spikes", "spikingbrain-spikes", False, {}),
     ]  # fmt: skip
 
@@ -115,6 +121,8 @@ OF_IMAGES = [
     ("ia-red2, images", "ia-red2", {"groups": 2}),
     ("sret, images", "sret", {}),
     ("sret, images, 4 slices", "sret", {"groups": 4, "groups_later": 2}),
+    ("symmetrize-attention, images", "symmetrize-attention", {"several": True}),
+    ("rms-norms, images", "rms-norms", {}),
 ]  # fmt: skip
 
 

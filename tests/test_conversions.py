@@ -92,21 +92,65 @@ def converted(entry, name, settings=None, **options):
     return None
 
 
+WRITTEN = dict(max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0)
+ELSEWHERE = f"""
+import sys, torch
+from transformers import AutoModelForCausalLM
+
+def of(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    written = [model.generate(ids, use_cache=cached, **{WRITTEN}) for cached in (True, False)]
+    return model(ids).logits, written, sum(parameter.numel() for parameter in model.parameters())
+
+torch.set_grad_enabled(False)
+ids, folders = torch.load("asked.pt")
+torch.save({{folder: of(folder) for folder in folders}}, "found.pt")
+assert "transect" not in sys.modules
+"""
+
+
+@pytest.fixture(scope="module")
+def kept(request, tmp_path_factory):
+    """Of each case of the test below: the model, its outcome, its folder, and what that one is in a fresh process.
+
+    There all of them are opened one after the other by the modeling file in their folders alone.
+    """
+    path, made = tmp_path_factory.mktemp("kept"), {}
+    for item in request.session.items:
+        if getattr(item, "originalname", "") == test_it_comes_back_in_a_fresh_process_and_generates.__name__:
+            entry, name = item.callspec.params["entry"], item.callspec.params["name"]
+            found = converted(entry, name)
+            if found is not None:
+                found[0].eval().save_pretrained(path / f"{entry.name}-{name}")
+                made[f"{entry.name}-{name}"] = found
+    torch.save((DATA[:2, :12], list(made)), path / "asked.pt")
+    (path / "run.py").write_text(ELSEWHERE)
+    ran = subprocess.run([sys.executable, "run.py"], cwd=path, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    there = torch.load(path / "found.pt")
+    return {case: (*found, path / case, there[case]) for case, found in made.items()}
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("name", CAUSAL)
 @pytest.mark.parametrize("entry", FOR_CAUSAL, ids=lambda entry: entry.name)
-def test_it_comes_back_from_a_folder_and_generates(entry, name, tmp_path):
-    found = converted(entry, name)
+def test_it_comes_back_in_a_fresh_process_and_generates(entry, name, kept):
+    """With Transect in this process, and without it in another, where it writes the same with a cache and without."""
+    found = kept.get(f"{entry.name}-{name}")
+    assert (found is None) == (name in REFUSED.get(entry.name, {}))
     if found is None:
         return
-    model, outcome = found
+    model, outcome, folder, (logits_, (cached, uncached), numbers) = found
     assert outcome["generates"] and outcome["exact"] == entry.exact
     batch = {"input_ids": DATA[:2, :12]}
-    model.save_pretrained(tmp_path / "model")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert_alike(logits_, logits(model, batch))
+    assert torch.equal(cached, uncached) and torch.equal(cached, model.generate(DATA[:2, :12], **WRITTEN))
+    assert numbers == sum(parameter.numel() for parameter in model.parameters())
+    again = AutoModelForCausalLM.from_pretrained(folder)
     assert_same_tensors(again, model)
     assert_alike(logits(again, batch), logits(model, batch))
     if name == "llama":  # as the command line opens it, which looks at the files first
-        assert_same_tensors(open_model(tmp_path / "model").model, model)
+        assert_same_tensors(open_model(folder).model, model)
     # a plain model of another kind has no record but only a history, in its config
     history = Anatomy(again).record.history or history_of(vars(again.config), "the config")
     assert history[-1]["convert"]["method"] == entry.name
@@ -261,34 +305,3 @@ def test_training_mends_and_the_table_says_what_it_costs():
     assert found.outcome["parameters"][0] == found.outcome["parameters"][1]
     words = model.get_input_embeddings().weight
     assert after[0]["active_parameters"] == found.outcome["parameters"][1] - words.numel() + words.shape[1]
-
-
-@torch.no_grad()
-def test_without_transect_it_is_the_same_model(tmp_path):
-    """Every conversion, by the modeling file in its folder alone, in a fresh process; it writes the same, too."""
-    asked = dict(max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0)
-    expected = {}
-    for name, entries in {"llama": FOR_CAUSAL, "gpt2": FOR_CAUSAL[::3], "cohere": [conversion_named("liger")]}.items():
-        for entry in entries:
-            found = converted(entry, name)
-            if found is not None:
-                model = found[0].eval()
-                model.save_pretrained(tmp_path / f"{entry.name}-{name}")
-                numbers = sum(parameter.numel() for parameter in model.parameters())
-                expected[f"{entry.name}-{name}"] = (model(DATA[:2]).logits, model.generate(DATA[:2], **asked), numbers)
-    torch.save((DATA[:2], list(expected)), tmp_path / "asked.pt")
-    (tmp_path / "run.py").write_text(
-        "import sys, torch\nfrom transformers import AutoModelForCausalLM\n"
-        "ids, folders = torch.load('asked.pt')\n"
-        "def of(m):\n"
-        f"    return m(ids).logits.detach(), m.generate(ids, **{asked}), sum(p.numel() for p in m.parameters())\n"
-        "load = lambda folder: AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()\n"
-        "torch.save({folder: of(load(folder)) for folder in folders}, 'out.pt')\n"
-        "assert 'transect' not in sys.modules\n"
-    )
-    ran = subprocess.run([sys.executable, "run.py"], cwd=tmp_path, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr[-800:]
-    found = torch.load(tmp_path / "out.pt")
-    for folder, (logits_, written, numbers) in expected.items():
-        assert_alike(found[folder][0], logits_)
-        assert torch.equal(found[folder][1], written) and found[folder][2] == numbers, folder

@@ -27,6 +27,7 @@ from ..evaluation import (
     standard_error,
 )
 from ..forward import at_rest, task_of
+from ..recovery.trained import check_peft
 from ..statistics import Progress
 from ..training import Machine, OnCheck, Run, Schedule, State, held_out_loss, on_device
 from ..version import __version__
@@ -140,6 +141,8 @@ def convert_anatomy(
     if lengths:
         check_lengths(model, lengths)
     stages = plan.stages if data is not None else []
+    if any(stage.train == "lora" for stage in stages):
+        check_peft()
     if plan.steps and not stages:
         untrained = f"{chosen.name} prescribes no training: leave steps out"
         raise TransectError("training needs data=" if data is None else untrained)

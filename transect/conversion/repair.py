@@ -18,7 +18,7 @@ from ..data.split import share
 from ..errors import TransectError
 from ..forward import Batch
 from ..recovery.settings import Settings as LowRank
-from ..recovery.trained import add_adapters, check_peft, merge_adapters
+from ..recovery.trained import add_adapters, merge_adapters
 from ..training import (
     Course,
     Machine,
@@ -104,7 +104,6 @@ def trainable(anatomy: Anatomy, stage: Stage, seed: int) -> Iterator[tuple[Param
             raise TransectError(f"the stage {stage.name!r} finds nothing to train in the converted model")
         yield _requiring(chosen), list(chosen)
         return
-    check_peft()
     prefix = next(name for name, module in anatomy.model.named_modules() if module is blocks)
     if stage.roles is None:
         paths = linear_layers(blocks)

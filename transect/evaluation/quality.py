@@ -19,6 +19,7 @@ from .operations import cache_bytes, operations_counted
 from .speed import measure_speed, takes_logits_to_keep
 
 WRITTEN = 16  # tokens that are written behind a prompt, at most, to time them
+FARTHEST = 512  # positions of a prompt that is read without a cache
 REPEATS = 3  # times that a prompt is read for its speed, at most
 
 
@@ -101,7 +102,13 @@ def quality_of(model: Any, lengths: Sequence[int]) -> list[Quality]:
 
 @torch.no_grad()
 def generates_alike(model: Any, length: int = 24, new: int = 8) -> bool:
-    """Whether greedy generation with the cache writes what it writes without one, on random tokens."""
+    """Whether greedy generation with the cache writes what it writes without one, on random tokens.
+
+    The prompt is longer than `length` where parts do something else behind their first positions (a window, a router
+    that decides there), so that they do it, up to `FARTHEST` positions: the prompt is read anew for each token.
+    """
+    behind = max((module.acts_behind for module in model.modules() if isinstance(module, Part)), default=0)
+    length = max(length, behind + new if behind + new <= FARTHEST else 0)
     rows = model.get_input_embeddings().weight.shape[0]
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or length + new
     length = max(2, min(length, most - new))

@@ -47,6 +47,11 @@ class Part(Described):
         return cls(**{key: value for key, value in description.items() if key != "kind"})
 
     @property
+    def acts_behind(self) -> int:
+        """How many first positions of a sequence need not show what it does to those behind them, such as a window."""
+        return 0
+
+    @property
     def flops(self) -> int:
         """Floating point operations (a multiply-add counts 2) for one position, but for those that depend on length."""
         return sum(2 * module.weight.numel() for module in self.modules() if isinstance(module, nn.Linear))
@@ -102,6 +107,10 @@ class Mixer(Part):
         if kind not in self.can_be:
             raise TransectError(f"{self.kind} cannot be {kind}, which this model needs; it is {self.can_be[0]}")
         self.causal = causal
+
+    @property
+    def acts_behind(self) -> int:
+        return int(self.made_with.get("window", 0))
 
     def mix(self, x: Tensor, around: Around) -> Tensor:
         """What is added to the stream (B x N x d)."""
