@@ -247,6 +247,60 @@ def test_what_cannot_be_done_is_said_before_any_change(options, message):
     assert_same_tensors(model, tiny("llama"))
 
 
+# What is still converted after a conversion, or a compression; everything else that fits the model is refused.
+_ANYWHERE = {"algoformer", "fold-norms", "matformer", "matformer-cut", "polycom", "spikingbrain-spikes"}
+_ROUTED = {"dense2moe-blocks", "first", "gamma-mod", "p-mod"}
+AFTERWARDS = {
+    "svd": {"algoformer", "peri-ln", "ultramem-v2", *_ROUTED},
+    "liger": {
+        "dense2moe", "kat", "memoryformer", "peri-ln", "relaxed-recursive", "spikingbrain-experts", "ultramem-v2", "uoe",
+        *_ANYWHERE,
+    },
+    "uoe": {
+        "dense2moe-blocks", "ecoformer", "first", "liger", "merge-attention", "mixer", "peri-ln", "relaxed-recursive",
+        "spikingbrain", "ultramem-v2", *_ANYWHERE - {"matformer", "matformer-cut", "polycom"},
+    },
+    "first": {"memoryformer", "multi-level", *_ANYWHERE},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("earlier", AFTERWARDS)
+def test_a_changed_model_is_converted_again_where_that_makes_sense_and_else_left_as_it_is(earlier):
+    if earlier == "svd":
+        changed = transect.compress(tiny("llama"), "svd", keep=0.7)
+    else:
+        changed, _ = converted(conversion_named(earlier), "llama")
+    done = set()
+    for entry in FOR_CAUSAL:
+        model = copy.deepcopy(changed)
+        plan = Plan(entry.name, SMALL.get(entry.name, {}), steps=0)
+        try:
+            _, outcome = convert_anatomy(Anatomy(model), plan, load(DATA, model, batch_size=4))
+        except TransectError:
+            assert_same_tensors(model, changed)
+        else:
+            assert outcome["generates"], entry.name
+            done.add(entry.name)
+    assert done == AFTERWARDS[earlier]
+
+
+def test_data_that_is_too_short_and_a_package_that_is_missing_are_said_before_any_change(monkeypatch):
+    for entry in conversions():
+        model, data = (tiny("llama"), DATA) if entry.causal else (tiny("vit"), inputs("vit", batch=8))
+        if entry.stages and "llama" not in REFUSED.get(entry.name, {}):
+            before = copy.deepcopy(model.state_dict())
+            short = {key: rows[:1] for key, rows in data.items()} if isinstance(data, dict) else data[:1]
+            with pytest.raises(TransectError, match="none is left to train on"):
+                transect.convert(model, entry.name, short, **SMALL.get(entry.name, {}))
+            assert model.state_dict().keys() == before.keys(), entry.name
+            assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items()), entry.name
+    monkeypatch.setitem(sys.modules, "peft", None)
+    model = tiny("llama")
+    with pytest.raises(TransectError, match="pip install"):
+        transect.convert(model, "liger", DATA, steps=1)
+    assert_same_tensors(model, tiny("llama"))
+
+
 def test_a_compressed_matrix_is_refused_and_encoders_are():
     small = transect.compress(tiny("llama"), "svd", keep=0.7)
     with pytest.raises(TransectError, match="convert first, and compress what comes out"):

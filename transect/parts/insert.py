@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..anatomy import Anatomy, Block
+from ..anatomy import MLP, Anatomy, Block
 from ..anatomy.architecture import MATRIX_ROLES
 from ..anatomy.banks import link_banks
 from ..anatomy.storage import shape_of
@@ -54,6 +54,8 @@ def insert(
         torch.manual_seed(seed)
         for place, number in enumerate(numbers):
             here = replace(sizes, layer=number, place=place)
+            if slot == "mlp" and isinstance(mlp := anatomy.blocks[number].mlp, MLP):
+                here = replace(here, neurons=mlp.up.shape[0])  # narrowed ones have fewer than the config says
             for path in places(anatomy, slot, number, roles):
                 if slot == "matrix":
                     here = replace(here, **_sizes_of_matrix(model.get_submodule(path)))
@@ -186,6 +188,11 @@ def places(anatomy: Anatomy, slot: str, number: int, roles: Collection[str] | No
     roles: of matrices, which ones; those that are stored as one are replaced as one.
     """
     architecture, block = anatomy.architecture, anatomy.blocks[number]
+    if slot in ("mixer", "mlp") and isinstance(block.module, Surrounded) and block.module.leading.routes:
+        raise TransectError(
+            f"a part around block {number} runs it on some positions only, and knows its attention and MLP as they "
+            "are: change these first, and route then"
+        )
     if slot == "block":
         if isinstance(block.module, Surrounded):
             raise TransectError(f"a part stands around block {number} already: take a model without one")
