@@ -253,8 +253,8 @@ _ROUTED = {"dense2moe-blocks", "first", "gamma-mod", "p-mod"}
 AFTERWARDS = {
     "svd": {"algoformer", "peri-ln", "ultramem-v2", *_ROUTED},
     "liger": {
-        "dense2moe", "kat", "memoryformer", "peri-ln", "relaxed-recursive", "spikingbrain-experts", "ultramem-v2", "uoe",
-        *_ANYWHERE,
+        "dense2moe", "kat", "memoryformer", "peri-ln", "relaxed-recursive", "spikingbrain-experts", "ultramem-v2",
+        "uoe", *_ANYWHERE,
     },
     "uoe": {
         "dense2moe-blocks", "ecoformer", "first", "liger", "merge-attention", "mixer", "peri-ln", "relaxed-recursive",

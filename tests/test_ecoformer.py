@@ -79,6 +79,51 @@ def test_each_bit_is_taken_only_if_signs_fit_better_and_the_labels_are_neared():
     assert all(after < before for before, after in itertools.pairwise(left))
 
 
+def test_each_bit_descends_as_the_gradient_of_its_loss_with_tanh_says():
+    z, bits, rate, steps = tokens(0, count=32), 3, 0.3, 4
+    anchors = z[0, :, :9]
+    kernel = anchor_kernel(z, anchors, torch.ones(2, dtype=z.dtype))
+    centred, labels = kernel - kernel.mean((0, 2))[:, None], similarity_labels(z, 5)
+    start = drawn(2, bits, 9, seed=3)
+    residual, taken = bits * labels, 0
+    found = learned_projection(centred, labels, start, steps, rate)
+    for bit in range(bits):
+        row = start[:, bit].clone().requires_grad_()
+        descent = torch.optim.SGD([row], lr=rate, momentum=0.9, nesterov=True)
+        for _ in range(steps):
+            descent.zero_grad()
+            y = torch.tanh(centred @ row[:, :, None] / 2)
+            (-(y.mT @ residual @ y).mean() / (32 * bits)).backward()
+            descent.step()
+        changed = (found[:, bit] != start[:, bit]).any(-1)
+        taken += int(changed.sum())
+        torch.testing.assert_close(found[changed, bit], row.detach()[changed], atol=1e-12, rtol=1e-12)
+        y = binary_codes(centred @ found[:, bit, :, None])
+        residual = residual - y @ y.mT
+    assert taken >= 3
+
+
+def test_of_long_sequences_some_tokens_are_drawn_to_learn_from(monkeypatch):
+    seen, new, sizes = tokens(0, count=600), tokens(1), []
+
+    def watched(z, similar):
+        sizes.append(z.shape[-2])
+        return similarity_labels(z, similar)
+
+    monkeypatch.setattr("transect.parts.catalog.ecoformer.hashing.similarity_labels", watched)
+    labels, errors = similarity_labels(new, 6), []
+    for steps in (0, 15):
+        hashed = learned_hash(seen, bits=4, similar=64, steps=steps, rate=2e-2)
+        codes = codes_of(new, hashed)
+        errors.append(float((labels - codes @ codes.mT / 4).square().sum()))
+    assert errors[1] < 0.9 * errors[0]
+    kernel = anchor_kernel(seen, hashed.anchors, hashed.spread)
+    torch.testing.assert_close(hashed.mean, kernel.mean((0, 2)))  # of all of them
+    learned_hash(seen, bits=1, similar=140, steps=0)  # as many as so many similar ones need
+    learned_hash(new, steps=0)
+    assert sizes == [512, 512, 560, 48]
+
+
 def test_learned_codes_tell_similar_tokens_from_others_also_among_new_ones():
     seen, new = tokens(0), tokens(1)
     margins = {}

@@ -6,6 +6,18 @@ import torch
 from transect.parts import fused
 from transect.parts.recurrence import decayed_recurrence, delta_recurrence, value_decayed_recurrence
 
+from .models import assert_alike
+
+
+def assert_is_in_every_length_of_chunks(recurrence, problem, expected):
+    """Outputs and state step by step, in chunks, and all at once: to 1e-12 of the largest, and 1e-5 in float32."""
+    for chunk in (1, 32, 256):
+        for dtype in (torch.float64, torch.float32):
+            results = recurrence(*(tensor.to(dtype) for tensor in problem), chunk=chunk)
+            for found, looped in zip(results, expected, strict=True):
+                assert found.dtype == dtype
+                assert_alike(found, looped.to(dtype))
+
 
 def looped(q, k, v, log_decay, state):
     outputs = []
@@ -17,19 +29,15 @@ def looped(q, k, v, log_decay, state):
 
 @pytest.mark.parametrize("strength", [0.05, 3.0, 200.0])
 @pytest.mark.parametrize("channels", [1, 5])
-@pytest.mark.parametrize("count", [1, 37, 70])
-def test_it_is_the_loop(strength, channels, count):
+@pytest.mark.parametrize("count", [1, 37, 130])
+def test_it_is_the_loop_in_every_length_of_chunks(strength, channels, count):
     draw = torch.Generator().manual_seed(0)
     q, k = (torch.randn(2, 3, count, 5, dtype=torch.float64, generator=draw) for _ in range(2))
     v = torch.randn(2, 3, count, 4, dtype=torch.float64, generator=draw)
     log_decay = -strength * torch.rand(2, 3, count, channels, dtype=torch.float64, generator=draw)
     state = torch.randn(2, 3, 5, 4, dtype=torch.float64, generator=draw)
-    expected, last = looped(q, k, v, log_decay.expand(2, 3, count, 5), state)
-    y, after = decayed_recurrence(q, k, v, log_decay, state, chunk=32)
-    torch.testing.assert_close(y, expected)
-    torch.testing.assert_close(after, last)
-    half, _ = decayed_recurrence(*(tensor.float() for tensor in (q, k, v, log_decay, state)), chunk=32)
-    torch.testing.assert_close(half, expected.float(), atol=2e-4, rtol=1e-4)
+    expected = looped(q, k, v, log_decay.expand(2, 3, count, 5), state)
+    assert_is_in_every_length_of_chunks(decayed_recurrence, (q, k, v, log_decay, state), expected)
 
 
 def test_gradients_are_finite_where_everything_is_forgotten():
@@ -65,8 +73,8 @@ def test_a_weak_decay_between_strong_ones_keeps_its_digits():
     log_decay[:, :, 5::20, 1:] = -1e6
     expected, last = looped(q, k, v, log_decay, q.new_zeros(1, 2, 4, 4))
     y, after = decayed_recurrence(*(tensor.float() for tensor in (q, k, v, log_decay)))
-    torch.testing.assert_close(y, expected.float(), atol=2e-5, rtol=1e-5)
-    torch.testing.assert_close(after, last.float(), atol=2e-5, rtol=1e-5)
+    assert_alike(y, expected.float())
+    assert_alike(after, last.float())
 
 
 def test_without_decay_it_is_with_decays_of_one_and_autocast_changes_nothing():
@@ -117,15 +125,12 @@ def delta_problem(count, strength):
 @pytest.mark.parametrize("count", [1, 37, 130])
 def test_the_delta_rule_is_its_loop_in_every_length_of_chunks(strength, count):
     problem = delta_problem(count, strength)
-    q, k, v, beta, log_decay, state = problem
-    expected, last = delta_looped(*problem)
-    y, after = delta_recurrence(q, k, v, beta, log_decay if strength else None, state)
-    torch.testing.assert_close(y, expected, atol=1e-8, rtol=0)
-    torch.testing.assert_close(after, last, atol=1e-8, rtol=0)
-    for chunk in (1, 16, 256):  # step by step, in chunks, and all at once
-        y, after = delta_recurrence(*(tensor.float() for tensor in problem), chunk=chunk)
-        torch.testing.assert_close(y, expected.float(), atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(after, last.float(), atol=1e-5, rtol=1e-5)
+    expected = delta_looped(*problem)
+    assert_is_in_every_length_of_chunks(delta_recurrence, problem, expected)
+    if not strength:
+        q, k, v, beta, _, state = problem
+        for found, looped in zip(delta_recurrence(q, k, v, beta, None, state), expected, strict=True):
+            assert_alike(found, looped)
 
 
 def test_the_delta_rule_has_finite_gradients_where_everything_is_forgotten():
@@ -152,13 +157,7 @@ def test_decay_of_the_values_is_its_loop_in_every_length_of_chunks(strength, cou
     draw = torch.Generator().manual_seed(1)
     log_decay = -strength * torch.rand(v.shape, dtype=torch.float64, generator=draw)
     problem = q, k, v, log_decay, state
-    expected, last = value_looped(*problem)
-    for chunk in (1, 16, 64, 256):
-        y, after = value_decayed_recurrence(*problem, chunk=chunk)
-        torch.testing.assert_close(y, expected, atol=1e-12, rtol=1e-12)
-        torch.testing.assert_close(after, last, atol=1e-12, rtol=1e-12)
-        y, _ = value_decayed_recurrence(*(tensor.float() for tensor in problem), chunk=chunk)
-        torch.testing.assert_close(y, expected.float(), atol=2e-5, rtol=1e-5)
+    assert_is_in_every_length_of_chunks(value_decayed_recurrence, problem, value_looped(*problem))
 
 
 @pytest.mark.parametrize("strength", [0.5, 1.4, 3.0, 1e4])

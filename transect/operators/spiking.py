@@ -28,7 +28,8 @@ class Spiking(Operator):
     """y = f(V s), f a map, with `spike_counts` s and thresholds V of the input.
 
     What spikes would carry, computed in floating point: no time is saved by it. The gradient passes the rounding as if
-    there were none.
+    there were none. An input that is not finite has no counts; it is not looked for in each call, and what comes out is
+    not finite either, as of any matrix.
 
     inner: f, an operator or a linear layer. k: by what the mean is divided.
     """

@@ -83,7 +83,8 @@ def ecoformer(
     bits: of a code.
     anchors: tokens that each token is compared with.
     offset: by how much the constant is above the bits; the larger, the nearer to the mean of all values.
-    similar: how many tokens count as similar to each, and as unlike it, where codes are learned.
+    similar: how many tokens count as similar to each, and as unlike it, where codes are learned; of long sequences,
+        among 512 tokens that are drawn.
     hash_steps: of the descent for each bit.
     hash_rate: of that descent.
     layers: only these blocks, such as 0-5,7; default all.

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from ...anatomy import Anatomy
 from ...errors import TransectError
 from ...parameters import block_numbers
+from ...parts.catalog.liger import check_settings
 from ..attention import check_is_softmax, put_mixer
 from ..registry import Calibration, Range, conversion
 from ..stage import Stage
@@ -18,15 +19,10 @@ def _chosen(anatomy: Anatomy, layers: str, keep_every: int) -> list[int]:
 
 
 def _check(anatomy: Anatomy, layers: str, keep_every: int, alpha: float, beta: float, gates: int, **_: Any) -> None:
-    if abs(alpha + beta - 1) > 1e-6:
-        raise TransectError(f"liger: alpha + beta should be 1, not {alpha:g} + {beta:g}")
+    check_settings(anatomy.head_size, gates, alpha, beta)
     chosen = _chosen(anatomy, layers, keep_every)
     if not chosen:
         raise TransectError(f"liger: with layers={layers!r} and keep_every={keep_every} no block is converted")
-    if gates > anatomy.head_size:
-        raise TransectError(
-            f"liger: gates={gates} are means of the {anatomy.head_size} channels of a head: choose fewer"
-        )
     check_is_softmax(anatomy, chosen)
 
 

@@ -25,7 +25,7 @@ def _check(anatomy: Anatomy, layers: str, experts: int, active: int, **_: Any) -
     "spikingbrain-experts",
     paper="arXiv:2509.05276",
     group="experts",
-    exact="with spread 0, softmax scores and what is scaled down alone it is the model as it was",
+    exact="with spread 0 and down alone scaled it is the model as it was",
     check=_check,
     stages=(Stage("spikingbrain-experts", train="full", lr=3e-5, auxiliary=0.01),),
 )
@@ -50,7 +50,7 @@ def spikingbrain_experts(
     (0.01; the report gives none). Its larger model leaves the MLPs of blocks 0-2, 4, 6, 8 and 10 as they are.
 
     experts: N, routed copies.
-    active: k of them that each position runs.
+    active: k of them that each position runs; with 0 the shared ones alone are run.
     shared: S, copies that every position runs.
     scores: p is the softmax of the router's scores, or the sigmoid of each; with the latter p is near 1 / 2.
     spread: standard deviation of the router's first numbers.

@@ -10,6 +10,7 @@ from torch.nn import functional
 from ...parameters import Range
 from ..attention import Attention
 from ..part import Around
+from ..precision import wide
 from ..recurrence import CHUNK, decayed_recurrence
 
 
@@ -43,7 +44,7 @@ class GatedLinear(Attention):
     def mix(self, x: Tensor, around: Around) -> Tensor:
         maps = (self.q_proj, self.k_proj, self.v_proj, self.decay)
         q, k, v, decay = (self.by_heads(one(x)) for one in maps)  # without positions: the decay tells them apart
-        log_decay = functional.logsigmoid(decay) / self.temperature
+        log_decay = functional.logsigmoid(wide(decay)) / self.temperature
         if around.real is not None:  # what is at padding is not remembered, and makes nothing forgotten
             real = around.real[:, None, :, None]
             k, log_decay = k * real, log_decay * real

@@ -23,7 +23,8 @@ class Liger(Attention):
 
     The memory's gate is the key itself, before it is turned by its position (Section 3.2), or means over runs of its
     channels. In the authors' code these are runs of one channel for "gla" and "hgrn2", and so they are here unless
-    `gates` says otherwise. Where the model norms its keys, the gate reads the normed ones (ours).
+    `gates` says otherwise. Where the model norms its queries and keys, memory and gate read the normed ones (ours: how
+    long they were before says nothing in such a model). All of the memory is in float32 or wider.
     gla: S_t = diag(sigmoid(k_t)^(1/16)) S_{t-1} + softmax(k_t) v_tᵀ, read by softmax(q_t), and not divided by anything.
     hgrn2: the decay is f_t = sigmoid(k_t), and what is written is 1 - f_t.
     gsa: m slots with a key and a value each. With a_t = sigmoid(g_t)^(1/16) of the m means g_t, both memories go on as
@@ -34,7 +35,7 @@ class Liger(Attention):
         with gsa, whose slots they are, half as many.
     window: how far softmax attention sees, the position itself included.
     alpha: weight of the memory.
-    beta: weight of the window.
+    beta: weight of the window, 1 - alpha.
     """
 
     kind = "mixer.liger"
@@ -51,8 +52,7 @@ class Liger(Attention):
         beta: Annotated[float, Range(0, 1)] = 0.5,
     ) -> None:  # fmt: skip
         super().__init__(width, heads, head_size, causal, key_value_heads=key_value_heads)
-        if gates > head_size:
-            raise TransectError(f"liger: gates={gates} are means of the {head_size} channels of a head: choose fewer")
+        check_settings(head_size, gates, alpha, beta)
         self.gate, self.window, self.alpha, self.beta = gate, window, alpha, beta
         self.gates = gates or (max(1, head_size // 2) if gate == "gsa" else head_size)
 
@@ -92,7 +92,7 @@ class Liger(Attention):
         if self.gate == "gsa":
             scores, state["slots"] = value_decayed_recurrence(q, k, written, log_decay, state.get("slots"))
             q = scores  # of the slots
-        y, state["memory"] = decayed_recurrence(q.softmax(-1), written, v, log_decay, state.get("memory"))
+        y, state["memory"] = decayed_recurrence(wide(q).softmax(-1), written, v, log_decay, state.get("memory"))
         return y
 
     def mixing_flops(self, length: int) -> int:
@@ -102,3 +102,11 @@ class Liger(Attention):
             size, far = 2 * self.gates, 2 * (chunk + chunk * self.gates // self.head_size)
         memory = (self.heads * (size + far) + self.key_value_heads * size) * (self.alpha > 0)
         return 2 * length * self.head_size * (self.heads * near + memory)
+
+
+def check_settings(head_size: int, gates: int, alpha: float, beta: float) -> None:
+    """TransectError unless the weights sum to 1, and the gates are no more than the channels of a head."""
+    if abs(alpha + beta - 1) > 1e-6:
+        raise TransectError(f"liger: alpha + beta should be 1, not {alpha:g} + {beta:g}")
+    if gates > head_size:
+        raise TransectError(f"liger: gates={gates} are means of the {head_size} channels of a head: choose fewer")

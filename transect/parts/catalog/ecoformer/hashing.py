@@ -16,6 +16,7 @@ from torch.nn import functional
 from ....errors import TransectError
 
 _MOMENTUM = 0.9
+_POSITIONS = 512  # of a sequence, between which similarities are learned
 
 
 @dataclass(frozen=True)
@@ -119,9 +120,11 @@ def learned_hash(
     z: Tensor, anchors: int = 25, bits: int = 16, *, similar: int = 10, steps: int = 100, rate: float = 5e-4,
     seed: int = 0,
 ) -> Hash:  # fmt: skip
-    """The hash of unit vectors z (S x h x N x d), learned from what is similar among them; memory is S h N².
+    """The hash of unit vectors z (S x h x N x d), learned from what is similar among them.
 
-    Anchors are tokens of z, and s and μ means over all of them. Raises TransectError where there are too few tokens.
+    Anchors are tokens of z, and s and μ means over all of them. Memory is S h N²: of sequences of more than 512 tokens,
+    or 4 * similar where that is more, so many are drawn, among which those that are similar are looked for. Raises
+    TransectError where there are too few tokens.
     """
     tokens = z.transpose(0, 1).flatten(1, 2)  # h x S N x d
     if tokens.shape[1] < anchors:
@@ -131,5 +134,7 @@ def learned_hash(
     spread = squared_distances(tokens, chosen).mean((1, 2))
     mean = anchor_kernel(tokens, chosen, spread).mean(1)
     start = torch.randn(z.shape[1], bits, anchors, generator=draw).to(z)
+    if z.shape[-2] > (most := max(_POSITIONS, 4 * similar)):
+        z = z[:, :, torch.randperm(z.shape[-2], generator=draw)[:most].to(z.device)]
     centred = anchor_kernel(z, chosen, spread) - mean[:, None]
     return Hash(chosen, spread, mean, learned_projection(centred, similarity_labels(z, similar), start, steps, rate))

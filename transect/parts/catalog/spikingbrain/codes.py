@@ -5,6 +5,7 @@ Steps come first: planes (T x the shape of s), all of the same dtype as s.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,13 +30,21 @@ def binary_spikes(s: Tensor) -> Tensor:
 
 def ternary_spikes(s: Tensor) -> Tensor:
     """{-1, 0, 1}, T = max |s|: as many steps as the count fire with its sign. The sum of the steps is s."""
-    steps = torch.arange(int(s.abs().max()), device=s.device).view(-1, *[1] * s.dim())
+    steps = torch.arange(_largest(s), device=s.device).view(-1, *[1] * s.dim())
     return (s.abs() > steps) * s.sign()
 
 
 def planes_needed(s: Tensor) -> int:
     """How many bits |s| has at most; at least 1."""
-    return max(1, int(s.abs().max()).bit_length())
+    return max(1, _largest(s).bit_length())
+
+
+def _largest(s: Tensor) -> int:
+    """The largest |s|. TransectError where one is not finite."""
+    largest = float(s.abs().max())
+    if not math.isfinite(largest):
+        raise TransectError("what is not finite has no count of spikes: look for where the model overflows")
+    return int(largest)
 
 
 def bitwise_planes(s: Tensor, planes: int | None = None) -> Tensor:

@@ -16,7 +16,7 @@ class Upcycled(SharedAndRouted):
     Each expert has all the neurons of a dense MLP. In training it leaves the balance of the experts in `auxiliary`.
 
     experts: N, that are routed.
-    active: k.
+    active: k; 0 runs the shared experts alone.
     shared: S, that run for every position.
     scores: p is the softmax of the router's scores, or the sigmoid of each.
     spread: standard deviation of the router's first numbers; 0 gives all experts the same p.
