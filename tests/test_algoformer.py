@@ -87,9 +87,11 @@ def test_the_answer_of_the_query_is_not_read_and_causal_ones_see_what_is_before_
     made = gradient_descent(SIZE, 0.1, 5)
     assert torch.equal(made(prompt), made(other))
     other = prompts()
-    other[:, 6:] = 9.0
+    other[:, 6, -1] += 5  # the position's own answer, and all that comes behind it
+    other[:, 7:] = 9.0
     causal = gradient_descent(SIZE, 0.1, 5, causal=True)
-    assert torch.equal(causal(prompt)[:, :7], causal(torch.cat([prompt[:, :7], other[:, 7:]], 1))[:, :7])
+    assert torch.equal(causal(prompt)[:, :7], causal(other)[:, :7])
+    assert not torch.allclose(causal(prompt)[:, 7], causal(other)[:, 7])
     assert not torch.allclose(made(prompt)[:, :6], made(other)[:, :6])
 
 

@@ -159,7 +159,21 @@ def test_the_scale_of_the_recurrent_matrix_does_not_matter_and_long_sequences_st
     assert 5 * full[True] < full[False]  # the plain cell saturates
 
 
-def test_a_cell_of_one_unit_is_refused():
+@torch.no_grad()
+def test_an_lstm_begins_by_keeping_what_it_has():
+    """With weights of 0 the forget gate is what the bias says, 1, and the new state half of nothing."""
+    mixer, c = cell(LSTM), normal(2, 8)
+    assert mixer.bias.tolist() == [[0.0] * 8, [1.0] * 8, [0.0] * 8, [0.0] * 8]
+    for linear in (mixer.from_x, mixer.from_h):
+        linear.weight.zero_()
+    state = {"h": normal(2, 8, seed=1), "c": c.clone()}
+    mixer(normal(2, 1, 6), Around(state=state))
+    torch.testing.assert_close(state["c"], c * torch.sigmoid(torch.ones(1, **F64)))
+
+
+def test_a_cell_of_one_unit_and_a_norm_of_one_number_are_refused():
+    with pytest.raises(TransectError, match="2 or more, not 1"):
+        Layer(1, 1e-5)
     with pytest.raises(TransectError, match="2 or more, not 1"):
         LSTM(6, 1, 1, True)
     with pytest.raises(TransectError, match="cannot be bidirectional"):

@@ -1,6 +1,7 @@
 """MatFormer: slices of MLPs as MLPs of their own, their training, and what is cut out."""
 
 import copy
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -11,12 +12,17 @@ from transformers import AutoModelForCausalLM
 
 import transect
 from transect.anatomy import Anatomy
+from transect.conversion import conversion_named
 from transect.conversion.catalog.matformer import narrowed
 from transect.conversion.catalog.matformer.cut import noted_widths
 from transect.conversion.catalog.matformer.order import importances
 from transect.conversion.catalog.matformer.widths import mixture, neurons_of, shares_of
+from transect.conversion.repair import repair
 from transect.data import load
+from transect.data.split import split
 from transect.errors import TransectError
+from transect.forward import at_rest
+from transect.training import Machine, Run, Schedule, State
 
 from .models import CAUSAL, VOCABULARY, assert_alike, assert_same_tensors, inputs, logits, tiny
 
@@ -100,14 +106,22 @@ def test_what_is_left_out_is_neither_read_nor_trained(name):
     with narrowed(anatomy, widths[1]):
         before = logits(model, {"input_ids": DATA})
         for block in anatomy.blocks:
-            weight = block.mlp.down.weight.clone()
-            weight[:, m:] = 7.0
-            block.mlp.down.write(weight)
+            for role in small:
+                matrix = getattr(block.mlp, role)
+                weight, bias = matrix.weight.clone(), None if matrix.bias is None else matrix.bias.clone()
+                (weight if role != "down" else weight.T)[m:] = 7.0
+                if bias is not None and role != "down":
+                    bias[m:] = 7.0
+                matrix.write(weight, bias)
         assert torch.equal(logits(model, {"input_ids": DATA}), before)
 
 
-def test_it_multiplies_slices_and_the_formula_counts_them():
-    model = tiny("llama")
+@pytest.mark.parametrize(
+    ("name", "neurons", "numbers"), [("llama", 48, 3 * 32), ("gpt2", 128, 2 * 32 + 1)]
+)  # fmt: skip
+def test_it_multiplies_slices_and_the_formula_counts_them(name, neurons, numbers):
+    """numbers: of a neuron, with a gate and without; a bias is not multiplied."""
+    model = tiny(name)
     anatomy = Anatomy(model)
 
     def flops(widths):
@@ -115,14 +129,15 @@ def test_it_multiplies_slices_and_the_formula_counts_them():
             model(DATA[:1])
         return counted.get_total_flops()
 
-    whole, mixed = flops([48, 48, 48]), flops([6, 12, 48])
-    assert whole - mixed == 2 * 16 * 3 * 32 * (3 * 48 - 6 - 12 - 48)
+    widths = [neurons // 8, neurons // 4, neurons]
+    less = 3 * neurons - sum(widths)
+    whole, mixed = flops([neurons] * 3), flops(widths)
+    assert whole - mixed == 2 * 16 * (numbers // 32 * 32) * less
     cut = transect.convert(copy.deepcopy(model), "matformer-cut", width="1/8,1/4,1", untrained=True).model
     with FlopCounterMode(display=False) as counted, torch.no_grad():
         cut(DATA[:1])
     assert counted.get_total_flops() == mixed
-    gone = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in cut.parameters())
-    assert gone == 3 * 32 * (3 * 48 - 6 - 12 - 48)
+    assert sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in cut.parameters()) == numbers * less
 
 
 def test_the_context_is_of_one_model_ends_after_an_error_and_nests():
@@ -179,26 +194,45 @@ def test_training_makes_the_small_widths_better_and_leaves_a_plain_model(way, tm
         transect.convert(again, "matformer-cut", width="1/2")
 
 
-def test_with_one_width_it_is_ordinary_training():
-    """Bit for bit that of the same stage without contexts."""
-    options = dict(steps=3, epochs=3, batch_size=2, lr=1e-3)
-    nested = transect.convert(tiny("gpt2"), "matformer", DATA, widths="1", **options).model
-    model = transect.convert(tiny("gpt2"), "matformer", DATA, steps=0).model
-    from dataclasses import replace
-
-    from transect.conversion import conversion_named
-    from transect.conversion.repair import repair
-    from transect.data.split import split
-    from transect.training import Machine, Run, Schedule, State
-
-    (stage,) = conversion_named("matformer").training({"widths": "1", "way": "sampled", "odds": ""})
+def staged(model, given, steps, schedule=None, **changes):
+    """The model after the conversion's own stage, with these changes of it, in place; the last state is kept."""
+    (stage,) = conversion_named("matformer").training(
+        {"widths": "1/8,1/4,1/2,1", "way": "sampled", "odds": "", **given}
+    )
     training, held_out = split(load(DATA, model), 0.1, 2, 0)
-    run = Run(Schedule(lr=1e-3, epochs=3, steps=3), Machine(), State(None))
-    from transect.forward import at_rest
-
+    run = Run(schedule or Schedule(lr=1e-3, epochs=steps, steps=steps), Machine(), State(None))
     with at_rest(model, frozen=True):
-        repair(Anatomy(model), None, [replace(stage, within=None)], run, training, held_out)
-    assert_same_tensors(nested, model)
+        repair(Anatomy(model), None, [replace(stage, keeps="last", **changes)], run, training, held_out)
+    return model
+
+
+@pytest.mark.parametrize("given", [{"widths": "1"}, {"odds": "0,0,0,1"}])
+def test_with_one_width_or_no_odds_for_the_others_it_is_ordinary_training(given):
+    """Bit for bit that of the same stage without contexts."""
+    nested = staged(tiny("gpt2"), given, 3)
+    assert_same_tensors(nested, staged(tiny("gpt2"), {}, 3, within=None))
+    assert furthest(nested, staged(tiny("gpt2"), {}, 3)) > 1e-4
+
+
+def furthest(one, other):
+    return max(float((a - b).detach().abs().max()) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+def test_a_joint_step_goes_along_the_sum_of_the_gradients_of_all_widths():
+    model, by_hand = tiny("llama"), tiny("llama")
+    plain = Schedule(
+        lr=0.5, steps=1, warm_up=0.0, shape="constant", optimizer="sgd", options={"momentum": 0.0}, shuffle=False
+    )  # fmt: skip
+    staged(model, {"way": "joint"}, 1, plain, clip=None)
+    anatomy = Anatomy(by_hand)
+    first = next(iter(split(load(DATA, by_hand), 0.1, 2, 0)[0]))["input_ids"]
+    for share in ALL:
+        with narrowed(anatomy, neurons_of(anatomy, share)):
+            own_loss(by_hand, first).backward()
+    with torch.no_grad():
+        for parameter in anatomy.block_list.parameters():
+            parameter -= 0.5 * parameter.grad
+    assert furthest(model, by_hand) < 1e-6 < 1e-3 < furthest(model, tiny("llama"))
 
 
 def test_mixtures_rise_with_depth_within_the_budget_and_equal_ones_are_the_trained_widths():

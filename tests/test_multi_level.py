@@ -47,6 +47,33 @@ def test_growing_and_shrinking_again_is_the_identity_and_width_loses_nothing(nam
     assert_same_tensors(model, tiny(name))
 
 
+@pytest.mark.parametrize("groups", ["halves", "neighbours"])
+@pytest.mark.parametrize("name", ["bert", "roberta", "electra", "vit", "deit"])
+def test_encoders_too_with_norms_behind_their_sublayers_or_in_front(name, groups):
+    """BERT with scaled embeddings, as released: norms follow them. Images have none that would have to be scaled."""
+    model, batch = tiny(name), inputs(name)
+    given = {"groups": groups, "keeping": "norm" if name in ("vit", "deit") else "embedding"}
+    before = logits(model, batch)
+    assert float(before.std()) > 0.02  # of logits that say something
+    assert apart(logits(grown(model, width=2, depth=1, **given), batch), before) < 1e-5
+    big = grown(model, width=2, depth=2, **given)
+    assert furthest(shrunk(big, width=2, depth=2, **given), model) < 1e-6
+    three = shrunk(grown(model, width=3, depth=1, **given), width=3, depth=1, **given)
+    assert apart(logits(three, batch), before) < 1e-5
+    assert_same_tensors(model, tiny(name))
+
+
+def test_an_encoder_is_shrunk_and_blended_with_the_one_before(tmp_path):
+    tiny("bert").save_pretrained(tmp_path)
+    small = transect.convert(tiny("bert"), "multi-level", depth=3, keeping="embedding").model
+    assert (small.config.hidden_size, small.config.num_hidden_layers) == (16, 1)
+    back = transect.convert(
+        small, "multi-level", direction="grow", depth=3, keeping="embedding", before=str(tmp_path), alpha=0.25
+    ).model
+    expected = interpolated(tiny("bert"), grown(small, width=2, depth=3, keeping="embedding"), 0.25)
+    assert furthest(back, expected) < 1e-6
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama", "phi3", "gpt_neox", "olmo2", "qwen3", "opt"])
 def test_what_really_repeats_is_merged_without_loss(name):
     """Also with factors of 3."""
@@ -179,6 +206,7 @@ def test_the_cycle_counts_its_trainings_and_changes_no_sizes():
         ("gemma2", {"depth": 1}, "root of the width"), ("gemma3", {"depth": 1}, "root of the width"),
         ("gemma2", {"width": 1, "depth": 3}, "different kinds"), ("mixtral", {"depth": 3}, "no ordinary MLP"),
         ("llama", {"depth": 3, "before": "x"}, "does not go with shrink"),
+        ("bert", {"depth": 1}, "choose keeping=embedding"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_done_is_said_before_any_change(name, options, message):

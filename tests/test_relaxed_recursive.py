@@ -154,7 +154,10 @@ def test_the_optimizer_sees_one_tensor_and_its_gradient_is_the_sum():
     for path in ("self_attn.q_proj.matrix", "mlp.up_proj.matrix"):
         grads = [copies.model.layers[depth].get_submodule(path).weight.grad for depth in (1, 4)]
         torch.testing.assert_close(model.model.layers[1].get_submodule(path).weight.grad, sum(grads))
-    assert len(list(model.parameters())) == len({id(p) for p in model.parameters()})
+    # Seven matrices once for each of three blocks, and again for the six of the copies; at each of the six depths two
+    # factors of each matrix and two norms; embedding, final norm and head.
+    depths = 6 * (7 * 2 + 2) + 3
+    assert [len(list(one.parameters())) for one in (model, copies)] == [3 * 7 + depths, 6 * 7 + depths]
 
 
 @pytest.mark.parametrize("norms", ["shared", "own"])
@@ -264,3 +267,19 @@ def test_exits_are_trained_in_a_second_stage_of_models_with_a_head():
     assert [(one["name"], one["steps"]) for one in found.outcome["stages"]] == [("uptraining", 2), ("early-exit", 2)]
     with pytest.raises(TransectError, match="next token"):
         transect.convert(tiny("vit"), "relaxed-recursive", loops=3, early_exit=0.1)
+
+
+def test_what_the_exits_learned_is_kept_though_the_last_loop_alone_gets_worse():
+    data = inputs("llama", batch=8)["input_ids"]
+    options = dict(rank=4, lr=1e-2, epochs=6, held_out=0.25, batch_size=2, every=8)
+    before = transect.convert(model_of(6), "relaxed-recursive", data, steps=8, **options).model
+    found = transect.convert(model_of(6), "relaxed-recursive", data, steps=16, early_exit=10.0, **options)
+    after = dict(found.model.named_parameters())
+    blocks = {name: p for name, p in before.named_parameters() if ".layers." in name}
+    assert all(not torch.equal(parameter, after[name]) for name, parameter in blocks.items())
+    held_out = data[-2:]
+    with torch.no_grad():
+        assert 2 * apart(found.model, held_out) < apart(before, held_out)
+        assert found.model(held_out, labels=held_out).loss > before(held_out, labels=held_out).loss
+    course = found.outcome["stages"][1]
+    assert course["best"] < course["before"]  # of the loss with exits

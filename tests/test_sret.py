@@ -17,6 +17,7 @@ from transect.parts import Around, Inside, insert
 from transect.parts.catalog.plain_mlp import PlainMLP
 from transect.parts.catalog.softmax import Softmax
 from transect.parts.catalog.sret import Sliced, SReT
+from transect.parts.rotary import rotated
 
 from .models import assert_alike, assert_same_model, inputs, logits, tiny
 
@@ -73,6 +74,23 @@ def test_shuffled_slices_are_others_and_stay_the_same():
     by_hand = torch.empty_like(stream())
     by_hand[:, order] = sliced(3)(stream()[:, order], Around())
     assert_alike(fixed(stream(), Around()), by_hand)
+
+
+@pytest.mark.parametrize("shuffle", ["none", "fixed"])
+@torch.no_grad()
+def test_rotary_positions_stay_with_what_is_sliced_and_shuffled(shuffle):
+    """By hand: queries and keys are turned by the places where they stood, and those of other slices are not seen."""
+    mixer, x = sliced(3, shuffle, layer=1), stream()
+    angles = torch.arange(COUNT, dtype=torch.float64)[:, None] * torch.tensor([1.0, 0.1, 0.01, 0.001] * 2)
+    rotary = (angles.cos()[None], angles.sin()[None])
+    order = torch.arange(COUNT) if shuffle == "none" else mixer.order(COUNT)
+    slices = order.argsort() // (COUNT // 3)
+    q, k, v = (p(x).unflatten(-1, (HEADS, 8)).transpose(1, 2) for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
+    scores = rotated(q, rotary) @ rotated(k, rotary).mT * 8**-0.5
+    weights = scores.masked_fill(slices[:, None] != slices, -torch.inf).softmax(-1)
+    expected = mixer.o_proj((weights @ v).transpose(1, 2).flatten(2))
+    assert_alike(mixer(x, Around(rotary=rotary)), expected)
+    assert not torch.allclose(mixer(x, Around()), expected)
 
 
 @torch.no_grad()
@@ -181,6 +199,7 @@ def test_training_moves_the_later_turns():
     ("made", "options", "message"),
     [
         (lambda: tiny("llama"), {}, "predicts the next token"), (lambda: tiny("bert"), {}, "behind the residual sum"),
+        (lambda: tiny("modernbert"), {}, "a block's place enters"), (lambda: tiny("modernbert"), {"loops": 1}, "norms"),
         (lambda: converted(), {}, "share parameters already"), (lambda: tiny("vit"), {"loops": 0}, "loops=0 must be"),
         (lambda: insert(tiny("vit"), "mixer", "pooling"), {"groups": 2}, "a part stands there"),
     ],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from ...parts import Around, part_named
 from ...tasks.registry import task_named
 from ..context import Context
 from ..descent import descend
+from ..pairs import paired
 from ..registry import Result, Verdict, claim
 
 PAPER = "arXiv:1607.06450"
@@ -109,12 +110,11 @@ def small_batches(context: Context) -> Result:
     for name, make in norms.items():
         found = {size: [_mlp_loss(make, size, seed) for seed in SEEDS] for size in BATCHES}
         small, large = (found[size] for size in BATCHES)
-        differences = [one - other for one, other in zip(small, large, strict=True)]
-        error = stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else 0.0
-        worse[name] = mean(differences) > 2 * error
+        difference, error = paired(small, large)
+        worse[name] = difference > 2 * error
         numbers.append({
             "norm": name, f"loss_at_{BATCHES[0]}": mean(small), f"loss_at_{BATCHES[1]}": mean(large),
-            "difference": mean(differences), "standard_error": error,
+            "difference": difference, "standard_error": error,
         })  # fmt: skip
     holds = not worse["layer"] and worse["batch"]
     told = ", ".join(

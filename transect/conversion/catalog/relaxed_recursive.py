@@ -118,7 +118,10 @@ def _stages(**settings: Any) -> list[Stage]:
     if loops == 1:
         return []
     stage = Stage("uptraining", train="full", lr=2e-4, lowers="distill", share=0.5 if weight else 1.0)
-    return [stage, replace(stage, name="early-exit", loss=exit_loss(loops, weight))] if weight else [stage]
+    if not weight:
+        return [stage]
+    loss = exit_loss(loops, weight)  # also what the best state is chosen by: the model's own knows of no exits
+    return [stage, replace(stage, name="early-exit", loss=loss, judged=loss)]
 
 
 @conversion(

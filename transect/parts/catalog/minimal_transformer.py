@@ -20,13 +20,20 @@ from ..part import Around, Mixer, MLPPart
 from ..rotary import rotated
 
 
+def lower_triangles(numbers: Tensor, size: int) -> Tensor:
+    """Lower triangular matrices (heads x size x size) from their rows one by one (heads x size (size + 1) / 2)."""
+    rows, columns = torch.tril_indices(size, size, device=numbers.device)
+    heads = torch.arange(len(numbers), device=rows.device)[:, None]
+    return numbers.new_zeros(len(numbers), size, size).index_put((heads, rows, columns), numbers)
+
+
 class Minimal(Mixer):
     """Softmax attention from one similarity matrix, with one matrix for values and output, or none.
 
     It knows no positions but those that are in the stream: with rotary positions between query and key the two
     matrices would not be one.
 
-    similarity: `merged`, any M, or `symmetric`, M = T Tᵀ with T lower triangular.
+    similarity: `merged`, any M, or `symmetric`, M = T Tᵀ with T lower triangular, of which nothing else is stored.
     values: `merged`, one matrix P in the place of values and output, or `none`, so that every position is given a
         convex combination of the inputs.
     """
@@ -45,15 +52,16 @@ class Minimal(Mixer):
             raise TransectError(f"{heads} heads do not divide a width of {width}")
         self.width, self.heads, self.similarity = width, heads, similarity
         size = width // heads
-        self.factor = nn.Parameter(torch.randn(heads, size, size) * size**-0.5)  # M, or T below its diagonal
+        shape = (size, size) if similarity == "merged" else (size * (size + 1) // 2,)
+        self.factor = nn.Parameter(torch.randn(heads, *shape) * size**-0.5)  # M, or the rows of T one by one
         self.output = nn.Linear(width, width, bias=False) if values == "merged" else nn.Identity()
 
     def similarities(self) -> Tensor:
         """M of each head (heads x size x size)."""
         if self.similarity == "merged":
             return self.factor
-        lower = self.factor.tril()
-        return lower @ lower.transpose(-1, -2)
+        lower = lower_triangles(self.factor, self.width // self.heads)
+        return lower @ lower.mT
 
     def mix(self, x: Tensor, around: Around) -> Tensor:
         parts = x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # B x heads x N x size
@@ -66,7 +74,7 @@ class Minimal(Mixer):
 
     @property
     def flops(self) -> int:
-        return super().flops + 2 * self.factor.numel()
+        return super().flops + 2 * self.width * (self.width // self.heads)
 
     def mixing_flops(self, length: int) -> int:
         return 4 * length * length * self.width
@@ -115,10 +123,7 @@ class Merged(Mixer):
 
     def factors(self) -> Tensor:
         """T of each head (heads x d x d)."""
-        rows, columns = torch.tril_indices(self.width, self.width, device=self.similarity.device)
-        heads = torch.arange(self.heads, device=rows.device)[:, None]
-        whole = self.similarity.new_zeros(self.heads, self.width, self.width)
-        return whole.index_put((heads, rows, columns), self.similarity)
+        return lower_triangles(self.similarity, self.width)
 
     def similarities(self) -> Tensor:
         """M of each head (heads x d x d)."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ...errors import TransectError
 from ..part import Norm
 
 
@@ -39,6 +40,8 @@ class Layer(Norm):
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
+        if width < 2:
+            raise TransectError(f"norm.layer of one number gives its bias alone: a width of 2 or more, not {width}")
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(width))
         self.bias = nn.Parameter(torch.zeros(width))

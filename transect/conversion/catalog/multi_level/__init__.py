@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from transformers import AutoModelForCausalLM
-
 from ....anatomy import Anatomy
 from ....errors import TransectError
 from ....pretrained import pretrained
@@ -38,6 +36,7 @@ def _stages(direction: str, **_: Any) -> list[Stage]:
     exact="grown in width alone it computes what the smaller model did, and shrinking undoes growing",
     check=_check,
     stages=_stages,
+    causal=False,
 )
 def multi_level(
     anatomy: Anatomy,
@@ -63,13 +62,15 @@ def multi_level(
     depth: by what factor the number of blocks changes; 1 leaves it.
     groups: which go together, i and i + n/factor (halves, as released), or neighbours.
     keeping: what keeps the logits of tied embeddings in scale, the final norm (exact, our variant) or the embeddings,
-        as released (which a model with norms in front of its sublayers does not survive unchanged).
+        as released (which a model with norms in front of its sublayers does not survive unchanged). Encoders whose
+        head has a layer of its own, such as BERT, take the embeddings, whose scale their first norm does not see but
+        for its epsilon.
     before: with grow, the folder of the larger model as it was before it was shrunk; none for no blending.
     alpha: the share of the grown model in the blend; without one, copies get equal gradients for ever.
     """
     model = resized(anatomy, _levels(direction, width, depth, groups, keeping))
     if before:
-        model = interpolated(pretrained(AutoModelForCausalLM, before), model, alpha)
+        model = interpolated(pretrained(type(model), before), model, alpha)
     record = Anatomy(model, anatomy.architecture).record
     record.history = [*anatomy.record.history]
     return model

@@ -75,7 +75,7 @@ def v_cycle(
 
     steps, rates: of the large model, the small one, and the blended one. width, depth, groups: see `Levels`. alpha:
     the share of what the small one gives in the blend; 1 for nothing but that. Batches of a step are those of
-    `training`. For more levels call it in place of the middle training.
+    `training`. Two levels: the small model is trained in one go, not in a cycle of its own.
     Raises TransectError, before any training, for sizes that do not divide.
     """
     if len(steps) != 3 or len(rates) != 3:

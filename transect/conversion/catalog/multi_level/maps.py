@@ -151,8 +151,10 @@ def _kinds(anatomy: Anatomy, levels: Levels) -> dict[str, list[Any]]:
 def _check_stream(anatomy: Anatomy) -> None:
     """TransectError where embeddings enter the stream multiplied by a root of the width: it is tried on two tokens.
 
-    Their difference counts, which positions that are added do not enter.
+    Their difference counts, which positions that are added do not enter. Images have no table of tokens.
     """
+    if anatomy.embedding is None or anatomy.model.main_input_name != "input_ids":
+        return
     block, seen = anatomy.blocks[0].module, []
     handle = block.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
@@ -160,7 +162,7 @@ def _check_stream(anatomy: Anatomy) -> None:
     model = anatomy.model
     try:
         with torch.no_grad(), at_rest(model):
-            model(input_ids=torch.tensor([[3], [4]], device=model.device), use_cache=False)
+            model(input_ids=torch.tensor([[3], [4]], device=model.device))
     finally:
         handle.remove()
     first, second = anatomy.embedding.weight[3:5].detach().float()  # type: ignore[index, misc]
@@ -262,8 +264,8 @@ def _norm_of_heads(x: Tensor, heads: Any, levels: Levels, role: str) -> Tensor:
 
 
 def _ends(anatomy: Anatomy, target: Anatomy, levels: Levels, put: Any, written: set[int]) -> None:
-    """What stands before the blocks and behind them: tables of the stream's width, the final norm, the head."""
-    width = levels.width
+    """What stands before the blocks and behind them: embeddings of tokens, places and patches, norms, and the head."""
+    width, hidden = levels.width, anatomy.config_value("hidden")
     scale = width if levels.direction == "shrink" else 1 / width  # of tied logits
     tied = anatomy.embeddings_tied and width > 1
     inside = {id(p) for p in target.block_list.parameters()}
@@ -271,23 +273,33 @@ def _ends(anatomy: Anatomy, target: Anatomy, levels: Levels, put: Any, written: 
     finals = set() if target.final_norm is None else {id(p) for p in target.final_norm.parameters()}
     head: Any = target.unembedding
     old = dict(anatomy.model.named_parameters())
-    if tied and levels.keeping == "norm" and (final is None or getattr(final, "weight", None) is None):
-        raise TransectError("no final norm has numbers that could keep tied logits in scale: choose keeping=embedding")
+    outside = [
+        (name, parameter) for name, parameter in target.model.named_parameters()
+        if id(parameter) not in inside and id(parameter) not in written and width > 1 and name in old
+    ]  # fmt: skip
+    kinds = {name: target.model.get_submodule(name.rpartition(".")[0]) for name, _ in outside}
+    if tied and levels.keeping == "norm":
+        between = any(isinstance(kind, nn.Linear) and kind is not head for kind in kinds.values())
+        if between or final is None or getattr(final, "weight", None) is None:
+            raise TransectError(
+                "no final norm has numbers that could keep tied logits in scale: choose keeping=embedding"
+            )
     offset = _offset(final) if final is not None and tied else 0.0
-    for name, parameter in target.model.named_parameters():
-        if id(parameter) in inside or id(parameter) in written or width == 1 or name not in old:
-            continue
-        tensor = old[name].detach()
+    for name, parameter in outside:
+        tensor, kind = old[name].detach(), kinds[name]
         if id(parameter) in finals:
             tensor = levels.outputs(tensor, 0)
             if tied and levels.keeping == "norm":
                 by = offset if name.endswith("weight") else 0.0
                 tensor = (tensor + by) * scale - by
-        elif head is not None and parameter is head.weight and not anatomy.embeddings_tied:
-            tensor = levels.inputs(tensor, 1)
-        elif tensor.dim() == 2 and tensor.shape[1] == anatomy.config_value("hidden"):
-            tensor = levels.outputs(tensor, 1)  # tokens, and learned positions
-            if tied and levels.keeping == "embedding":
+        elif isinstance(kind, (nn.Linear, nn.Conv2d)):
+            if kind is not head and tensor.shape[0] == hidden:
+                tensor = levels.outputs(tensor, 0)
+            if isinstance(kind, nn.Linear) and tensor.dim() == 2 and tensor.shape[1] == hidden:
+                tensor = levels.inputs(tensor, 1)
+        elif tensor.shape[-1] == hidden != parameter.shape[-1]:
+            tensor = levels.outputs(tensor, tensor.dim() - 1)  # tables, tokens of a class, and norms
+            if tied and levels.keeping == "embedding" and isinstance(kind, nn.Embedding):
                 tensor = tensor * scale
         elif tensor.shape != parameter.shape:
             raise TransectError(f"no map is known for {name} of a {type(anatomy.model).__name__}")
