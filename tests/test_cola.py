@@ -1,3 +1,4 @@
+import itertools
 from dataclasses import replace
 from math import inf, isnan
 from random import Random
@@ -9,6 +10,7 @@ from tests.models import CAUSAL, inputs, logits, tiny
 from tests.test_causal_trace import specimen_of, tokenizer
 from transect.anatomy import Anatomy
 from transect.claims import claims
+from transect.claims.catalog.cola import Hits
 from transect.claims.context import Context
 from transect.data import Batches, Fact, Specimen, load_choices
 from transect.errors import BadData, TransectError
@@ -163,7 +165,15 @@ def test_answers_are_greedy_ones():
     wrong = replace(question, answer=(question.answer[0], question.answer[1] + 1))
     assert Answers(specimen, wrong)((0, 1, 2)) == 0
     assert len(questions_of(specimen, "facts", 3, 1)) == 3 and len(questions_of(specimen, "any", 1, 1)[0].answer) == 1
-    assert Question("", IDS, (1,), None, 4).chance(2) == pytest.approx(1 - 0.75**2)
+
+
+def test_different_guesses_hit_with_their_share_of_the_answers():
+    """Counted: every set of so many different answers of four holds the right one as often."""
+    for tried in (1, 2, 3, 4):
+        sets = list(itertools.combinations(range(4), tried))
+        expected = sum(0 in one for one in sets) / len(sets)
+        assert Question("", IDS, (1,), None, 4).chance(tried) == pytest.approx(expected)
+    assert Question("", IDS, (1,), None, 4).chance(9) == 1 and Question("", IDS, (1,), None, 4).chance(0) == 0
     assert isnan(Question("", IDS, (1,), None, 1).chance(2))
 
 
@@ -199,14 +209,24 @@ def test_every_architecture(name):
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in specimen.model.modules())
 
 
-def test_all_spaces_and_both_controls_are_told():
+def test_all_spaces_and_both_controls_are_told_beside_every_success():
     specimen = specimen_of("llama")
-    other = {fact.answer for fact in specimen.facts} | {"w1"}
-    facts = [replace(fact, answer=min(other - {fact.answer})) for fact in specimen.facts]
+    first, *others = specimen.facts
+    wrong = sorted({f"w{number}" for number in range(9)} - {fact.answer for fact in specimen.facts})
+    facts = [first, *(replace(fact, answer=word) for fact, word in zip(others, wrong, strict=False))]
     result = run_probes(replace(specimen, known_facts=facts), {"cola": {"space": "all", "simulations": 20}})["cola"]
-    assert result["plain"].sum() == 0 and result["searched"].shape == (3, 4)
-    told = [line for line in result.findings if "answers wrongly" in line]
-    assert len(told) == 3 and all("random paths" in line and "oracle success" in line for line in told)
+    assert result["plain"].tolist() == [1, 0, 0, 0] and result["searched"].shape == (3, 4)
+    assert torch.equal(result["chance"], (result["answers"] / 4).clamp_max(1))
+    assert (result["chance_shorter"] <= result["chance"]).all() and (result["chance_shorter"][2] == 0).all()
+    for right, times in ((True, 1), (False, 2)):  # of the wrong ones: any right path, and a shorter one
+        told = [line for line in result.findings if ("answers rightly" if right else "answers wrongly") in line]
+        assert len(told) == 3
+        for space, line in enumerate(told):
+            assert line.count("as many random paths") == times == line.count("guessing as many different answers")
+            of = (result["plain"] > 0) == right
+            for name in ["chance_shorter"] if right else ["chance", "chance_shorter"]:
+                assert f"guessing as many different answers: {float(result[name][space][of].mean()):.0%}" in line
+            assert right or "oracle success" in line
     assert (result["answers"] >= 1).all() and len(drawings(result)) == 3
 
 
@@ -234,4 +254,16 @@ def test_claims_ask_and_compare(monkeypatch):
     data = Batches([inputs("llama", batch=2)])
     context = Context(specimen.model, data, data, specimen=specimen)
     shorter = next(one for one in claims(["cola"]) if one.name == "cola/shorter").function(context)
-    assert "random" in shorter.explanation and len(shorter.numbers) == 2
+    assert "random" in shorter.explanation and len(shorter.numbers) == 2 and "guesses" in shorter.explanation
+
+
+def test_a_claim_needs_more_than_what_luck_gives():
+    ones, none = torch.ones(17).double(), torch.zeros(17).double()
+    one_more, five_more = ones.clone(), ones.clone()
+    one_more[0] = 0
+    five_more[:5] = 0
+    assert not Hits(ones, one_more, none).beyond_random and Hits(ones, five_more, none).beyond_random
+    assert not Hits(five_more, ones, none).beyond_random and not Hits(ones, ones, none).beyond_random
+    every_letter = torch.tensor([1.0] * 16 + [0.75]).double()
+    assert not Hits(ones, none, every_letter).beyond_guesses and Hits(ones, none, ones / 4).beyond_guesses
+    assert "for 16 of the 17 every possible answer was tried" in Hits(ones, one_more, every_letter).told()

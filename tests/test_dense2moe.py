@@ -1,6 +1,7 @@
 """Dense2MoE: a shared expert and many small ones out of a dense MLP, and the two stages that train them."""
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ import transect
 from transect.anatomy import Anatomy
 from transect.conversion import Plan, convert_anatomy
 from transect.conversion.catalog.dense2moe import neuron_importance
+from transect.conversion.catalog.dense2moe.follow import follow
 from transect.conversion.experts import cuttable_mlp
+from transect.conversion.registry import Calibration, conversion_named
 from transect.data import load
 from transect.errors import TransectError
 from transect.forward import summed_loss
@@ -145,7 +148,48 @@ def test_error_falls_with_the_number_of_experts_and_the_most_important_neurons_a
         part.active = active
         errors.append(float((part(x) - dense(x)).square().sum()))
     assert errors[-1] < 1e-8 * errors[0]
-    assert errors[0] > errors[4] > errors[8] > errors[12]
+    assert all(more < fewer for fewer, more in pairwise(errors))
+
+
+@torch.no_grad()
+def test_what_is_not_shared_is_dealt_out_from_the_most_to_the_least_important():
+    model = tiny("llama")
+    dense = cuttable_mlp(Anatomy(model).blocks[0])
+    order = neuron_importance(Anatomy(model), [0], [IDS])[0].argsort(descending=True)[12:]  # of 48
+    entry = conversion_named("dense2moe")
+    entry.function(Anatomy(model), Calibration(load(DATA, model)), **entry.settings({"experts": 4, "layers": "0"}))
+    part = Anatomy(model).blocks[0].part("mlp")
+    for number in range(4):  # each gets one of every four
+        assert torch.equal(part.split.up[number], dense.up[order[number::4]])
+        assert torch.equal(part.split.down[number], dense.down[:, order[number::4]].T)
+
+
+@torch.no_grad()
+def test_what_is_followed_is_the_predictions_and_the_stream_behind_each_block():
+    """KL(T || S) over predictions, and Σ_l ||T_l - S_l||² / mean ||T_l||², by hand; of real positions alone."""
+    teacher, student = tiny("llama"), converted(tiny("llama"))
+    mask = torch.ones_like(DATA)
+    mask[:3, 12:] = 0
+    seen = {}
+    for key, model in (("teacher", teacher), ("student", student)):
+        streams = seen.setdefault(key, [])
+        hooks = [
+            layer.register_forward_hook(lambda _, given, y, kept=streams: kept.append(y[0] if type(y) is tuple else y))
+            for layer in model.model.layers
+        ]
+        streams.insert(0, model(DATA, attention_mask=mask).logits.log_softmax(-1))
+        for hook in hooks:
+            hook.remove()
+    (theirs, *their_streams), (ours, *our_streams) = seen["teacher"], seen["student"]
+    predicts = (mask[:, 1:] > 0) & (mask[:, :-1] > 0)
+    divergence = (theirs.exp() * (theirs - ours)).sum(-1)[:, :-1][predicts].sum()
+    apart, real = 0.0, mask > 0
+    for target, found in zip(their_streams, our_streams, strict=True):
+        squares = (target - found).square().sum(-1)[real]
+        apart += float(squares.mean() / target.square().sum(-1)[real].mean())
+    loss, count = follow(student, teacher, {"input_ids": DATA, "attention_mask": mask})
+    assert count == int(predicts.sum()) and apart > 1e-3
+    assert float(loss) == pytest.approx(float(divergence) + count * apart, rel=1e-4)
 
 
 def test_the_shared_expert_is_trained_first_and_then_stays_as_it_is():

@@ -128,15 +128,26 @@ def test_blocks_that_are_passed_by_have_no_gradient_and_the_router_has():
     output = model(TOKENS, labels=TOKENS)
     torch.testing.assert_close(output.logits, expected, atol=1e-5, rtol=1e-5)
     # Behind the beginning alone: the first positions run all blocks.
-    logits = output.logits[:, PROMPT:]
-    row = 0
-    chosen = int(parts[0].bank.chosen[row])
-    functional.cross_entropy(logits[row], TOKENS[row, PROMPT:]).backward()
-    gradients = [block.mlp.down.module.weight.grad for block in Anatomy(model).blocks]
-    reached = [gradient is not None and float(gradient.abs().max()) > 0 for gradient in gradients]
-    assert reached[chosen] and parts[0].bank.weight.grad.norm() > 0
-    assert not any(reached[place] for place in range(3) if place > chosen)  # those before feed keys of the beginning
+    logits, choices = output.logits[:, PROMPT:], parts[0].bank.chosen.tolist()
+    assert {chosen < 2 for chosen in choices} == {True, False}
+    for chosen in set(choices):
+        model.zero_grad()
+        row = choices.index(chosen)
+        functional.cross_entropy(logits[row], TOKENS[row, PROMPT:]).backward(retain_graph=True)
+        gradients = [block.mlp.down.module.weight.grad for block in Anatomy(model).blocks]
+        reached = [gradient is not None and float(gradient.abs().max()) > 0 for gradient in gradients]
+        assert reached[chosen] and parts[0].bank.weight.grad.norm() > 0
+        assert not any(reached[chosen + 1 :])  # those before feed keys of the beginning
     assert 1 <= parts[0].__dict__["auxiliary"].item() <= 3 and parts[1].__dict__.get("auxiliary") is None
+
+
+@pytest.mark.parametrize(("options", "groups"), [({"layers": "0-1"}, 1), ({"blocks": 1}, 3), ({"blocks": 3}, 1)])
+def test_a_group_adds_a_score_for_each_of_its_blocks(options, groups):
+    model = tiny("llama")
+    before = sum(p.numel() for p in model.parameters())
+    model = transect.convert(model, "dense2moe-blocks", TOKENS, steps=0, prompt=PROMPT, **options).model
+    blocks = options.get("blocks", 2)
+    assert sum(p.numel() for p in model.parameters()) == before + groups * blocks * (model.config.hidden_size + 1)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from transect.errors import TransectError
 from transect.parts import insert
 from transect.parts.catalog.first import First
 
-from .models import tiny
+from .models import assert_same_tensors, tiny
 
 TOKENS = torch.randint(3, 64, (8, 16), generator=torch.Generator().manual_seed(3))
 
@@ -111,22 +111,61 @@ def test_routers_are_trained_then_low_rank_updates_and_a_share_is_skipped():
     at = {}
 
     def on_check(check):
-        at.setdefault(check.name, {k: t.clone() for k, t in model.state_dict().items()})
+        at[check.name] = {k: t.clone() for k, t in model.state_dict().items()}  # in the end, that of the last step
 
-    transect.convert(
-        model, "first", TOKENS, prompt=5, skip=1 / 6, epochs=4, held_out=0.25, batch_size=2, on_check=on_check, lr=1e-2
-    )
+    options = dict(epochs=4, held_out=0.25, batch_size=2, on_check=on_check, lr=1e-2)
+    made = transect.convert(model, "first", TOKENS, prompt=5, skip=1 / 6, **options)
     parts = parts_around(Anatomy(model), First)
+    told = (rho_of(model, TOKENS[:6])[0] <= parts[1].threshold).double().mean()  # of what it was trained on
+    assert made.outcome["told"] == {"share of the blocks with routers that the text skips": float(told)}
     assert list(parts) == [1]
-    name = "model.layers.1.around.part.weight"
-    assert torch.equal(before["model.layers.1.mlp.up_proj.weight"], at["routers"]["model.layers.1.mlp.up_proj.weight"])
-    assert not torch.equal(
-        model.state_dict()["model.layers.1.mlp.up_proj.weight"], before["model.layers.1.mlp.up_proj.weight"]
+    router, after = "model.layers.1.around.part.", model.state_dict()
+    assert set(at["routers"]) - set(before) == {f"{router}{name}" for name in ("weight", "bias", "threshold")}
+    for name, tensor in before.items():
+        assert torch.equal(at["routers"][name], tensor), name
+        matrix = ".layers." in name and tensor.ndim == 2
+        assert torch.equal(after[name], tensor) != matrix, name
+    for name in ("weight", "bias"):
+        assert torch.equal(after[router + name], at["routers"][router + name])
+    assert after[f"{router}weight"].norm() > 0 and parts[1].threshold != 0.5
+
+
+@pytest.mark.parametrize("penalty", [0.0, 10.0])
+def test_without_a_penalty_the_routers_leave_the_loss_no_worse(penalty):
+    model, found = tiny("llama"), {}
+    texts = model.generate(TOKENS[:, :4], max_new_tokens=12, min_new_tokens=12, do_sample=False, pad_token_id=0)
+
+    def on_check(check):
+        found[check.name] = {k: t.clone() for k, t in model.state_dict().items()}
+
+    options = dict(prompt=5, held_out=0.25, batch_size=2)
+    transect.convert(model, "first", texts, penalty=penalty, epochs=3, lr=0.5, on_check=on_check, **options)
+    routers = transect.convert(tiny("llama"), "first", texts, steps=0, **options).model
+    routers.load_state_dict(found["routers"])
+    with torch.no_grad():  # of what the model wrote itself, so that it needs its blocks
+        base, loss = (one(texts, labels=texts).loss.item() for one in (tiny("llama"), routers))
+    assert loss > base + 0.01 if penalty else loss <= base + 1e-6
+
+
+@torch.no_grad()
+def test_generation_that_skips_blocks_is_the_same_with_padding_and_any_cache():
+    model = routed()
+    prompts = TOKENS[:4, :12].clone()
+    mask = torch.ones_like(prompts)
+    mask[1, :3] = mask[2, :1] = 0
+    asked = dict(max_new_tokens=5, min_new_tokens=5, do_sample=False, pad_token_id=0)
+    dynamic, static, without = (
+        model.generate(prompts, attention_mask=mask, **asked, **way)
+        for way in ({}, {"cache_implementation": "static"}, {"use_cache": False})
     )
-    assert model.state_dict()[name].norm() > 0
-    assert parts[1].threshold != 0.5
-    for untouched in ("model.embed_tokens.weight", "lm_head.weight", "model.layers.0.input_layernorm.weight"):
-        assert torch.equal(model.state_dict()[untouched], before[untouched])
+    assert torch.equal(dynamic, without) and torch.equal(static, without)
+    parts, skipped = list(parts_around(Anatomy(model), First).values()), []
+    for row in range(4):
+        alone = prompts[row : row + 1, 12 - int(mask[row].sum()) :]
+        assert torch.equal(model.generate(alone, **asked)[0, -5:], dynamic[row, -5:])
+        rho = rho_of(model, dynamic[row : row + 1, 12 - int(mask[row].sum()) :])[:, 0]
+        skipped.append([bool(one <= part.threshold) for one, part in zip(rho, parts, strict=True)])
+    assert any(map(any, skipped)) and not all(map(all, skipped))
 
 
 @pytest.mark.parametrize("skipped", [(), (1,), (2,), (1, 2)])
@@ -152,11 +191,11 @@ def test_thresholds_skip_the_share_that_is_asked_for(each):
     [
         ({"layers": "0"}, "never skipped; layers are 1 to 1"), ({"layers": "1-2"}, "never skipped"),
         ({"skip": 0.5}, "more than the 1 that have routers"), ({"prompt": 16}, "longest sequence has 16"),
-        ({"prompt": 0}, "prompt=0 must be"),
+        ({"prompt": 0}, "prompt=0 must be"), ({"skip": 1 / 3}, "every text skips all 1 blocks"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_said_before_any_change(settings, message):
     model = tiny("llama")
     with pytest.raises(TransectError, match=message):
         transect.convert(model, "first", TOKENS, steps=0, **settings)
-    assert model.state_dict().keys() == tiny("llama").state_dict().keys()
+    assert_same_tensors(model, tiny("llama"))

@@ -1,5 +1,7 @@
 """Gamma-MoD: the rank of attention maps, which tokens are processed, and the one router of all blocks."""
 
+import copy
+
 import pytest
 import torch
 from torch.nn import functional
@@ -16,7 +18,7 @@ from transect.parts import insert
 from transect.parts.catalog.gamma_mod import GammaMoD
 from transect.probes import drawings, run_probes
 
-from .models import inputs, tiny
+from .models import assert_same_tensors, inputs, tiny
 
 TOKENS = torch.randint(3, 64, (3, 15), generator=torch.Generator().manual_seed(3))
 
@@ -101,7 +103,7 @@ def test_with_nothing_left_out_the_mlp_is_multiplied_by_p():
 
 
 @pytest.mark.parametrize(
-    ("routable", "skip", "kept"), [(10, 0.5, 5), (10, 0.3, 7), (7, 0.5, 4), (10, 0.1, 9), (10, 1.0, 0)]
+    ("routable", "skip", "kept"), [(10, 0.5, 5), (10, 0.3, 7), (7, 0.5, 4), (10, 0.1, 9), (10, 0.9, 1)]
 )
 @torch.no_grad()
 def test_whole_numbers_are_kept_the_others_stay_and_protected_ones_always_go(routable, skip, kept):
@@ -128,7 +130,16 @@ def test_one_router_gathers_the_gradients_of_all_blocks_and_of_both_losses(tmp_p
         torch.autograd.grad(part.__dict__["auxiliary"], router.weight, retain_graph=True)[0] for part in parts.values()
     ]
     both = torch.autograd.grad(sum(part.__dict__["auxiliary"] for part in parts.values()), router.weight)[0]
+    assert each[0].norm() > 0 and each[1].norm() > 0
     torch.testing.assert_close(both, each[0] + each[1])
+    apart, others = routed()  # the same numbers, but a router for each block: what one router gets is their sum
+    others[0].bank.load_state_dict(router.state_dict())
+    others[1].__dict__["bank"] = copy.deepcopy(others[0].bank)
+    trained(others)
+    alone, _ = loss_behind(10)(apart, None, {"input_ids": TOKENS})
+    parted = torch.autograd.grad(alone, [part.bank.weight for part in others.values()])
+    assert others[0].bank is not others[1].bank and all(one.norm() > 0 for one in parted)
+    torch.testing.assert_close(own, parted[0] + parted[1])
     model.eval()
     model.save_pretrained(tmp_path / "model")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
@@ -149,6 +160,24 @@ def test_the_router_s_loss_is_none_where_it_tells_them_apart():
         parts[1].bank.bias.copy_(torch.tensor([-50.0, 50.0]))  # everything is kept, and it is sure of that
     model(TOKENS)
     assert parts[1].__dict__["auxiliary"].item() < 1e-6
+
+
+@torch.no_grad()
+def test_the_part_s_own_loss_is_none_where_its_router_tells_kept_from_left_out():
+    tokens = torch.arange(3, 18)[None]  # different ones, so that some router takes any five of the ten
+    model, parts = routed(layers=(0,), skip=0.5)
+    trained(parts)
+    block, router = model.model.layers[0], parts[0].bank
+    h = block.input_layernorm(model.model.embed_tokens(tokens))[0]
+    wanted = torch.tensor([1, 0, 0, 1, 1, 0, 1, 0, 1, 0, 1, 1, 1, 1, 1])
+    states = model(tokens, output_hidden_states=True).hidden_states
+    assert parts[0].__dict__["auxiliary"] > 0.1
+    router.bias.zero_()
+    router.weight[0] = 0
+    router.weight[1] = torch.linalg.lstsq(h, 60.0 * wanted - 30).solution
+    states = model(tokens, output_hidden_states=True).hidden_states
+    assert ((states[0] != states[1]).any(-1)[0] == wanted.bool()).all()
+    assert parts[0].__dict__["auxiliary"] < 1e-6
 
 
 @torch.no_grad()
@@ -183,8 +212,35 @@ def test_after_training_tokens_go_by_threshold_or_by_rank_also_token_by_token(ch
 
 
 @pytest.mark.parametrize(
+    "settings", [{"threshold": 0.5}, {"threshold": 0.5, "later": 0.5}, {"choose": "top"}], ids=["all", "later", "top"]
+)
+@torch.no_grad()
+def test_generation_that_leaves_tokens_out_is_the_same_with_padding_and_any_cache(settings):
+    model, parts = routed(**settings)
+    parts[0].bank.weight.copy_(torch.randn(2, 32, generator=torch.Generator().manual_seed(1)) * 3)
+    mask = torch.ones_like(TOKENS)
+    mask[1, :3] = mask[2, :1] = 0
+    asked = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
+    dynamic, static, without = (
+        model.generate(TOKENS, attention_mask=mask, **asked, **way)
+        for way in ({}, {"cache_implementation": "static"}, {"use_cache": False})
+    )
+    assert torch.equal(dynamic, without) and torch.equal(static, without)
+    left = []
+    for row in range(3):
+        real = int(mask[row].sum())
+        assert torch.equal(model.generate(TOKENS[row : row + 1, 15 - real :], **asked)[0, -6:], dynamic[row, -6:])
+        states = model(dynamic[row : row + 1, 15 - real :], output_hidden_states=True).hidden_states
+        left.append((states[0] == states[1]).all(-1)[0])
+    assert all(one[:10].any() and not one.all() for one in left)
+    assert any(bool(one[-7:-1].any()) for one in left) == ("later" in settings)  # those that were generated, and read
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"layers": "1", "routable": 6, "skip": 1.0}, "leaves out all 6 routable"),
+        ({"layers": "1", "routable": 6, "threshold": 1.0}, "above threshold=1"),
         ({}, "no block is converted"), ({"layers": "1", "lowest": 2, "routable": 6}, "lowest=2 of 1 blocks"),
         ({"layers": "1", "routable": 15}, "longest sequence has 15"),
         ({"layers": "1", "skip": 1.5}, "skip=1.5 must be"),
@@ -194,4 +250,11 @@ def test_what_does_not_fit_is_said_before_any_change(settings, message):
     model = tiny("llama")
     with pytest.raises(TransectError, match=message):
         transect.convert(model, "gamma-mod", TOKENS, steps=0, **settings)
-    assert model.state_dict().keys() == tiny("llama").state_dict().keys()
+    assert_same_tensors(model, tiny("llama"))
+
+
+def test_a_part_that_keeps_no_routable_token_is_refused():
+    for settings in ({"skip": 1.0}, {"threshold": 1.0}):
+        with pytest.raises(TransectError, match="gamma-mod: "):
+            routed(**settings)
+    routed(choose="top", threshold=1.0)  # by rank, the threshold is not asked

@@ -167,6 +167,29 @@ def test_the_policy_s_gradient_is_that_of_the_expected_reward():
     assert ((draws.mean(0) - exact).abs() < 6 * error + 1e-6).all() and exact.abs().max() > 6 * error.max()
 
 
+def test_actions_that_are_the_greedy_ones_teach_the_policy_nothing():
+    model, batch = trained_mode(converted()), inputs("vit", batch=6)
+    group = 1
+    part = Anatomy(model).block_list[group].around.part
+    own = part._chosen
+
+    def greedy(scores, present):
+        _, log_probability = own(scores, present)
+        return present & (scores >= part.threshold), log_probability
+
+    for chosen, nothing in ((greedy, True), (own, False)):
+        part._chosen = chosen
+        torch.manual_seed(0)
+        batch["labels"] = torch.zeros(6, dtype=torch.long)
+        said = decided(model, batch, group)[0].detach()
+        batch["labels"] = said.argmax(-1)  # all right, so that the reward is of the patches kept
+        loss, _ = _learned(group, 0.5)(model, None, batch)
+        entropy = torch.nn.functional.cross_entropy(said, batch["labels"], reduction="sum")
+        policy = torch.autograd.grad(loss, part.interpreter.policy)[0]
+        assert (abs(float(loss.detach() - entropy)) < 1e-5) == nothing
+        assert bool((policy == 0).all()) == nothing
+
+
 def test_in_a_group_s_turn_nothing_in_front_of_it_and_no_other_interpreter_learns():
     model, batch = trained_mode(converted()), inputs("vit", batch=4)
     loss, count = _learned(1, 0.5)(model, None, batch)

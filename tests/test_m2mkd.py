@@ -1,4 +1,5 @@
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,8 +18,12 @@ from transect.conversion.catalog.m2mkd import (
     distilled,
 )
 from transect.conversion.registry import Calibration, conversion_named
+from transect.conversion.repair import repair
 from transect.data import load
+from transect.data.split import split
 from transect.errors import TransectError
+from transect.forward import at_rest
+from transect.training import Machine, Run, Schedule, State
 
 DATA = torch.randint(3, VOCABULARY, (16, 12), generator=torch.Generator().manual_seed(5))
 
@@ -123,6 +128,39 @@ def test_only_a_module_and_its_stitches_learn_in_its_turn(module):
             assert pre[1].weight.shape == (24, 32)
         if number < 2:
             assert post[1].weight.shape == (32, 24)
+
+
+def test_modules_learn_independently_and_are_put_together_as_they_were_left():
+    """Their turns in any order leave the same modules, and the training end to end begins with these, alone."""
+    found = {}
+    for order in ([0, 1, 2], [2, 0, 1]):
+        teacher, student = started(width=24)
+        start = {name: parameter.detach().clone() for name, parameter in student.named_parameters()}
+        host, *turns, end = conversion_named("m2mkd").training(conversion_named("m2mkd").settings({"width": 24}))
+        left = {}
+
+        def note(anatomy, key, left=left):
+            left[key] = {name: p.detach().clone() for name, p in anatomy.model.named_parameters()}
+
+        def begin(anatomy, note=note, end=end):
+            end.begin(anatomy)
+            note(anatomy, "assembled")
+
+        stages = [host] + [replace(turns[at], end=lambda one, at=at, note=note: note(one, at)) for at in order]
+        run = Run(Schedule(lr=1e-2, steps=8, epochs=8, every=8), Machine(), State(None))
+        training, held_out = split(load(DATA, teacher), 0.25, 4, 0)
+        with at_rest(teacher, student, frozen=True):
+            stages = [replace(one, share=0.25, keeps="last") for one in [*stages, replace(end, begin=begin)]]
+            repair(Anatomy(student), teacher, stages, run, training, held_out)
+        assert not any("host" in name for name in left["assembled"])
+        for module in range(3):
+            names = [name for name in left["assembled"] if re.search(_of_module(module, 3, 1), name)]
+            assert names and any(not torch.equal(left[module][name], start[name]) for name in names)
+            assert all(torch.equal(left["assembled"][name], left[module][name]) for name in names)
+        assert set(left["assembled"]) == {name for name in start if not name.startswith("host.")}
+        found[tuple(order)] = left["assembled"]
+    one, other = found.values()
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_the_student_is_as_one_from_scratch_and_the_teacher_is_not_changed():

@@ -13,10 +13,10 @@ from transect.conversion.catalog.p_mod import shares
 from transect.conversion.routed import loss_behind, parts_around
 from transect.errors import TransectError
 from transect.forward import predictions, summed_loss
-from transect.parts import insert
+from transect.parts import Inside, insert
 from transect.parts.catalog.p_mod import PMoD
 
-from .models import tiny
+from .models import assert_same_tensors, tiny
 
 TOKENS = torch.randint(3, 64, (3, 14), generator=torch.Generator().manual_seed(3))
 KEPT = {"keep": 0.55, "targets": 8}  # trunc(4.4) = 4
@@ -99,6 +99,25 @@ def test_g_stays_within_its_bounds_and_reaches_them():
         assert g[0, 2] == 1
 
 
+@torch.no_grad()
+def test_targets_whose_weights_are_alike_still_go_by_their_logits():
+    """60 before 50 before 40, of which tanh makes the same 1."""
+    part = PMoD(2, targets=4, keep=0.5).to(torch.bfloat16)
+    part.weight.copy_(torch.tensor([1.0, 0.0]))
+    x = torch.zeros(1, 5, 2, dtype=torch.bfloat16)
+    x[0, :4, 0] = torch.tensor([40.0, 60.0, -50.0, 50.0])
+    seen = {}
+
+    def on(x, kept, g=None):
+        seen.update(kept=kept, g=g)
+        return x
+
+    inside = Inside(lambda x: x, None, None, [], lambda: None, lambda x, real: x, on)
+    part(x, inside)
+    assert len(set(seen["g"][0, [0, 1, 3]].tolist())) == 1
+    assert seen["kept"][0].tolist() == [False, True, False, True, True]
+
+
 def test_skipped_targets_teach_the_router_only_where_they_are_weighed_too():
     found = {}
     for symmetric in (True, False):
@@ -137,6 +156,10 @@ def test_what_a_change_costs_is_said_before_it():
         transect.convert(model, "p-mod", TOKENS, steps=0)
     with pytest.raises(TransectError, match="no block is converted"):
         transect.convert(tiny("llama"), "p-mod", TOKENS, steps=0, targets=8, decay="alternate", mean=1.0)
+    for nothing in ({"decay": "constant", "mean": 0.0}, {"layers": "2", "targets": 3}, {"mean": 0.0, "targets": 1}):
+        with pytest.raises(TransectError, match="processes any of the targets"):
+            transect.convert(model, "p-mod", TOKENS, steps=0, **{"targets": 8, **nothing})
+    assert_same_tensors(model, tiny("llama"))
     found = transect.convert(tiny("llama"), "p-mod", TOKENS, steps=0, targets=3)  # trunc(0.15 * 3) = 0 in the last
     assert found.outcome["told"] == {"blocks that process none of the targets": 1.0}
     counts = {number: part.count for number, part in parts_around(Anatomy(found.model), PMoD).items()}

@@ -21,6 +21,7 @@ from transect.parts import Around
 from transect.parts.catalog.softmax import Softmax
 from transect.parts.catalog.uoe import UnionAttention, UnionMLP
 from transect.parts.experts import Sent, SplitMLP, best_experts, by_expert, set_active
+from transect.parts.rotary import rotated
 
 from .models import VOCABULARY, assert_same_tensors, inputs, logits, tiny
 
@@ -141,6 +142,14 @@ def test_a_position_that_no_expert_takes_gets_the_bias_alone():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(("count", "active", "each"), [(1, 1, 1), (2, 1, 1), (3, 2, 2), (3, 4, 3)])
+def test_experts_of_fewer_positions_than_there_are_experts_take_at_least_one_each(count, active, each):
+    part, x = made(active=active, selection="expert"), stream(2, count)
+    assert part.sent(x).sizes == [2 * each] * EXPERTS
+    torch.testing.assert_close(part(x), by_masks(part, x))
+
+
+@torch.no_grad()
 def test_experts_that_take_positions_look_ahead_and_positions_that_take_experts_do_not():
     x = stream(1, 12)
     other = x.clone()
@@ -228,6 +237,61 @@ def test_a_group_of_heads_attends_among_its_own_positions_at_their_own_places():
         expected[:, at] += group(x[:, at], Around(rotary=(cos[:, at], sin[:, at])), True)
     torch.testing.assert_close(part(x, Around(rotary=(cos, sin))), expected)
     torch.testing.assert_close(weights, torch.ones_like(weights))
+
+
+def by_masked_attention(part, x, around):
+    """What the attention gives, with every group's heads run over all positions and masks for those it does not get."""
+    values, chosen = part.router(x).topk(part.active, dim=-1)
+    weights = values.softmax(-1) * part.active if part.scaled else torch.ones_like(values)
+    given = torch.zeros(*x.shape[:-1], len(part.experts), dtype=x.dtype).scatter(-1, chosen, weights)
+    took = torch.zeros_like(given, dtype=torch.bool).scatter(-1, chosen, True) & around.real[..., None]
+    count = x.shape[1]
+    before = torch.ones(count, count, dtype=torch.bool).tril() if part.causal else torch.ones(count, count) > 0
+    y = torch.zeros_like(x)
+    for number, group in enumerate(part.experts):
+        q, k, v = (
+            one(x).unflatten(-1, (-1, group.head_size)).transpose(1, 2)
+            for one in (group.q_proj, group.k_proj, group.v_proj)
+        )
+        q, k = rotated(q, around.rotary), rotated(k, around.rotary)
+        scores = (q @ k.mT / group.head_size**0.5).masked_fill(~(took[:, None, None, :, number] & before), -1e30)
+        added = group.o_proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+        y = y + added * (given[..., number] * took[..., number])[..., None]
+    return y
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("gates", ["scaled", "rank"])
+def test_attention_in_two_of_four_groups_is_what_masks_would_give_and_so_is_the_gate_s_gradient(causal, gates):
+    """Of texts of which each has another number of positions for a group, and one is padded."""
+    torch.manual_seed(3)
+    part = UnionAttention(WIDTH, 4, 4, 6, causal, experts=4, active=2, gates=gates).double()
+    x, real = stream(3, 9), torch.ones(3, 9, dtype=torch.bool)
+    real[1, 6:] = False
+    around, upstream = Around(rotary=rotary(9), real=real), stream(3, 9, seed=1) * real[..., None]
+    counts = (torch.zeros(3, 9, 4).scatter(-1, part.router(x).topk(2).indices, 1) * real[..., None]).sum(1)
+    assert (counts.amax(0) > counts.amin(0)).any()
+    found, gradients = [], []
+    for one in (part, lambda x, around: by_masked_attention(part, x, around)):
+        part.zero_grad()
+        y = one(x, around)
+        (y * upstream).sum().backward()
+        found.append(y[real].detach())
+        gradients.append({name: p.grad for name, p in part.named_parameters()})
+    torch.testing.assert_close(*found)
+    for name, gradient in gradients[0].items():
+        if gates == "rank" and name.startswith("router"):
+            assert gradient is None
+        else:
+            torch.testing.assert_close(gradient, gradients[1][name])
+            assert float(gradient.abs().max()) > 1e-8
+    with torch.no_grad():  # groups in another order, with their gates
+        other, order = copy.deepcopy(part), [2, 0, 3, 1]
+        other.experts = torch.nn.ModuleList(part.experts[number] for number in order)
+        torch.testing.assert_close(part(x, around), by_masked_attention(part, x, around))
+        other.router.weight.copy_(part.router.weight[order])
+        other.router.bias.copy_(part.router.bias[order])
+        torch.testing.assert_close(other(x, around), part(x, around))
 
 
 @torch.no_grad()

@@ -43,8 +43,8 @@ class MLP:
         """Raise an error where no neuron can be taken away, or put in another's place."""
         if not self.can_narrow:
             raise TransectError(
-                f"the activation of block {self.block.index}, {type(self.activation).__name__}, is a function for "
-                "each neuron by itself, so that none can be taken away; take a method that replaces matrices"
+                f"the activation of block {self.block.index}, {type(self.activation).__name__}, depends on "
+                "which neurons are there, so that none can be taken away; take a method that replaces matrices"
             )
 
     def keep(self, neurons: Iterable[int]) -> None:

@@ -187,6 +187,8 @@ def convert_anatomy(
             models = [one for one in (model, teacher) if one is not None]
             with at_rest(*models, frozen=True):
                 courses = repair(converted, teacher, stages, run, training, held_out)
+            if chosen.after is not None:
+                chosen.after(converted, calibration)
             measure(model)
     sizes["parameters"].append(parameters(model))
     sizes["bytes"].append(model_bytes(model))

@@ -53,7 +53,8 @@ class Conversion(Entry):
     came from before any training; a test holds it to that.
     check: `check(anatomy, **settings)`, called before any change; raises TransectError where it cannot be done.
     stages: the training that its paper prescribes, or a function of the settings that gives it; none for a rewrite that
-    loses nothing. causal: whether it is for models alone that predict the next token.
+    loses nothing. causal: whether it is for models alone that predict the next token. after: called with the trained
+    model and what the conversion knew, to tell the user what came of it.
     """
 
     family: ClassVar[str] = "conversion"
@@ -62,6 +63,7 @@ class Conversion(Entry):
     check: Callable[..., None]
     stages: Sequence[Stage] | Callable[..., Sequence[Stage]] = ()
     causal: bool = True
+    after: Callable[[Any, Calibration], None] | None = None
 
     def training(self, settings: dict[str, Any]) -> list[Stage]:
         """The stages of its training with these settings."""

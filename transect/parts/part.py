@@ -155,7 +155,7 @@ class Activation(Part):
     """A function between up and down: (..., neurons) -> (..., neurons)."""
 
     slot = "activation"
-    of_neurons: ClassVar[bool] = False  # whether it holds numbers of each neuron, so that none can be taken away
+    of_neurons: ClassVar[bool] = False  # whether it depends on which neurons are there, so that none can be taken away
 
 
 class Norm(Part):

@@ -1,13 +1,13 @@
-"""Claims of Chain-of-Layers (Li et al. 2025, arXiv:2507.07996), each with the control that its paper leaves out."""
+"""Claims of Chain-of-Layers (Li et al. 2025, arXiv:2507.07996), each with the controls that its paper leaves out."""
 
 from __future__ import annotations
 
-from math import isnan
-from typing import Any
+from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from ...errors import NotApplicable
 from ...probes import Result as Found
-from ...probes.catalog.cola.cola_findings import shares_of
 from ..context import Context
 from ..probing import probed
 from ..registry import Result, Verdict, claim
@@ -15,6 +15,37 @@ from ..registry import Result, Verdict, claim
 _PAPER = "arXiv:2507.07996"
 SETTINGS: dict[str, Any] = {"inputs": 24, "simulations": 100}
 LEAST = 2  # questions that a share is of
+_CLEAR = 2  # standard errors by which a control has to be surpassed
+
+
+class Hits(NamedTuple):
+    """Of the questions asked: which the search solves, which random paths do (0 or 1), and the chance of guessing."""
+
+    searched: Tensor
+    random: Tensor
+    chance: Tensor
+
+    @property
+    def beyond_random(self) -> bool:
+        """Whether the search solves more than random paths: of the questions that one alone solves, clearly more."""
+        difference = self.searched - self.random
+        return float(difference.sum()) > _CLEAR * float(difference.square().sum().sqrt())
+
+    @property
+    def beyond_guesses(self) -> bool:
+        """Whether it solves more than guesses, whose hits have the variance Σ p (1 - p)."""
+        variance = (self.chance * (1 - self.chance)).sum()
+        return float((self.searched - self.chance).sum()) > _CLEAR * float(variance.sqrt())
+
+    def told(self) -> str:
+        """The controls in words."""
+        empty, count = int((self.chance == 1).sum()), len(self.chance)
+        paths, guesses = ("" if one else "not " for one in (self.beyond_random, self.beyond_guesses))
+        return (
+            f"{self.random.mean():.0%} by as many random paths ({paths}more than chance apart), and "
+            f"{self.chance.mean():.1%} would be hit by as many different guesses ({guesses}more than chance apart; for "
+            f"{empty} of the {count} every possible answer was tried, which says nothing)"
+        )
 
 
 @claim(
@@ -22,20 +53,20 @@ LEAST = 2  # questions that a share is of
     method="cola",
     paper=_PAPER,
     statement="More than 75 % of the inputs that a model answers rightly have a right path of fewer layers, and a tree "
-    "search finds more of them than as many random paths do.",
+    "search finds clearly more of them than as many random paths, or guesses, do.",
 )
 def shorter(context: Context) -> Result:
     """On facts where there are any, and on choices otherwise; the second half of the sentence is ours."""
-    found = probed(context.specimen, "cola", **SETTINGS)
-    one = shares_of({name: one.values for name, one in found.quantities.items()}, 0)
-    if one.right < LEAST:
-        raise NotApplicable(f"the model answers {one.right} of the questions rightly, and {LEAST} are needed")
+    found, layers = probed(context.specimen, "cola", **SETTINGS), context.specimen.layers
+    of = _asked(found, right=True)
+    lengths, by_random = (found[name][0][of] for name in ("searched", "random"))
+    hits = Hits((lengths < layers).double(), (by_random < layers).double(), _chance(found["chance_shorter"], of))
+    share = float(hits.searched.mean())
     return Result(
-        Verdict.of(one.shorter > 0.75 and one.shorter > one.shorter_by_random),
-        f"Of {one.right} questions answered rightly, {one.shorter:.0%} have a right path of fewer layers (mean length "
-        f"of the shortest {one.lengths[0]:.2f} of {context.specimen.layers}), and {one.shorter_by_random:.0%} by as "
-        "many random paths.",
-        _rows(found, right=True),
+        Verdict.of(share > 0.75 and hits.beyond_random and hits.beyond_guesses),
+        f"Of {len(lengths)} questions answered rightly, {share:.0%} have a right path of fewer layers (mean length "
+        f"of the shortest {float(lengths.nanmean()):.2f} of {layers}), {hits.told()}.",
+        _rows(found, of),
     )
 
 
@@ -44,32 +75,41 @@ def shorter(context: Context) -> Result:
     method="cola",
     paper=_PAPER,
     statement="More than 60 % of the inputs that a model answers wrongly have some right path, and a tree search finds "
-    "more of them than as many random paths, or guesses, do.",
+    "clearly more of them than as many random paths, or guesses, do.",
 )
 def corrected(context: Context) -> Result:
     """On choices where there are any, and on facts otherwise; the second half of the sentence is ours."""
     kind = "choices" if context.specimen.known_choices else "facts"
     found = probed(context.specimen, "cola", kind=kind, **SETTINGS)
-    one = shares_of({name: one.values for name, one in found.quantities.items()}, 0)
-    if one.wrong < LEAST:
-        raise NotApplicable(f"the model answers {one.wrong} of the questions wrongly, and {LEAST} are needed")
-    guessed = 0.0 if isnan(one.corrected_by_chance) else one.corrected_by_chance  # one answer leaves nothing to guess
-    beaten = one.corrected > max(guessed, one.corrected_by_random)
+    of = _asked(found, right=False)
+    searched, by_random = (found[name][0][of].isfinite().double() for name in ("searched", "random"))
+    hits = Hits(searched, by_random, _chance(found["chance"], of))
+    share = float(hits.searched.mean())
     return Result(
-        Verdict.of(one.corrected > 0.6 and beaten),
-        f"Of {one.wrong} questions ({kind}) answered wrongly, {one.corrected:.0%} have some right path, "
-        f"{one.corrected_by_random:.0%} by as many random paths, and {one.corrected_by_chance:.0%} would be hit by as "
-        "many different guesses.",
-        _rows(found, right=False),
+        Verdict.of(share > 0.6 and hits.beyond_random and hits.beyond_guesses),
+        f"Of {int(of.sum())} questions ({kind}) answered wrongly, {share:.0%} have some right path, {hits.told()}.",
+        _rows(found, of),
     )
 
 
-def _rows(found: Found, right: bool) -> list[dict[str, Any]]:
-    columns = {name: found[name][0].tolist() for name in ("searched", "random", "answers", "chance")}
-    plain = found["plain"].tolist()
+def _asked(found: Found, right: bool) -> Tensor:
+    """Which questions the model as it is answers rightly, or wrongly; not applicable where these are too few."""
+    of = (found["plain"] > 0) == right
+    if int(of.sum()) < LEAST:
+        how = "rightly" if right else "wrongly"
+        raise NotApplicable(f"the model answers {int(of.sum())} of the questions {how}, and {LEAST} are needed")
+    return of
+
+
+def _chance(by_space: Tensor, of: Tensor) -> Tensor:
+    """Of guessing, for these questions; 1 where there is one possible answer only."""
+    return by_space[0][of].nan_to_num(1.0)
+
+
+def _rows(found: Found, of: Tensor) -> list[dict[str, Any]]:
+    columns = {name: found[name][0].tolist() for name in ("searched", "random", "answers", "chance", "chance_shorter")}
     return [
         {"question": found.labels["question"][number], "path": found.labels["program"][number]}
         | {name: (None if column[number] != column[number] else column[number]) for name, column in columns.items()}
-        for number in range(len(plain))
-        if bool(plain[number]) == right
+        for number in of.nonzero()[:, 0].tolist()
     ]

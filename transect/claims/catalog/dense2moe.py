@@ -134,6 +134,34 @@ def blocks_against_dropping(context: Context) -> Result:
                   f"{loss_of(context, context.fresh().model, prompt).loss:.4f}.", judged.numbers)  # fmt: skip
 
 
+@claim(
+    "dense2moe-blocks/smaller-groups",
+    method="dense2moe-blocks",
+    paper=PAPER,
+    statement="After as many steps of distillation, groups of two blocks of which one runs lose less than groups of "
+    "four of which two run.",
+)
+def smaller_groups(context: Context) -> Result:
+    """Both skip half of the blocks behind the beginning. In groups of two neighbours, in groups of four two that are
+    adjacent; each is distilled by the stream behind its groups."""
+    prompt = beginning(context)
+    require_trainable(context)
+    if len(context.anatomy.blocks) < 4:
+        raise NotApplicable("the model has fewer than four blocks")
+    layers = f"0-{len(context.anatomy.blocks) // 4 * 4 - 1}"
+    two, four = (
+        converted(
+            context, "dense2moe-blocks", {"prompt": prompt, "blocks": blocks, "active": blocks // 2, "layers": layers},
+            STEPS,
+        )
+        for blocks in (2, 4)
+    )  # fmt: skip
+    named = [(name, loss_of(context, one.anatomy.model, prompt)) for name, one in (("two", two), ("four", four))]
+    judged = judge([comparison(0.5, *named)])
+    whole = loss_of(context, context.fresh().model, prompt).loss
+    return replace(judged, explanation=f"{judged.explanation}; loss without skipping {whole:.4f}.")
+
+
 @torch.no_grad()
 def fix_choices(anatomy: Anatomy) -> None:
     """Let all texts choose, and go on to choose, what the routers prefer now."""

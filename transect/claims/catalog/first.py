@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection
+import math
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
@@ -14,18 +15,23 @@ from ...conversion import conversion_named
 from ...conversion.catalog.first import decisions, set_thresholds
 from ...conversion.routed import loss_behind, parts_around
 from ...parts.catalog.first import First
-from ..context import Context
+from ..context import Context, Measured
 from ..controls import mean_of
+from ..converted import BATCH
 from ..converted import converted as trained
 from ..ordering import comparison, judge
 from ..registry import NotApplicable, Result, Verdict, claim
 from ..routed import beginning, converted, loss_of, require_trainable
+from ..scratch import batches_of, cut
 
-STEPS = 20
+STEPS = 200
 DRAWS = 5
 SHARE = 0.25  # of the blocks
-PENALTIES = (0.0, 0.1, 1.0, 10.0)
+# At the bundled model's start a batch's own loss moves a router as much as a penalty of 0.007 does. With much larger
+# ones AdamW's steps, which are of one size, are those of the penalty alone, and no longer depend on its weight.
+PENALTIES = (0.0, 0.003, 0.01, 0.03)
 SEEDS = (0, 1, 2)
+LENGTH, TRAINED, JUDGED = 64, 512, 64  # of the penalties' many models: tokens of a piece, pieces of text
 
 
 def _routers(context: Context) -> int:
@@ -46,15 +52,17 @@ def _routers(context: Context) -> int:
 )
 def below_fixed_masks(context: Context) -> Result:
     """A quarter of the blocks, with no other number trained than the routers'; losses are of what is behind the
-    beginning. The best fixed choice is of the blocks without which, one at a time, the calibration text loses least.
+    beginning. The threshold is the one at which the judged texts, of which it reads the beginnings alone, skip as many
+    blocks as the masks; where that is not met to the block, the masks' losses are interpolated to the routers' number.
+    The best fixed choice is of the blocks without which, one at a time, the calibration text loses least.
     """
     routers, prompt = _routers(context), beginning(context)
     blocks = len(context.anatomy.blocks)
     count = min(max(1, round(SHARE * blocks)), routers)
     settings = {"prompt": prompt, "penalty": 0.01}
     model = _trained(context, settings)
-    set_thresholds(Anatomy(model), context.calibration, count / blocks, False)
-    skipped = _skipped(model, context)
+    set_thresholds(Anatomy(model), context.evaluation, count / blocks, False)
+    skipped = round(_skipped(model, context), 6)
     found = loss_of(context, model, prompt)
     fixed = converted(context, "first", {"prompt": prompt, "start": 100.0})
     numbers = list(range(1, blocks - 1))
@@ -63,21 +71,41 @@ def below_fixed_masks(context: Context) -> Result:
         fix_routers(fixed, chosen)
         return loss_of(context, fixed, prompt)
 
-    drawn = [
-        without([numbers[i] for i in torch.randperm(routers, generator=torch.Generator().manual_seed(draw))[:count]])
-        for draw in range(DRAWS)
-    ]
-    even = without([numbers[(2 * i + 1) * routers // (2 * count)] for i in range(count)])
+    def even(many: int) -> list[int]:
+        return [numbers[(2 * i + 1) * routers // (2 * many)] for i in range(many)]
+
     alone = {number: _calibration_loss(context, fixed, number, prompt) for number in numbers}
-    best = without(sorted(alone, key=lambda number: alone[number])[:count])
-    pairs = [("a random choice", mean_of(drawn)), ("even distances", even), ("the best fixed choice", best)]
+    order = sorted(alone, key=lambda number: alone[number])
+    masks: dict[str, Callable[[int], Measured]] = {
+        "a random choice": lambda many: mean_of([without(chosen) for chosen in _choices(numbers, many)]),
+        "even distances": lambda many: without(even(many)),
+        "the best fixed choice": lambda many: without(order[:many]),
+    }
+    pairs = [(name, _at(mask, skipped)) for name, mask in masks.items()]
     judged = judge([comparison(1.0, ("routers", found), pair) for pair in pairs])
+    same = ", which is the best fixed choice" if set(even(count)) == set(order[:count]) else ""
     told = (
-        f"{judged.explanation}. Routers skip {skipped:.2f} of {blocks} blocks on the held-out text, the masks {count}; "
-        f"loss {found.loss:.4f}, without skipping {loss_of(context, context.fresh().model, prompt).loss:.4f}."
+        f"{judged.explanation}. Routers and masks skip {skipped:.2f} of {blocks} blocks on the held-out text (even "
+        f"distances: {', '.join(map(str, even(count)))}{same}); loss {found.loss:.4f}, without skipping "
+        f"{loss_of(context, context.fresh().model, prompt).loss:.4f}."
     )
     required = judge([comparison(1.0, ("routers", found), pair) for pair in pairs[:2]])
     return Result(required.verdict, told, judged.numbers)
+
+
+def _choices(numbers: list[int], many: int) -> list[tuple[int, ...]]:
+    """So many blocks of these: every choice where there are few, else some at random."""
+    if math.comb(len(numbers), many) <= DRAWS:
+        return list(itertools.combinations(numbers, many))
+    seeds = [torch.Generator().manual_seed(draw) for draw in range(DRAWS)]
+    return [tuple(numbers[i] for i in torch.randperm(len(numbers), generator=seed)[:many]) for seed in seeds]
+
+
+def _at(mask: Callable[[int], Measured], skipped: float) -> Measured:
+    """The loss of a kind of mask at a number of blocks that may lie between two whole ones."""
+    many, beyond = int(skipped), skipped % 1
+    fewer = mask(many)
+    return replace(fewer, nats=torch.lerp(fewer.nats, mask(many + 1).nats, beyond)) if beyond else fewer
 
 
 def _trained(context: Context, settings: dict[str, Any], seed: int = 0) -> Any:
@@ -120,9 +148,10 @@ def _calibration_loss(context: Context, model: Any, number: int, prompt: int) ->
     statement="The larger the penalty on not skipping, the fewer blocks are expected to run.",
 )
 def penalty(context: Context) -> Result:
-    """Four penalties, the mean of three orders of the batches: the sum of the routers' probabilities on new text."""
-    routers, prompt = _routers(context), beginning(context)
-    rows = []
+    """Four penalties, the mean of three orders of the batches: the sum of the routers' probabilities on new text. Texts
+    are cut into short pieces, since it is twelve trainings."""
+    routers, context = _routers(context), _of_pieces(context)
+    prompt, rows = beginning(context), []
     for weight in PENALTIES:
         found = []
         for seed in SEEDS:
@@ -132,5 +161,17 @@ def penalty(context: Context) -> Result:
                      "most": max(found)})  # fmt: skip
     values = [row["expected to run"] for row in rows]
     holds = all(later < earlier for earlier, later in itertools.pairwise(values))
-    told = f"Of {routers} routed blocks, expected to run: {', '.join(f'{value:.3f}' for value in values)}"
+    told = (
+        f"Of {routers} routed blocks, expected to run: {', '.join(f'{value:.3f}' for value in values)}, at penalties "
+        f"of {', '.join(f'{weight:g}' for weight in PENALTIES)}."
+    )
     return Result(Verdict.of(holds), told, rows)
+
+
+def _of_pieces(context: Context) -> Context:
+    """The same with pieces of its texts, all of one length."""
+    found = []
+    for batches, most in ((context.calibration, TRAINED), (context.evaluation, JUDGED)):
+        rows = list(batches.texts())
+        found.append(batches_of(cut(rows, min(LENGTH, min(map(len, rows))), most), BATCH))
+    return Context(context.model, *found, progress=context.progress, specimen=context.specimen)

@@ -68,6 +68,14 @@ def _trained(context: Context) -> Trained:
     return found
 
 
+def _reached(rows: list[dict[str, Any]]) -> str:
+    """What it took, over the seeds."""
+    if not all(math.isfinite(row["GFLOPs to it"]) for row in rows):
+        return "not in all seeds"
+    work, tokens, seconds = (mean(row[f"{name} to it"] for row in rows) for name in ("GFLOPs", "tokens", "seconds"))
+    return f"after {work:.0f} GFLOPs, {tokens:,.0f} tokens and {seconds:.0f} s"
+
+
 def _end(one: Leg) -> float:
     """The held-out loss with which a training ends."""
     return one.course.checks[-1][2]
@@ -93,17 +101,14 @@ def cycle(context: Context) -> Result:
     for alpha, cycles in found.cycles.items():
         for seed, legs, alone in zip(SEEDS, cycles, found.scratch, strict=True):
             rows.append(_row(f"V-cycle, alpha {alpha:g}", seed, legs, _end(alone)))
-    costs = {way: [row["GFLOPs to it"] for row in rows if row["way"] == way] for way in (row["way"] for row in rows)}
-    scratch, blended, _ = costs.values()
+    ways = {way: [row for row in rows if row["way"] == way] for way in dict.fromkeys(row["way"] for row in rows)}
+    scratch, blended, _ = ([row["GFLOPs to it"] for row in of] for of in ways.values())
     held, fewer = all(map(math.isfinite, blended)), ""
     if held:
         difference, error = paired(blended, scratch)
         held = difference + 2 * error < 0
-        fewer = f". With alpha {ALPHAS[0]:g} that is {difference:+.0f} ± {error:.0f} against from scratch"
-    told = "; ".join(
-        f"{way} after {mean(each):.0f} GFLOPs" if all(map(math.isfinite, each)) else f"{way} not in all seeds"
-        for way, each in costs.items()
-    )
+        fewer = f". With alpha {ALPHAS[0]:g} that is {difference:+.0f} ± {error:.0f} GFLOPs against from scratch"
+    told = "; ".join(f"{way} {_reached(of)}" for way, of in ways.items())
     return Result(
         Verdict.of(held),
         f"At the loss from scratch, {mean(map(_end, found.scratch)):.4f}: {told} (means of {len(SEEDS)} seeds, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...conversion.catalog.p_mod import shares
+from ...parts.catalog.p_mod import kept_of
 from ..context import Context, Measured
 from ..ordering import comparison, judge
 from ..registry import NotApplicable, Result, claim
@@ -19,13 +20,13 @@ def _measured(context: Context, targets: int, **settings: Any) -> Measured:
     return loss_of(context, model, targets)
 
 
-def _kept(context: Context, targets: int) -> float:
-    """The mean share of the targets that the falling schedule processes, as whole tokens."""
+def _kept(context: Context, targets: int) -> int:
+    """How many targets the blocks of the falling schedule process, all together."""
     require_trainable(context)
     planned = shares(len(context.anatomy.blocks), "cosine", 0.5)
     if len(planned) < 2 or targets < 2:
         raise NotApplicable("the model has a single block, or sequences of a few tokens")
-    return sum(share if share == 1 else int(share * targets) / targets for share in planned) / len(planned)
+    return sum(kept_of(targets, share) for share in planned)
 
 
 @claim(
@@ -36,18 +37,20 @@ def _kept(context: Context, targets: int) -> float:
     "blocks that all process the same share, at an equal mean share.",
 )
 def decay(context: Context) -> Result:
-    """The shifted cosine against a constant share; the context is the beginning of each text. In whole tokens the
-    constant share is rounded down too, so that it may be less by up to one token."""
-    targets = beginning(context)
-    mean = _kept(context, targets)
+    """The shifted cosine against a constant share; the context is the beginning of each text. It has the most tokens at
+    which the cosine's whole numbers are a number for each block; where none is found, the constant keeps one more."""
+    most, blocks = beginning(context), len(context.anatomy.blocks)
+    targets = next((n for n in range(most, most // 2, -1) if _kept(context, n) % blocks == 0), most)
+    kept, each = _kept(context, targets), -(-_kept(context, targets) // blocks)
     falling, constant = (
-        _measured(context, targets, decay=way, mean=at) for way, at in (("cosine", 0.5), ("constant", mean))
+        _measured(context, targets, decay=way, mean=at) for way, at in (("cosine", 0.5), ("constant", each / targets))
     )
-    judged = judge([comparison(mean, ("falling", falling), ("constant", constant))])
+    judged = judge([comparison(kept / blocks / targets, ("falling", falling), ("constant", constant))])
     dense = loss_of(context, context.fresh().model, targets)
     told = (
-        f"{judged.explanation}. {targets} targets, mean share {mean:.3f}: loss {falling.loss:.4f} falling, "
-        f"{constant.loss:.4f} constant; of the model as it was {dense.loss:.4f}, before this training."
+        f"{judged.explanation}. Of {targets} targets in {blocks} blocks, {kept} are processed with the falling share "
+        f"and {each * blocks} with the constant one: loss {falling.loss:.4f} falling, {constant.loss:.4f} constant; of "
+        f"the model as it was {dense.loss:.4f}, before this training."
     )
     return Result(judged.verdict, told, judged.numbers)
 
@@ -62,7 +65,7 @@ def decay(context: Context) -> Result:
 def weights(context: Context) -> Result:
     """TanhNorm and STRing against the one-sided gates that they replace, with the falling schedule."""
     targets = beginning(context)
-    mean = _kept(context, targets)
+    mean = _kept(context, targets) / len(context.anatomy.blocks) / targets
     ours = _measured(context, targets)
     others = {gate: _measured(context, targets, gate=gate, symmetric=False) for gate in ("sigmoid", "softmax")}
     judged = judge([comparison(mean, ("tanh", ours), (gate, one)) for gate, one in others.items()])

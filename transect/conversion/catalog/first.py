@@ -37,6 +37,11 @@ def _check(anatomy: Anatomy, layers: str, skip: float, **_: Any) -> None:
             f"first: skip={skip:g} of {count} blocks is more than the {len(chosen)} that have routers: choose less, or "
             "more layers"
         )
+    if skip * count > len(chosen) - 1e-9:
+        raise TransectError(
+            f"first: at skip={skip:g} every text skips all {len(chosen)} blocks that have routers, which chooses "
+            "nothing: choose less, or more layers; llm-drop takes blocks out"
+        )
 
 
 def _harden(anatomy: Anatomy, hard: bool) -> None:
@@ -82,6 +87,16 @@ def decisions(anatomy: Anatomy, batches: Batches) -> list[torch.Tensor]:
             part.decided = None
 
 
+def _tell(anatomy: Anatomy, calibration: Calibration) -> None:
+    """What share of the routed blocks the training text skips."""
+    parts = parts_around(anatomy, First).values()
+    shares = [
+        (rho <= part.threshold).double().mean()
+        for rho, part in zip(decisions(anatomy, calibration.batches), parts, strict=True)
+    ]
+    calibration.told["share of the blocks with routers that the text skips"] = float(sum(shares)) / len(shares)
+
+
 def _stages(penalty: float, skip: float, thresholds: str, rank: int, **_: Any) -> list[Stage]:
     return [
         Stage(
@@ -102,6 +117,7 @@ def _stages(penalty: float, skip: float, thresholds: str, rank: int, **_: Any) -
     exact="before its routers are trained nothing is skipped: it is the model as it was",
     check=_check,
     stages=_stages,
+    after=_tell,
 )
 def first(
     anatomy: Anatomy,
@@ -121,8 +137,8 @@ def first(
     First only the routers are trained, by the model's own loss and the sum of their probabilities of running; then
     low-rank updates of all matrices, with blocks skipped as they are afterwards. What is skipped is neither computed
     nor cached. Not stated in what could be read of the paper, and ours: the routers' form, how they begin, the rates,
-    the rank, and how a share is hit; the penalty on the routers' weights is left to AdamW's decay. Most of the quality
-    is said to come from the low-rank updates.
+    the rank, and how a share is hit. The paper's further penalty on the routers' weights, whose size is not stated, is
+    left out. Most of the quality is said to come from the low-rank updates.
 
     prompt: how many first positions of a text decide; these run all blocks.
     skip: share of the model's blocks that texts skip on average, by thresholds found on the training text between the

@@ -9,6 +9,7 @@ from ...errors import TransectError
 from ...forward.attention_rank import attention_ranks
 from ...parameters import block_numbers
 from ...parts import insert
+from ...parts.catalog.gamma_mod import check_some_kept
 from ..registry import Calibration, Range, conversion
 from ..routed import check_reach, check_routed, loss_behind
 from ..stage import Stage
@@ -19,7 +20,10 @@ def _candidates(anatomy: Anatomy, layers: str) -> list[int]:
     return block_numbers(layers, anatomy.blocks) if layers.strip() else list(range(3, len(anatomy.blocks) - 1))
 
 
-def _check(anatomy: Anatomy, layers: str, lowest: int, **_: Any) -> None:
+def _check(
+    anatomy: Anatomy, layers: str, lowest: int, routable: int, skip: float, choose: str, threshold: float, **_: Any
+) -> None:
+    check_some_kept(routable, skip, choose, threshold)
     chosen = _candidates(anatomy, layers)
     check_routed(anatomy, "gamma-mod", chosen, multiplied=True)
     if "attention_input" not in anatomy.blocks[0].norms:

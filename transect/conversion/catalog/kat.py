@@ -9,7 +9,7 @@ import torch
 from scipy.optimize import least_squares
 from torch import Tensor
 
-from ...anatomy import Anatomy
+from ...anatomy import MLP, Anatomy
 from ...anatomy.storage import dense
 from ...errors import TransectError
 from ...parameters import block_numbers
@@ -51,10 +51,23 @@ def fit_rational(x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return a * powers, b * powers[1 : DENOMINATOR + 1]
 
 
+@torch.no_grad()
+def _check_function(mlp: MLP, number: int) -> None:
+    """TransectError unless the function makes of each neuron what it would make of it alone."""
+    function: Any = mlp.activation
+    x = torch.linspace(-INTERVAL, INTERVAL, 8).to(mlp.up.weight)
+    if not mlp.can_narrow or not torch.allclose(function(x), function(x[:, None])[:, 0], atol=1e-3, rtol=1e-3):
+        raise TransectError(
+            f"kat: the function of the MLP of block {number}, {type(function).__name__}, is not the same for each "
+            "neuron by itself, and no function of one number can follow it: convert a model whose function is"
+        )
+
+
 def _check(anatomy: Anatomy, groups: int, layers: str) -> None:
     chosen = block_numbers(layers, anatomy.blocks)
     check_mlps(anatomy, chosen)
     for number in chosen:
+        _check_function(trained_mlp(anatomy.blocks[number]), number)
         for channels in trained_mlp(anatomy.blocks[number]).up.shape:
             if channels % groups:
                 raise TransectError(f"kat: {groups} groups do not divide {channels} channels; choose other groups")

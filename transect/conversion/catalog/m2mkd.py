@@ -225,8 +225,9 @@ def m2mkd(
 
     First the host, a thin model of one block a module, is trained on the text; then each module of the student between
     stitches within it, to say what the host says with the teacher's module and what the text says; then the student
-    alone, end to end. The stitches are dropped: right after the modules' turns its loss is near chance. Published for
-    images; here for text, with the host made of the model itself, whose head it keeps.
+    alone, end to end. The stitches are dropped: right after the modules' turns its loss is near chance. Kept, as the
+    paper may have it too, they would make it a model that nothing else can load; a claim measures what that costs.
+    Published for images; here for text, with the host made of the model itself, whose head it keeps.
 
     modules: into which both are cut, by depth; the model's as equal as can be.
     depth: blocks of each of the student's modules.

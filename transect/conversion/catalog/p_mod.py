@@ -6,8 +6,10 @@ import math
 from typing import Annotated, Any, Literal
 
 from ...anatomy import Anatomy
+from ...errors import TransectError
 from ...parameters import block_numbers
 from ...parts import insert
+from ...parts.catalog.p_mod import kept_of
 from ..registry import Calibration, Range, conversion
 from ..routed import check_reach, check_routed, loss_behind
 from ..stage import Stage
@@ -43,8 +45,19 @@ def _chosen(anatomy: Anatomy, decay: Decay, mean: float, layers: str) -> dict[in
     return {number: share for number, share in enumerate(planned) if share < 1 or decay == "constant"}
 
 
-def _check(anatomy: Anatomy, decay: Decay, mean: float, layers: str, **_: Any) -> None:
-    check_routed(anatomy, "p-mod", list(_chosen(anatomy, decay, mean, layers)), multiplied=True)
+def _check(anatomy: Anatomy, decay: Decay, mean: float, layers: str, targets: int, **_: Any) -> None:
+    chosen = _chosen(anatomy, decay, mean, layers)
+    check_routed(anatomy, "p-mod", list(chosen), multiplied=True)
+    if len(_empty(chosen, targets)) == len(chosen):
+        raise TransectError(
+            f"p-mod: none of the {len(chosen)} blocks processes any of the targets={targets}, which chooses nothing: "
+            "name more targets, a larger mean, or other layers"
+        )
+
+
+def _empty(chosen: dict[int, float], targets: int) -> list[int]:
+    """The blocks that process no target, since fewer than one is their share."""
+    return [number for number, share in chosen.items() if kept_of(targets, share) == 0]
 
 
 def _stages(targets: int, **_: Any) -> list[Stage]:
@@ -88,8 +101,7 @@ def p_mod(
     """
     check_reach(calibration.data, "p-mod", "targets", targets)
     chosen = _chosen(anatomy, decay, mean, layers)
-    empty = [number for number, share in chosen.items() if int(share * targets + 1e-9) == 0]
-    if empty:
+    if empty := _empty(chosen, targets):
         calibration.told["blocks that process none of the targets"] = float(len(empty))
     shared = {"targets": targets, "gate": gate, "symmetric": symmetric, "alpha": alpha}
     for number, share in chosen.items():

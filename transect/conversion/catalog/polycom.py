@@ -43,7 +43,9 @@ def fit_polynomial(polynomial: Polynomial, x: Tensor, y: Tensor) -> float:
 
 
 def is_relu(function: nn.Module) -> bool:
-    """Whether it gives what ReLU gives, on numbers of all sizes."""
+    """Whether it gives what ReLU gives, on numbers of all sizes; not where it knows which neuron is which."""
+    if getattr(function, "of_neurons", False):
+        return False
     x = torch.cat([torch.linspace(-20, 20, 401), torch.tensor([-1e4, 1e4])])
     return torch.equal(function(x), functional.relu(x))
 

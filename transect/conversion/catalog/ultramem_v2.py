@@ -9,17 +9,19 @@ from ...anatomy.surround import AROUND
 from ...errors import TransectError
 from ...parameters import block_numbers
 from ...parts import insert
+from ...parts.catalog.ultramem_v2 import grid_side
 from ...parts.insert import places
 from ..registry import Calibration, Range, conversion
 from ..stage import Stage
 
 
-def _check(anatomy: Anatomy, side: int, top: int, layers: str, **_: Any) -> None:
+def _check(anatomy: Anatomy, side: int, top: int, share: float, layers: str, **_: Any) -> None:
     chosen = block_numbers(layers, anatomy.blocks)
     for number in chosen:
         places(anatomy, "block", number)
-    if top > side:
-        raise TransectError(f"ultramem-v2: top={top} of {side} rows cannot be kept: choose a smaller top")
+    rows = grid_side(side, len(chosen), share)
+    if top > rows:
+        raise TransectError(f"ultramem-v2: top={top} of {rows} rows cannot be kept: choose a smaller top")
 
 
 @conversion(

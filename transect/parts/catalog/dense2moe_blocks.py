@@ -118,5 +118,9 @@ class Dense2MoEBlocks(SharingPart, BlockPart):
         return total / count.clamp_min(1)[:, None]
 
     @property
+    def acts_behind(self) -> int:
+        return self.prompt
+
+    @property
     def flops(self) -> int:
         return 2 * self.places * self.width if self.place == 0 else 0

@@ -87,5 +87,9 @@ class First(BlockPart):
         return total / count.clamp_min(1)
 
     @property
+    def acts_behind(self) -> int:
+        return self.prompt
+
+    @property
     def flops(self) -> int:
         return 2 * len(self.weight)

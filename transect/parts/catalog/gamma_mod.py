@@ -10,10 +10,23 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ...arguments import Range
+from ...errors import TransectError
 from ..part import BlockPart, Inside
 from ..precision import wide
 from ..prefix import largest, numbered, targets_in
 from ..sharing import SharingPart
+
+
+def check_some_kept(routable: int, skip: float, choose: str, threshold: float) -> None:
+    """TransectError where no router could have a routable token processed."""
+    if _kept(routable, skip) < 1:
+        raise TransectError(f"gamma-mod: skip={skip:g} leaves out all {routable} routable tokens: choose less")
+    if choose == "threshold" and threshold == 1:
+        raise TransectError("gamma-mod: no probability is above threshold=1, so that no token is kept: choose less")
+
+
+def _kept(routable: int, skip: float) -> int:
+    return routable - int(Fraction(str(skip)) * routable)
 
 
 class TokenRouter(nn.Module):
@@ -34,8 +47,11 @@ class GammaMoD(SharingPart, BlockPart):
     With h the stream behind the block's own input norm, p = softmax(router(h))₁. The first `routable` real positions
     may be left out, the others are protected. In training the largest p are kept, all but ⌊skip * routable⌋ (in whole
     numbers), of equal ones the first; afterwards those with p above `threshold`, or again the largest. What the MLP
-    adds is multiplied by p, so that the loss reaches the router. Original position ids stay (the code renumbers).
-    Cross-entropy of the router with what was kept is left in `auxiliary`.
+    adds is multiplied by p, so that the loss reaches the router. Cross-entropy of the router with what was kept is left
+    in `auxiliary`.
+
+    Positions keep their own numbers. The code renumbers those that a prompt keeps, but not the tokens behind it, so
+    that it computes another thing token by token than at once; this is not offered.
 
     The paper's router has no bias; ours lets it begin near p = 1, where the block is nearly what it was.
 
@@ -59,7 +75,8 @@ class GammaMoD(SharingPart, BlockPart):
         later: Annotated[float, Range(0, 1)] = 0.0, start: Annotated[float, Range(-100, 100)] = 4.0,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.routable, self.kept = routable, routable - int(Fraction(str(skip)) * routable)
+        check_some_kept(routable, skip, choose, threshold)
+        self.routable, self.kept = routable, _kept(routable, skip)
         self.choose, self.threshold, self.later, self.start, self.width = choose, threshold, later, start, width
         self.share(place, first)
 
@@ -79,6 +96,10 @@ class GammaMoD(SharingPart, BlockPart):
         if self.training:
             self.__dict__["auxiliary"] = functional.cross_entropy(z[real], kept[real].long())
         return inside.on(x, kept, p)
+
+    @property
+    def acts_behind(self) -> int:
+        return self.routable
 
     @property
     def flops(self) -> int:

@@ -13,6 +13,11 @@ from ..precision import wide
 from ..prefix import largest, targets_in
 
 
+def kept_of(targets: int, keep: float) -> int:
+    """How many of the targets are processed: their share, rounded down."""
+    return int(keep * targets + 1e-9)
+
+
 class PMoD(BlockPart):
     """A router in front of a block: which of the first tokens of a text it processes.
 
@@ -23,7 +28,8 @@ class PMoD(BlockPart):
     Later positions are always processed, and never multiplied.
 
     A choice among all targets is not causal within them, but is for all that is behind. In a text that begins with
-    fewer tokens than `targets` every block processes all of these.
+    fewer tokens than `targets` every block processes all of these: the paper keeps the share of however many an image
+    has, all of which are there at once, whereas a short text may go on, and what came first may not depend on that.
 
     targets: how many first positions may be left out.
     keep: share of them that is processed, rounded down.
@@ -44,7 +50,7 @@ class PMoD(BlockPart):
         alpha: Annotated[float, Range(0, 1)] = 0.2,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.targets, self.count = targets, int(keep * targets + 1e-9)
+        self.targets, self.count = targets, kept_of(targets, keep)
         self.gate, self.symmetric, self.alpha = gate, symmetric, alpha
         self.weight = nn.Parameter(torch.zeros(width))
         self.bias = nn.Parameter(torch.zeros(1))
@@ -70,6 +76,10 @@ class PMoD(BlockPart):
             return torch.sigmoid(r)
         lowest = torch.finfo(r.dtype).min  # not -inf: a sequence may have no target
         return torch.softmax(r.masked_fill(~target, lowest), dim=1)
+
+    @property
+    def acts_behind(self) -> int:
+        return self.targets
 
     @property
     def flops(self) -> int:

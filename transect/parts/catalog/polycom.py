@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ...arguments import Range
+from ...errors import TransectError
 from ..part import Activation, MLPPart
 from ..precision import wide
 
@@ -32,6 +33,8 @@ class Polynomial(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
+        if not x.is_floating_point():
+            raise TransectError(f"a polynomial of {x.dtype} would lose its fractions: give it floating point numbers")
         given = wide(x)
         a = self.coefficients.to(given.dtype)
         total = a[0].expand_as(given)
@@ -56,6 +59,8 @@ class NormedPowers(Polynomial):
         self.eps = eps
 
     def powers(self, x: Tensor) -> list[Tensor]:
+        if x.shape[-1] == 0:
+            raise TransectError("a polynomial of no neurons has no norm: give it at least one")
         found = [x**i for i in range(1, len(self.coefficients))]
         return [power * (power.square().mean(-1, keepdim=True) + self.eps).rsqrt() for power in found]
 
@@ -88,6 +93,7 @@ class PolyNorm(Activation):
     kind = "activation.poly-norm"
     paper = "arXiv:2411.03884"
     limit = "none: every value depends on all neurons"
+    of_neurons = True  # without one the others have another norm
 
     def __init__(self, *, order: Order = 3, eps: Annotated[float, Range(0)] = 1e-6) -> None:
         super().__init__()
@@ -105,6 +111,8 @@ class _PolyMLP(MLPPart):
 
     def __init__(self, width: int, neurons: int, polynomial: Polynomial) -> None:
         super().__init__()
+        if neurons < 1:
+            raise TransectError(f"{neurons} neurons are none to apply a polynomial to: choose at least one")
         self.up_proj = nn.Linear(width, neurons, bias=False)
         self.down_proj = nn.Linear(neurons, width, bias=False)
         self.polynomial = polynomial

@@ -23,6 +23,11 @@ TUCKER_HEADS = 2  # cores, each with its part of the value
 STARTING_INPUTS = 256  # inputs by which the start is found
 
 
+def grid_side(side: int, layers: int, share: float) -> int:
+    """Rows of the grid that a layer looks at, where each of so many adds side² slots and reads a share of all."""
+    return max(side, math.isqrt(int(side * side * layers * share + 1e-9)))
+
+
 class Pool(nn.Module):
     """The slots of all layers: pre-values (slots x D_p) and values (heads, one after the other, x slots, x D_v / 2)."""
 
@@ -65,7 +70,7 @@ class UltraMem(SharingPart, BlockPart):
         super().__init__()
         own = side * side
         self.slots = own * places
-        self.side = max(side, math.isqrt(int(self.slots * share + 1e-9)))  # of the grid that this layer looks at
+        self.side = grid_side(side, places, share)
         if top > self.side:
             raise TransectError(f"top={top} of {self.side} rows cannot be kept: choose a smaller top or a larger side")
         self.top, self.offset = top, place * own

@@ -32,8 +32,8 @@ class Question:
     options: int
 
     def chance(self, tried: int) -> float:
-        """Of hitting the answer with so many different answers, each drawn from all; NaN for no more than one."""
-        return 1 - (1 - 1 / self.options) ** tried if self.options > 1 else math.nan
+        """Of hitting the answer with so many different guesses, none of which comes twice; NaN for a single option."""
+        return min(1.0, tried / self.options) if self.options > 1 else math.nan
 
 
 class Answers:

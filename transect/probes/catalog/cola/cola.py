@@ -88,7 +88,8 @@ def cola(
     the model's layers, run in its order, lead to the right answer. The known answer is the reward, so what is found is
     an upper bound (oracle success) and no accuracy. Beside it stand two controls: as many different random paths, with
     as many edits as the searched ones have; and the chance of hitting the answer with as many different guesses as the
-    paths gave answers. 200 simulations, weight 5 and chance 0.1 are the paper's by others' accounts of its appendix.
+    paths gave answers, or those of fewer layers did. 200 simulations, weight 5 and chance 0.1 are the paper's by the
+    accounts that others give of its appendix.
 
     Costs about twice `simulations` passes over each input and space.
 
@@ -125,6 +126,7 @@ def cola(
         "searched": Quantity(of_all("searched"), each, "layers", "shortest right path that was found; NaN: none"),
         "random": Quantity(of_all("random"), each, "layers", "the same, of as many random paths"),
         "chance": Quantity(of_all("chance"), each, "probability", "of hitting with as many different guesses"),
+        "chance_shorter": Quantity(of_all("chance_shorter"), each, "probability", "the same, of paths of fewer layers"),
         "answers": Quantity(of_all("answers"), each, "", "different answers of the searched paths"),
         "right_paths": Quantity(of_all("right_paths"), each, "share", "right paths of those searched"),
         "longest": Quantity(torch.tensor(float(most)), (), "layers", "longest path allowed"),
@@ -160,11 +162,12 @@ def _asked(
     answers.executor.run(drawn)
     by_chance = [path for path in drawn if answers(path)]
     different = answers.different(tried)
+    of_shorter = answers.different([path for path in tried if len(path) < layers])
     return {
         "plain": found.rewards[tuple(range(layers))],
         "searched": torch.nan if found.shortest is None else len(found.shortest),
         "random": min(map(len, by_chance), default=torch.nan),
-        "chance": question.chance(different), "answers": different,
+        "chance": question.chance(different), "chance_shorter": question.chance(of_shorter), "answers": different,
         "right_paths": sum(found.rewards.values()) / len(tried), "best": found.shortest, "tried": tried,
     }  # fmt: skip
 

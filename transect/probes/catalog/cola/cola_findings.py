@@ -20,33 +20,38 @@ CAVEATS = (
 class Shares(NamedTuple):
     """Of one space: how many questions the model answers, and shares with their controls, NaN where there are none.
 
-    corrected: of the wrong ones, those with some right path; shorter: of the right ones, those with a shorter one.
-    by_random, by_chance: likewise. lengths: of the shortest right paths of right and of wrong ones, means.
+    corrected: of the wrong ones, those with some right path, or a shorter one than the model's; shorter: of the right
+    ones, those with a shorter one. by_random, by_chance: likewise. lengths: of the shortest right paths of right and of
+    wrong ones, means.
     """
 
     right: int
     wrong: int
     corrected: float
-    corrected_shorter: float
     corrected_by_random: float
     corrected_by_chance: float
+    corrected_shorter: float
+    corrected_shorter_by_random: float
+    corrected_shorter_by_chance: float
     shorter: float
     shorter_by_random: float
+    shorter_by_chance: float
     lengths: tuple[float, float]
 
 
 def shares_of(found: Mapping[str, Tensor], number: int) -> Shares:
     """The shares of space `number` of the probe's quantities."""
     plain, searched, random = found["plain"] > 0, found["searched"][number], found["random"][number]
-    layers = found["skipped"].shape[1]
+    layers, chance, fewer = found["skipped"].shape[1], found["chance"][number], found["chance_shorter"][number]
 
     def share(of: Tensor, among: Tensor) -> float:
         return float(of[among].double().mean()) if bool(among.any()) else torch.nan
 
     return Shares(
         int(plain.sum()), int((~plain).sum()),
-        share(searched.isfinite(), ~plain), share(searched < layers, ~plain), share(random.isfinite(), ~plain),
-        share(found["chance"][number], ~plain), share(searched < layers, plain), share(random < layers, plain),
+        share(searched.isfinite(), ~plain), share(random.isfinite(), ~plain), share(chance, ~plain),
+        share(searched < layers, ~plain), share(random < layers, ~plain), share(fewer, ~plain),
+        share(searched < layers, plain), share(random < layers, plain), share(fewer, plain),
         (float(searched[plain].nanmean()), float(searched[~plain].nanmean())),
     )  # fmt: skip
 
@@ -61,19 +66,26 @@ def findings(found: Mapping[str, Tensor], spaces: Sequence[str], simulations: in
         if one.right:
             told.append(
                 f"By {edits} layers, {one.shorter:.0%} of the {one.right} questions that the model answers rightly "
-                f"have a right path of fewer than {layers} layers after {simulations} simulations (as many random "
-                f"paths: {one.shorter_by_random:.0%}); the shortest found has {one.lengths[0]:.1f} layers, mean."
+                f"have a right path of fewer than {layers} layers after {simulations} simulations "
+                f"({_controls(one.shorter_by_random, one.shorter_by_chance)}); the shortest found has "
+                f"{one.lengths[0]:.1f} layers, mean."
             )
         if one.wrong:
-            chance = one.corrected_by_chance
-            guessing = "" if chance != chance else f"; guessing as many different answers: {chance:.0%}"
             told.append(
                 f"By {edits} layers, {one.corrected:.0%} of the {one.wrong} questions that it answers wrongly have "
-                f"some right path, and {one.corrected_shorter:.0%} a shorter one (as many random paths: "
-                f"{one.corrected_by_random:.0%}{guessing}). This is oracle success."
+                f"some right path ({_controls(one.corrected_by_random, one.corrected_by_chance)}), and "
+                f"{one.corrected_shorter:.0%} one of fewer than {layers} layers "
+                f"({_controls(one.corrected_shorter_by_random, one.corrected_shorter_by_chance)}). This is oracle "
+                "success."
             )
         told += _places(found, number, edits)
     return told
+
+
+def _controls(by_random: float, by_chance: float) -> str:
+    """What random paths and guesses reach, in words; no guesses where there is one answer only (NaN)."""
+    guessing = "" if by_chance != by_chance else f"; guessing as many different answers: {by_chance:.0%}"
+    return f"as many random paths: {by_random:.0%}{guessing}"
 
 
 def _places(found: Mapping[str, Tensor], number: int, edits: str) -> list[str]:

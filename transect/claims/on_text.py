@@ -1,0 +1,61 @@
+"""Training a claim's own small models on text, by the next token, and comparing them seed by seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..training import Machine, Problem, Run, Schedule, State, train
+from .context import Context, Measured
+from .parts_from_scratch import BATCH, LENGTH, RATE
+from .scratch import batches_of, cut, fresh_rows
+
+HELD_OUT = 256  # sequences, at most, on which a model is measured
+
+
+def text_length(context: Context) -> int:
+    """Tokens of a sequence in training and in measuring: a model says little of places that it was not trained on."""
+    context.require_language_model()
+    return min(LENGTH, max(map(len, context.evaluation.texts())))
+
+
+def measured_on_text(context: Context, model: Any) -> Measured:
+    """The loss on the held-out text, cut into sequences as long as those of the training."""
+    kept = context.shared.setdefault("on text", {})
+    if not kept:
+        pieces = cut(list(context.evaluation.texts()), text_length(context), HELD_OUT)
+        kept["cut"] = Context(context.model, None, batches_of(pieces, BATCH))
+    return kept["cut"].evaluate(model, 1.0)
+
+
+def trained_on_text(
+    context: Context, model: Any, steps: int, seed: int, *, skipped: int = 0, rate: float = RATE,
+    factors: Callable[[float], Mapping[str, float]] | None = None, added: Callable[[], Tensor] | None = None,
+) -> Any:  # fmt: skip
+    """The model, trained; the same data and order for every model of one seed, and nothing decays.
+
+    skipped: steps of whose text nothing is taken, such as what it was trained on before. factors: share of the training
+    that is done -> factors of the learning rate, by the parameter's name. added: to the loss, after the model has run.
+    """
+    count = (skipped + steps) * BATCH
+    pieces = cut(fresh_rows(context, count * LENGTH)[0], text_length(context), count)
+    rows = pieces[skipped * BATCH :] or pieces
+    model.to(context.model.device)
+    order = torch.Generator().manual_seed(seed)
+
+    def loss(_: int) -> tuple[Tensor, float]:
+        chosen = torch.randint(len(rows), (BATCH,), generator=order).tolist()
+        ids = torch.stack([rows[index] for index in chosen]).to(model.device)
+        found = model(input_ids=ids, labels=ids, use_cache=False).loss
+        return found if added is None else found + added(), 1
+
+    parameters = dict(model.named_parameters())
+    problem = Problem("training", parameters, range(steps), loss, None, model.train)
+    if factors is not None:
+        problem.renew, problem.renew_every = lambda: factors(problem.at / steps), 1
+    schedule = Schedule(lr=rate, warm_up=0.1, shuffle=False)
+    train(problem, Run(schedule, Machine(model.device), State(None), context.progress), {})
+    return model.eval()
