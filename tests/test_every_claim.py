@@ -68,6 +68,7 @@ SHORT = {
     "catalog.algoformer.STEPS": 2, "catalog.algoformer.SEEDS": (0,),
     "catalog.sret.STEPS": 2, "catalog.sret.SEEDS": (0,),
     "catalog.first.STEPS": 2, "catalog.first.DRAWS": 1, "catalog.first.SEEDS": (0,),
+    "catalog.first.TRAINED": 16, "catalog.first.JUDGED": 8,
     "catalog.first.PENALTIES": (0.0, 1.0), "catalog.p_mod.STEPS": 2,
     "catalog.cola.SETTINGS": {"inputs": 4, "simulations": 4}, "catalog.cola.LEAST": 0,
     "catalog.ia_red2.STEPS": 2, "catalog.ia_red2.TURNS": 3, "catalog.ia_red2.TESTED": 8,

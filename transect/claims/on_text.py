@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..data import Batches
 from ..training import Machine, Problem, Run, Schedule, State, train
 from .context import Context, Measured
 from .parts_from_scratch import BATCH, LENGTH, RATE
@@ -22,13 +23,22 @@ def text_length(context: Context) -> int:
     return min(LENGTH, max(map(len, context.evaluation.texts())))
 
 
+def in_pieces(context: Context, text: Batches, most: int | None = None) -> Batches:
+    """A text, or `most` pieces of it, cut into sequences as long as those of the training."""
+    rows = list(text.texts())
+    return batches_of(cut(rows, text_length(context), most or sum(map(len, rows))), BATCH)
+
+
+def held_out(context: Context) -> Batches:
+    """The held-out text in such pieces."""
+    if "held-out pieces" not in context.shared:
+        context.shared["held-out pieces"] = in_pieces(context, context.evaluation, HELD_OUT)
+    return context.shared["held-out pieces"]
+
+
 def measured_on_text(context: Context, model: Any) -> Measured:
-    """The loss on the held-out text, cut into sequences as long as those of the training."""
-    kept = context.shared.setdefault("on text", {})
-    if not kept:
-        pieces = cut(list(context.evaluation.texts()), text_length(context), HELD_OUT)
-        kept["cut"] = Context(context.model, None, batches_of(pieces, BATCH))
-    return kept["cut"].evaluate(model, 1.0)
+    """The loss on these pieces of the held-out text."""
+    return Context(context.model, None, held_out(context)).evaluate(model, 1.0)
 
 
 def trained_on_text(

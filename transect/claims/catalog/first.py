@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Collection
 from dataclasses import replace
+from statistics import mean
 from typing import Any
 
 import torch
@@ -14,12 +15,14 @@ from ...anatomy import Anatomy
 from ...conversion import conversion_named
 from ...conversion.catalog.first import decisions, set_thresholds
 from ...conversion.routed import loss_behind, parts_around
+from ...data import load
 from ...parts.catalog.first import First
 from ..context import Context, Measured
 from ..controls import mean_of
 from ..converted import BATCH
 from ..converted import converted as trained
 from ..ordering import comparison, judge
+from ..pairs import paired
 from ..registry import NotApplicable, Result, Verdict, claim
 from ..routed import beginning, converted, loss_of, require_trainable
 from ..scratch import batches_of, cut
@@ -166,6 +169,73 @@ def penalty(context: Context) -> Result:
         f"of {', '.join(f'{weight:g}' for weight in PENALTIES)}."
     )
     return Result(Verdict.of(holds), told, rows)
+
+
+@claim(
+    "first/tasks",
+    method="first",
+    paper="arXiv:2410.12513",
+    statement="Routers that are trained on two clearly different kinds of text skip different blocks, and texts of "
+    "either kind lose more by the other's routers.",
+)
+def tasks(context: Context) -> Result:
+    """The model's text and Python's language reference, in pieces; three orders of the batches, a quarter of the blocks
+    skipped by either's routers, whichever text they read. Two texts of different kinds, each by its own routers, are to
+    skip different blocks more often than two of one kind, and both kinds to lose more, by two standard errors each.
+    """
+    routers, here = _routers(context), _of_pieces(context)
+    kinds = {"own": here, "reference": _reference(context)}
+    prompt, blocks = min(map(beginning, kinds.values())), len(context.anatomy.blocks)
+    share, rows = min(max(1, round(SHARE * blocks)), routers) / blocks, []
+    for seed in SEEDS:
+        models = {kind: _trained(one, {"prompt": prompt, "penalty": 0.01}, seed) for kind, one in kinds.items()}
+        row, masks = {"seed": float(seed)}, {}
+        for kind, one in kinds.items():
+            for of, model in models.items():
+                set_thresholds(Anatomy(model), one.evaluation, share, False)
+                row[f"{kind} text by {of} routers"] = loss_of(one, model, prompt).loss
+                if of == kind:
+                    masks[kind] = _masks(model, one)
+        row["differ"] = _differ(*masks.values())
+        row["differ within a kind"] = mean(_differ(mask, mask) for mask in masks.values())
+        rows.append(row)
+    told, held = [], []
+    for more, less, what in (
+        ("differ", "differ within a kind", "pairs of texts that skip different blocks, of two kinds less of one"),
+        ("own text by reference routers", "own text by own routers", "loss of the own text by the other routers"),
+        ("reference text by own routers", "reference text by reference routers", "of the reference by the other ones"),
+    ):
+        difference, error = paired(*([row[name] for row in rows] for name in (more, less)))
+        held.append(difference > 2 * error)
+        told.append(f"{what} {difference:+.4f} ± {error:.4f}")
+    return Result(Verdict.of(all(held)), f"Over {len(SEEDS)} seeds: {'; '.join(told)}.", rows)
+
+
+def _masks(model: Any, context: Context) -> torch.Tensor:
+    """Which routed blocks each held-out text skips (texts x routers)."""
+    parts = parts_around(Anatomy(model), First).values()
+    found = zip(decisions(Anatomy(model), context.evaluation), parts, strict=True)
+    return torch.stack([rho <= part.threshold for rho, part in found], dim=1)
+
+
+def _differ(ones: torch.Tensor, others: torch.Tensor) -> float:
+    """The share of pairs that are not the same; of a kind with itself no text is paired with itself."""
+    apart = (ones[:, None] != others[None]).any(-1).double()
+    return float(apart.sum() / (apart.numel() - (len(ones) if ones is others else 0)))
+
+
+def _reference(context: Context) -> Context:
+    """As many pieces of Python's language reference."""
+    specimen = context.specimen
+    if specimen.tokenizer is None:
+        raise NotApplicable("the model has no tokenizer, by which another text could be read")
+    calibration, evaluation = (
+        load(
+            f"pydoc:{part}", specimen.model, specimen.tokenizer, sequence_length=LENGTH, sequences=most, full_only=True
+        )
+        for part, most in (("calibration", TRAINED), ("heldout", JUDGED))
+    )
+    return _of_pieces(Context(context.model, calibration, evaluation, progress=context.progress, specimen=specimen))
 
 
 def _of_pieces(context: Context) -> Context:

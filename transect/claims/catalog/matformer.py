@@ -18,6 +18,7 @@ from ...conversion.catalog.matformer.nested import narrowed
 from ...parts import build_model
 from ..context import Context, Measured
 from ..descent import descend
+from ..on_text import held_out, measured_on_text
 from ..pairs import paired
 from ..registry import Result, Verdict, claim
 from ..scratch import cut, fresh_rows
@@ -69,7 +70,7 @@ def _from_scratch(context: Context, neurons: int, nested: bool) -> Any:
 
 def _at(context: Context, model: Any, widths: Sequence[int]) -> Measured:
     with narrowed(Anatomy(model), widths):
-        return context.evaluate(model, 1.0)
+        return measured_on_text(context, model)
 
 
 def _even(context: Context, model: Any) -> dict[int, Measured]:
@@ -90,7 +91,7 @@ def as_trained_alone(context: Context) -> Result:
     """
     models = trained(context)
     nested, prefixes = _even(context, models.nested), _even(context, models.alone[NEURONS[-1]])
-    alone = {m: context.evaluate(models.alone[m], 1.0) for m in NEURONS}
+    alone = {m: measured_on_text(context, models.alone[m]) for m in NEURONS}
     rows = []
     for name, m in zip(NAMES, NEURONS, strict=True):
         difference, error = nested[m].minus(alone[m])
@@ -186,7 +187,7 @@ def consistency(context: Context) -> Result:
 def _tops(context: Context, model: Any, widths: Sequence[int] | None = None) -> list[Tensor]:
     """The likeliest tokens of each held-out sequence."""
     with nullcontext() if widths is None else narrowed(Anatomy(model), widths):
-        texts = [text[None].to(model.device) for text in context.evaluation.texts()]
+        texts = [text[None].to(model.device) for text in held_out(context).texts()]
         return [model(text, use_cache=False).logits[0].argmax(-1) for text in texts]
 
 

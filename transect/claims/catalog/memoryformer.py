@@ -12,6 +12,7 @@ from ...data import Batches
 from ...forward import at_rest, run_body
 from ...parts.catalog.memoryformer import MemoryMatrix, fit_tables
 from ..context import Context
+from ..on_text import measured_on_text
 from ..parts_from_scratch import RATE, trained_from_scratch
 from ..registry import NotApplicable, Result, Verdict, claim
 
@@ -97,10 +98,13 @@ def near_dense(context: Context) -> Result:
     numbers = []
     for seed in SEEDS:
         rates = (RATE, 3 * RATE)
-        tried = [context.evaluate(trained_from_scratch(context, STEPS, seed, neurons=256, rate=r), 1.0) for r in rates]
+        tried = [
+            measured_on_text(context, trained_from_scratch(context, STEPS, seed, neurons=256, rate=r)) for r in rates
+        ]
         dense = min(tried, key=lambda one: one.loss)
-        tables = context.evaluate(
-            trained_from_scratch(context, STEPS, seed, {"mlp": "memoryformer", "norm": "layer"}, rate=3 * RATE), 1.0
+        tables = measured_on_text(
+            context,
+            trained_from_scratch(context, STEPS, seed, {"mlp": "memoryformer", "norm": "layer"}, rate=3 * RATE),
         )
         difference, standard_error = tables.minus(dense)
         numbers.append({"seed": seed, "tables": tables.loss, "mlp": dense.loss, "difference": difference,

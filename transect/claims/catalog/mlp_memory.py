@@ -8,6 +8,7 @@ from dataclasses import replace
 from ...anatomy import Anatomy
 from ...memory import Settings, memorize_anatomy
 from ..context import Context
+from ..on_text import in_pieces, measured_on_text
 from ..parts_from_scratch import trained_from_scratch
 from ..registry import NotApplicable, Result, Verdict, claim
 
@@ -27,11 +28,12 @@ def below_base(context: Context) -> Result:
     base = trained_from_scratch(context, STEPS, 0)
     if context.calibration is None or context.calibration.tokens <= 2 * SETTINGS.neighbours:
         raise NotApplicable(f"the calibration text is too short for {SETTINGS.neighbours} neighbours")
-    losses, numbers = {"base": context.evaluate(base, 1.0)}, []
+    text = in_pieces(context, context.calibration)
+    losses, numbers = {"base": measured_on_text(context, base)}, []
     for name, imitation in (("imitating", 0.5), ("next token", 0.0)):
         model = copy.deepcopy(base)
-        outcome = memorize_anatomy(Anatomy(model), replace(SETTINGS, imitation=imitation), context.calibration)
-        losses[name] = context.evaluate(model, 1.0)
+        outcome = memorize_anatomy(Anatomy(model), replace(SETTINGS, imitation=imitation), text)
+        losses[name] = measured_on_text(context, model)
         numbers.append({"memory": name, "loss": losses[name].loss, "base": losses["base"].loss,
                         "share": outcome["share"], "positions": outcome["positions"]})  # fmt: skip
     gain, error = losses["imitating"].minus(losses["base"])

@@ -19,6 +19,7 @@ from ...probes.catalog.stream_growth import fit
 from ...training import own_loss
 from ..context import Context
 from ..descent import descend
+from ..on_text import measured_on_text
 from ..registry import NotApplicable, Result, Verdict, claim
 from ..scratch import cut
 
@@ -112,7 +113,7 @@ def _trained(context: Context, rows: list[Any], placement: str, rate: float, see
     variance, gradient = grown["variance"], grown["gradient"]
     straight, exponential = fit(variance)
     return {
-        **found, "loss": context.evaluate(model, 1.0).loss, "largest": float(grown["largest"].max()),
+        **found, "loss": measured_on_text(context, model).loss, "largest": float(grown["largest"].max()),
         "variance_first": float(variance[0]), "variance_last": float(variance[-1]), "straight_line": straight,
         "line_of_logarithms": exponential, "gradient_longest_over_shortest": float(gradient.max() / gradient.min()),
     }  # fmt: skip

@@ -19,6 +19,7 @@ from ...merging.registry import tensors_of
 from ...merging.units import units_of
 from ..context import Context
 from ..digit_networks import digit_accuracy, digit_images, digit_loss, network, train_digits
+from ..on_text import held_out
 from ..parts_from_scratch import trained_from_scratch
 from ..registry import Result, Verdict, claim
 
@@ -78,7 +79,7 @@ def barrier(context: Context) -> Result:
     done = match(units_of(first, moved), torch.Generator().manual_seed(0))
     rows = []
     for name, other in (("as they are", second), ("aligned", moved)):
-        curve = curve_of(first, other, context.evaluation, LANGUAGE_POINTS)
+        curve = curve_of(first, other, held_out(context), LANGUAGE_POINTS)
         rows.append({
             "models": name, "loss of the first": curve.losses[0], "of the second": curve.losses[-1],
             "half way": curve.losses[len(curve.losses) // 2], "barrier": curve.barrier,
