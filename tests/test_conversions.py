@@ -12,11 +12,13 @@ import transect
 from transect.anatomy import Anatomy
 from transect.checkpoint import open_model
 from transect.checkpoint.config import history_of
+from transect.checkpoint.modeling_file import loader_of
 from transect.conversion import Plan, conversion_named, conversions, convert_anatomy
 from transect.data import load
 from transect.errors import TransectError
 from transect.evaluation import evaluate_loss
 from transect.parts import parts
+from transect.report.conversion import lines_of
 
 from .models import CAUSAL, VOCABULARY, assert_alike, assert_same_tensors, inputs, logits, tiny
 
@@ -302,6 +304,17 @@ def test_data_that_is_too_short_and_a_package_that_is_missing_are_said_before_an
     with pytest.raises(TransectError, match="pip install"):
         transect.convert(model, "liger", DATA, steps=1)
     assert_same_tensors(model, tiny("llama"))
+
+
+def test_it_is_said_which_class_loads_it():
+    for model, loader in (
+        (tiny("llama"), "AutoModelForCausalLM"), (tiny("bert"), "AutoModelForMaskedLM"),
+        (tiny("vit"), "AutoModelForImageClassification"), (tiny("bert").bert, "AutoModel"),
+    ):  # fmt: skip
+        assert loader_of(model) == loader
+    converted = transect.convert(tiny("llama"), "fold-norms", steps=0)
+    *_, last = lines_of(converted.outcome, "out", loader_of(tiny("vit")))
+    assert 'AutoModelForImageClassification.from_pretrained("out")' in last
 
 
 def test_a_compressed_matrix_is_refused_and_encoders_are():

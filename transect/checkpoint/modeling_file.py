@@ -53,6 +53,12 @@ def auto_map(cls: type) -> Mapping[str, str]:
     return dict(sorted(found.items()))
 
 
+def loader_of(model: Any) -> str:
+    """The name of the auto class that loads the model's checkpoint, or of its own class where none does."""
+    cls = concrete_class(model)
+    return next(iter(auto_map(cls)), cls.__name__)
+
+
 def modeling_source(cls: type, record: StructureRecord) -> str:
     """The text of the file, for a model of class `cls` with this record.
 

@@ -8,8 +8,11 @@ from typing import Any
 from .lengths import COSTS, costs
 
 
-def lines_of(outcome: Mapping[str, Any], folder: str) -> Iterator[str]:
-    """What a user asks of a converted model: is it right, is it faster, does it generate, and how to load it."""
+def lines_of(outcome: Mapping[str, Any], folder: str, loader: str) -> Iterator[str]:
+    """What a user asks of a converted model: is it right, is it faster, does it generate, and how to load it.
+
+    loader: the class of transformers that loads its folder.
+    """
     if "loss_dense" in outcome:
         yield (
             f"{folder}: held-out loss {outcome['loss_dense']:.4f} -> {outcome['loss_converted']:.4f} converted -> "
@@ -38,7 +41,7 @@ def lines_of(outcome: Mapping[str, Any], folder: str) -> Iterator[str]:
         alike = "the same as" if outcome["generates"] else "NOT the same as"
         yield f"generation with the cache writes {alike} without it"
     yield (
-        f'load it with AutoModelForCausalLM.from_pretrained("{folder}") after `import transect`, or without Transect '
+        f'load it with {loader}.from_pretrained("{folder}") after `import transect`, or without Transect '
         "with trust_remote_code=True"
     )
 

@@ -48,6 +48,7 @@ def convert(context: click.Context, model: str, method: str, out: Path, as_json:
     The same command goes on from what an interrupted one has left. It also runs under `accelerate launch`.
     """
     from ...checkpoint import check_output, open_model
+    from ...checkpoint.modeling_file import loader_of
     from ...conversion import conversion_named
     from ...report.conversion import lines_of
     from ...store import alone
@@ -70,5 +71,5 @@ def convert(context: click.Context, model: str, method: str, out: Path, as_json:
     if as_json:
         click.echo(json.dumps({"out": str(out), **converted.outcome}))
         return
-    for line in lines_of(converted.outcome, str(out)):
+    for line in lines_of(converted.outcome, str(out), loader_of(converted.model)):
         print_whole(line)
