@@ -66,6 +66,7 @@ SHORT = {
     "catalog.spikingbrain.THRESHOLDS": (2.0, 4.0), "catalog.ecoformer.STEPS": 2,
     "catalog.relaxed_recursive.STEPS": 2, "catalog.relaxed_recursive.RANKS": (0, 4),
     "catalog.algoformer.STEPS": 2, "catalog.algoformer.SEEDS": (0,),
+    "catalog.algoformer.LONG_STEPS": 2, "catalog.algoformer.LONG_SEEDS": (0,), "catalog.algoformer.TESTED": 16,
     "catalog.sret.STEPS": 2, "catalog.sret.SEEDS": (0,),
     "catalog.first.STEPS": 2, "catalog.first.DRAWS": 1, "catalog.first.SEEDS": (0,),
     "catalog.first.TRAINED": 16, "catalog.first.JUDGED": 8,

@@ -202,6 +202,7 @@ def test_training_moves_the_later_turns():
         (lambda: tiny("modernbert"), {}, "a block's place enters"), (lambda: tiny("modernbert"), {"loops": 1}, "norms"),
         (lambda: converted(), {}, "share parameters already"), (lambda: tiny("vit"), {"loops": 0}, "loops=0 must be"),
         (lambda: insert(tiny("vit"), "mixer", "pooling"), {"groups": 2}, "a part stands there"),
+        (lambda: tiny("vit"), {"groups_later": 99}, "99 slices of [0-9]+ positions"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_done_is_said_before_any_change(made, options, message):

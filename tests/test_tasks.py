@@ -7,6 +7,7 @@ from transect.errors import TransectError
 from transect.forward.objective import IGNORED
 from transect.tasks import task_named, tasks
 from transect.tasks.listops import value_of
+from transect.tasks.regression import representation
 
 NAMES = [one.name for one in tasks()]
 
@@ -119,6 +120,58 @@ def test_listops_are_evaluated_as_a_reader_would():
     assert value_of("median", [5, 1, 9, 2]) == 2 and value_of("sum", [9, 8]) == 7
 
 
+def scored(one, drawn, given):
+    """The squared errors of the baselines."""
+    assert one.baselines is not None
+    return one.baselines(drawn, **one.settings(given))
+
+
+@pytest.mark.parametrize("features", [0, 5])
+def test_a_sequence_goes_on_by_its_own_rule(features):
+    given = {"order": 3, "points": 24, "noise": 0.0, "features": features}
+    one = task_named("icl-autoregression")
+    drawn = one.draw(20, 1, given)
+    numbers, width = drawn.inputs[..., 0].double(), features or 3
+    assert drawn.inputs.shape == (20, 24, 1) and torch.equal(drawn.answers[:, 3:], drawn.inputs[:, 3:, 0])
+    for row in numbers[:4]:
+        windows = torch.stack([row[at - 3 : at] for at in range(3, 24)])
+        seen = representation(windows / windows.square().mean(-1, keepdim=True).sqrt(), features)
+        rule = torch.linalg.lstsq(seen[:width], row[3 : 3 + width]).solution  # as many examples as unknowns
+        torch.testing.assert_close(seen @ rule, row[3:], atol=1e-3, rtol=0)
+    assert 0.1 < float(drawn.answers.nan_to_num().square().mean()) < 3
+    assert drawn.over is not None and drawn.over[0, 2:5].tolist() == [0, 1, 2]
+    scores = scored(one, drawn, given)
+    asked = drawn.over
+    assert (
+        float(scores["least squares"][asked > width].max()) < 1e-3 < float(scores["least squares"][asked == 2].mean())
+    )
+    assert torch.equal(scores["ridge"].nan_to_num(), scores["least squares"].nan_to_num())
+    torch.testing.assert_close(scores["nothing"], drawn.answers.square(), equal_nan=True)
+    noisy = one.draw(400, 1, {**given, "noise": 0.5})
+    found = scored(one, noisy, {**given, "noise": 0.5})
+    assert found["ridge"].nanmean() < found["least squares"].nanmean() and found["ridge"].nanmean() > 0.25
+
+
+def test_a_chain_is_a_network_of_its_own_step_by_step():
+    given = {"dimensions": 3, "points": 8, "steps": 2, "hidden": 4}
+    one = task_named("icl-chain")
+    drawn = one.draw(30, 1, given)
+    chains = drawn.inputs.double().unflatten(1, (8, 9))
+    x, first, second = chains[:, :, 0], chains[:, :, 1:5, 0], chains[:, :, 5:, 0]
+    assert not chains[:, :, 1:, 1:].any()
+    assert drawn.over is not None and drawn.over[0, [0, 8, 9, 71]].tolist() == [1, 1, 2, 8]
+    for before, behind, width in ((x, first, 3), (first, second, 4)):
+        linear = torch.where(behind > 0, behind, 5 * behind)  # what stood before the function, but for one factor
+        weight = torch.linalg.lstsq(before[:, :width], linear[:, :width]).solution
+        torch.testing.assert_close(before @ weight, linear, atol=2e-2, rtol=1e-3)
+    assert drawn.asked.unflatten(1, (8, 9)).all(1).all(0).tolist() == [False, *[True] * 8]
+    assert float(first.square().mean()) == pytest.approx(1, abs=0.2)
+    scores = scored(one, drawn, given)
+    torch.testing.assert_close(scores["nothing"][drawn.asked], drawn.answers[drawn.asked].square())
+    last = scores["least squares"][:, 45:][drawn.asked[:, 45:]]  # of the sixth chain on, behind five
+    assert float(last.median()) < 1e-6 < float(scores["least squares"][:, 1:9].mean())
+
+
 def test_digits_held_out_are_never_trained_on():
     one = task_named("digits")
     train, held = (one.draw(4000, seed).inputs.flatten(1) for seed in (2, 3))
@@ -139,6 +192,7 @@ def test_digits_held_out_are_never_trained_on():
         ("icl-boolean", {"family": "sparse-disjunction", "bits": 3}, "bits must be 4 or more"),
         ("icl-boolean", {"family": "xor"}, "must be one of"),
         ("icl-regression", {"noise": -1}, "noise"),
+        ("icl-autoregression", {"order": 9, "points": 10}, "order . 2 = 11"),
         ("copying", {"length": 13}, "should be even"),
         ("listops", {"length": 8}, "need a length of 9"),
         ("recall", {"depth": 3}, "no parameter depth"),

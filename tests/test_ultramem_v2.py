@@ -109,6 +109,19 @@ def test_the_memory_slot_by_slot(queries):
         torch.testing.assert_close(one.memory(u), before)
 
 
+def test_plain_vectors_slot_by_slot():
+    one, u = part(values="vectors"), drawn(3, 16)
+    neurons = part()
+    assert sum(p.numel() for p in one.bank.parameters()) == sum(p.numel() for p in neurons.bank.parameters())
+    slots, scores = one.looked_up(u)
+    expected = torch.zeros(3, 16, dtype=torch.float64)
+    for t, k in product(range(3), range(4)):
+        at = int(one.shuffle[slots[t, k]])
+        value = torch.cat([scores[t, a, k] * one.bank.values[a * 36 + at] for a in range(2)])
+        expected[t] += one.out_proj.weight @ value
+    torch.testing.assert_close(one.memory(u), expected)
+
+
 def test_windows_of_the_pool():
     for share, side in ((0.5, 8), (1.0, 12), (0.01, 6)):  # of 4 x 36 slots
         parts = part(places=4, share=share)
@@ -121,28 +134,31 @@ def test_windows_of_the_pool():
     assert parts[1].bank is parts[0].bank and not any("bank" in name for name, _ in parts[1].named_parameters())
 
 
-@pytest.mark.parametrize(("width", "layers", "top", "most"), [(64, 4, 16, 20), (256, 20, 32, 100)])
+@pytest.mark.parametrize(
+    ("values", "width", "layers", "top", "most"),
+    [("neurons", 64, 4, 16, 20), ("neurons", 256, 20, 32, 100), ("vectors", 256, 20, 32, 20)],
+)
 @torch.no_grad()
-def test_the_start_has_the_variance_of_an_mlp(width, layers, top, most):
+def test_the_start_has_the_variance_of_an_mlp(values, width, layers, top, most):
     torch.manual_seed(0)
     neurons, x, std = 4 * width, torch.randn(400, width), (2 / (5 * width)) ** 0.5
     gate, up, down = (torch.randn(*shape) * std for shape in ((neurons, width), (neurons, width), (width, neurons)))
     mlp = (functional.silu(x @ gate.T) * (x @ up.T)) @ down.T / (2 * layers) ** 0.5
-    one = UltraMem(width, neurons, 0, layers, 0, side=32, top=top, start="paper")
+    one = UltraMem(width, neurons, 0, layers, 0, side=32, top=top, start="paper", values=values)
     assert one.looked_up(x)[1].mean().item() == pytest.approx(1, abs=0.2)
     ratio = float(one.memory(x).std() / mlp.std())
     assert 0.5 < ratio < 2
-    torch.nn.init.normal_(one.bank.pre)
-    torch.nn.init.normal_(one.bank.values)
+    for numbers in one.bank.parameters():
+        torch.nn.init.normal_(numbers)
     assert float(one.memory(x).std() / mlp.std()) > most  # the more, the larger: 100 from a few hundred channels on
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize(("name", "values"), [("llama", "neurons"), ("gpt2", "vectors"), ("opt", "neurons")])
 @torch.no_grad()
-def test_it_begins_as_the_model_and_is_saved_with_one_pool(name, tmp_path):
+def test_it_begins_as_the_model_and_is_saved_with_one_pool(name, values, tmp_path):
     model = tiny(name)
     expected = model(TOKENS).logits
-    insert(model, "block", "ultramem-v2", settings={"side": 8, "top": 4})
+    insert(model, "block", "ultramem-v2", settings={"side": 8, "top": 4, "values": values})
     assert torch.equal(model(TOKENS).logits, expected)
     first, second = (block.module.around.part for block in Anatomy(model).blocks[:2])
     assert second.bank is first.bank

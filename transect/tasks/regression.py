@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..parameters import Range
+from .fitting import fitted
 from .registry import Drawn, task
 
 
@@ -39,19 +40,10 @@ def representation(x: Tensor, features: int) -> Tensor:
 
 def _baselines(drawn: Drawn, *, dimensions: int, points: int, noise: float, features: int = 0) -> Mapping[str, Tensor]:
     """The squared error of each at every example (count x 2 points), each from the examples before it."""
-    x, y = representation(drawn.inputs[:, ::2].double(), features), drawn.inputs[:, 1::2, 0].double()
-    dimensions = x.shape[-1]
-    said = {name: torch.zeros_like(y) for name in ("nothing", "averaging", "least squares", "ridge")}
-    for i in range(1, points):
-        before, labels, asked = x[:, :i], y[:, :i, None], x[:, i]
-        solved = torch.linalg.pinv(before) @ labels  # the shortest of the best
-        # w has variance 1/n in each direction, so that this penalty is the mean of w given the examples
-        precision = before.mT @ before + dimensions * noise**2 * torch.eye(dimensions, dtype=x.dtype)
-        shrunk = torch.linalg.solve(precision, before.mT @ labels) if noise else solved
-        averaged = (before * labels).mean(dim=1)
-        for name, w in (("averaging", averaged), ("least squares", solved[..., 0]), ("ridge", shrunk[..., 0])):
-            said[name][:, i] = (w * asked).sum(-1)
-    return {name: (guess - y).square().float().repeat_interleave(2, dim=1) for name, guess in said.items()}
+    x, y = representation(drawn.inputs[:, ::2].double(), features), drawn.inputs[:, 1::2, :1].double()
+    # w has variance 1/n in each direction, so that this penalty is the mean of w given the examples
+    said = fitted(x, y, x.shape[-1] * noise**2)
+    return {name: (guess - y)[..., 0].square().float().repeat_interleave(2, dim=1) for name, guess in said.items()}
 
 
 @task("icl-regression", paper="arXiv:2208.01066", over="example in the prompt", baselines=_baselines)

@@ -30,7 +30,7 @@ WAYS: dict[str, dict[str, Any] | None] = {
     "without networks between": {"ratio": 0.0, "groups": 1, "groups_later": 1},
     "sliced": {"ratio": 1.0, "groups": 4, "groups_later": 2},
 }
-STEPS, BATCH, RATE, SEEDS = 300, 32, 3e-3, (0, 1, 2)
+STEPS, BATCH, RATE, SEEDS = 300, 32, 3e-3, tuple(range(8))
 TESTED = 720
 _POINTS = 1.0  # of accuracy, by which slices may lower it
 

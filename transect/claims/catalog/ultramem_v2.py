@@ -71,6 +71,26 @@ def every_block(context: Context) -> Result:
 
 
 @claim(
+    "ultramem-v2/neurons-as-values",
+    method="ultramem-v2",
+    paper=PAPER,
+    statement="Trained from scratch, a memory whose slots are linear neurons reaches a lower loss than one of plain "
+    "vectors, with as many numbers read.",
+)
+def neurons_as_values(context: Context) -> Result:
+    """The model of the first claim, and one whose slots are vectors as long as a neuron's two."""
+    numbers, differences = [], []
+    for seed in SEEDS:
+        neurons, _ = _of_memory(context, seed)
+        plain = measured_on_text(context, _trained(context, seed, NEURONS, {**SETTINGS, "values": "vectors"}))
+        difference, error = neurons.minus(plain)
+        differences.append(difference)
+        numbers.append({"seed": seed, "neurons": neurons.loss, "vectors": plain.loss,
+                        "difference": difference, "standard_error": error})  # fmt: skip
+    return _judged(differences, numbers)
+
+
+@claim(
     "ultramem-v2/more-slots",
     method="ultramem-v2",
     paper=PAPER,
@@ -108,7 +128,7 @@ def _judged(differences: list[float], numbers: list[dict[str, Any]]) -> Result:
 
 
 def _of_memory(context: Context, seed: int) -> tuple[Measured, int]:
-    """The loss with a memory beside every MLP, and the operations of the largest; both claims need it."""
+    """The loss with a memory beside every MLP, and the operations of the largest; three claims need it."""
     kept = context.shared.setdefault("ultramem-v2", {})
     if seed not in kept:
         model = _trained(context, seed, NEURONS, SETTINGS)

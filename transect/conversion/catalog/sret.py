@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 import torch
@@ -28,8 +29,21 @@ def _check(anatomy: Anatomy, loops: int, groups: int, groups_later: int, **_: An
         raise TransectError("sret: some places share parameters already: take the model as it was before")
     for block in anatomy.blocks:
         check_places(block)
-    if max(groups, groups_later) > 1:
+    if (slices := max(groups, groups_later)) > 1:
         check_mixer(anatomy, "sliced", range(len(anatomy.blocks)))
+        if slices > (most := _most_positions(anatomy)):
+            raise TransectError(
+                f"sret: {slices} slices of {most} positions, which is all that {type(anatomy.model).__name__} reads, "
+                "cannot be cut: give fewer groups"
+            )
+
+
+def _most_positions(anatomy: Anatomy) -> float:
+    """Positions that the model reads at most, patches of an image and what stands before them among them."""
+    learned = getattr(getattr(anatomy.model.base_model, "embeddings", None), "position_embeddings", None)
+    if isinstance(learned, torch.Tensor):
+        return learned.shape[1]
+    return getattr(anatomy.config, "max_position_embeddings", None) or math.inf
 
 
 def recursive(

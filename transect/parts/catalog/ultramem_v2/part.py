@@ -29,11 +29,12 @@ def grid_side(side: int, layers: int, share: float) -> int:
 
 
 class Pool(nn.Module):
-    """The slots of all layers: pre-values (slots x D_p) and values (heads, one after the other, x slots, x D_v / 2)."""
+    """The slots of all layers: pre-values (slots x D_p), if they have any, and values (heads, one after the other, x
+    slots, x D_v / 2)."""
 
     def __init__(self, slots: int, pre_size: int, value_size: int) -> None:
         super().__init__()
-        self.pre = nn.Parameter(torch.randn(slots, pre_size))  # P
+        self.pre = nn.Parameter(torch.randn(slots, pre_size)) if pre_size else None  # P
         self.values = nn.Parameter(torch.randn(TUCKER_HEADS * slots, value_size // TUCKER_HEADS))  # V
 
 
@@ -42,7 +43,8 @@ class UltraMem(SharingPart, BlockPart):
 
     Of side² slots for every layer, in one pool for all, `top` are read: Mem(u) = W_o Σ_k s_k <W_p u, P_k> V_k, where
     slots are found and scored by `best_slots` and each half of a value has the score of a core of its own. There is no
-    softmax, and no function. Where the MLP is no single module, u is the block's input, divided by its RMS.
+    softmax, and no function. Of plain vectors, as many numbers in a slot, Mem(u) = W_o Σ_k s_k V_k instead. Where the
+    MLP is no single module, u is the block's input, divided by its RMS.
     A dense AdamW's weight decay also acts on slots that are not read.
 
     side: of a layer's own part of the pool: it adds side² slots.
@@ -51,6 +53,8 @@ class UltraMem(SharingPart, BlockPart):
         own part, which is all at 1 / layers or less.
     key: width of a key, D_k; 0 is half of the stream's.
     queries: each rank has its own row and column query, as in the paper, or both ranks share one, as in its code.
+    values: neurons, one linear neuron in each slot, or the plain vectors of UltraMem before it, which are of no use but
+        to be compared with.
     start: zero is W_o = 0, so that the block does what it did; paper gives the memory the variance of an MLP.
     """
 
@@ -65,7 +69,8 @@ class UltraMem(SharingPart, BlockPart):
         self, width: int, neurons: int, place: int, places: int, first: int, *,
         side: Annotated[int, Range(2, 4096)] = 64, top: Annotated[int, Range(1, 128)] = 16,
         share: Annotated[float, Range(0, 1, above=True)] = 0.5, key: Annotated[int, Range(0, 2**16)] = 0,
-        queries: Literal["each", "shared"] = "each", start: Literal["zero", "paper"] = "zero",
+        queries: Literal["each", "shared"] = "each", values: Literal["neurons", "vectors"] = "neurons",
+        start: Literal["zero", "paper"] = "zero",
     ) -> None:  # fmt: skip
         super().__init__()
         own = side * side
@@ -75,12 +80,14 @@ class UltraMem(SharingPart, BlockPart):
             raise TransectError(f"top={top} of {self.side} rows cannot be kept: choose a smaller top or a larger side")
         self.top, self.offset = top, place * own
         key = key or width // 2
-        # D_p : D_v = 1 : 3, together half of the stream's width (Section 4)
-        self.pre_size, self.value_size = max(1, width // 8), TUCKER_HEADS * max(1, 3 * width // 16)
+        # D_p : D_v = 1 : 3, together half of the stream's width (Section 4), which plain vectors have for themselves
+        plain = values == "vectors"
+        self.pre_size = 0 if plain else max(1, width // 8)
+        self.value_size = TUCKER_HEADS * max(1, width // 4 if plain else 3 * width // 16)
         self.queries = TUCKER_RANK if queries == "each" else 1
         self.share(place, first)
         self.query_proj = nn.Linear(width, 2 * self.queries * key, bias=False)
-        self.pre_proj = nn.Linear(width, self.pre_size, bias=False)
+        self.pre_proj = nn.Linear(width, self.pre_size, bias=False) if self.pre_size else None
         self.out_proj = nn.Linear(self.value_size, width, bias=False)
         self.keys = nn.Parameter(torch.randn(2, TUCKER_RANK, self.side, key) / math.sqrt(key))  # of rows and columns
         self.query_gain = nn.Parameter(torch.full((key,), key**-0.4))
@@ -96,17 +103,21 @@ class UltraMem(SharingPart, BlockPart):
         """Numbers with which the mean score of what is read is 1 and Mem has the variance of an MLP (Appendix A)."""
         nn.init.normal_(self.query_proj.weight, std=key**-0.5)
         for linear in (self.pre_proj, self.out_proj):
-            nn.init.normal_(linear.weight, std=math.sqrt(2 / (5 * width)))
+            if linear is not None:
+                nn.init.normal_(linear.weight, std=math.sqrt(2 / (5 * width)))
         if not self.keys.is_meta:
             scores = self.looked_up(torch.randn(STARTING_INPUTS, width))[1]
             for gain in (self.query_gain, self.key_gain):  # either is in both factors of a score
                 gain /= scores.mean().clamp_min(1e-6) ** 0.25
             spread = float(scores.var() / scores.mean().clamp_min(1e-6).square())  # σ_s² once the mean is 1
             if self.owns_bank:
-                # σ_V⁴, from 0.16 (1 + σ_s²) σ_V⁴ D_p top D_v / h = 0.064 (neurons / h) / 2L, the variance of an MLP
-                fourth = 0.2 * neurons / (self.top * (1 + spread) * self.pre_size * self.value_size * layers)
-                for values in (self.bank.pre, self.bank.values):
-                    values *= fourth**0.25
+                # σ_V, from 0.4 (1 + σ_s²) σ_V² top D_v / h = 0.064 (neurons / h) / 2L, the variance of an MLP, of plain
+                # vectors; that of neurons has 0.4 σ_V² D_p on the left besides
+                squared = 0.08 * neurons / (self.top * (1 + spread) * self.value_size * layers)
+                if self.bank.pre is not None:
+                    squared = math.sqrt(2.5 * squared / self.pre_size)
+                for values in self.bank.parameters():
+                    values *= math.sqrt(squared)
         if start == "zero":
             nn.init.zeros_(self.out_proj.weight)
 
@@ -130,13 +141,12 @@ class UltraMem(SharingPart, BlockPart):
         slots, scores = self.looked_up(flat)
         slots = (self.shuffle[slots] + self.offset) % self.slots  # of the pool
         pool = self.bank
-        given = self.pre_proj(flat).to(pool.pre.dtype)
-        g = torch.einsum("tp,tkp->tk", given, functional.embedding(slots, pool.pre))
+        if self.pre_proj is not None:
+            given = self.pre_proj(flat).to(pool.pre.dtype)
+            scores = scores * torch.einsum("tp,tkp->tk", given, functional.embedding(slots, pool.pre))[:, None]
         rows = torch.stack([slots + a * self.slots for a in range(TUCKER_HEADS)], dim=1)  # T x heads x top
-        weights = (scores * g[:, None]).to(pool.values.dtype)
-        read = functional.embedding_bag(
-            rows.flatten(0, 1), pool.values, mode="sum", per_sample_weights=weights.flatten(0, 1)
-        )
+        weights = scores.to(pool.values.dtype).flatten(0, 1)
+        read = functional.embedding_bag(rows.flatten(0, 1), pool.values, mode="sum", per_sample_weights=weights)
         return self.out_proj(read.view(len(flat), -1).to(u.dtype)).view(u.shape)
 
     def forward(self, x: Tensor, inside: Inside) -> Tensor:
