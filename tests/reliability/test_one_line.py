@@ -147,6 +147,9 @@ def wrong() -> dict[str, Job]:
         jobs[f"--keep {name}"] = Job([*armor, "--keep", value])
         for option in ("--armor.seed", "--armor.rounds", "--armor.learning-rate"):
             jobs[f"{option} {name}"] = Job([*armor, "--keep", "0.7", option, value])
+    for name, value in (("MIXED_PRECISION", "fp8"), ("MIXED_PRECISION", "x"), ("GRADIENT_ACCUMULATION_STEPS", "x")):
+        told = f"os.environ['ACCELERATE_{name}'] = {value!r}"
+        jobs[f"accelerate's {name} {value}"] = Job([*WRITERS["recover"], "--out", "wrong"], told)
     return jobs
 
 

@@ -24,16 +24,21 @@ class Machine:
     """
 
     def __init__(self, device: str | torch.device | None = None) -> None:
-        self.accelerator = Accelerator()
+        try:
+            self.accelerator = Accelerator()
+        except (ValueError, ImportError) as reason:  # of variables and settings that mean nothing to it, or not here
+            raise TransectError(
+                f"accelerate does not take what its settings, or variables such as ACCELERATE_MIXED_PRECISION, say: "
+                f"{reason}"
+            ) from reason
         if self.accelerator.distributed_type not in _ALIKE:
             raise TransectError(
                 f"training runs as plain processes, each with the whole model, not under "
                 f"{self.accelerator.distributed_type.value}: choose multi-GPU or multi-CPU in accelerate's config"
             )
-        if self.accelerator.mixed_precision not in ("no", "bf16"):
-            raise TransectError(
-                f"mixed precision {self.accelerator.mixed_precision!r} needs scaled losses; use bf16 or no"
-            )
+        self.precision: str = self.accelerator.mixed_precision or "no"  # of an empty variable, too
+        if self.precision not in ("no", "bf16"):
+            raise TransectError(f"mixed precision {self.precision!r} needs scaled losses; use bf16 or no")
         self.index: int = self.accelerator.process_index
         self.count: int = self.accelerator.num_processes
         if device is not None and self.count > 1:
@@ -47,8 +52,7 @@ class Machine:
 
     def to_dict(self) -> dict[str, Any]:
         """What of it decides the numbers of a training, as JSON; the same in every process."""
-        precision = self.accelerator.mixed_precision
-        return {"device": self.device.type, "processes": self.count, "mixed_precision": precision}
+        return {"device": self.device.type, "processes": self.count, "mixed_precision": self.precision}
 
     def total(self, tensor: Tensor) -> Tensor:
         """The sum over all processes, where the tensor was."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from statistics import fmean
 from typing import Any
 
@@ -48,8 +49,7 @@ def features(context: Context) -> Result:
 
     The loop of one block has 8 turns, that of three 3, so that both run about as many blocks (10 and 9); the three
     blocks without a loop stand beside them and are not judged; smaller is by two standard errors over seeds. The loss
-    is that of the last turn's answers: one over the last turns, which is to make more of them harmless, is not tried.
-    The model plays no part.
+    is that of the last turn's answers (`algoformer/more-turns` has one over the last turns). The model plays no part.
     """
     rows, difference, error, told = _compared("icl-regression", TASK)
     longer = ", ".join(
@@ -151,20 +151,10 @@ def _solvers(context: Context) -> dict[str, list[dict[str, Any]]]:
 
 
 def _solver(fewest: int, seed: int) -> dict[str, Any]:
-    """A loop that is trained with so many turns at least, TURNS at most, and its errors with others."""
-    task = task_named("icl-regression")
-    shown, asked = task.draw(LONG_STEPS * BATCH, 2 * seed, PLAIN), task.draw(TESTED, 1, PLAIN)
-    model = built("llama", {}, {}, {**SIZES, "length": shown.inputs.shape[1]}, shown.vectors, seed)
-    _turn(model, TURNS)
-    batches, lowered = list(shown.batches(BATCH)), loss_on(model, shown)
+    """The errors, with some numbers of turns, of a loop that is trained with so many at least, TURNS at most."""
+    asked = task_named("icl-regression").draw(TESTED, 1, PLAIN)
     turns = torch.randint(fewest, TURNS + 1, (LONG_STEPS,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-    def loss(step: int) -> torch.Tensor:
-        _turn(model, turns[step])
-        summed, count = lowered(batches[step])
-        return summed / count
-
-    descend(model, loss, LONG_STEPS, RATE)
+    model = _trained(ORDERS["algoformer"], "icl-regression", PLAIN, LONG_STEPS, seed, lambda step: turns[step])
     found: dict[str, Any] = {}
     for times in RUN:
         _turn(model, times)
@@ -188,7 +178,7 @@ def _turned(times: int) -> str:
 def _compared(task: str, settings: dict[str, Any]) -> tuple[list[dict[str, Any]], float, float, str]:
     """Rows of all models; by how much algoformer's error is the larger of the two loops', with its error; in words."""
     rows = [
-        {"task": task, "model": name, "seed": seed, **_trained(name, seed, task, settings)}
+        {"task": task, "model": name, "seed": seed, **_judged(name, seed, task, settings)}
         for name in ORDERS
         for seed in SEEDS
     ]
@@ -203,25 +193,35 @@ def _compared(task: str, settings: dict[str, Any]) -> tuple[list[dict[str, Any]]
     return rows, difference, error, told
 
 
-def _trained(name: str, seed: int, task: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """A model whose blocks stand in the order of that name, trained from new weights."""
-    order = ORDERS[name]
-    shown, asked = task_named(task).draw(STEPS * BATCH, 2 * seed, settings), task_named(task).draw(TESTED, 1, settings)
-    length = shown.inputs.shape[1]
-    model = built("llama", {}, {}, {**SIZES, "length": length}, shown.vectors, seed)
-    Anatomy(model).arrange(order)
-    batches, lowered = list(shown.batches(BATCH)), loss_on(model, shown)
-
-    def loss(step: int) -> torch.Tensor:
-        summed, count = lowered(batches[step])
-        return summed / count
-
-    descend(model, loss, STEPS, RATE)
+def _judged(name: str, seed: int, task: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """The errors of a model whose blocks stand in the order of that name, and what it costs."""
+    asked = task_named(task).draw(TESTED, 1, settings)
+    model = _trained(ORDERS[name], task, settings, STEPS, seed)
     found: dict[str, Any] = {
-        "loss": judged(model, asked, BATCH).loss, "parameters": parameters(model), "blocks run": len(order),
-        "operations": flops_of_model(model, length),
+        "loss": judged(model, asked, BATCH).loss, "parameters": parameters(model), "blocks run": len(ORDERS[name]),
+        "operations": flops_of_model(model, asked.inputs.shape[1]),
     }  # fmt: skip
     for times in OTHERS if name == "algoformer" and task == "icl-regression" else ():
         _turn(model, times)
         found[_turned(times)] = judged(model, asked, BATCH).loss
     return found
+
+
+def _trained(
+    order: list[int], task: str, settings: dict[str, Any], steps: int, seed: int,
+    turns: Callable[[int], int] | None = None,
+) -> Any:  # fmt: skip
+    """A model of three blocks that are run in this order, trained from new weights. turns: of the loop, by steps."""
+    shown = task_named(task).draw(steps * BATCH, 2 * seed, settings)
+    model = built("llama", {}, {}, {**SIZES, "length": shown.inputs.shape[1]}, shown.vectors, seed)
+    Anatomy(model).arrange(order)
+    batches, lowered = list(shown.batches(BATCH)), loss_on(model, shown)
+
+    def loss(step: int) -> torch.Tensor:
+        if turns is not None:
+            _turn(model, turns(step))
+        summed, count = lowered(batches[step])
+        return summed / count
+
+    descend(model, loss, steps, RATE)
+    return model
