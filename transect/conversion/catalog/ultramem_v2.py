@@ -36,7 +36,8 @@ def _check(anatomy: Anatomy, side: int, top: int, share: float, layers: str, **_
 def ultramem_v2(
     anatomy: Anatomy, calibration: Calibration, *, side: Annotated[int, Range(2, 4096)] = 64,
     top: Annotated[int, Range(1, 128)] = 16, share: Annotated[float, Range(0, 1, above=True)] = 0.5,
-    key: Annotated[int, Range(0, 2**16)] = 0, queries: Literal["each", "shared"] = "each", layers: str = "",
+    key: Annotated[int, Range(0, 2**16)] = 0, queries: Literal["each", "shared"] = "each",
+    values: Literal["neurons", "vectors"] = "neurons", layers: str = "",
 ) -> None:  # fmt: skip
     """Every block gets a large memory beside it, of which a position reads a few slots; its output begins at zero.
 
@@ -48,9 +49,12 @@ def ultramem_v2(
     share: of the pool that a layer reads, see the part.
     key: width of a key; 0 is half of the stream's.
     queries: each rank has its own row and column query, or both ranks share one.
+    values: slots are linear neurons, or plain vectors.
     layers: beside these blocks only, such as 0-5,7; default all.
     """
     insert(
         anatomy.model, "block", "ultramem-v2", layers=block_numbers(layers, anatomy.blocks), seed=calibration.seed,
-        settings={"side": side, "top": top, "share": share, "key": key, "queries": queries, "start": "zero"},
+        settings={
+            "side": side, "top": top, "share": share, "key": key, "queries": queries, "values": values, "start": "zero",
+        },
     )  # fmt: skip
