@@ -37,12 +37,12 @@ def write_site(folder: Folder, records: Sequence[Record]) -> list[str]:
         "style": Markup(_source("base.css", of=report) + _source("style.css")),
         "script": Markup(_source("site.js")),
     }
-    written = []
+    written = [page["file"] for page in pages]
+    folder.add(INDEX, *written)  # at once, which is one write of the mark and not one a page
     for page in pages:
         neighbours = [one for one in groups[page["purpose"]] if one is not page]
         page_ = environment.get_template("page.html").render(page=page, neighbours=neighbours, **common)
         write_text(folder.file(page["file"]), page_)
-        written.append(page["file"])
     index = environment.get_template("index.html").render(
         groups=groups, count=len(pages), searched=Markup(json.dumps(searched).replace("<", "\\u003c")), **common
     )
@@ -61,8 +61,9 @@ def _source(name: str, of: Any = pages) -> str:
 
 def _page(entry: Any, records: Sequence[Record]) -> dict[str, Any]:
     """What the page of an entry shows."""
-    said = inspect.getdoc(entry.function) or ""
-    lines = [line for line in said.split("\n") if not _is_setting(line, entry)]
+    said, parameters = inspect.getdoc(entry.function) or "", entry.parameters
+    settings = tuple(f"{parameter.name}: " for parameter in parameters)
+    lines = [line for line in said.split("\n") if not line.startswith(settings)]
     paragraphs = [" ".join(part.split()) for part in "\n".join(_without_continued(lines)).split("\n\n")]
     claimed = [one for one in claims() if one.method == entry.name]
     return {
@@ -79,17 +80,13 @@ def _page(entry: Any, records: Sequence[Record]) -> dict[str, Any]:
         ) if note],
         "parameters": [
             {"name": p.name, "type": p.kind.__name__, "default": str(p.default), "accepts": _accepts(p), "help": p.help}
-            for p in entry.parameters
+            for p in parameters
         ],
         "command": COMMANDS.get(entry.family, "").replace("NAME", entry.name),
         "claims": [
             {"name": one.name, "statement": one.statement, "records": _newest(one.name, records)} for one in claimed
         ],
     }  # fmt: skip
-
-
-def _is_setting(line: str, entry: Any) -> bool:
-    return any(line.startswith(f"{parameter.name}: ") for parameter in entry.parameters)
 
 
 def _without_continued(lines: list[str]) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -68,9 +69,9 @@ class Folder:
 
     def check(self, *names: str) -> None:
         """Raise TransectError if a file of one of these names is there and is not ours."""
-        listed = self.listed()
+        ours = self._ours(names)
         for name in names:
-            if os.path.lexists(self.path / name) and name not in listed:
+            if os.path.lexists(self.path / name) and name not in ours:
                 raise TransectError(
                     f"{self.path / name} is there and was not written by Transect as part of {self.kind}; move it "
                     "away, or name another folder"
@@ -79,8 +80,8 @@ class Folder:
     def add(self, *names: str) -> None:
         """List files that are to be written: they are ours from now on; TransectError if one is there and is not."""
         self.check(*names)
-        listed = self.listed()
-        added = [name for name in dict.fromkeys(names) if name not in listed]
+        ours = self._ours(names)
+        added = [name for name in dict.fromkeys(names) if name not in ours]
         for name in added:
             if not self._lies_inside(name):
                 raise TransectError(f"{self.path / name} is reached through a link, and would not lie in {self.path}")
@@ -108,11 +109,19 @@ class Folder:
 
     def listed(self) -> set[str]:
         """Names, relative to the folder, of the files that are ours, whether they are there or not."""
+        return {name for name in self._names() if self._lies_inside(name)}
+
+    def _ours(self, names: Iterable[str]) -> set[str]:
+        """Those of these names that are listed: only they are looked for in the folder."""
+        listed = self._names()
+        return {name for name in names if name in listed and self._lies_inside(name)}
+
+    def _names(self) -> set[str]:
+        """What stands in the mark, wherever it leads."""
         names = set()
         for line in self._lines()[1:]:
             with suppress(ValueError, RecursionError):
-                name = json.loads(line)
-                if isinstance(name, str) and self._lies_inside(name):
+                if isinstance(name := json.loads(line), str):
                     names.add(name)
         return names
 
