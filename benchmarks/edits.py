@@ -79,7 +79,8 @@ def one_after_another(bench: Bench, methods: Sequence[str], count: int, text: An
         found = []
         for one in bench.one_after_another(method, edited, others, text):
             found.append({heading: "-" if value != value else value for heading, value in one.items()})
-            print(f"{method}, {one['edits']} edits: loss {one['loss']:.4f}", file=sys.stderr, flush=True)
+            told = f"written {one['all written']:.3f}, other facts {one['other facts']:.3f}, loss {one['loss']:.4f}"
+            print(f"{method}, {one['edits']} edits: {told}", file=sys.stderr, flush=True)
         rows += [{"method": method, **row} for row in found]
         title = f"{name}: {len(edited)} facts, {method} one after another; {len(others)} others"
         show(title, list(found[0]), [list(row.values()) for row in found])
