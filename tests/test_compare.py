@@ -131,6 +131,10 @@ def test_processes_and_ray_give_the_same_table(tmp_path, monkeypatch):
     assert expected["facts"].between(0.01, 1).all() and expected["facts"].nunique() > 1
     pytest.importorskip("ray")
     monkeypatch.setenv("RAY_worker_niceness", "0")  # of a cluster that starts here; beside other tests it would starve
+    monkeypatch.setenv("RAY_ADDRESS", "no address")
+    with pytest.raises(TransectError, match="ray does not begin, with RAY_ADDRESS='no address'"):
+        compare(tmp_path / "nowhere", engine="ray", **rows)
+    monkeypatch.setenv("RAY_ADDRESS", "")  # as if it were not set
 
     class DiesOnce(on_ray._RayWorker):
         def compute(self, rows):

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ..arguments import shown
 from ..errors import TransectError
 from .losses import Losses
 from .processes import Item, Load
@@ -29,8 +30,11 @@ def run_on_ray(
         raise TransectError("the engine ray needs an extra: pip install 'transect[ray]'") from None
     started = not ray.is_initialized()
     if started:
-        address = os.environ.get("RAY_ADDRESS")  # without one, a cluster of this machine, for this run alone
-        ray.init(address=address, include_dashboard=False, log_to_driver=False, configure_logging=False)
+        address = os.environ.get("RAY_ADDRESS") or None  # without one, a cluster of this machine, for this run alone
+        try:
+            ray.init(address=address, include_dashboard=False, log_to_driver=False, configure_logging=False)
+        except (ValueError, ConnectionError) as reason:
+            raise TransectError(f"ray does not begin, with RAY_ADDRESS={shown(address)}: {reason}") from reason
     losses, waiting, running = Losses(), list(groups), {}
     try:
         total = ray.cluster_resources()
