@@ -59,15 +59,7 @@ def below_dense(context: Context) -> Result:
 )
 def every_block(context: Context) -> Result:
     """The model of the claim before, and one whose second block alone has a memory, of 2,025 slots."""
-    numbers, differences = [], []
-    for seed in SEEDS:
-        everywhere, _ = _of_memory(context, seed)
-        one = measured_on_text(context, _trained(context, seed, NEURONS, CONCENTRATED, layers=[SIZES["blocks"] - 1]))
-        difference, error = everywhere.minus(one)
-        differences.append(difference)
-        numbers.append({"seed": seed, "every_block": everywhere.loss, "one_block": one.loss,
-                        "difference": difference, "standard_error": error})  # fmt: skip
-    return _judged(differences, numbers)
+    return _beside(context, ("every_block", "one_block"), CONCENTRATED, layers=[SIZES["blocks"] - 1])
 
 
 @claim(
@@ -79,15 +71,7 @@ def every_block(context: Context) -> Result:
 )
 def neurons_as_values(context: Context) -> Result:
     """The model of the first claim, and one whose slots are vectors as long as a neuron's two."""
-    numbers, differences = [], []
-    for seed in SEEDS:
-        neurons, _ = _of_memory(context, seed)
-        plain = measured_on_text(context, _trained(context, seed, NEURONS, {**SETTINGS, "values": "vectors"}))
-        difference, error = neurons.minus(plain)
-        differences.append(difference)
-        numbers.append({"seed": seed, "neurons": neurons.loss, "vectors": plain.loss,
-                        "difference": difference, "standard_error": error})  # fmt: skip
-    return _judged(differences, numbers)
+    return _beside(context, ("neurons", "vectors"), {**SETTINGS, "values": "vectors"})
 
 
 @claim(
@@ -115,6 +99,21 @@ def more_slots(context: Context) -> Result:
         f"{1 / CLASSES:.3f}",
         numbers,
     )
+
+
+def _beside(
+    context: Context, names: tuple[str, str], settings: dict[str, Any], layers: list[int] | None = None
+) -> Result:
+    """A memory beside every MLP, which is to have the lower loss, and one of these settings. names: of both."""
+    numbers, differences = [], []
+    for seed in SEEDS:
+        everywhere, _ = _of_memory(context, seed)
+        other = measured_on_text(context, _trained(context, seed, NEURONS, settings, layers))
+        difference, error = everywhere.minus(other)
+        differences.append(difference)
+        numbers.append({"seed": seed, names[0]: everywhere.loss, names[1]: other.loss,
+                        "difference": difference, "standard_error": error})  # fmt: skip
+    return _judged(differences, numbers)
 
 
 def _judged(differences: list[float], numbers: list[dict[str, Any]]) -> Result:

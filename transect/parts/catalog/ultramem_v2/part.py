@@ -53,8 +53,7 @@ class UltraMem(SharingPart, BlockPart):
         own part, which is all at 1 / layers or less.
     key: width of a key, D_k; 0 is half of the stream's.
     queries: each rank has its own row and column query, as in the paper, or both ranks share one, as in its code.
-    values: neurons, one linear neuron in each slot, or the plain vectors of UltraMem before it, which are of no use but
-        to be compared with.
+    values: neurons, one linear neuron in each slot, or vectors, plain ones as in UltraMem before it.
     start: zero is W_o = 0, so that the block does what it did; paper gives the memory the variance of an MLP.
     """
 
@@ -150,6 +149,7 @@ class UltraMem(SharingPart, BlockPart):
         return self.out_proj(read.view(len(flat), -1).to(u.dtype)).view(u.shape)
 
     def forward(self, x: Tensor, inside: Inside) -> Tensor:
+        """What the block makes of the stream (B x T x d), and Mem(u)."""
         seen: list[Tensor] = []
         if not isinstance(inside.mlp, nn.Module):
             return inside.block(x) + self.memory(functional.rms_norm(x, x.shape[-1:]))
