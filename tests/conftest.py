@@ -3,12 +3,16 @@
 import gc
 import os
 import re
+from collections import defaultdict
 from types import SimpleNamespace
+from zlib import crc32
 
 import pytest
 import torch
 
+from .models import CONFIGS
 from .processes import WITH_TRANSECT, WITHOUT_TRANSECT, Forks
+from .suite import SHORT
 
 # Files that take half a minute or more. They go first, so that no process is left alone with one at the end.
 LONG = ("test_architectures", "test_every_claim", "test_compare", "test_parts", "test_every_method", "test_adaptation",
@@ -19,9 +23,38 @@ LONG = ("test_architectures", "test_every_claim", "test_compare", "test_parts", 
 re._MAXCACHE = 8192
 
 
-def pytest_collection_modifyitems(items):
+def pytest_configure(config):
+    config.addinivalue_line("markers", "nightly: not in `make test`, but in `make nightly` and where it is asked for")
+
+
+def pytest_collection_modifyitems(items, config):
     """Long files first, in the order above; the others as they were found."""
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+    if SHORT:
+        left_out = {item for item in items if item.get_closest_marker("nightly")} | set(over_architectures(items))
+        config.hook.pytest_deselected(items=list(left_out))
+        items[:] = [item for item in items if item not in left_out]
+
+
+def over_architectures(items):
+    """Of a test that is asked of a dozen architectures or more two thirds of them.
+
+    Llama stays, and those whose turn it is: another third in each test, and in each of its other cases. The tests of
+    the architectures themselves stay whole.
+    """
+    tests, others = defaultdict(list), list(CONFIGS)
+    for item in items:
+        given = item.callspec.params if hasattr(item, "callspec") else {}
+        name = next((value for value in given.values() if isinstance(value, str) and value in CONFIGS), None)
+        if name is not None:
+            tests[item.path, item.originalname].append((item, name))
+    for cases in tests.values():
+        about_them = cases[0][0].path.stem == "test_architectures"
+        if not about_them and len({name for _, name in cases}) >= 12:
+            for item, name in cases:
+                turn = crc32(re.sub(rf"\b{name}\b", "", item.name).encode())  # of the case, whatever the architecture
+                if name != "llama" and (others.index(name) + turn) % 3:
+                    yield item
 
 
 def pytest_collection(session):

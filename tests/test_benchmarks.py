@@ -82,6 +82,7 @@ def test_every_operator_is_timed(benchmark: Any, capsys: pytest.CaptureFixture[s
     assert len(rows) == 13 and all(value > 0 for row in rows for value in row[2:5])
 
 
+@pytest.mark.nightly
 def test_edits_are_judged_by_what_is_written(
     benchmark: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -113,6 +114,7 @@ def test_gptq_equals_that_of_llm_compressor(benchmark: Any, capsys: pytest.Captu
     assert len(differences) == 16 and all(difference <= 1e-4 for difference in differences)
 
 
+@pytest.mark.nightly
 def test_training_aware_compression_beside_repairs(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
     rows = benchmark("training_aware")(["--quick", "--bits", "4", "--keep", ""])
     assert "organism: 2 steps of 8 sequences" in capsys.readouterr().out
@@ -125,6 +127,7 @@ def test_training_aware_compression_beside_repairs(benchmark: Any, capsys: pytes
     assert best["over the best repaired"] == 0 == best["±"]
 
 
+@pytest.mark.nightly
 def test_converted_models_beside_compressed_ones_of_their_cost(
     benchmark: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -144,6 +147,7 @@ def test_converted_models_beside_compressed_ones_of_their_cost(
         benchmark("same_cost")([*words, "--steps", "2"])
 
 
+@pytest.mark.nightly
 def test_what_diff_predicts(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
     rows = benchmark("diff_prediction")(
         ["--quick", "--methods", "svd,modegpt", "--keep", "0.7", "--edits", "kfac-edit"]
@@ -163,6 +167,7 @@ def test_multiply_adds_of_a_gram_matrix(benchmark: Any) -> None:
     assert upper(1024) == sum(128 * n for n in range(128, 1025, 128))  # 8 blocks
 
 
+@pytest.mark.nightly
 def test_facts_edited_one_after_another(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--quick", "--after-another", "2", "--methods", "memit", "--heldout-sequences", "2", "--sequences", "16"]
     rows = benchmark("edits")(words)

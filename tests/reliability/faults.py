@@ -14,11 +14,9 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
 
 import safetensors.torch
 
-T = TypeVar("T")
 _CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "transect.swap",
             "safetensors.write"}  # fmt: skip
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -152,13 +150,6 @@ class Kills:
         shutil.copytree(tree, state, symlinks=True, copy_function=copy)
         self.states.append(state)
         return state
-
-
-def some(states: list[T], most: int) -> list[T]:
-    """So many of the states, evenly spread, the last among them; all where EVERY_KILL is set, as by `make nightly`."""
-    if os.environ.get("EVERY_KILL") or len(states) <= most:
-        return states
-    return [states[round(i * (len(states) - 1) / (most - 1))] for i in range(most)]
 
 
 def digest(tree: Path) -> str:

@@ -23,8 +23,9 @@ from transect.errors import TransectError
 
 from ..models import tiny
 from ..processes import Job
+from ..suite import some
 from ..test_checkpoint import tokenizer
-from .faults import Failing, Kills, some
+from .faults import Failing, Kills
 
 CLAMP = ["--method", "neuron-clamp", "--neurons", "1:3=0,2:7=0"]
 

@@ -18,9 +18,10 @@ from transect.pages.entries import entries
 from transect.store import Folder, write_text
 
 from ..models import apart, tiny
+from ..suite import some
 from ..test_checkpoint import tokenizer
 from ..test_compare import SAME
-from .faults import Kills, some
+from .faults import Kills
 from .runs import DATA, OTHER
 
 pytestmark = pytest.mark.usefixtures("quick")

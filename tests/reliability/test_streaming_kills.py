@@ -16,7 +16,8 @@ from transect.errors import TransectError
 from transect.streaming.workspace import Workspace
 
 from ..models import VOCABULARY, tiny
-from .faults import Failing, Kills, digest, some
+from ..suite import SHORT, some
+from .faults import Failing, Kills, digest
 
 DATA = torch.randint(3, VOCABULARY, (6, 12), generator=torch.Generator().manual_seed(5))
 KINDS = {
@@ -102,13 +103,13 @@ def test_killed_when_the_result_is_in_place_and_run_again_without_overwrite(tmp_
             refused += 1
         assert_same(tensors(state / "out"), expected)
         assert os.listdir(state) == ["out"]
-    assert refused < len(chosen) / 2
+    assert refused <= len(chosen) / 2
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
 @pytest.mark.parametrize("kind", ["sequential", "gradients"])
 def test_whichever_change_fails_the_next_run_goes_on(tmp_path, model, kind, error):
-    """Every eleventh change, each in the run that goes on from where the one before had failed."""
+    """Every eleventh change, or third eleventh, each in the run that goes on from where the one before had failed."""
     expected_out = tmp_path / "whole"
     expected = compress(model, expected_out, kind)
     n, fired, out = 1, True, tmp_path / "root" / "out"
@@ -120,7 +121,7 @@ def test_whichever_change_fails_the_next_run_goes_on(tmp_path, model, kind, erro
             outcome = compress(model, out, kind)
             assert outcome == expected
         fired = failing.fired
-        n += 11
+        n += 33 if SHORT else 11
         if fired and set(tensors(out)) == set(before):
             assert_same(tensors(out), before)
     assert_same(tensors(out), tensors(expected_out))

@@ -24,6 +24,7 @@ from transect.store import Folder
 
 from ..models import VOCABULARY, tiny
 from ..processes import Job
+from ..suite import EVERY, SHORT
 from ..test_checkpoint import tokenizer
 
 DATA = torch.randint(3, VOCABULARY, (4, 8), generator=torch.Generator().manual_seed(5))
@@ -110,7 +111,7 @@ SPREAD = {
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no kills on this system")
-@pytest.mark.parametrize("which", SPREAD if os.environ.get("EVERY_KILL") else ["compare", "race"])
+@pytest.mark.parametrize("which", SPREAD if EVERY else ["compare"] if SHORT else ["compare", "race"])
 def test_a_killed_worker_costs_a_second_try_and_a_killed_parent_takes_its_workers_along(which, tmp_path, forks):
     own, runs, call, done, said = SPREAD[which]
     save(tiny("llama"), tmp_path / "model")
