@@ -201,7 +201,7 @@ def test_averaged_attention_is_that_of_changed_patterns(name):
     specimen = specimen_of(name, count=2)
     model, items = specimen.model, items_of(specimen, specimen.choices[:1])
     plain = letter_logits(specimen, items)
-    assert torch.equal(averaged_letter_logits(specimen, items, {}), plain)
+    torch.testing.assert_close(averaged_letter_logits(specimen, items, {}), plain, rtol=0, atol=1e-5)
     block = blocks(specimen)[2]  # the last one, so that its change reaches the logits in one step
     ids, places = items.prompts[0][1][None], items.places[0][1][None]
     assert specimen.decode(ids[0, places[0]].tolist()).split() == list(LETTERS)
@@ -222,6 +222,22 @@ def test_averaged_attention_is_that_of_changed_patterns(name):
     assert hooks(model) == 0
 
 
+def test_later_heads_see_what_earlier_ones_do_and_only_what_is_asked_is_answered():
+    specimen = specimen_of(count=2)
+    items = items_of(specimen, specimen.choices)
+    both = averaged_letter_logits(specimen, items, {0: [1], 2: [3]})
+    asked = torch.zeros(len(items), 3, dtype=torch.bool)
+    asked[1, 2] = True
+    alone = averaged_letter_logits(specimen, items, {0: [1], 2: [3]}, asked)
+    torch.testing.assert_close(alone[asked], both[asked], rtol=0, atol=1e-5)
+    assert (alone[~asked] == 0).all() and torch.equal(letter_logits(specimen, items, asked) != 0, alone != 0)
+    o = blocks(specimen)[2].attention.o  # without the later heads it is what the earlier ones do
+    o.write(torch.zeros_like(o.weight))
+    first = averaged_letter_logits(specimen, items, {0: [1]})
+    torch.testing.assert_close(averaged_letter_logits(specimen, items, {0: [1], 2: [3]}), first, rtol=0, atol=1e-5)
+    assert not torch.allclose(first, letter_logits(specimen, items))
+
+
 def test_swapping_is_an_exchange():
     pattern = torch.rand(2, 3, 9, dtype=torch.float64).softmax(-1)
     first, second = torch.tensor([1, 8]), torch.tensor([4, 3])
@@ -240,8 +256,7 @@ def test_swapping_is_an_exchange():
 def test_swapped_attention_is_that_of_changed_patterns(name):
     specimen = specimen_of(name, count=2)
     model, items = specimen.model, items_of(specimen, specimen.choices[:1])
-    plain = letter_logits(specimen, items)
-    given = swapped_letter_logits(specimen, items, {2: [1, 3]}, 0)
+    plain, given = (swapped_letter_logits(specimen, items, heads, 0) for heads in ({}, {2: [1, 3]}))
     block, size = blocks(specimen)[2], blocks(specimen)[2].attention.head_size
     shared = block.attention.heads // block.attention.key_value_heads
     for number, ids in enumerate(items.prompts[0]):
@@ -378,15 +393,15 @@ def test_it_is_told_and_leaves_no_trace():
     specimen, layer, neuron = planted()
     items = items_of(specimen, specimen.choices)
     before = blocks(specimen)[layer].mlp.down.weight.clone()
-    told = told_neuron(specimen, items, 1, 0.0)
-    assert told is not None and told == Told(layer, neuron, 1.0)
     plain = letter_logits(specimen, items).argmax(-1)
-    given = told_answers(specimen, items, 1, told, 1.0)
+    told = told_neuron(specimen, items, plain, 1, 0.0)
+    assert told is not None and told == Told(layer, neuron, 1.0)
+    given = told_answers(specimen, items, plain, 1, told, 1.0)
     assert Answers(given, items.answers).accuracy > 2 * Answers(plain, items.answers).accuracy
     untouched = (plain != 1) | (items.answers == 1)
     assert torch.equal(given[untouched], plain[untouched])
     assert torch.equal(blocks(specimen)[layer].mlp.down.weight, before)
-    assert told_neuron(specimen, items, 1, 1e9) is None
+    assert told_neuron(specimen, items, plain, 1, 1e9) is None
 
 
 def head_that_copies_letters() -> tuple[Specimen, dict[int, list[int]]]:
@@ -430,11 +445,11 @@ def test_a_head_that_looks_at_the_letter_is_found_and_swapped():
     items = items_of(specimen, specimen.choices)
     plain = Answers(letter_logits(specimen, items).argmax(-1), items.answers)
     assert plain.bias_rate(0) == 1 and plain.accuracy == pytest.approx(1 / 3)
-    ((layer, head, lead),) = told_heads(specimen, items, 0, 0.0)
+    ((layer, head, lead),) = told_heads(specimen, items, plain.chosen, 0, 0.0)
     assert {layer: [head]} == wanted and lead > 0
-    assert told_heads(specimen, items, 0, 1e9) == []
+    assert told_heads(specimen, items, plain.chosen, 0, 1e9) == []
     before = {name: tensor.clone() for name, tensor in specimen.model.state_dict().items()}
-    assert Answers(told_swap(specimen, items, 0, wanted), items.answers).accuracy == 1
+    assert Answers(told_swap(specimen, items, plain.chosen, 0, wanted), items.answers).accuracy == 1
     assert all(torch.equal(tensor, before[name]) for name, tensor in specimen.model.state_dict().items())
     assert hooks(specimen.model) == 0
 
@@ -444,7 +459,7 @@ def test_where_another_letter_or_the_right_one_was_said_the_swap_is_not_asked():
     items = items_of(specimen, specimen.choices)
     plain = letter_logits(specimen, items).argmax(-1)
     letter = int(torch.bincount(plain.flatten()).argmax())
-    given = told_swap(specimen, items, letter, {1: [0, 2]})
+    given = told_swap(specimen, items, plain, letter, {1: [0, 2]})
     untouched = (plain != letter) | (items.answers == letter)
     assert untouched.any() and torch.equal(given[untouched], plain[untouched])
 
@@ -453,15 +468,16 @@ def test_the_signs_of_a_neuron_and_its_vector_mean_nothing_together():
     specimen = specimen_of()
     items = items_of(specimen, specimen.choices)
     up, down = blocks(specimen)[2].mlp.up, blocks(specimen)[2].mlp.down
-    letter = int(letter_logits(specimen, items).argmax(-1).flatten().bincount().argmax())
-    found, told = leaning(specimen, items, letter), told_neuron(specimen, items, letter, -100.0)
+    plain = letter_logits(specimen, items).argmax(-1)
+    letter = int(plain.flatten().bincount().argmax())
+    found, told = leaning(specimen, items, letter), told_neuron(specimen, items, plain, letter, -100.0)
     assert told is not None
     weight, written = up.weight.clone(), down.weight.clone()
     weight[::2] *= -1
     written[:, ::2] *= -1
     up.write(weight)
     down.write(written)
-    again, other = leaning(specimen, items, letter), told_neuron(specimen, items, letter, -100.0)
+    again, other = leaning(specimen, items, letter), told_neuron(specimen, items, plain, letter, -100.0)
     torch.testing.assert_close(again.neurons[2], found.neurons[2], rtol=0, atol=1e-9)
     flipped = told.layer == 2 and told.neuron % 2 == 0
     assert other == told._replace(sign=-told.sign if flipped else told.sign)

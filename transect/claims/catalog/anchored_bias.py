@@ -128,15 +128,18 @@ def study_of(context: Context) -> Study:
     heads = by_layer(leaning_heads(found.heads, settings["threshold"]))
     note("attention averaged", answers(averaged_letter_logits(specimen, judging, heads), judging))
     note("letters calibrated", answers(plain - before.mean((0, 1)), judging))
-    neuron = told_neuron(specimen, choosing, letter, settings["threshold"])
+    judged = plain.argmax(-1)
+    neuron = told_neuron(specimen, choosing, before.argmax(-1), letter, settings["threshold"])
     if neuron is not None:
-        note(TOLD_EDIT, Answers(told_answers(specimen, judging, letter, neuron, 1.0), judging.answers))
-    swapping = told_heads(specimen, choosing, letter, settings["threshold"])
+        note(TOLD_EDIT, Answers(told_answers(specimen, judging, judged, letter, neuron, 1.0), judging.answers))
+    swapping = told_heads(specimen, choosing, before.argmax(-1), letter, settings["threshold"])
     if swapping:
-        note(TOLD_SWAP, Answers(told_swap(specimen, judging, letter, by_layer(swapping)), judging.answers))
+        note(TOLD_SWAP, Answers(told_swap(specimen, judging, judged, letter, by_layer(swapping)), judging.answers))
         for draw in range(DRAWS):
             others = random_heads(specimen, len(swapping), generator)
-            note(f"{RANDOM_SWAP} {draw}", Answers(told_swap(specimen, judging, letter, others), judging.answers))
+            note(
+                f"{RANDOM_SWAP} {draw}", Answers(told_swap(specimen, judging, judged, letter, others), judging.answers)
+            )
     return study
 
 

@@ -131,9 +131,10 @@ def anchored_bias(
     }
     heads = leaning_heads(found.heads, threshold)
     notes["heads that lean most"] = ", ".join(f"{layer}.{head}: {by:+.2f}" for layer, head, by in heads) or "none"
-    notes |= _other_remedies(specimen, judging, before, heads)
+    plain = letter_logits(specimen, judging)
+    notes |= _other_remedies(specimen, judging, plain, before, heads)
     if oracle_upper_bound:
-        notes |= _upper_bound(specimen, choosing, judging, letter, threshold)
+        notes |= _upper_bound(specimen, choosing, judging, before.argmax(-1), plain.argmax(-1), letter, threshold)
     part = beta * (share_of_lead(found, chosen, before, letter) if cancel == "lead" else 1.0)
     turn(specimen, journal, chosen, letter_direction(specimen.lens, choosing.tokens, letter), part)
     return notes | {
@@ -191,10 +192,9 @@ def turned(found: Leaning, count: int, threshold: float) -> list[tuple[int, int]
 
 
 def _other_remedies(
-    specimen: Specimen, judging: Items, calibration: Tensor, heads: Sequence[tuple[int, int, float]]
+    specimen: Specimen, judging: Items, plain: Tensor, calibration: Tensor, heads: Sequence[tuple[int, int, float]]
 ) -> dict[str, str]:
-    """Attention averaging and letter calibration on the unedited model, in words."""
-    plain = letter_logits(specimen, judging)
+    """Attention averaging and letter calibration on the unedited model, whose logits are `plain`, in words."""
     told = {"unedited": described(answers(plain, judging))}
     if heads:
         averaged = averaged_letter_logits(specimen, judging, by_layer(heads))
@@ -207,24 +207,26 @@ def described(given: Answers) -> str:
     return f"accuracy {given.accuracy:.1%}, spread {given.spread:.1%}, consistency {given.consistency:.1%}"
 
 
-def _upper_bound(specimen: Specimen, choosing: Items, judging: Items, letter: int, threshold: float) -> dict[str, str]:
-    """What the published remedies do, in words."""
+def _upper_bound(
+    specimen: Specimen, choosing: Items, judging: Items, chosen: Tensor, judged: Tensor, letter: int, threshold: float
+) -> dict[str, str]:
+    """What the published remedies do, in words. chosen, judged: what is answered to both kinds of items (n x c)."""
     told = {}
-    neuron = told_neuron(specimen, choosing, letter, threshold)
+    neuron = told_neuron(specimen, choosing, chosen, letter, threshold)
     if neuron is None:
         told["upper bound, published edit"] = "no neuron leans to the letter by more than the threshold"
     else:
         name = f"upper bound: published edit of neuron {neuron.layer}:{neuron.neuron}, told every right letter"
         told[name], told[f"{name}, but nothing taken away"] = (
-            described(Answers(told_answers(specimen, judging, letter, neuron, away), judging.answers))
+            described(Answers(told_answers(specimen, judging, judged, letter, neuron, away), judging.answers))
             for away in (1.0, 0.0)
         )
-    heads = told_heads(specimen, choosing, letter, threshold)
+    heads = told_heads(specimen, choosing, chosen, letter, threshold)
     if not heads:
         told["upper bound, published swap"] = "no head leans to the letter by more than the threshold"
     else:
         names = ", ".join(f"{layer}.{head}" for layer, head, _ in heads)
-        swapped = told_swap(specimen, judging, letter, by_layer(heads))
+        swapped = told_swap(specimen, judging, judged, letter, by_layer(heads))
         told[f"upper bound: published swap of attention in heads {names}, told every right letter"] = described(
             Answers(swapped, judging.answers)
         )

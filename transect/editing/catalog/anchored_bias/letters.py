@@ -18,6 +18,9 @@ from torch import Tensor
 from ....data import Choice, Specimen
 from ....errors import BadData, NotApplicable
 from ....forward import Seen, changed, watch
+from ....forward.blocks import feeds_of, put_out, run_at
+from ....forward.head import last_logits
+from ....forward.points import eager_attention
 
 SEPARATOR = ", "  # between two options of a prompt
 _TOGETHER = 64  # prompts in one forward pass
@@ -145,53 +148,70 @@ def _places(specimen: Specimen, choice: Choice) -> Tensor:
 
 
 @torch.no_grad()
-def letter_logits(specimen: Specimen, items: Items) -> Tensor:
-    """Logits of the letters as the next token, n items x c rotations x c letters, float64, on the CPU."""
-    model, out = specimen.model, _table(items)
-    for where, ids, _ in alike(items):
-        out[where] = (
-            model(input_ids=ids.to(model.device), use_cache=False).logits[:, -1].cpu()[:, items.tokens].double()
-        )
+def letter_logits(specimen: Specimen, items: Items, asked: Tensor | None = None) -> Tensor:
+    """Logits of the letters as the next token, n items x c rotations x c letters, float64, on the CPU.
+
+    asked (n x c): which prompts; the others have 0. Default: all.
+    """
+    out = _table(items)
+    for where, ids, _ in alike(items, asked):
+        out[where] = _next(specimen, ids.to(specimen.model.device), items.tokens)
     return out
 
 
 @torch.no_grad()
 def recalibrated_letter_logits(
-    specimen: Specimen, items: Items, heads: Mapping[int, Sequence[int]], recalibrated: Recalibration
-) -> Tensor:
+    specimen: Specimen, items: Items, heads: Mapping[int, Sequence[int]], recalibrated: Recalibration,
+    asked: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """The same where the last row of some heads' patterns, by layer, is another: n x c x c, float64, on the CPU.
 
     recalibrated: the new weights, from the old ones (B x h x T), where the letters are (B x c), and which is right (B).
-    A head's output changes by the sum over tokens of (new - old) v. Layer by layer, since what a later head sees
-    depends on the earlier ones: one pass for each layer, and one for the logits.
+    A head's output changes by the sum over tokens of (new - old) v. Block by block, since what a later head sees
+    depends on the earlier ones; a block with such heads runs twice, and is looked at first.
     """
-    model, out = specimen.model, _table(items)
-    for where, ids, places in alike(items):
-        ids, places, right = (one.to(model.device) for one in (ids, places, items.answers[where]))
-        changes: dict[tuple[str, int], Change] = {}
-        for layer in sorted(heads):
-            with changed(specimen.anatomy, changes), watch(specimen.anatomy, ["patterns", "v"], [layer]) as seen:
-                model.base_model(input_ids=ids, use_cache=False)
-            pattern = seen.patterns[layer][:, list(heads[layer]), -1]  # B x h x T
-            more = recalibrated(pattern, places, right) - pattern
-            changes["heads", layer] = _attending(specimen, seen, layer, heads[layer], more)
-        with changed(specimen.anatomy, changes):
-            out[where] = model(input_ids=ids, use_cache=False).logits[:, -1].cpu()[:, items.tokens].double()
+    anatomy, out = specimen.anatomy, _table(items)
+    with eager_attention(specimen.model):  # of which the masks are made, too
+        for where, ids, places in alike(items, asked):
+            ids, places, right = (one.to(specimen.model.device) for one in (ids, places, items.answers[where]))
+            (feed,) = feeds_of(anatomy, [{"input_ids": ids}])
+            hidden = feed.hidden
+            for layer in range(specimen.layers):
+                changes: dict[tuple[str, int], Change] = {}
+                if layer in heads:
+                    with watch(anatomy, ["patterns", "v"], [layer]) as seen:
+                        run_at(anatomy, feed, layer, hidden)
+                    pattern = seen.patterns[layer][:, list(heads[layer]), -1]  # B x h x T
+                    more = recalibrated(pattern, places, right) - pattern
+                    changes["heads", layer] = _attending(specimen, seen, layer, heads[layer], more)
+                with changed(anatomy, changes):
+                    hidden = run_at(anatomy, feed, layer, hidden)
+            with put_out(anatomy, hidden):
+                out[where] = _next(specimen, ids, items.tokens)
     return out
 
 
-def averaged_letter_logits(specimen: Specimen, items: Items, heads: Mapping[int, Sequence[int]]) -> Tensor:
+def _next(specimen: Specimen, ids: Tensor, tokens: Tensor) -> Tensor:
+    """Logits (B x c, float64) of the tokens (c) behind prompts of one length (B x T), on the CPU."""
+    return last_logits(specimen.model, ids)[:, 0].cpu()[:, tokens].double()
+
+
+def averaged_letter_logits(
+    specimen: Specimen, items: Items, heads: Mapping[int, Sequence[int]], asked: Tensor | None = None
+) -> Tensor:
     """Logits where these heads look at all listed letters alike, see `averaged_pattern`."""
     return recalibrated_letter_logits(
-        specimen, items, heads, lambda pattern, places, right: averaged_pattern(pattern, places)
+        specimen, items, heads, lambda pattern, places, right: averaged_pattern(pattern, places), asked
     )
 
 
-def swapped_letter_logits(specimen: Specimen, items: Items, heads: Mapping[int, Sequence[int]], letter: int) -> Tensor:
+def swapped_letter_logits(
+    specimen: Specimen, items: Items, heads: Mapping[int, Sequence[int]], letter: int, asked: Tensor | None = None
+) -> Tensor:
     """Logits where these heads look at the right letter as they do at `letter`, and the other way round."""
     return recalibrated_letter_logits(
         specimen, items, heads,
-        lambda pattern, places, right: swapped_pattern(pattern, places[:, letter], _chosen(places, right)),
+        lambda pattern, places, right: swapped_pattern(pattern, places[:, letter], _chosen(places, right)), asked,
     )  # fmt: skip
 
 
@@ -236,11 +256,19 @@ def _table(items: Items) -> Tensor:
     return torch.zeros(len(items), *[len(items.letters)] * 2, dtype=torch.float64)
 
 
-def alike(items: Items) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor, Tensor]]:
-    """Prompts of one length, at most `_TOGETHER`, as ((item numbers, rotations), ids B x T, places B x c)."""
+def alike(
+    items: Items, asked: Tensor | None = None
+) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor, Tensor]]:  # fmt: skip
+    """Prompts of one length, at most `_TOGETHER`, as ((item numbers, rotations), ids B x T, places B x c).
+
+    asked (n x c): which prompts. Default: all.
+    """
     flat = [
-        (len(prompt), item, turn) for item, turns in enumerate(items.prompts) for turn, prompt in enumerate(turns)
-    ]  # fmt: skip
+        (len(prompt), item, turn)
+        for item, turns in enumerate(items.prompts)
+        for turn, prompt in enumerate(turns)
+        if asked is None or asked[item, turn]
+    ]
     for _, group in groupby(sorted(flat), key=lambda one: one[0]):
         same = list(group)
         for start in range(0, len(same), _TOGETHER):

@@ -36,16 +36,16 @@ class Told(NamedTuple):
 
 
 @torch.no_grad()
-def told_neuron(specimen: Specimen, items: Items, letter: int, threshold: float) -> Told | None:
+def told_neuron(specimen: Specimen, items: Items, plain: Tensor, letter: int, threshold: float) -> Told | None:
     """Which neuron the edit changes, or None; chosen on the items that are wrongly answered with the letter.
 
     D is a logit of the letter less that of the right one, of a part of the stream put through the final norm alone. In
     every MLP of mean D above the threshold, the `CANDIDATES` neurons of largest mean |k_i| ‖v_i‖ are looked at; the one
     whose own k_i v_i has the largest mean D is chosen, over all layers, if that is above the threshold. The output
-    bias, which the authors add to each neuron, is left out.
+    bias, which the authors add to each neuron, is left out. plain (n x c): the letters that are answered.
     """
     lens, blocks = specimen.lens, specimen.anatomy.blocks
-    cases = list(_wrong_cases(specimen, items, letter))
+    cases = list(_wrong_cases(specimen, items, plain, letter))
     count = sum(len(right) for _, right in cases)
     leans: dict[int, float] = {}
     sizes: dict[int, Tensor] = {}
@@ -78,12 +78,12 @@ def told_neuron(specimen: Specimen, items: Items, letter: int, threshold: float)
     return Told(best[1], neuron, float(means[best[1]][neuron].sign()))
 
 
-def told_answers(specimen: Specimen, items: Items, letter: int, told: Told, away: float) -> Tensor:
+def told_answers(specimen: Specimen, items: Items, plain: Tensor, letter: int, told: Told, away: float) -> Tensor:
     """Letters answered (n x c), every wrong answer with the letter replaced by that of the model edited for its item.
 
-    away: a, how much of the letter is taken away. The matrix is bit for bit as before afterwards, also after an error.
+    plain (n x c): the letters that are answered. away: a, how much of the letter is taken away. The matrix is bit for
+    bit as before afterwards, also after an error.
     """
-    plain = letter_logits(specimen, items).argmax(-1)
     down = specimen.anatomy.blocks[told.layer].matrix("down")
     before = down.weight.clone()
     given = plain.clone()
@@ -95,23 +95,25 @@ def told_answers(specimen: Specimen, items: Items, letter: int, told: Told, away
             weight = before.to(torch.float64, copy=True)
             weight[:, told.neuron] += told.sign * told_change(specimen.lens, items.tokens, letter, right, away)
             down.write(weight)
-            given[cases] = letter_logits(specimen, items).argmax(-1)[cases]
+            given[cases] = letter_logits(specimen, items, cases)[cases].argmax(-1)
     finally:
         down.write(before)
     return given
 
 
 @torch.no_grad()
-def told_heads(specimen: Specimen, items: Items, letter: int, threshold: float) -> list[tuple[int, int, float]]:
+def told_heads(
+    specimen: Specimen, items: Items, plain: Tensor, letter: int, threshold: float
+) -> list[tuple[int, int, float]]:  # fmt: skip
     """(layer, head, D) of the heads whose attention is swapped; chosen as `told_neuron` is, on the same cases.
 
     Those whose own output has the largest mean D at the last token, above the threshold. How many heads the paper takes
-    is not published: at most `anchors.HEADS` here (ours).
+    is not published: at most `anchors.HEADS` here (ours). plain (n x c): the letters that are answered.
     """
     blocks = specimen.anatomy.blocks
     most = max((block.attention.heads for block in blocks if block.attention is not None), default=0)
     leans, count = torch.zeros(specimen.layers, most, dtype=torch.float64), 0
-    for ids, right in _wrong_cases(specimen, items, letter):
+    for ids, right in _wrong_cases(specimen, items, plain, letter):
         with watch(specimen.anatomy, ["heads"]) as seen:
             specimen.model.base_model(input_ids=ids, use_cache=False)
         count += len(right)
@@ -122,14 +124,15 @@ def told_heads(specimen: Specimen, items: Items, letter: int, threshold: float) 
     return leaning_heads(leans / max(count, 1), threshold)
 
 
-def told_swap(specimen: Specimen, items: Items, letter: int, heads: Mapping[int, Sequence[int]]) -> Tensor:
+def told_swap(
+    specimen: Specimen, items: Items, plain: Tensor, letter: int, heads: Mapping[int, Sequence[int]]
+) -> Tensor:  # fmt: skip
     """Letters answered (n x c), every wrong answer with the letter replaced by that under swapped attention.
 
-    heads: whose attention is swapped, by layer.
+    plain (n x c): the letters that are answered. heads: whose attention is swapped, by layer.
     """
-    plain = letter_logits(specimen, items).argmax(-1)
-    swapped = swapped_letter_logits(specimen, items, heads, letter).argmax(-1)
-    return torch.where((plain == letter) & (items.answers != letter), swapped, plain)
+    cases = (plain == letter) & (items.answers != letter)
+    return torch.where(cases, swapped_letter_logits(specimen, items, heads, letter, cases).argmax(-1), plain)
 
 
 def told_change(lens: Lens, tokens: Tensor, letter: int, right: int, away: float) -> Tensor:
@@ -146,10 +149,7 @@ def against(lens: Lens, states: Tensor, tokens: Tensor, letter: int, right: Tens
     return (normed * difference.view(len(right), *[1] * (states.dim() - 2), -1)).sum(-1)
 
 
-def _wrong_cases(specimen: Specimen, items: Items, letter: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _wrong_cases(specimen: Specimen, items: Items, plain: Tensor, letter: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Prompts (B x T) that are answered with the letter although another is right, and the right ones (B)."""
-    wrong = (letter_logits(specimen, items).argmax(-1) == letter) & (items.answers != letter)
-    for where, ids, _ in alike(items):
-        rows = wrong[where]
-        if rows.any():
-            yield ids[rows].to(specimen.model.device), items.answers[where][rows]
+    for where, ids, _ in alike(items, (plain == letter) & (items.answers != letter)):
+        yield ids.to(specimen.model.device), items.answers[where]
