@@ -10,6 +10,7 @@ from torch import Tensor
 from ....data import Specimen
 from ....errors import NotApplicable
 from ....forward import changed
+from ....forward.head import last_logits
 from ....forward.objective import task_of
 from ....parameters import Range
 from ...draw import Drawing, Table, bars, heatmap
@@ -158,7 +159,7 @@ def _removals(
     ids = torch.cat([half, half], 1).to(specimen.model.device)
 
     def loss() -> float:
-        logits = specimen.model(input_ids=ids, use_cache=False).logits[:, 24:-1]
+        logits = last_logits(specimen.model, ids, 24)[:, :-1]
         return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 25:].flatten()))
 
     def without(early: int, head: int, component: int) -> float:
