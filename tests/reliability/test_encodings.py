@@ -5,8 +5,6 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-import pytest
-
 import transect
 
 PACKAGE = Path(transect.__file__).parent
@@ -31,9 +29,9 @@ def without_encoding(source: str) -> list[int]:
     return sorted(found)
 
 
-@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda file: str(file.relative_to(PACKAGE)))
-def test_text_files_say_their_encoding(file):
-    assert not without_encoding(file.read_text(encoding="utf-8"))
+def test_text_files_say_their_encoding():
+    found = {str(file): without_encoding(file.read_text(encoding="utf-8")) for file in PACKAGE.rglob("*.py")}
+    assert len(found) > 500 and not {file: lines for file, lines in found.items() if lines}
 
 
 def test_the_rule_sees_them():

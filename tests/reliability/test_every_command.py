@@ -1,5 +1,7 @@
 """Everything that is registered, run once through the command line as it stands, and once with every option given.
 
+In the short suite every other of one registry as it stands, and the rest with every option.
+
 The cases come from the registries and from the commands themselves: a new method, probe, edit, claim, command or option
 is tried without being named here. An option without a default needs a value that makes sense in `VALUES`.
 """
@@ -20,6 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 import transect
 import transect.anatomy.architecture as architecture
+from tests import suite
 from tests.models import VOCABULARY, tiny
 from tests.test_adaptation import SMALL as ADAPTED
 from tests.test_conversions import SMALL
@@ -193,6 +196,15 @@ def ids(entries):
     return [entry.name for entry in entries]
 
 
+def in_turn(entries):
+    """Cases of an entry, or the name of one, and whether all its options are given."""
+    return [
+        pytest.param(entry, complete, id=f"{getattr(entry, 'name', entry)}-{'options' if complete else 'plain'}")
+        for number, entry in enumerate(entries)
+        for complete in ([number % 2 == 1] if suite.SHORT else [False, True])
+    ]
+
+
 def test_names_are_of_one_thing():
     """Settings go by the name of what they are for, and options too."""
     every = [*methods(), *allocations()], probes(), edits(), conversions(), mergings(), [*TRAINED.values()]
@@ -202,8 +214,7 @@ def test_names_are_of_one_thing():
         assert "." not in entry.name and "=" not in entry.name
 
 
-@pytest.mark.parametrize("complete", [False, True], ids=["plain", "options"])
-@pytest.mark.parametrize("entry", methods(), ids=ids(methods()))
+@pytest.mark.parametrize(("entry", "complete"), in_turn(methods()))
 def test_methods(entry, complete, command, tmp_path):
     model = "mixtral" if entry.name == "expert-count" else "model"
     values, words = given(entry, complete)
@@ -215,8 +226,7 @@ def test_methods(entry, complete, command, tmp_path):
     assert noted["method"] == entry.name and values.items() <= noted["settings"].items()
 
 
-@pytest.mark.parametrize("complete", [False, True], ids=["plain", "options"])
-@pytest.mark.parametrize("entry", allocations(), ids=ids(allocations()))
+@pytest.mark.parametrize(("entry", "complete"), in_turn(allocations()))
 def test_allocations(entry, complete, command, tmp_path):
     values, words = given(entry, complete)
     assert goes_with(next(one for one in methods() if one.name == "svd"), entry.name)
@@ -238,8 +248,7 @@ def test_probes(complete, command, tmp_path):
     assert {*found["findings"], *found["refused"]} == {entry.name for entry in probes()}
 
 
-@pytest.mark.parametrize("complete", [False, True], ids=["plain", "options"])
-@pytest.mark.parametrize("entry", edits(), ids=ids(edits()))
+@pytest.mark.parametrize(("entry", "complete"), in_turn(edits()))
 def test_edits(entry, complete, command, tmp_path):
     """It is written, or refused in a line for a reason of its own; it does not fail."""
     values, words = given(entry, complete)
@@ -254,8 +263,7 @@ def test_edits(entry, complete, command, tmp_path):
         assert history(tmp_path / "out")["edit"] == entry.name
 
 
-@pytest.mark.parametrize("complete", [False, True], ids=["plain", "options"])
-@pytest.mark.parametrize("entry", conversions(), ids=ids(conversions()))
+@pytest.mark.parametrize(("entry", "complete"), in_turn(conversions()))
 def test_conversions(entry, complete, command, tmp_path):
     """It is written, trained by its stages where it has any, or refused in a line for a reason of its own."""
     values, words = given(entry, complete)
@@ -270,8 +278,7 @@ def test_conversions(entry, complete, command, tmp_path):
         assert outcome["method"] == noted["method"] == entry.name and values.items() <= noted["settings"].items()
 
 
-@pytest.mark.parametrize("complete", [False, True], ids=["plain", "options"])
-@pytest.mark.parametrize("which", TRAINED)
+@pytest.mark.parametrize(("which", "complete"), in_turn(TRAINED))
 def test_trainings(which, complete, command, tmp_path):
     """Whatever it can be made of: what is trained, by which steps, with what beside the loss, at which rates."""
     option, entry = which.partition(" ")[0], TRAINED[which]
@@ -307,8 +314,7 @@ def test_studies(entry, command, tmp_path):
     assert all((tmp_path / "out" / name).exists() for name in ("index.html", *entry.files))
 
 
-@pytest.mark.parametrize("complete", [False, True], ids=["plain", "options"])
-@pytest.mark.parametrize("entry", searchers(), ids=ids(searchers()))
+@pytest.mark.parametrize(("entry", "complete"), in_turn(searchers()))
 def test_searches(entry, complete, command, tmp_path):
     values, words = given(entry, complete)
     line = ["search", "model", "--method", entry.name, "--keep", 0.8, "--data", "text.txt", "--neurons", "24,48"]
@@ -318,8 +324,7 @@ def test_searches(entry, complete, command, tmp_path):
     assert noted["method"] == entry.name and values.items() <= noted["options"].items()
 
 
-@pytest.mark.parametrize("complete", [False, True], ids=["plain", "options"])
-@pytest.mark.parametrize("entry", mergings(), ids=ids(mergings()))
+@pytest.mark.parametrize(("entry", "complete"), in_turn(mergings()))
 def test_mergings(entry, complete, command, tmp_path):
     values, words = given(entry, complete)
     base = ["--base", "model"] if entry.needs_base else []
