@@ -1,8 +1,8 @@
 """How much is tried: SUITE in the environment is short in `make test`, for two cores have a quarter of an hour.
 
-Then the tests that are marked nightly are left out, of those that are asked of every architecture two thirds of the
-architectures (conftest.py), every other kill, and half of the paths that make no sense; a command runs either plainly or
-with all its options. It is every in `make nightly`, which tries each kill; without it all tests run, with some kills.
+Then these are left out: the tests that are marked nightly, two thirds of the architectures where a test is asked of all
+(conftest.py), every other kill, and half of the paths that make no sense; a command runs either plainly or with all its
+options. It is every in `make nightly`, which tries each kill; without it all tests run, with some of the kills.
 """
 
 import os
