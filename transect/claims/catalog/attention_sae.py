@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from ...data import Specimen
+from ...data.batches import evenly_spaced
 from ...probes import Result as Found
+from ...probes.catalog.attention_sae.dictionaries import chosen_layers
 from ..context import Context
 from ..probing import probed
 from ..registry import NotApplicable, Result, Verdict, claim
@@ -14,6 +16,7 @@ RECOVERED, FEW = 0.8, 0.25  # of the loss that zeros cost; active features of a 
 MATTERS = 0.01  # nats that zeros cost at least, or there is nothing to recover
 POLYSEMANTIC = 0.9  # of the heads
 LEAST = 5  # features of a head that have a source, or it is not judged
+MOST = 8  # layers whose heads are judged: a dictionary is trained for each
 
 
 @claim(
@@ -67,9 +70,10 @@ def polysemantic_heads(context: Context) -> Result:
     Where such a feature is strongest, the token that contributes most is the token itself, the one before, one near by,
     the first, one far back, or what came behind an earlier copy. A head whose features are of two kinds or more counts
     as polysemantic; two features of one kind may still do unrelated things, so this is a lower bound. All layers with
-    attention; a head of which fewer than five features have a source is not judged.
+    attention, or eight of them at even distances; a head of which fewer than five features have a source is not judged.
     """
-    found = _found(context, 2.0, "all")
+    layers = evenly_spaced(chosen_layers(context.specimen, "all"), MOST)
+    found = _found(context, 2.0, ",".join(map(str, layers)))
     if "kinds" not in found.quantities:
         raise NotApplicable("attention weights times values do not add up to what this model's heads put out")
     rows, several, judged = [], 0, 0
@@ -103,5 +107,5 @@ def _found(context: Context, weight: float, layers: str = "middle") -> Found:
 
 def _width(context: Context) -> int:
     """D of the middle layer, as the probe chooses it."""
-    blocks = [block for block in context.anatomy.blocks if block.attention is not None]
-    return blocks[len(blocks) // 2].find("o").shape[1]
+    layers = chosen_layers(context.specimen, "all")
+    return context.anatomy.blocks[layers[len(layers) // 2]].find("o").shape[1]
