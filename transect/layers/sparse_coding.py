@@ -57,9 +57,9 @@ def orthogonal_matching_pursuit(signals: Tensor, dictionary: Tensor, nonzeros: i
         projections = part.new_empty(len(part), nonzeros)
         taken = torch.zeros_like(part)  # -inf where an atom may not be chosen again
         for step in range(nonzeros):
-            pick = left.abs().add_(taken).argmax(1, keepdim=True)
+            pick = _largest(left.abs().add_(taken))
             taken.scatter_(1, pick, -torch.inf)
-            row = gram[(begin + pick)[:, 0]]
+            row = gram.index_select(0, (begin + pick)[:, 0])
             if step:
                 known = rows[:, :step]
                 at_pick = known.gather(2, pick[:, None].expand(-1, step, 1))
@@ -77,6 +77,13 @@ def orthogonal_matching_pursuit(signals: Tensor, dictionary: Tensor, nonzeros: i
     values, indices = zip(*parts, strict=True)
     shape = (*correlations.shape[:-1], nonzeros)
     return torch.cat(values).view(shape), torch.cat(indices).view(shape)
+
+
+def _largest(values: Tensor) -> Tensor:
+    """Where each row of values (c x k) is largest (c x 1). On a CPU, torch's own argmax takes eight times as long."""
+    if values.is_cpu:
+        return torch.from_numpy(values.numpy().argmax(1))[:, None]
+    return values.argmax(1, keepdim=True)
 
 
 def scatter(values: Tensor, indices: Tensor, atoms: int) -> Tensor:
