@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -55,6 +56,7 @@ class Bench:
         specimen.model.eval().requires_grad_(False)
         self.specimen, self.facts = specimen, facts
         self._moments: dict[int, Tensor] = {}
+        self._before: dict[tuple[Fact, ...], Mapping[str, float]] = {}
 
     @classmethod
     def of(cls, context: Context, count: int, least: int = 5) -> Bench:
@@ -83,15 +85,30 @@ class Bench:
 
     def edited(self, name: str, facts: Sequence[Fact], others: Sequence[Fact] = (), **settings: Any) -> Outcome:
         """Edit facts together with the edit's defaults but for `settings`, measure, and take the edit back."""
+        key = tuple(facts)
+        if key not in self._before:  # the same whatever the edit and its settings
+            self._before[key] = measure(replace(self.specimen, known_facts=list(facts)))
+        with self._editing(name, facts, settings) as (specimen, found):
+            return Outcome(self._before[key], measure(specimen), found, self.answered(others))
+
+    def scored(self, name: str, facts: Sequence[Fact], **settings: Any) -> Mapping[str, float]:
+        """The same for the study's scores alone, which ask for no writing; see `editing.scores.scores`."""
+        with self._editing(name, facts, settings) as (_, found):
+            return found
+
+    @contextmanager
+    def _editing(
+        self, name: str, facts: Sequence[Fact], settings: Mapping[str, Any]
+    ) -> Iterator[tuple[Specimen, Mapping[str, float]]]:
+        """Inside, the facts are edited: the specimen with them, and the study's scores of the edit."""
         specimen = replace(self.specimen, known_facts=list(facts))
         given = registered(name).settings(settings)
         wanted = requests(specimen, given["problem"], given["noise"])
-        before, chances = measure(specimen), probabilities(specimen, wanted)
+        chances = probabilities(specimen, wanted)
         journal = Journal(specimen.model)
         try:
             self.write(journal, name, specimen, wanted, given)
-            after, left = measure(specimen), self.answered(others)
-            return Outcome(before, after, scores(chances, probabilities(specimen, wanted), wanted[0].lowers), left)
+            yield specimen, scores(chances, probabilities(specimen, wanted), wanted[0].lowers)
         finally:
             journal.undo()
 

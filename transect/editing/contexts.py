@@ -122,14 +122,30 @@ class Rows:
             found = run_blocks(anatomy, feed, layer, feed.hidden)[inside]
             if agree(found, expected):
                 return cut, feed
-        (feed,) = feeds_of(anatomy, [{"input_ids": self.ids}])
-        feed.hidden = seen.residual[layer]
-        return self, feed
+        return self, self._whole(specimen, seen.residual[layer])
+
+    @torch.no_grad()
+    def before(self, specimen: Specimen, layer: int) -> Feed:
+        """The whole rows, with their noise, as they stand before a block: what training of that block on starts at."""
+        anatomy = specimen.anatomy
+        with (
+            self._changed(specimen, {}),
+            stopping_behind(anatomy, layer),
+            watch(anatomy, ["residual"], [layer]) as seen,
+        ):
+            run_body(specimen.model, {"input_ids": self.ids})
+        return self._whole(specimen, seen.residual[layer])
+
+    def _whole(self, specimen: Specimen, hidden: Tensor) -> Feed:
+        (feed,) = feeds_of(specimen.anatomy, [{"input_ids": self.ids}])
+        feed.hidden = hidden
+        return feed
 
     def logits_behind(
         self, specimen: Specimen, feed: Feed, layer: int, changes: Mapping[tuple[str, int], Any], places: Tensor
     ) -> Tensor:
-        """Logits (m x V) at m of the places, under changes in block `layer` or behind it. feed: `behind` that block."""
+        """Logits (m x V) at m of the places, under changes in block `layer` or behind it. feed: as it stands `behind`,
+        or `before`, that block."""
         where = torch.zeros(self.ids.numel(), dtype=torch.bool, device=self.ids.device)
         where[places] = True
         with changed(specimen.anatomy, changes):

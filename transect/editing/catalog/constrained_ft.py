@@ -74,6 +74,7 @@ def constrained_ft(
     lowers = wanted[0].lowers
     before = probabilities(specimen, wanted)
     rows = rows_of(specimen, wanted, [])
+    feed, places = rows.before(specimen, min(span)), rows.answer_places
     epsilon = epsilon or bound(problem, len(span), matrices[0].shape[1])
     for matrix in matrices:
         journal.keep(matrix)
@@ -89,7 +90,8 @@ def constrained_ft(
             weight.requires_grad_(True)
         for step in range(steps or (50 if problem == "forcing" else 25)):
             with torch.enable_grad():
-                total = rows.answer_log_probabilities(rows.logits(specimen))
+                logits = rows.logits_behind(specimen, feed, min(span), {}, places.flatten())
+                total = rows.answer_log_probabilities_at(logits.unflatten(0, places.shape))
                 loss = rows.bare(rows.answer_losses(total, lowers)).mean()
                 if not lowers and step >= 5 and float(loss.detach()) < 1e-2:
                     break
