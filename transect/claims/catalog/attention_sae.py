@@ -51,7 +51,8 @@ def sparse_and_faithful(context: Context) -> Result:
     told = (
         f"With {best['active']} active features of {best['of']} numbers {best['recovered']:.0%} of the loss is "
         f"recovered, {best['by directions']:.0%} by principal directions; the dictionary is better at {len(better)} of "
-        f"{len(rows)} weights, and {len(enough)} of them recover {RECOVERED:.0%} with at most {FEW:.0%} active."
+        f"{len(rows)} weights, and {len(enough)} of them recover {RECOVERED:.0%} with at most {FEW:.0%} active. Its "
+        f"training goes {float(found['rounds'][0]):.1f} times through the text."
     )
     holds = bool(enough) and len(better) == len(rows)
     return Result(Verdict.of(holds), told, rows)
