@@ -30,7 +30,7 @@ FEW = {  # shares of float32 for 4 and 3 bits
 }  # fmt: skip
 METHODS = (
     "svd", "fwsvd", "asvd", "svd-llm", "kfac-svd", "magnitude", "wanda", "sparsegpt", "nowag-p", "armor", "rtn", "gptq",
-    "lqer", "eora", "caldera", "jlcm", "mixed", "monarch", "dsformer", "cospadi",
+    "lqer", "eora", "caldera", "jlcm", "mixed", "monarch", "dsformer", "cospadi", "cospadi-shared",
 )  # fmt: skip
 EDITS = {"memit": {}, "kfac-edit": {"layers": "all"}}  # those that change several blocks
 
