@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from ..editing.catalog.rome import rewrite
 from ..editing.closed_form import refuse_short_text, second_moments
 from ..editing.contexts import prefixes_of
 from ..editing.places import down_of, usual_layer
-from ..editing.problems import Request, requests
+from ..editing.problems import NothingToEdit, Request, requests
 from ..editing.scores import measure, probabilities, scores
 from ..editing.values import Search
 from ..evaluation import evaluate_loss, says
@@ -138,8 +138,8 @@ class Bench:
     ) -> Iterator[dict[str, Any]]:
         """Edits of one fact each, on top of one another; a row after none, the first, and each `every` of them.
 
-        A fact whose new answer earlier edits already make the model write is passed over, as one that is written. A row
-        says how many of all facts edited so far the model writes by itself, how many of the last `every`, the
+        A fact whose new answer earlier edits already make the model write, or begin a longer word with, is passed over.
+        A row says how many of all facts edited so far the model writes by itself, how many of the last `every`, the
         other facts that it still answers, and the loss on a held-out text. Afterwards the model is as it was.
         """
         given, journal = registered(name).settings({}), Journal(self.specimen.model)
@@ -149,7 +149,9 @@ class Bench:
                     fact = facts[count - 1]
                     one = replace(self.specimen, known_facts=[fact])
                     if not all(says(one, [Passage(fact.text, str(fact.new_answer))])):
-                        self.write(journal, name, one, requests(one, given["problem"], given["noise"]), given)
+                        with suppress(NothingToEdit):
+                            wanted = requests(one, given["problem"], given["noise"])
+                            self.write(journal, name, one, wanted, given)
                 if count not in (0, 1, len(facts)) and count % every:
                     continue
                 asked = [Passage(fact.text, str(fact.new_answer)) for fact in facts[:count]]

@@ -37,6 +37,10 @@ class Request:
     noise: Tensor | None
 
 
+class NothingToEdit(TransectError):
+    """The model does already what an edit was to make it do."""
+
+
 def requests(specimen: Specimen, problem: Problem, noise: float = 3.0) -> list[Request]:
     """What an edit of the specimen's facts is to do.
 
@@ -45,8 +49,8 @@ def requests(specimen: Specimen, problem: Problem, noise: float = 3.0) -> list[R
     makes it probable although noise lies on the subject. noise: its standard deviation, in those of the embeddings.
 
     Raises TransectError, before anything else: no next-token head; a subject that is not found among the prompt's
-    tokens; a prompt and answer longer than the context; facts that contradict each other; an answer to put in that the
-    model gives already; an answer to erase that it does not give.
+    tokens; a prompt and answer longer than the context; facts that contradict each other. NothingToEdit: an answer to
+    put in that the model gives already, token by token; an answer to erase that it does not give.
     """
     specimen.require_causal()
     facts = specimen.facts
@@ -118,7 +122,7 @@ def _refuse_without_effect(
         "reversal": f"the model says {answer!r} with and without the noise: there is nothing to reverse",
         "erasure": f"the model does not answer {answer!r}: there is nothing to erase",
     }[problem]
-    raise TransectError(f"{fact.text!r}: {reason}. This is so for {len(bad)} of {len(facts)} facts; leave them out")
+    raise NothingToEdit(f"{fact.text!r}: {reason}. This is so for {len(bad)} of {len(facts)} facts; leave them out")
 
 
 @torch.no_grad()
