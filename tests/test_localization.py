@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.facts import EDITS, QUICK, assert_same, specimen_of, state
+from transect.claims import fact_editing
 from transect.claims.catalog.localization import correlation, explained
 from transect.claims.context import Context
 from transect.claims.fact_editing import Bench
@@ -45,7 +46,18 @@ def test_a_bench_edits_a_copy_and_puts_it_back(edit: str):
     alone = edit_specimen(replace(context.fresh(), known_facts=bench.facts), edit, QUICK[edit])
     assert outcome.after == pytest.approx({name: alone.card[name][1] for name in outcome.after}, rel=1e-3)
     assert outcome.before != outcome.after and 0 <= outcome.others <= 1
+    assert bench.scored(edit, bench.facts, **QUICK[edit]) == pytest.approx(outcome.scores)
     assert_same(bench.specimen.model, copied)
     assert_same(specimen.model, before)
     with pytest.raises(NotApplicable, match="5 are needed"):
         Bench.of(context, 20)
+
+
+def test_a_fact_that_the_model_begins_a_longer_word_with_is_passed_over(monkeypatch: pytest.MonkeyPatch):
+    specimen = specimen_of()
+    said = replace(specimen.facts[0], new_answer=specimen.facts[0].answer)
+    bench = Bench(specimen, [said])
+    monkeypatch.setattr(fact_editing, "says", lambda specimen, questions: [False] * len(questions))
+    assert specimen.data is not None
+    none, one = bench.one_after_another("memit", bench.facts, [], specimen.data)
+    assert (none["edits"], one["edits"], one["all written"]) == (0, 1, 0) and none["loss"] == one["loss"]
