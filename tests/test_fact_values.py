@@ -174,7 +174,11 @@ def test_logits_behind_a_layer_are_those_of_the_whole_model(name: str, problem: 
         found = cut.logits_behind(specimen, feed, 1, {("down", 1): cut.adding(vector)}, asked(cut))
         assert ran == list(range(1, specimen.layers))
         expected = rows.logits(specimen, {("down", 1): rows.adding(vector)}).flatten(0, 1)[asked(rows)]
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        for layer in (0, 1):
+            change = {("down", 1): rows.adding(vector)}
+            found = rows.logits_behind(specimen, rows.before(specimen, layer), layer, change, asked(rows))
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     ran.clear()
     rows.at_edit(specimen, [("neurons", 1)])
     assert ran == [0, 1]
