@@ -158,12 +158,13 @@ def main() -> None:
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--out", type=Path, metavar="FOLDER", help="train, and write the model here")
     action.add_argument("--evaluate", type=Path, metavar="FOLDER", help="print the accuracy of this model")
+    parser.add_argument("--seed", type=int, default=Plan.seed, help="of the first weights and the text's order")
     arguments = parser.parse_args()
     folder = arguments.evaluate or arguments.out
     if arguments.out:
         if folder.exists():
             parser.error(f"{folder} exists")
-        train(folder, Plan())
+        train(folder, Plan(seed=arguments.seed))
     _console.print(accuracy_table(folder, n=1000))
 
 
