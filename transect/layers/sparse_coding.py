@@ -82,7 +82,7 @@ def orthogonal_matching_pursuit(signals: Tensor, dictionary: Tensor, nonzeros: i
 def _largest(values: Tensor) -> Tensor:
     """Where each row of values (c x k) is largest (c x 1). On a CPU, torch's own argmax takes eight times as long."""
     if values.is_cpu:
-        return torch.from_numpy(values.numpy().argmax(1))[:, None]
+        return torch.from_numpy(values.detach().numpy().argmax(1))[:, None]
     return values.argmax(1, keepdim=True)
 
 
