@@ -174,3 +174,33 @@ def test_facts_edited_one_after_another(benchmark: Any, capsys: pytest.CaptureFi
     assert [row["edits"] for row in rows] == [0, 1, 2] and rows[0]["other facts"] == 1
     assert all(0 <= row["all written"] <= 1 for row in rows[1:])
     assert "memit one after another" in capsys.readouterr().out
+
+
+def test_tables_of_the_real_model_follow_from_its_file(benchmark: Any, tmp_path: Path) -> None:
+    (tmp_path / "docs").mkdir()
+    for name in ("README.md", "docs/smollm2.csv"):
+        (tmp_path / name).write_bytes((FOLDER.parent / name).read_bytes())
+    benchmark("real_model")([], root=tmp_path)
+    for name in ("README.md", "docs/smollm2.csv"):
+        assert (tmp_path / name).read_bytes() == (FOLDER.parent / name).read_bytes(), "python benchmarks/real_model.py"
+    assert (tmp_path / "docs" / "smollm2.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_comparison_takes_the_place_of_older_rows(benchmark: Any, tmp_path: Path) -> None:
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "README.md").write_bytes((FOLDER.parent / "README.md").read_bytes())
+    old = "method,allocation,keep,kept,over_dense,over_dense_error,facts,also_over_dense\n"
+    old += "svd,uniform,0.8,0.8,14.0,0.3,0.0,12.0\nfwsvd,global,0.8,0.7,0.8,0.02,0.24,1.2\n"
+    (tmp_path / "docs" / "smollm2.csv").write_text(old, encoding="utf-8")
+    run = "method,allocation,keep,kept,loss,over_dense,over_dense_error,facts,prefill_tokens_per_second,"
+    run += 'decode_tokens_per_second,compress_seconds,"loss, emma","over_dense, emma","over_dense_error, emma"\n'
+    run += "dense,-,1.0,1.0,2.6,,,1.0,1200,34,0,3.7,,\nsvd,uniform,0.8,0.8,3.6,1.0,0.1,0.5,900,30,28,5.7,2.0,0.2\n"
+    (tmp_path / "table.csv").write_text(run, encoding="utf-8")
+    benchmark("real_model")([str(tmp_path)], root=tmp_path)
+    readme = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "| `svd` | uniform |  | +1.000 ± 0.100, 50 %, +2.00 |  |\n" in readme
+    assert "| `fwsvd` | global |  | +0.800 ± 0.020, 24 %, +1.20 (0.700) |  |\n" in readme
+    assert (
+        "| `dense` | - | 0 | 100 % | 1,200 | 34 | 0 |\n| `svd` | uniform | +1.000 ± 0.100 | 50 % | 900 | 30 | 28 |"
+        in readme
+    )
