@@ -137,7 +137,7 @@ def plot(rows: Iterable[Row], path: Path) -> None:
         )  # fmt: skip
         axes.plot(
             kept, lost, MARKERS[(number + number // 7) % 7], color=colour, markersize=5,
-            label=method if allocation in ("uniform", "own") else f"{method}, {allocation}",
+            label=method if allocation == "uniform" else f"{method}, {allocation}",
         )  # fmt: skip
     axes.set_yscale("symlog", linthresh=0.01)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -11,6 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+import transect
 from tests.models import VOCABULARY, inputs, logits, tiny
 from tests.test_data import word_tokenizer, words
 from transect.anatomy import Anatomy
@@ -291,6 +292,20 @@ def test_the_command_refuses_what_it_does_not_know(folder):
     assert isinstance(unknown.exception, TransectError) and "fwsvd/below-svd" in str(unknown.exception)
     without_data = CliRunner().invoke(main_group, ["claims", "--model", str(folder / "model")])
     assert isinstance(without_data.exception, TransectError) and "--data" in str(without_data.exception)
+
+
+def test_compressed_models_are_compared_at_the_budgets_that_are_asked_for(tmp_path):
+    model = tiny("llama")
+    found = run_claims(model, *random_data(model), ["fwsvd", "dsformer/weight-error", "amp/order"], keeps=(0.7,))
+    for outcome in found:
+        assert {row["keep"] for row in outcome.result.numbers} == {0.7}
+        assert outcome.result.explanation.endswith("Asked at 0.7 alone.")
+    ordered = next(one.result for one in found if one.claim.name == "fwsvd/below-svd")
+    usual = run_claims(model, *random_data(model), ["fwsvd/below-svd"])[0].result
+    assert [row["keep"] for row in usual.numbers] == [0.8, 0.6, 0.4, 0.3] and "Asked" not in usual.explanation
+    assert len(ordered.numbers) == 1
+    with pytest.raises(TransectError, match="keep must be a list"):
+        transect.check_claims(["fwsvd"], keep=[1.5])
 
 
 def test_verdicts_are_recorded_and_not_measured_again(tmp_path, monkeypatch):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -86,6 +86,7 @@ class Context:
     knows, for claims about probes and edits. uses: methods whose statistics are collected, in one pass, when the
     first of them is asked for.
     shared: what the claims of a method compute together, by its name.
+    keeps: budgets at which claims compare, in the place of their own; see `budgets`.
     Factorizations stay in memory: about the size of the model's matrices for every method.
     """
 
@@ -97,6 +98,7 @@ class Context:
         uses: Iterable[str] = (),
         progress: Progress | None = None,
         specimen: Specimen | None = None,
+        keeps: Sequence[float] = (),
     ) -> None:
         if evaluation.examples < 2:
             raise BadData("claims compare models sequence by sequence: the held-out data has fewer than two")
@@ -111,6 +113,11 @@ class Context:
         self._scores = Scores(self.matrices)
         self._measured: dict[tuple[Variant, float], Measured] = {}
         self.shared: dict[str, Any] = {}
+        self.keeps = tuple(keeps)
+
+    def budgets(self, usual: Sequence[float]) -> tuple[float, ...]:
+        """The shares of the bytes at which a claim compares: those that were asked for, or its own."""
+        return self.keeps or tuple(usual)
 
     @property
     def calibration(self) -> Batches:

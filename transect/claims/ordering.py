@@ -84,7 +84,8 @@ def claim_order(
     """Register the claim that the first of each pair loses less than the second (`ordered`), and nothing else.
 
     name, paper, statement: see `Claim`; the method is what stands before the name's slash.
-    keeps: budgets of the claim's own, see `ordered_at`. any_task: not of language models alone.
+    keeps: budgets of the claim's own, see `ordered_at`; those that a user asks for take their place.
+    any_task: not of language models alone.
     """
     known = {method.name for method in methods()}
     uses = dict.fromkeys(variant.method.name for pair in pairs for variant in pair if variant.method.name in known)
@@ -95,14 +96,14 @@ def claim_order(
             context.require_language_model()
         if keeps is None:
             return ordered(context, *pairs, or_equal=or_equal)
-        return ordered_at(context, keeps, *pairs, or_equal=or_equal)
+        return at_budgets(context, ordered_at(context, context.budgets(keeps), *pairs, or_equal=or_equal))
 
 
 def ordered(context: Context, *pairs: tuple[Variant, Variant], or_equal: bool = False) -> Result:
     """Judge that the first of each pair loses less than the second, at every budget."""
-    for keep in KEEPS:
+    for keep in context.budgets(KEEPS):
         context.require_keep(keep)
-    return ordered_at(context, KEEPS, *pairs, or_equal=or_equal)
+    return at_budgets(context, ordered_at(context, context.budgets(KEEPS), *pairs, or_equal=or_equal))
 
 
 def ordered_at(
@@ -111,6 +112,14 @@ def ordered_at(
     """The same at budgets of the claim's own, for methods that are not bound to ranks."""
     result = judge([compare(context, *pair, keep) for pair in pairs for keep in keeps], or_equal)
     return beside_dense(context, result)
+
+
+def at_budgets(context: Context, result: Result) -> Result:
+    """The result, saying at which budgets it is where they are not the claim's own."""
+    if not context.keeps:
+        return result
+    asked = ", ".join(f"{keep:g}" for keep in context.keeps)
+    return replace(result, explanation=f"{result.explanation.rstrip('.')}. Asked at {asked} alone.")
 
 
 def beside_dense(context: Context, result: Result) -> Result:

@@ -40,18 +40,20 @@ def run_claims(
     specimen: Specimen | None = None,
     known: Callable[[Claim], Result | None] = lambda claim: None,
     on_outcome: Callable[[Outcome], None] = lambda outcome: None,
+    keeps: Sequence[float] = (),
 ) -> list[Outcome]:
     """Check claims on a model, which is as before afterwards.
 
     calibration, evaluation: see `transect.data.load`; claims that need calibration data are not applicable without it.
     names: of claims, or of methods, probes or edits for all of their claims. Default: every claim.
     specimen: the model with its tokenizer and questions, for claims about probes and edits.
+    keeps: see `Context`.
     known: the result of a claim that was measured before, or None. on_outcome: called with each new outcome.
     """
     chosen = claims(names)
     before = {one.name: result for one in chosen if (result := known(one)) is not None}
     uses = dict.fromkeys(method for one in chosen if one.name not in before for method in one.uses)
-    context = Context(model, calibration, evaluation, uses, progress, specimen)
+    context = Context(model, calibration, evaluation, uses, progress, specimen, keeps)
     outcomes = []
     for one in progress(chosen, "claims") if progress else chosen:
         if one.name in before:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from ..arguments import checked
 from ..checkpoint import open_model
@@ -13,10 +13,10 @@ from ..claims.records import KIND, finished, record_of, write_record
 from ..compression.fingerprint import computation_fingerprint
 from ..data import SpecialTokens
 from ..errors import TransectError
-from ..parameters import Seed
+from ..parameters import Seed, listed
 from ..statistics import Progress
 from ..store import Folder, alone
-from .arguments import Count, Device, FolderName, Length, WeightType
+from .arguments import Count, Device, FolderName, Length, Share, Some, WeightType
 from .common import CALIBRATION_SEQUENCES, calibration_of, held_out_of, opened_of, specimen_of
 
 
@@ -27,6 +27,7 @@ def check_claims(
     data: Any = None,
     eval_data: Any = None,
     *,
+    keep: Annotated[Sequence[Share], Some] | None = None,
     facts: Any = None,
     choices: Any = None,
     passages: Any = None,
@@ -49,6 +50,8 @@ def check_claims(
     names: of claims, or of methods for all of their claims. Default: every claim.
     model, data, tokenizer and the calibration settings: as for `compress`. eval_data: held-out data, same forms. The
     bundled model has its own data as defaults.
+    keep: shares of the bytes in (0, 1] at which claims about the order of compressed models compare them, instead of
+    each claim's own (0.8, 0.6, 0.4 and 0.3 for most); the result says so. What takes long is quicker at one.
     facts, choices, passages: questions for claims about probes and edits, as for `inspect`.
     revision: of a model that is given by its hub name. dtype: in which one that is given by its name is opened;
     differences of thousandths drown in bfloat16.
@@ -57,6 +60,7 @@ def check_claims(
 
     Returns an outcome each: the claim, its verdict, the reason and the numbers.
     """
+    keeps = tuple(float(share) for share in listed(keep or ()))
     claims(names)  # an unknown name is an error before anything is loaded
     bundled = isinstance(model, str) and model == "organism"
     called = str(model) if isinstance(model, (str, Path)) else type(model).__name__
@@ -74,14 +78,14 @@ def check_claims(
         bundled=bundled,
     )  # fmt: skip
     if record is None:
-        return run_claims(opened.model, calibration, held_out, names, progress, specimen)
+        return run_claims(opened.model, calibration, held_out, names, progress, specimen, keeps=keeps)
     folder = Folder(Path(record).expanduser(), KIND)
     folder.check_place(among_others=True)
     settings = {
         "data": str(data), "eval": str(eval_data), "sequences": sequences, "eval_sequences": eval_sequences,
         "sequence_length": sequence_length, "batch_size": batch_size, "seed": seed,
         "model": computation_fingerprint(opened.model), "text": f"{calibration.fingerprint} {held_out.fingerprint}",
-    }  # fmt: skip
+    } | ({"keep": keeps} if keeps else {})  # fmt: skip
     name = called if bundled or not Path(called).exists() else Path(called).resolve().name
 
     def known(claim: Claim) -> Result | None:
@@ -93,4 +97,4 @@ def check_claims(
 
     with alone(folder.path):
         folder.take(among_others=True)
-        return run_claims(opened.model, calibration, held_out, names, progress, specimen, known, write)
+        return run_claims(opened.model, calibration, held_out, names, progress, specimen, known, write, keeps)

@@ -9,7 +9,7 @@ from ...data import Batches
 from ...statistics import HeadContribution, SequenceMagnitude, collect, key_of
 from ..context import Context, Variant
 from ..controls import mean_of
-from ..ordering import beside_dense, claim_order, comparison, judge
+from ..ordering import at_budgets, beside_dense, claim_order, comparison, judge
 from ..registry import NotApplicable, Result, Verdict, claim
 
 AMP = registered("amp")
@@ -30,7 +30,7 @@ def order(context: Context) -> Result:
     """Without repair. The random ones are the mean of three draws."""
     context.require_language_model()
     found = []
-    for keep in _KEEPS:
+    for keep in context.budgets(_KEEPS):
         lowest = context.compressed(Variant(AMP), keep)
         highest = context.compressed(Variant(AMP, settings=(("order", "reversed"),)), keep)
         draws = [
@@ -39,7 +39,7 @@ def order(context: Context) -> Result:
         ]
         named = ("amp", lowest), ("amp random", mean_of(draws)), ("amp reversed", highest)
         found += [comparison(keep, *named[:2]), comparison(keep, *named[1:])]
-    return beside_dense(context, judge(found))
+    return at_budgets(context, beside_dense(context, judge(found)))
 
 
 # E|x_m| ||W_down[:, m]||_1 against the paper's E|x_m|.

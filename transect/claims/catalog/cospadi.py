@@ -29,7 +29,7 @@ def below_svd_llm(context: Context) -> Result:
     """
     context.require_language_model()
     result = ordered(context, (Variant(COSPADI), Variant(SVD_LLM)), (Variant(SVD_LLM), Variant(SVD)))
-    nominal = ", ".join(f"{keep:g} is {nominal_share(context, keep):.3f}" for keep in KEEPS)
+    nominal = ", ".join(f"{keep:g} is {nominal_share(context, keep):.3f}" for keep in context.budgets(KEEPS))
     return replace(result, explanation=f"{result.explanation} CoSpaDi by the paper's count of bytes: {nominal}.")
 
 

@@ -12,7 +12,7 @@ from ...compression import method as registered
 from ...compression.copying import working_copy
 from ...errors import OutOfReach
 from ..context import Context, Measured, Variant
-from ..ordering import KEEPS, beside_dense, comparison, judge
+from ..ordering import KEEPS, at_budgets, beside_dense, comparison, judge
 from ..registry import NotApplicable, Result, Verdict, claim
 
 SVD = registered("svd")
@@ -39,7 +39,7 @@ def weight_error(context: Context) -> Result:
     Those are left out that stay dense for the bytes that the sizes of the others leave over.
     """
     numbers: list[dict[str, Any]] = []
-    for keep in KEEPS:
+    for keep in context.budgets(KEEPS):
         context.require_keep(keep)
         ours, theirs = _projected(context, keep).left, {}
         for matrix in (matrix for matrix in context.matrices if matrix.name in ours):
@@ -54,11 +54,8 @@ def weight_error(context: Context) -> Result:
         )
     held = sum(row["held"] for row in numbers)
     told = ", ".join(f"{row['dsformer']:.3f} against {row['svd']:.3f} at {row['keep']:g}" for row in numbers)
-    return Result(
-        Verdict.of(held == len(numbers)),
-        f"Lower in the mean over the matrices at {held} of {len(numbers)} budgets: {told}",
-        numbers,
-    )
+    told = f"Lower in the mean over the matrices at {held} of {len(numbers)} budgets: {told}"
+    return at_budgets(context, Result(Verdict.of(held == len(numbers)), told, numbers))
 
 
 @claim(
@@ -70,13 +67,13 @@ def weight_error(context: Context) -> Result:
 )
 def projection_below_svd(context: Context) -> Result:
     """What the paper claims is about models trained in either form; this is where that training would begin."""
-    for keep in KEEPS:
+    for keep in context.budgets(KEEPS):
         context.require_keep(keep)
     found = [
         comparison(keep, ("dsformer", _projected(context, keep).measured), ("svd", context.compressed(SVD_ROW, keep)))
-        for keep in KEEPS
+        for keep in context.budgets(KEEPS)
     ]
-    return beside_dense(context, judge(found))
+    return at_budgets(context, beside_dense(context, judge(found)))
 
 
 class Projected(NamedTuple):

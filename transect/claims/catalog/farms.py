@@ -16,7 +16,7 @@ from ...data import Batches
 from ...training import Machine, Problem, Run, Schedule, State, layer_rates_named, own_loss, train
 from ..context import Context, Measured, Variant
 from ..controls import mean_of
-from ..ordering import KEEPS, beside_dense, compare, judge
+from ..ordering import KEEPS, at_budgets, beside_dense, compare, judge
 from ..registry import NotApplicable, Result, Verdict, claim
 from ..scratch import batches_of, cut, fresh_rows
 
@@ -38,11 +38,13 @@ _CUT_KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5)  # below, the block that loses most would
 def below_uniform(context: Context) -> Result:
     """The default epsilon, untuned, with a factorization and with AMP; the paper prunes single weights, more deeply."""
     context.require_language_model()
-    pairs = [("svd-llm", keep) for keep in KEEPS] + [("amp", keep) for keep in _CUT_KEEPS]
+    pairs = [
+        (name, keep) for name, keeps in (("svd-llm", KEEPS), ("amp", _CUT_KEEPS)) for keep in context.budgets(keeps)
+    ]
     found = [
         compare(context, Variant(registered(name), "farms"), Variant(registered(name)), keep) for name, keep in pairs
     ]
-    return beside_dense(context, judge(found))
+    return at_budgets(context, beside_dense(context, judge(found)))
 
 
 @claim(

@@ -6,7 +6,7 @@ from ...compression import Method
 from ...compression import method as registered
 from ...compression.allocation.table import uniform_rank
 from ..context import Context, Variant
-from ..ordering import KEEPS, claim_order, compare
+from ..ordering import KEEPS, at_budgets, claim_order, compare
 from ..registry import Result, Verdict, claim
 
 PAPER = registered("fwsvd").paper
@@ -40,7 +40,7 @@ claim_order(
 def weight_error(context: Context) -> Result:
     """Plain SVD is the nearest matrix of its rank, so only the second half can fail for other reasons than rounding."""
     numbers, held = [], 0
-    for keep in KEEPS:
+    for keep in context.budgets(KEEPS):
         context.require_keep(keep)
         errors = {name: _weight_errors(context, method, keep) for name, method in (("fwsvd", FWSVD), ("svd", SVD))}
         nearer = sum(a < b * (1 - 1e-6) for a, b in zip(errors["fwsvd"], errors["svd"], strict=True))
@@ -52,8 +52,8 @@ def weight_error(context: Context) -> Result:
             "matrices_nearer_than_svd": nearer, "fwsvd_loss": losses.better_loss, "svd_loss": losses.worse_loss,
             "difference": losses.difference, "standard_error": losses.standard_error, "clear": losses.clear,
         })  # fmt: skip
-    verdict = Verdict.of(held == len(KEEPS))
-    return Result(verdict, f"A larger weight error and a lower loss at {held} of {len(KEEPS)} budgets.", numbers)
+    told = f"A larger weight error and a lower loss at {held} of {len(numbers)} budgets."
+    return at_budgets(context, Result(Verdict.of(held == len(numbers)), told, numbers))
 
 
 def _weight_errors(context: Context, method: Method, keep: float) -> list[float]:

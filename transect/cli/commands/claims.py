@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ..group import main_group
-from ..options import LOADING, Place, shared_options
+from ..options import LOADING, Place, shared_options, shares
 from ..printing import progress_bar, stdout
 
 
@@ -19,6 +19,8 @@ from ..printing import progress_bar, stdout
 @click.option("--eval", "eval_data", help="Held-out data. Default with the bundled model: organism:heldout.")
 @click.option("--eval-sequences", type=int, default=128, show_default=True,
               help="Held-out sequences, spread evenly over the data.")  # fmt: skip
+@click.option("--keep", callback=shares,
+              help="Shares of bytes at which compressed models are compared. Default: each claim's own.")  # fmt: skip
 @click.option("--record", type=Place(), help="Folder to write each verdict to; the claims in it are not run again.")
 @shared_options("facts", "choices", "passages", "sequence_length", "special_tokens", "sequences", "batch_size", "seed",
                 *LOADING, "json")  # fmt: skip
@@ -31,7 +33,7 @@ def check_claims(
     from ...errors import TransectError
     from ...verbs import check_claims as check
 
-    options["dtype"] = options["dtype"] or "float32"
+    options["dtype"], options["keep"] = options["dtype"] or "float32", options["keep"] or None
     with progress_bar(as_json) as (_, show):
         outcomes = check(names, model, data, eval_data, progress=show, **options)
     if as_json:
