@@ -41,6 +41,7 @@ def rows_of(folder: Path) -> pd.DataFrame:
     frame = frame.rename(columns={f"{name}, {text}": f"also_{name}" for name in ("loss", *MEASURED)})
     if text:
         frame["also_dense"] = frame["also_loss"].iloc[0]  # the first row is the dense model
+    frame.loc[frame["method"] == "dense", ["over_dense", "over_dense_error"]] = 0.0
     return frame.dropna(subset="loss").reindex(columns=[*KEY, *MEASURED])
 
 

@@ -37,7 +37,7 @@ from transect.errors import OutOfReach
 from transect.operators import LowRank
 from transect.operators.corrected import Corrected
 from transect.operators.dictionary import SparseDictionary
-from transect.operators.grouped_integer import GroupedInteger
+from transect.operators.grouped_integer import BITS, GroupedInteger
 from transect.operators.quantized import Quantized
 from transect.operators.scattered import LeadingColumns, LeadingRows, ScatteredRows
 from transect.statistics import InputCovariance, InputMean, OutputGradientCovariance, collect, key_of
@@ -105,7 +105,7 @@ def test_the_price_of_integers_is_about_that_of_what_they_put_in_place(name):
         whole = list(integer_options(metric.matrix, one))
         options = [*whole, *integer_low_rank_options(metric.matrix, factorized(metric), (0.3, 0.6), one, one)]
         whole = [option for option in whole if option.structure == "integer"]
-        assert len(whole) == 4 and [option.structure for option in options].count("integer low-rank") == 6
+        assert len(whole) == len(BITS) and [option.structure for option in options].count("integer low-rank") == 6
         kinds = {"integer": GroupedInteger, "corrected": Corrected, "integer low-rank": Quantized}
         for option in options:
             copy = working_copy(Anatomy(model))
@@ -117,7 +117,7 @@ def test_the_price_of_integers_is_about_that_of_what_they_put_in_place(name):
             bias = 0 if placed.bias is None else placed.bias.numel() * 4
             assert sum(t.numel() * t.element_size() for t in tensors) - bias == option.bytes
         losses = [option.loss for option in whole]
-        assert losses == sorted(losses, reverse=True)  # 2, 3, 4, 8 bits
+        assert losses == sorted(losses, reverse=True)  # more and more bits
     ratios = torch.tensor([expected / price for expected, price in found])
     assert 0.9 < ratios.median() < 1.1 and ((ratios > 0.5) & (ratios < 2)).double().mean() > 0.9
 
@@ -134,7 +134,7 @@ def test_corrections_cost_what_is_expected_and_are_offered_below_the_next_number
     metric = Metric(matrix, sides[1], sides[0], torch.zeros(192, dtype=torch.float64))
     found = list(integer_options(matrix, lambda matrix: metric))
     assert [option.structure for option in found] == [
-        "integer", *["corrected"] * 2, "integer", *["corrected"] * 2, "integer", *["corrected"] * 4, "integer"
+        *(["integer", *["corrected"] * 2] * 4), "integer", *["corrected"] * 3, "integer"  # from 6 to 8 bits is further
     ]  # fmt: skip
     assert [option.bytes for option in found] == sorted(option.bytes for option in found)
     weight = matrix.weight.double().clone()
@@ -143,9 +143,9 @@ def test_corrections_cost_what_is_expected_and_are_offered_below_the_next_number
         option.put(copy.blocks[0])
         price = metric.price(weight - copy.blocks[0].matrix("down").weight.double())
         assert 0.8 < option.loss / price < 1.25, option
-    plain, corrected = found[6], found[7:11]
+    plain, corrected = found[12], found[13:16]
     losses = [plain.loss, *(option.loss for option in corrected)]
-    assert losses == sorted(losses, reverse=True) and losses[-1] < 0.6 * losses[0]
+    assert losses == sorted(losses, reverse=True) and losses[-1] < 0.65 * losses[0]
     assert correction_leaves(torch.zeros(2), torch.ones(2, 3), torch.ones(3), [1]) == [1.0]
 
 

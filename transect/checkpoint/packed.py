@@ -27,7 +27,7 @@ from .plain import fits, module_at
 
 METHOD = "compressed-tensors"
 FORMAT = "pack-quantized"
-BITS = (2, 4, 8)  # 3 bits lie otherwise in newer versions of the package than in older ones
+BITS = (2, 4, 8)  # other widths lie otherwise in newer versions of the package than in older ones
 _STACKED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # what vLLM makes one matrix of
 OURS = "transect_"  # how the names of `config_groups` begin where Transect is to read the folder, and not that package
 

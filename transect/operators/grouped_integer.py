@@ -13,7 +13,7 @@ from .coded import Coded
 from .int4_kernel import NAME, Int4, knows
 from .remade import Remade
 
-BITS = (2, 3, 4, 8)
+BITS = (2, 3, 4, 5, 6, 8)
 
 
 class GroupedInteger(Remade, Coded):

@@ -1,9 +1,9 @@
 """torch's product of bfloat16 vectors with a matrix of 4-bit integers, on a CPU: `_weight_int4pack_mm_for_cpu`.
 
 It reads half a byte a weight where a dense product reads two, and makes no dense matrix. Integers of 2 and 3 bits are
-among those of 4, and one of 8 bits is 16 h + l of two that are. The kernel has no zero points between its steps, so
-what they add, s_ig (c - z_ig) Σ_{j in g} x_j with c the integers' middle, is a small product beside it, in float32. In
-other types than bfloat16 the kernel is a plain loop and slower than making the matrix (measured, torch 2.13).
+among those of 4, and one of 5 to 8 bits is 16 h + l of two that are. The kernel has no zero points between its steps,
+so what they add, s_ig (c - z_ig) Σ_{j in g} x_j with c the integers' middle, is a small product beside it, in float32.
+In other types than bfloat16 the kernel is a plain loop and slower than making the matrix (measured, torch 2.13).
 """
 
 from __future__ import annotations
@@ -35,13 +35,16 @@ class Int4:
         wide = scale.float()
         zero = torch.full_like(wide, 2 ** (bits - 1)) if zeros is None else zeros.float()
         middle = 2 ** (bits - 1)  # of the integers; the kernel takes 8 off each, so fewer bits are put around its 8
-        parts = [(codes + (8 - middle), wide)] if bits < 8 else [(codes & 15, wide), (codes >> 4, 16 * wide)]
+        if bits <= 4:
+            parts = [(codes + (8 - middle), wide)]
+        else:
+            parts, middle = [(codes & 15, wide), ((codes >> 4) + (8 - middle // 16), 16 * wide)], middle + 8
         halves = []
         for half, strength in parts:
             packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(half.int(), _TILES)
             pairs = torch.stack([strength, torch.zeros_like(strength)], -1).transpose(0, 1).bfloat16().contiguous()
             halves.append((packed, pairs))
-        return cls(halves, wide * ((middle if bits < 8 else 8 * 17) - zero), group)
+        return cls(halves, wide * (middle - zero), group)
 
     def multiply(self, x: Tensor) -> Tensor:
         """Ŵ x of each vector (... x d_in), float32."""

@@ -28,7 +28,7 @@ def gptq(
     e = (W_ij - Ŵ_ij) / U_jj, and subtracting e U_j,j: from the row is the best that the columns from j on can do
     (Algorithm 1). A group's grid is laid over its weights as they are when its first column's turn comes.
 
-    bits: 2, 3, 4 or 8, the most that the budget pays for.
+    bits: 2, 3, 4, 5, 6 or 8, the most that the budget pays for.
 
     group: consecutive weights of a row that share a scale and a zero point.
     symmetric: no zero point: as many steps below zero as above, but one.

@@ -15,7 +15,7 @@ def rtn(
 ) -> GroupedInteger:
     """Round each weight to the nearest of a few steps from the least to the largest of its group; no data.
 
-    bits: 2, 3, 4 or 8, the most that the budget pays for.
+    bits: 2, 3, 4, 5, 6 or 8, the most that the budget pays for.
 
     group: consecutive weights of a row that share a scale and a zero point.
     symmetric: no zero point: as many steps below zero as above, but one.

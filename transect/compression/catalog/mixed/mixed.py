@@ -166,7 +166,7 @@ def mixed(
 ) -> None:
     """Choose a structure and a size for every matrix by the loss increase that its bytes are predicted to save.
 
-    Each matrix may stay dense, become integers of 2, 3, 4 or 8 bits in groups of 64, with or without a low-rank
+    Each matrix may stay dense, become integers of 2, 3, 4, 5, 6 or 8 bits in groups of 64, with or without a low-rank
     correction (LQER, EoRA), low-rank (KFAC-SVD) with factors of floating-point numbers or of integers, or a sparse
     dictionary (CoSpaDi). Instead, each MLP, each pair of queries
     and keys, and each pair of values and outputs may become narrower (MoDeGPT). Every option is priced by the two-sided
