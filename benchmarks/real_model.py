@@ -17,9 +17,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from envelope import rows_of as finished
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from transect.evaluation import standard_error
 from transect.report.pareto import COLOURS, MARKERS
 from transect.store import replacing, write_text
 
@@ -35,14 +37,24 @@ Row = Mapping[str, Any]
 
 
 def rows_of(folder: Path) -> pd.DataFrame:
-    """A comparison's rows that have numbers; `also_`: on its other text, if it has one."""
-    frame = pd.read_csv(folder / "table.csv")
-    text = next((name.partition(", ")[2] for name in frame.columns if name.startswith("over_dense, ")), "")
-    frame = frame.rename(columns={f"{name}, {text}": f"also_{name}" for name in ("loss", *MEASURED)})
-    if text:
-        frame["also_dense"] = frame["also_loss"].iloc[0]  # the first row is the dense model
-    frame.loc[frame["method"] == "dense", ["over_dense", "over_dense_error"]] = 0.0
-    return frame.dropna(subset="loss").reindex(columns=[*KEY, *MEASURED])
+    """The rows of a run folder that have numbers; `also_`: on its other text, if it has one."""
+    rows = finished(folder)
+    dense = next(row for row in rows if row["method"] == "dense")
+    text = next(iter(dense.get("also", {})), None)
+    found = []
+    for row in rows:
+        made = row | dict(zip(("over_dense", "over_dense_error"), _over(row, dense), strict=True))
+        if text is not None:
+            here, there = row["also"][text], dense["also"][text]
+            over, error = _over(here, there)
+            made |= {"also_dense": there["loss"], "also_over_dense": over, "also_over_dense_error": error}
+        found.append(made)
+    return pd.DataFrame(found).reindex(columns=[*KEY, *MEASURED])
+
+
+def _over(row: Row, dense: Row) -> tuple[float, float]:
+    """Loss over dense, and its standard error over the sequences."""
+    return row["loss"] - dense["loss"], standard_error(row["examples"], dense["examples"]) or 0.0
 
 
 def together(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:

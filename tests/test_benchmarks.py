@@ -188,19 +188,22 @@ def test_tables_of_the_real_model_follow_from_its_file(benchmark: Any, tmp_path:
 
 def test_a_comparison_takes_the_place_of_older_rows(benchmark: Any, tmp_path: Path) -> None:
     (tmp_path / "docs").mkdir()
+    (tmp_path / "rows").mkdir()
     (tmp_path / "README.md").write_bytes((FOLDER.parent / "README.md").read_bytes())
-    old = "method,allocation,keep,kept,over_dense,over_dense_error,facts,also_over_dense\n"
-    old += "svd,uniform,0.8,0.8,14.0,0.3,0.0,12.0\nfwsvd,global,0.8,0.7,0.8,0.02,0.24,1.2\n"
+    old = "method,allocation,keep,kept,over_dense,over_dense_error,facts,also_over_dense,prefill_tokens_per_second\n"
+    old += "svd,uniform,0.8,0.8,14.0,0.3,0.0,12.0,\nfwsvd,global,0.8,0.7,0.8,0.02,0.24,1.2,\n"
     (tmp_path / "docs" / "smollm2.csv").write_text(old, encoding="utf-8")
-    run = "method,allocation,keep,kept,loss,over_dense,over_dense_error,facts,prefill_tokens_per_second,"
-    run += 'decode_tokens_per_second,compress_seconds,"loss, emma","over_dense, emma","over_dense_error, emma"\n'
-    run += "dense,-,1.0,1.0,2.6,,,1.0,1200,34,0,3.7,,\nsvd,uniform,0.8,0.8,3.6,1.0,0.1,0.5,900,30,28,5.7,2.0,0.2\n"
-    (tmp_path / "table.csv").write_text(run, encoding="utf-8")
+    for method, allocation, keep, loss in (("dense", "-", 1.0, 2.6), ("svd", "uniform", 0.8, 3.6)):
+        examples = [[10 * loss, 10], [10 * loss, 10]]
+        row = {"method": method, "allocation": allocation, "keep": keep, "kept": keep, "loss": loss, "facts": keep,
+               "examples": examples, "prefill_tokens_per_second": 900, "decode_tokens_per_second": 30,
+               "compress_seconds": 28, "also": {"emma": {"loss": 1 + 2 * loss, "examples": examples}}}  # fmt: skip
+        (tmp_path / "rows" / f"{method}.json").write_text(json.dumps(row), encoding="utf-8")
     benchmark("real_model")([str(tmp_path)], root=tmp_path)
     readme = (tmp_path / "README.md").read_text(encoding="utf-8")
-    assert "| `svd` | uniform |  | +1.000 ± 0.100, 50 %, +2.00 |  |\n" in readme
+    assert "| `svd` | uniform |  | +1.000 ± 0.000, 80 %, +2.00 |  |\n" in readme
     assert "| `fwsvd` | global |  | +0.800 ± 0.020, 24 %, +1.20 (0.700) |  |\n" in readme
-    assert (
-        "| `dense` | - | 0 | 100 % | 1,200 | 34 | 0 |\n| `svd` | uniform | +1.000 ± 0.100 | 50 % | 900 | 30 | 28 |"
-        in readme
+    measured = (
+        "| `dense` | - | 0 | 100 % | 900 | 30 | 28 |\n| `svd` | uniform | +1.000 ± 0.000 | 80 % | 900 | 30 | 28 |\n"
     )
+    assert measured in readme
