@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 import transect
 from transect.anatomy import Anatomy
 from transect.claims import claims
-from transect.claims.context import Measured
+from transect.claims.context import Context, Measured
 from transect.compression import method
 from transect.compression.allocation import Unit, allocation_named, share_out
 from transect.compression.allocation.similarity import importance, removed_shares
@@ -606,6 +606,7 @@ class Asked:
     """Stands for a context, and notes what is measured."""
 
     dense = SimpleNamespace(loss=0.0)
+    keeps, budgets = (), Context.budgets
 
     def __init__(self):
         self.variants = []
